@@ -1,0 +1,251 @@
+"""``kvarn serve MODEL``: the front end process from its command line to its exit code.
+
+The engine is started before anything slow is imported here; tokenizer, HTTP server and engine then load side by side,
+and /livez answers meanwhile. The first SIGINT or SIGTERM drains and stops with exit code 0, the second ends everything
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvarn import wire
+from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
+from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
+from kvarn.observe.log import configure, kv
+from kvarn.types import ModelInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from starlette.applications import Starlette
+    from uvicorn import Server
+
+    from kvarn.http.service import Service
+
+log = logging.getLogger("kvarn.serve")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CLOSE_SECONDS = 2
+"""How long connections may take to close once nothing is running."""
+
+
+class StartError(Exception):
+    """The server cannot start; the message is for the user."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP, with the OpenAI API. Every flag can also be given as KVARN_<FLAG>.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub name, local folder, GGUF file, or demo")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop; returns the exit code."""
+    begun = time.monotonic()
+    try:
+        config = read_config({name: getattr(args, name) for name in ServeConfig.model_fields})
+        configure(config.log_level)
+        listener = bind(config)
+        from kvarn.hub.errors import SourceError
+        from kvarn.hub.progress import TerminalProgress
+        from kvarn.hub.source import resolve
+
+        try:
+            model = resolve(args.model, TerminalProgress())
+        except SourceError as error:
+            raise StartError(str(error)) from error
+        asyncio.run(Front(config, args.model, model.name, model.path, begun).serve(listener))
+    except (ConfigError, StartError) as error:
+        print(f"kvarn serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Take the address before anything slow happens. Raises StartError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartError(f"--host {config.host} --port {config.port}: cannot listen there: {reason}") from error
+    if not _loopback(str(listener.getsockname()[0])):
+        log.warning("listening beyond this machine, and anybody who can connect is served", extra=kv(host=config.host))
+    return listener
+
+
+def _loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+class Front:
+    """One run of the front end."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        given: str,
+        name: str,
+        path: Path,
+        begun: float,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+        engine_path: str = "",
+    ) -> None:
+        """``engine_path`` is the model as the engine is told it; default: ``path``."""
+        self._config = config
+        self._begun = begun
+        self._path = path
+        self._served = config.model_name or name
+        self._aliases = frozenset({given, name, path.name})
+        self._stop = asyncio.Event()
+        start = wire.Start(
+            model_path=engine_path or str(path),
+            context_length=config.context_length,
+            max_rows=config.max_batch,
+            max_itl_ms=config.max_itl_ms,
+            prefill_chunk=config.prefill_chunk,
+            kv_budget_bytes=config.kv_memory_mb * 2**20,
+        )
+        environment = {"KVARN_LOG_LEVEL": config.log_level}
+        self._client = EngineClient(start, command=engine_command, environment=environment, on_ready=self._engine_ready)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve until a stop signal. Raises StartError when the engine or the tokenizer cannot be had."""
+        self._catch_signals()
+        try:
+            await self._client.start()
+        except OSError as error:
+            raise StartError(f"the engine process cannot be started: {error.strerror}") from error
+        try:
+            await self._serve_http(listener)
+        finally:
+            await self._client.stop()
+
+    async def _serve_http(self, listener: socket.socket) -> None:
+        app, service = self._application()
+        server = _server(app)
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info("listening", extra=kv(url=url, model=self._served))
+        loading = asyncio.create_task(self._load(service, url), name="load")
+        try:
+            await self._until_stopped(loading, serving)
+            log.info("stopping", extra=kv(running=service.held, drain_seconds=self._config.drain_seconds))
+            await service.drain(self._config.drain_seconds)
+        finally:
+            loading.cancel()
+            service.draining = True
+            # The engine goes first: whatever is still open gets its error while there is a connection to send it on.
+            await self._client.stop()
+            server.should_exit = True
+            await asyncio.wait({serving, loading})
+            service.close()
+        log.info("stopped")
+
+    async def _until_stopped(self, loading: asyncio.Task[None], serving: asyncio.Task[None]) -> None:
+        """Wait for the stop signal. Raises StartError when the engine or the tokenizer is lost for good."""
+        stop = asyncio.create_task(self._stop.wait())
+        gone = asyncio.create_task(self._client.gone())
+        waiting: set[asyncio.Task[None] | asyncio.Task[bool]] = {stop, gone, loading, serving}
+        try:
+            while not stop.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if loading in done:
+                    loading.result()
+                if gone in done:
+                    raise StartError(self._client.unavailable_reason())
+                if serving in done:
+                    serving.result()
+                    raise StartError("the HTTP server ended by itself")
+        finally:
+            stop.cancel()
+            gone.cancel()
+
+    def _application(self) -> tuple[Starlette, Service]:
+        from kvarn.http.app import create_app
+        from kvarn.http.service import ModelNames
+        from kvarn.text.tokenizer import Tokenizer
+
+        names = ModelNames(self._served, self._aliases)
+        return create_app(self._config, names, lambda: Tokenizer.load(self._path), self._client)
+
+    async def _load(self, service: Service, url: str) -> None:
+        from kvarn.text.tokenizer import TokenizerError
+
+        try:
+            await service.load()
+            await self._client.settled()
+        except (TokenizerError, EngineUnavailable) as error:
+            raise StartError(str(error)) from error
+        seconds = round(time.monotonic() - self._begun, 2)
+        log.info("ready", extra=kv(api=f"{url}/v1", model=self._served, seconds=seconds))
+
+    def _engine_ready(self, info: ModelInfo) -> None:
+        fields = kv(
+            lane=info.lane,
+            lane_reason=info.lane_reason or None,
+            device=info.device,
+            blas=info.blas or None,
+            dtype=info.dtype,
+            context=info.context_length,
+            rows=info.max_rows,
+            fingerprint=info.fingerprint[:12],
+        )
+        log.info("engine ready", extra=fields)
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            log.warning("second signal, ending at once", extra=kv(signal=number.name))
+            self._client.kill()
+            os._exit(128 + number)
+        self._stop.set()
+
+
+def _server(app: Starlette) -> Server:
+    """uvicorn without its own signal handling, logging and extras."""
+    import uvicorn
+
+    class QuietServer(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    return QuietServer(config)

@@ -1,0 +1,11 @@
+"""The front end's handle on one engine process: submit, stream, cancel, supervise, restart.
+
+Runs on the front end's event loop; nothing here imports mlx.
+"""
+
+from __future__ import annotations
+
+from kvarn.client.engine import ENGINE_COMMAND, EngineClient, EngineState
+from kvarn.client.stream import EngineError, EngineUnavailable, Stream
+
+__all__ = ["ENGINE_COMMAND", "EngineClient", "EngineError", "EngineState", "EngineUnavailable", "Stream"]

@@ -1,0 +1,328 @@
+"""Supervision of the engine process and the table of open requests.
+
+One task owns the process: it starts it, reads its messages, and when it dies fails every open request at once and
+starts another, waiting a little longer after each failure. Every request leaves the table in ``_finish`` and nowhere
+else, so submitted = finished + failed + cancelled + open holds at all times. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+
+from kvarn import wire
+from kvarn.client.process import EngineProcess
+from kvarn.client.stream import EngineError, EngineUnavailable, Stream
+from kvarn.observe.log import kv
+from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, Request
+
+log = logging.getLogger("kvarn.client")
+
+ENGINE_COMMAND = (sys.executable, "-m", "kvarn.engine")
+FIRST_DELAY = 0.2
+LONGEST_DELAY = 10.0
+MOST_FAILURES = 5
+CRASH_PATIENCE = 0.5
+"""Seconds given to an engine that closed its socket before it is terminated."""
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Counts:
+    """How requests ended since the start; ``submitted`` is the sum of the others plus the open ones."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+        self.finished = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.restarts = 0
+
+
+class EngineClient:
+    """The engine as the front end sees it.
+
+    ``command`` is what to run, without its ``--fd N``; ``environment`` is added to ours; ``on_ready`` is called each
+    time an engine gets ready.
+    """
+
+    def __init__(
+        self,
+        start: wire.Start,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        environment: Mapping[str, str] | None = None,
+        on_ready: Callable[[ModelInfo], None] | None = None,
+    ) -> None:
+        self._start = start
+        self._command = tuple(command)
+        self._environment = dict(environment or {})
+        self._on_ready = on_ready
+        self._process: EngineProcess | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._open: dict[str, Stream] = {}
+        self._stop_asked = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._state = EngineState.STARTING
+        self._been_ready = False
+        self._fatal = ""
+        self.reason = ""
+        """Why the state is restarting or failed."""
+        self.info: ModelInfo | None = None
+        self.beat: wire.Beat | None = None
+        self._beat_time = 0.0
+        self.stage: wire.Loading | None = None
+        self.counts = Counts()
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def _stopping(self) -> bool:
+        return self._stop_asked.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def beat_age(self) -> float | None:
+        """Seconds since the engine's last heartbeat; None before the first of this process."""
+        return time.monotonic() - self._beat_time if self.beat is not None else None
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    async def start(self) -> None:
+        """Start the process and its supervision; loading goes on in the background. Raises OSError."""
+        if self._task is not None:
+            raise RuntimeError("this engine client was started before")
+        process = await self._spawn()
+        self._task = asyncio.create_task(self._supervise(process), name="engine-supervisor")
+
+    async def settled(self) -> None:
+        """Wait until the engine is ready, or until it is certain that it will not be. Raises EngineUnavailable."""
+        while self._state is not EngineState.READY:
+            if self._state in (EngineState.FAILED, EngineState.STOPPED):
+                raise EngineUnavailable(self.unavailable_reason())
+            self._settled.clear()
+            await self._settled.wait()
+
+    async def gone(self) -> None:
+        """Wait until supervision is over: stopped, or failed for good."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """Fail what is open, ask the engine to exit, wait ``patience`` seconds, then make it. Safe to repeat."""
+        self._stop_asked.set()
+        self.fail_all(EngineError(ErrorKind.UNAVAILABLE, "the server is shutting down"))
+        if self._process is not None:
+            self._process.send(wire.Stop())
+        await self._supervised_within(patience)
+        if self._process is not None:
+            self._process.terminate()
+        await self._supervised_within(1.0)
+        self.kill()
+        await self.gone()
+        self._set_state(EngineState.STOPPED)
+
+    async def _supervised_within(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.gone(), seconds)
+
+    def kill(self) -> None:
+        """End the engine this instant; for a forced exit of the front end."""
+        if self._process is not None:
+            self._process.kill()
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """Hand one request to the engine. An id is never used twice: late messages about the first would be taken for
+        the second. Raises EngineUnavailable, ValueError for an id that is open.
+        """
+        if self._state is not EngineState.READY or self._process is None or self._stopping:
+            raise EngineUnavailable(self.unavailable_reason())
+        if request.id in self._open:
+            raise ValueError(f"request id {request.id!r} is in use")
+        self._process.send(wire.Submit(request))
+        stream = Stream(request.id, self._cancel)
+        self._open[request.id] = stream
+        self.counts.submitted += 1
+        return stream
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every open request with ``error`` and tell the engine to drop them."""
+        if self._process is not None:
+            for request_id in self._open:
+                self._process.send(wire.Cancel(request_id))
+        self._end_all(error)
+
+    def unavailable_reason(self) -> str:
+        """Why no request is taken now, for people."""
+        if self._stopping or self._state is EngineState.STOPPED:
+            return "the server is shutting down"
+        if self._state is EngineState.STARTING:
+            stage = self.stage
+            return f"the model is loading ({stage.stage}, {stage.fraction:.0%})" if stage else "the engine is starting"
+        if self._state is EngineState.RESTARTING:
+            return f"the engine is restarting: {self.reason}"
+        return f"the engine failed: {self.reason}"
+
+    def _cancel(self, request_id: str) -> None:
+        if request_id in self._open:
+            if self._process is not None:
+                self._process.send(wire.Cancel(request_id))
+            self._finish(request_id, Finish.CANCELLED)
+
+    def _end_all(self, error: EngineError) -> None:
+        for request_id in list(self._open):
+            self._finish(request_id, error)
+
+    def _finish(self, request_id: str, how: Finish | EngineError) -> None:
+        """The one place where a request ends."""
+        stream = self._open.pop(request_id, None)
+        if stream is None:
+            return
+        if isinstance(how, EngineError):
+            self.counts.failed += 1
+            stream.end(how)
+            return
+        if how is Finish.CANCELLED:
+            self.counts.cancelled += 1
+        else:
+            self.counts.finished += 1
+        stream.end()
+
+    # --- supervision --------------------------------------------------------------------------------------------
+
+    async def _supervise(self, process: EngineProcess) -> None:
+        """Own the process until stopped or until trying again makes no sense."""
+        try:
+            await self._keep_running(process)
+        except Exception as error:
+            # Without its supervisor nothing would ever answer the open requests: say so and let serve end.
+            log.exception("engine supervision failed")
+            self._end_all(EngineError(ErrorKind.UNAVAILABLE, "the engine is not supervised any more"))
+            self._give_up(f"its supervision failed: {type(error).__name__}")
+
+    async def _keep_running(self, process: EngineProcess | None) -> None:
+        failures = 0
+        while True:
+            failures = 0 if await self._run(process) else failures + 1
+            if self._stopping:
+                return
+            if self._fatal and not self._been_ready:
+                self._give_up(self._fatal)
+                return
+            if failures >= MOST_FAILURES:
+                self._give_up(f"{self.reason} ({failures} starts in a row)")
+                return
+            delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** max(0, failures - 1))
+            log.warning("engine lost, starting another", extra=kv(reason=self.reason, delay_s=delay))
+            self._set_state(EngineState.RESTARTING)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_asked.wait(), delay)
+                return
+            self.counts.restarts += 1
+            try:
+                process = await self._spawn()
+            except OSError as error:
+                self.reason = f"it could not be started: {error.strerror}"
+                process = None
+
+    async def _spawn(self) -> EngineProcess:
+        self._fatal = ""
+        self.stage = None
+        self.beat = None
+        process = await EngineProcess.spawn(self._command, self._environment)
+        process.send(self._start)
+        if self._stopping:
+            process.send(wire.Stop())
+        self._process = process
+        return process
+
+    async def _run(self, process: EngineProcess | None) -> bool:
+        """Read messages until the engine is gone, then clean up. True when it was ready at some time."""
+        if process is None:
+            return False
+        was_ready = False
+        wrong = ""
+        try:
+            while (message := await process.receive()) is not None:
+                self._apply(message)
+                was_ready = was_ready or self._state is EngineState.READY
+        except wire.WireError as error:
+            wrong = f"it sent a message that cannot be read: {error}"
+            process.kill()
+        finally:
+            if self._state is EngineState.READY:
+                self._set_state(EngineState.RESTARTING)
+            self._end_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
+            ending = await process.end(CRASH_PATIENCE)
+            self._process = None
+            self.reason = self._fatal or wrong or f"the engine process {ending}"
+        return was_ready
+
+    def _apply(self, message: wire.FromEngine) -> None:
+        match message:
+            case wire.Deltas(items):
+                for delta in items:
+                    self._deliver(delta)
+            case wire.Beat():
+                self.beat = message
+                self._beat_time = time.monotonic()
+            case wire.Failed(request_id, kind, text):
+                self._finish(request_id, EngineError(kind, text))
+            case wire.Loading():
+                self.stage = message
+            case wire.Ready(info):
+                self._become_ready(info)
+            case wire.Fatal(text):
+                self._fatal = text
+
+    def _deliver(self, delta: Delta) -> None:
+        stream = self._open.get(delta.id)
+        if stream is None:
+            return
+        if delta.finish is Finish.CANCELLED:
+            # Nobody here asked for it, or the stream would be gone: the engine dropped the request on its own.
+            self._finish(delta.id, EngineError(ErrorKind.UNAVAILABLE, "the engine dropped this request"))
+            return
+        stream.push(delta)
+        if delta.finish is not None:
+            self._finish(delta.id, delta.finish)
+
+    def _become_ready(self, info: ModelInfo) -> None:
+        self.info = info
+        self.stage = None
+        self.reason = ""
+        self._been_ready = True
+        self._set_state(EngineState.READY)
+        if self._on_ready is not None:
+            self._on_ready(info)
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self._set_state(EngineState.FAILED)
+        log.error("engine failed", extra={"reason": reason})
+
+    def _set_state(self, state: EngineState) -> None:
+        self._state = state
+        self._settled.set()

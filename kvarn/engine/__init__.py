@@ -1,0 +1,1 @@
+"""The engine process: one thread owns MLX and runs the loop; two small threads serve the socket."""

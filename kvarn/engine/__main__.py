@@ -1,0 +1,25 @@
+"""``python -m kvarn.engine --fd N``: the engine process, on an inherited connected socket."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="kvarn.engine", description="Internal: started by the kvarn front end.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front end")
+    descriptor = parser.parse_args().fd
+    logging.basicConfig(level=os.environ.get("KVARN_LOG_LEVEL", "info").upper(), format="engine %(levelname)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides when we stop
+    from kvarn.engine.process import serve
+
+    return serve(socket.socket(fileno=descriptor))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""From a Start message to a running engine: load, probe, warm up, plan memory, report ready."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+
+from kvarn.engine.link import Link
+from kvarn.engine.loop import Engine
+from kvarn.hub.fingerprint import folder_fingerprint
+from kvarn.hub.progress import SilentProgress
+from kvarn.model.load import LoadedModel, load
+from kvarn.model.memory import total_memory
+from kvarn.model.probe import probe
+from kvarn.schedule.budget import MemoryBudget
+from kvarn.schedule.costs import CostModel
+from kvarn.schedule.scheduler import Limits, Scheduler
+from kvarn.types import ModelInfo
+from kvarn.wire import Loading, Ready, Start
+
+log = logging.getLogger(__name__)
+
+CHUNK_CPU, CHUNK_GPU = 256, 2048
+"""Most prompt tokens in one forward. On a CPU attention over a long chunk costs more than it saves in products."""
+LEAST_KV_BYTES = 256 * 1024 * 1024
+BUFFER_CACHE_BYTES = 512 * 1024 * 1024
+"""Freed buffers MLX may keep for reuse; without a limit they grow to the largest prompt ever read."""
+
+
+def boot(start: Start, blas: str, link: Link) -> Engine:
+    """Load the model and return an engine that has run a forward; progress and readiness go to ``link``.
+
+    Raises ModelError when the model cannot be served.
+    """
+    began = time.monotonic()
+    mx.set_cache_limit(BUFFER_CACHE_BYTES)
+    folder = Path(start.model_path)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        digest = pool.submit(folder_fingerprint, folder, SilentProgress())  # reads files only: runs beside the load
+        model = load(folder, start.context_length, lambda fraction: link.send(Loading("weights", fraction)))
+        link.send(Loading("probe", 1.0))
+        capabilities = probe(model)
+        content = digest.result()
+    budget = _budget(model, start.kv_budget_bytes)
+    limits = Limits(
+        max_rows=start.max_rows,
+        max_itl_ms=start.max_itl_ms,
+        max_chunk=start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU),
+    )
+    costs = CostModel()
+    engine = Engine(model, capabilities, Scheduler(limits, budget, costs), costs, link.inbox, link)
+    lane = "slots" if capabilities.slots else "solo"
+    log.info("loaded %s in %.1f s: %s, %s lane, %s", folder.name, time.monotonic() - began, model.dtype, lane, blas)
+    if capabilities.reason:
+        log.warning("no batched forward for this model: %s", capabilities.reason)
+    if not capabilities.pipelined:
+        log.warning("cache writes are copied while a step is in flight; steps run one by one")
+    link.send(
+        Ready(
+            ModelInfo(
+                context_length=model.context_length,
+                vocab_size=model.vocab_size,
+                lane=lane,
+                lane_reason=capabilities.reason,
+                cache_kinds=sorted(set(model.kinds)),
+                dtype=model.dtype,
+                device=f"{mx.default_device().type.name} ({platform.machine()})",
+                blas=blas if model.on_cpu else "",
+                kv_bytes_per_token=budget.kv_bytes_per_token,
+                max_rows=start.max_rows,
+                fingerprint=content,
+            )
+        )
+    )
+    return engine
+
+
+def _budget(model: LoadedModel, asked: int) -> MemoryBudget:
+    usable = mx.device_info().get("max_recommended_working_set_size") if not model.on_cpu else None
+    limit = int(usable * 0.9 if isinstance(usable, int) else total_memory() * 0.7) - model.weight_bytes
+    return MemoryBudget(
+        kv_bytes_per_token=sum(spec.token_bytes for spec in model.specs if spec.capacity is None),
+        window_bytes_per_row=sum(spec.token_bytes * spec.capacity for spec in model.specs if spec.capacity is not None),
+        limit_bytes=asked or max(limit, LEAST_KV_BYTES),
+    )

@@ -1,0 +1,324 @@
+"""The engine loop: take messages, plan a step, read prompts, draw tokens, tell the clients. One thread owns it all.
+
+A decode step is dispatched before the one ahead of it has been read ("in flight"), which hides Python behind the
+device. Rows join and leave only when nothing is in flight; a step whose draw depends on earlier tokens (penalties)
+waits for them. Every request ends in exactly one place, ``_end``.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import msgspec
+
+from kvarn.engine.link import Outbox
+from kvarn.engine.sequence import Sequence
+from kvarn.model.forwards import decode, prefill
+from kvarn.model.load import LoadedModel
+from kvarn.model.probe import Capabilities
+from kvarn.model.upstream import cache_bytes, new_cache
+from kvarn.sample.sampler import BatchSampler, Picks
+from kvarn.schedule.costs import CostModel
+from kvarn.schedule.scheduler import NeverFits, Scheduler
+from kvarn.types import Delta, ErrorKind, Finish, PrefillChunk, Request, StepPlan, TokenLogprob
+from kvarn.wire import Beat, Cancel, Deltas, Failed, Stop, Submit, ToEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A dispatched decode step whose tokens have not been read yet."""
+
+    rows: tuple[str, ...]
+    picks: Picks
+    context_tokens: int
+    dispatched: float
+    """Seconds, monotonic."""
+
+
+class Engine:
+    """Runs requests from ``inbox`` until a Stop arrives; results go to ``outbox``."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        capabilities: Capabilities,
+        scheduler: Scheduler,
+        costs: CostModel,
+        inbox: queue.SimpleQueue[ToEngine],
+        outbox: Outbox,
+    ) -> None:
+        self._model = model
+        self._capabilities = capabilities
+        self._scheduler = scheduler
+        self._costs = costs
+        self._inbox = inbox
+        self._outbox = outbox
+        self._lane = capabilities.lane(model)
+        self._sequences: dict[str, Sequence] = {}
+        self._leaving: list[str] = []
+        self._flight: Flight | None = None
+        self._sampler: tuple[tuple[str, ...], BatchSampler] | None = None
+        self._last_read = 0.0
+        self._steps = 0
+        self._stopping = False
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until a Stop arrives, then cancel what is left."""
+        while not self._stopping:
+            self.turn()
+        self._settle()
+        for name in list(self._sequences):
+            self._end(name, Finish.CANCELLED)
+        self._free_leavers()
+        self._report()
+
+    def turn(self) -> None:
+        """One round of the loop: at most one step is planned, dispatched and read."""
+        self._receive()
+        if self._leaving:
+            self._settle()
+            self._free_leavers()
+        plan = self._scheduler.plan(time.monotonic())
+        if self._flight is not None and not self._can_follow(self._flight, plan):
+            self._settle()
+        elif not plan.empty:
+            self._execute(plan)
+        self._report()
+
+    def _receive(self) -> None:
+        idle = self._flight is None and not self._leaving and self._scheduler.idle
+        while not self._stopping:
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            match message:
+                case Submit(request):
+                    self._submit(request)
+                case Cancel(name):
+                    self._end(name, Finish.CANCELLED)
+                case Stop():
+                    self._stopping = True
+
+    def _submit(self, request: Request) -> None:
+        if request.id in self._sequences:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        params = request.params
+        if not request.tokens or params.max_tokens < 1:
+            self._refuse(request.id, "a request needs at least one prompt token and max_tokens of at least 1")
+        elif len(request.tokens) + params.max_tokens > self._model.context_length:
+            self._refuse(request.id, f"prompt and max_tokens exceed the context of {self._model.context_length} tokens")
+        elif not all(0 <= token < self._model.vocab_size for token in request.tokens):
+            self._refuse(request.id, f"prompt has a token id outside 0..{self._model.vocab_size - 1}")
+        else:
+            try:
+                self._scheduler.add(
+                    request.id,
+                    len(request.tokens),
+                    params.max_tokens,
+                    request.priority,
+                    request.client,
+                    time.monotonic(),
+                )
+            except NeverFits as error:
+                self._refuse(request.id, str(error))
+            else:
+                self._sequences[request.id] = Sequence(request)
+
+    def _refuse(self, name: str, message: str) -> None:
+        self._outbox.send(Failed(name, ErrorKind.INVALID, message))
+
+    # --- a step -----------------------------------------------------------------------------------------------
+
+    def _can_follow(self, flight: Flight, plan: StepPlan) -> bool:
+        """Whether ``plan`` may be dispatched while ``flight`` is unread: same rows, no rows about to end."""
+        return (
+            self._capabilities.pipelined
+            and plan.rows == flight.rows
+            and not plan.prefill
+            and not plan.preempt
+            and not self._sampler_for(plan.rows).needs_history
+            and not self._scheduler.suspects
+            and all(self._sequences[name].remaining > 1 for name in plan.rows)
+        )
+
+    def _execute(self, plan: StepPlan) -> None:
+        ahead, self._flight = self._flight, None
+        rows = list(self._scheduler.rows)
+        for name in plan.preempt:
+            if name in rows:
+                self._lane.release(rows.index(name))
+                rows[rows.index(name)] = rows[-1]
+                rows.pop()
+            self._sequences[name].cache = None
+        plan = msgspec.structs.replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
+        batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
+        failure: Exception | None = None
+        try:
+            self._flight = self._dispatch(batch, ahead) if batch else None
+        except Exception as error:  # model code raises what it likes; the batch is rebuilt and one request pays
+            failure = error
+        self._scheduler.commit(plan)
+        self._steps += 1
+        if failure is not None:
+            self._recover(batch, failure)
+        elif ahead is not None:
+            self._read(ahead)
+
+    def _prefill(self, chunk: PrefillChunk) -> bool:
+        """Run one chunk, adopting the prompt after its last. False: it failed, and the client has been told."""
+        sequence = self._sequences[chunk.id]
+        if sequence.ended:  # an earlier chunk of this very step failed
+            return False
+        if chunk.start == 0:
+            sequence.cache = new_cache(self._model.network)
+        assert sequence.cache is not None
+        started = time.monotonic()
+        try:
+            prefill(self._model.network, sequence.cache, sequence.tokens[chunk.start : chunk.end])
+            if chunk.last:
+                self._lane.adopt(sequence.cache, chunk.end)
+                sequence.cache = None
+        except Exception as error:  # model code raises what it likes; only this request needs what failed
+            log.exception("prefill of request %s failed", chunk.id)
+            self._end(chunk.id, error)
+            return False
+        if chunk.end > chunk.start:
+            elapsed = (time.monotonic() - started) * 1000
+            self._costs.observe_prefill(chunk.start, chunk.end - chunk.start, elapsed)
+        return True
+
+    def _dispatch(self, rows: tuple[str, ...], ahead: Flight | None) -> Flight:
+        sequences = [self._sequences[name] for name in rows]
+        sampler = self._sampler_for(rows)
+        context_tokens = sum(self._lane.lengths)
+        dispatched = time.monotonic()
+        if ahead is not None:
+            tokens, unread = ahead.picks.tokens, 1
+        else:
+            tokens, unread = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.int32), 0
+        logits = decode(self._model.network, self._lane, tokens)
+        picks = sampler(
+            logits,
+            [len(sequence.tokens) + unread for sequence in sequences],
+            [sequence.tokens for sequence in sequences] if sampler.needs_history else None,
+            [sequence.prompt_length for sequence in sequences],
+        )
+        mx.async_eval(*picks.arrays(), *self._lane.arrays())
+        return Flight(rows, picks, context_tokens, dispatched)
+
+    def _sampler_for(self, rows: tuple[str, ...]) -> BatchSampler:
+        if self._sampler is None or self._sampler[0] != rows:
+            params = [self._sequences[name].request.params for name in rows]
+            self._sampler = (rows, BatchSampler(params, self._model.vocab_size))
+        return self._sampler[1]
+
+    # --- results ----------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Read the step in flight, if any: afterwards rows may join and leave."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._read(flight)
+
+    def _read(self, flight: Flight) -> None:
+        try:
+            mx.eval(flight.picks.arrays())
+        except Exception as error:  # a lazy forward raises when it is evaluated
+            self._flight = None
+            self._recover(flight.rows, error)
+            return
+        now = time.monotonic()
+        milliseconds = (now - max(flight.dispatched, self._last_read)) * 1000
+        self._last_read = now
+        self._costs.observe_decode(len(flight.rows), flight.context_tokens, milliseconds)
+        tokens, bad = flight.picks.tokens.tolist(), flight.picks.bad.tolist()
+        deltas = []
+        for row, name in enumerate(flight.rows):
+            sequence = self._sequences[name]
+            if sequence.ended:
+                continue
+            self._scheduler.proven(name)
+            if bad[row]:
+                sequence.poisoned = True
+                self._end(name, ArithmeticError("the model produced logits that are not finite"))
+                continue
+            logprob = self._logprob(flight.picks, row, sequence)
+            kept, finish = sequence.commit(tokens[row])
+            told = [logprob] if kept and logprob is not None else None
+            deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told))
+            if finish is not None:
+                self._leave(name)
+        if deltas:
+            self._outbox.send(Deltas(deltas))
+
+    def _logprob(self, picks: Picks, row: int, sequence: Sequence) -> TokenLogprob | None:
+        asked = sequence.request.params.logprobs
+        return None if asked is None else picks.logprobs_of(row, asked)
+
+    # --- endings ----------------------------------------------------------------------------------------------
+
+    def _end(self, name: str, why: Finish | Exception) -> None:
+        """Tell the client that its request is over without a token, and let it go. An unknown name is already over."""
+        sequence = self._sequences.get(name)
+        if sequence is None or sequence.ended:
+            return
+        if isinstance(why, Finish):
+            self._outbox.send(Deltas([Delta(name, [], why)]))
+        else:
+            self._outbox.send(Failed(name, ErrorKind.ENGINE, f"the engine could not go on with this request: {why}"))
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        self._sequences[name].ended = True
+        self._leaving.append(name)
+
+    def _free_leavers(self) -> None:
+        """Give back everything that ended requests hold. Nothing may be in flight."""
+        leaving, self._leaving = self._leaving, []
+        for name in leaving:
+            sequence = self._sequences.pop(name)
+            if name in self._scheduler.rows:
+                self._lane.release(self._scheduler.rows.index(name), scrub=sequence.poisoned)
+            self._scheduler.remove(name)
+
+    def _recover(self, rows: tuple[str, ...], error: Exception) -> None:
+        """A decode step failed: rebuild the batch, and let the request that is to blame pay, not its neighbours.
+
+        A lone row is to blame, and so is a row on probation. Otherwise nobody is known to be: all rows are recomputed
+        and join again one by one, on probation until a step has succeeded with them.
+        """
+        log.error("decode step with %d rows failed", len(rows), exc_info=error)
+        suspects = [name for name in rows if name in self._scheduler.suspects]
+        guilty = rows[0] if len(rows) == 1 else suspects[0] if len(suspects) == 1 else None
+        self._flight = self._sampler = None
+        self._lane = self._capabilities.lane(self._model)
+        now = time.monotonic()
+        for name in rows:
+            sequence = self._sequences[name]
+            self._scheduler.requeue(name, len(sequence.tokens), now, probation=guilty is None)
+            sequence.cache = None
+            if name == guilty:
+                self._end(name, error)
+
+    # --- load -------------------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        prompts = sum(cache_bytes(s.cache) for s in self._sequences.values() if s.cache is not None)
+        self._outbox.report(
+            Beat(
+                step=self._steps,
+                running=self._scheduler.running,
+                waiting=self._scheduler.waiting,
+                kv_bytes=self._lane.nbytes + prompts,
+            )
+        )

@@ -1,0 +1,36 @@
+"""The engine process from its first message to its exit.
+
+mlx is imported only after the BLAS has been prepared, which must come first (see model/blas.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+from kvarn.engine.link import Link
+from kvarn.model import blas
+from kvarn.wire import VERSION, Fatal, Start
+
+log = logging.getLogger(__name__)
+
+
+def serve(connection: socket.socket) -> int:
+    """Serve one front end over ``connection`` until it goes or says Stop; returns the exit code."""
+    link = Link(connection)
+    link.start()
+    try:
+        start = link.inbox.get()
+        if not isinstance(start, Start) or start.version != VERSION:
+            raise ValueError(f"the first message must be a Start of version {VERSION}, got {start!r}")
+        library = blas.prepare()
+        from kvarn.engine.boot import boot
+
+        boot(start, library, link).run()
+    except Exception as error:  # the last stop of the process: the front end must hear why before it goes
+        log.exception("the engine cannot go on")
+        link.send(Fatal(str(error) or type(error).__name__))
+        return 1
+    finally:
+        link.close()
+    return 0

@@ -1,0 +1,117 @@
+"""From what the client sent to prompt tokens that fit the model's context.
+
+Runs in a text thread. A text that is far too long is refused after reading a part of it, so that the refusal is quick
+whatever the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvarn.http.errors import ApiError, bad_value
+from kvarn.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from kvarn.text.tokenizer import TemplateError, Tokenizer
+from kvarn.types import ModelInfo
+
+CHARACTERS_PER_TOKEN = 4
+"""Texts shorter than this many characters per token of context are simply tokenised."""
+PIECE = 16_384
+"""Characters tokenised at a time when only counting."""
+PIECE_SLACK = 8
+"""Tokens that a cut between pieces, and what a tokenizer puts first, may add."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt ready for the engine. ``echo`` is its text where the client wants it repeated, else empty."""
+
+    tokens: list[int]
+    echo: str
+    max_tokens: int
+
+
+def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
+    """Refuse without reading the prompt what no prompt could make valid. Raises ApiError 400."""
+    wanted = asked.wanted_tokens
+    if wanted is not None and wanted >= info.context_length:
+        raise _too_many(asked, wanted, info.context_length, 1)
+    for token in asked.logit_bias:
+        if token >= info.vocab_size:
+            raise bad_value("logit_bias", str(token), f"token ids below {info.vocab_size}")
+
+
+def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
+    """Apply the template and tokenise. Raises ApiError 400."""
+    contents = [str(message["content"]) for message in asked.messages]
+    if _surely_longer(tokenizer, contents, info.context_length):
+        raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
+    try:
+        tokens = tokenizer.chat_tokens(asked.messages)
+    except TemplateError as error:
+        raise ApiError(400, f"messages: {error}", param="messages", code="template_error") from error
+    return [_checked(asked, "messages", tokens, "", info.context_length)]
+
+
+def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
+    """Tokenise what is text, check what is token ids. Raises ApiError 400."""
+    return [_completion_prompt(asked, prompt, tokenizer, info) for prompt in asked.prompt]
+
+
+def _completion_prompt(
+    asked: CompletionRequest, prompt: str | tuple[int, ...], tokenizer: Tokenizer, info: ModelInfo
+) -> Prompt:
+    if isinstance(prompt, str):
+        if _surely_longer(tokenizer, [prompt], info.context_length):
+            raise _prompt_too_long("prompt", f"more than {info.context_length}", info.context_length)
+        tokens = tokenizer.encode(prompt)
+        return _checked(asked, "prompt", tokens, prompt if asked.echo else "", info.context_length)
+    if len(prompt) >= info.context_length:
+        raise _prompt_too_long("prompt", str(len(prompt)), info.context_length)
+    for token in prompt:
+        if not 0 <= token < info.vocab_size:
+            raise bad_value("prompt", token, f"token ids from 0 to {info.vocab_size - 1}")
+    echo = tokenizer.decode(prompt) if asked.echo else ""
+    return _checked(asked, "prompt", list(prompt), echo, info.context_length)
+
+
+def _checked(asked: GenerationRequest, param: str, tokens: list[int], echo: str, context: int) -> Prompt:
+    if not tokens:
+        raise bad_value(param, "", "not empty")
+    if len(tokens) >= context:
+        raise _prompt_too_long(param, str(len(tokens)), context)
+    room = context - len(tokens)
+    wanted = asked.wanted_tokens
+    if wanted is not None and wanted > room:
+        raise _too_many(asked, wanted, context, len(tokens))
+    return Prompt(tokens, echo, room if wanted is None else wanted)
+
+
+def _prompt_too_long(param: str, size: str, context: int) -> ApiError:
+    message = f"{param}: must have at most {context - 1} tokens (the model's context is {context}), got {size}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def _too_many(asked: GenerationRequest, wanted: int, context: int, prompt_tokens: int) -> ApiError:
+    param = "max_completion_tokens" if getattr(asked, "max_completion_tokens", None) else "max_tokens"
+    allowed = f"must be at most {context - prompt_tokens} here, got {wanted}"
+    why = f"the model's context is {context} tokens and the prompt has at least {prompt_tokens}"
+    message = f"{param}: {allowed}; {why}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def _surely_longer(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> bool:
+    if sum(map(len, texts)) <= CHARACTERS_PER_TOKEN * context:
+        return False
+    count = 0
+    for piece in _pieces(texts):
+        count += max(0, len(tokenizer.encode(piece)) - PIECE_SLACK)
+        if count > context:
+            return True
+    return False
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), PIECE):
+            yield text[start : start + PIECE]

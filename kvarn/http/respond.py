@@ -1,0 +1,157 @@
+"""The path shared by chat and plain completions: admit, tokenise, submit, then stream or collect.
+
+The routes differ in how they read prompts and how they render answers; both come in from outside.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Send
+
+from kvarn.client import EngineError
+from kvarn.http.errors import from_engine
+from kvarn.http.generation import Generation, Piece, Usage
+from kvarn.http.prompts import Prompt, check_limits
+from kvarn.http.schemas import GenerationRequest
+from kvarn.http.service import Service
+from kvarn.http.sse import EventStream, WatchedResponse, send_json
+from kvarn.text.tokenizer import Tokenizer
+from kvarn.types import ModelInfo, Request, TokenLogprob
+
+ReadPrompts = Callable[[Tokenizer, ModelInfo], list[Prompt]]
+
+
+@dataclass(slots=True)
+class Collected:
+    """One whole choice."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Rendering(Protocol):
+    """How a route's answers look. Payloads are plain JSON values."""
+
+    def opening(self, choice: int) -> dict[str, object] | None:
+        """The chunk that comes before a choice's first text, if there is one."""
+
+    def chunk(self, piece: Piece) -> dict[str, object]:
+        """One piece as a stream chunk."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, object]:
+        """The extra chunk for include_usage."""
+
+    def whole(self, choices: list[Collected], usage: Usage) -> dict[str, object]:
+        """The response of a request that does not stream."""
+
+
+RenderingOf = Callable[[str, Tokenizer, ModelInfo, list[Prompt]], Rendering]
+
+
+def respond(
+    http: HttpRequest,
+    service: Service,
+    asked: GenerationRequest,
+    count: int,
+    read_prompts: ReadPrompts,
+    rendering_of: RenderingOf,
+) -> WatchedResponse:
+    """Answer a checked request. ``count`` is how many answers it asks for in all."""
+
+    async def work(send: Send) -> None:
+        tokenizer, info = service.ready()
+        check_limits(asked, info)
+        with service.permit(count):
+            prompts = await service.in_text_thread(lambda: read_prompts(tokenizer, info))
+            base = uuid.uuid4().hex
+            requests = _requests(base, asked, prompts, sorted(tokenizer.eos_token_ids), _client_name(http, asked))
+            rendering = rendering_of(base, tokenizer, info, prompts)
+            async with Generation(service.client, tokenizer, requests, asked.stop, asked.n) as generation:
+                try:
+                    if asked.stream:
+                        await _stream(send, generation, rendering, asked.include_usage)
+                    else:
+                        await _collect(send, generation, rendering, count)
+                finally:
+                    _note(http, base, asked, requests, generation)
+
+    return WatchedResponse(work)
+
+
+def _requests(
+    base: str, asked: GenerationRequest, prompts: list[Prompt], ends: list[int], client: str
+) -> list[Request]:
+    return [
+        Request(
+            id=f"{base}-{number * asked.n + choice}",
+            tokens=prompt.tokens,
+            params=asked.sampling(prompt.max_tokens, choice, ends),
+            client=client,
+        )
+        for number, prompt in enumerate(prompts)
+        for choice in range(asked.n)
+    ]
+
+
+def _client_name(http: HttpRequest, asked: GenerationRequest) -> str:
+    return asked.user or (http.client.host if http.client is not None else "")
+
+
+async def _collect(send: Send, generation: Generation, rendering: Rendering, count: int) -> None:
+    choices = [Collected() for _ in range(count)]
+    texts: list[list[str]] = [[] for _ in range(count)]
+    try:
+        async for piece in generation:
+            texts[piece.choice].append(piece.text)
+            choices[piece.choice].logprobs.extend(piece.logprobs)
+            choices[piece.choice].finish = piece.finish
+    except EngineError as error:
+        raise from_engine(error) from error
+    for choice, parts in zip(choices, texts, strict=True):
+        choice.text = "".join(parts)
+    await send_json(send, rendering.whole(choices, generation.usage()))
+
+
+async def _stream(send: Send, generation: Generation, rendering: Rendering, include_usage: bool) -> None:
+    events = EventStream(send)
+    opened: set[int] = set()
+    try:
+        async for piece in generation:
+            if piece.choice not in opened:
+                opened.add(piece.choice)
+                if (opening := rendering.opening(piece.choice)) is not None:
+                    await events.event(opening)
+            if piece.text or piece.logprobs or piece.finish:
+                await events.event(rendering.chunk(piece))
+    except EngineError as error:
+        if not events.started:
+            raise from_engine(error) from error
+        await events.error(from_engine(error))
+        return
+    if include_usage:
+        await events.event(rendering.usage_chunk(generation.usage()))
+    await events.done()
+
+
+def _note(
+    http: HttpRequest, base: str, asked: GenerationRequest, requests: list[Request], generation: Generation
+) -> None:
+    """Add to the request's log line what is needed to judge it and to run it again."""
+    usage = generation.usage()
+    first = generation.first_seconds
+    http.scope.setdefault("kvarn.log", {}).update(
+        completion=base,
+        stream=asked.stream,
+        choices=len(requests),
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        ttft=round(first, 4) if first is not None else None,
+        seed=requests[0].params.seed,
+    )

@@ -1,0 +1,289 @@
+"""What clients may send: fields, ranges, and the parameters that are refused because nothing implements them.
+
+Values are strict (no "5" for 5). A field that is null counts as absent. Unknown fields are ignored and counted; known
+ones with a meaning that is not implemented get a 400 unless their value asks for nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kvarn.http.errors import ApiError, bad_value, missing, unsupported
+from kvarn.http.messages import Message, read_messages
+from kvarn.types import SamplingParams
+
+SEED_MASK = 2**64 - 1
+MOST_STOPS = 16
+
+Neutral = Callable[[object], bool]
+R = TypeVar("R", bound="GenerationRequest")
+
+
+def _one_of(*values: object) -> Neutral:
+    return lambda value: any(value == allowed and type(value) is type(allowed) for allowed in values)
+
+
+def _never(_value: object) -> bool:
+    return False
+
+
+def _empty(value: object) -> bool:
+    return value in ([], {}, "")
+
+
+def _plain_text_format(value: object) -> bool:
+    return value == {"type": "text"}
+
+
+NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
+    "tools": (_empty, "no tools"),
+    "tool_choice": (_one_of("none", "auto"), '"none" or "auto"'),
+    "functions": (_empty, "no functions"),
+    "function_call": (_one_of("none", "auto"), '"none" or "auto"'),
+    "response_format": (_plain_text_format, '{"type": "text"}'),
+    "audio": (_empty, "no audio"),
+    "modalities": (lambda value: value == ["text"], '["text"]'),
+    "prediction": (_empty, "no prediction"),
+    "web_search_options": (_never, "no web search"),
+    "reasoning_effort": (_one_of("none"), '"none"'),
+    "verbosity": (_one_of("medium"), '"medium"'),
+    "store": (_one_of(False), "false"),
+    "best_of": (_one_of(1), "1"),
+    "suffix": (_empty, "no suffix"),
+    "min_tokens": (_one_of(0), "0"),
+    "stop_token_ids": (_empty, "none"),
+    "include_stop_str_in_output": (_one_of(False), "false"),
+    "bad_words": (_empty, "none"),
+    "prompt_logprobs": (_one_of(False, 0), "none"),
+    "typical_p": (_one_of(1, 1.0), "1"),
+    "length_penalty": (_one_of(1, 1.0), "1"),
+    "use_beam_search": (_one_of(False), "false"),
+    "mirostat": (_one_of(0), "0"),
+    "xtc_probability": (_one_of(0, 0.0), "0"),
+    "dry_multiplier": (_one_of(0, 0.0), "0"),
+    "truncate_prompt_tokens": (_never, "none"),
+    "chat_template": (_never, "the model's own template"),
+    "chat_template_kwargs": (_empty, "none"),
+    "add_generation_prompt": (_one_of(True), "true"),
+    "continue_final_message": (_one_of(False), "false"),
+    "documents": (_empty, "none"),
+    "grammar": (_empty, "no grammar"),
+    "json_schema": (_empty, "no schema"),
+    "structured_outputs": (_empty, "none"),
+    "guided_json": (_empty, "none"),
+    "guided_regex": (_empty, "none"),
+    "guided_choice": (_empty, "none"),
+    "guided_grammar": (_empty, "none"),
+}
+"""Parameter → does this value ask for nothing, and what is allowed."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """The fields that chat and plain completions share. Descriptions complete "must be …"."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    model: str = Field("", description="a string")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
+    temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
+    top_k: int = Field(0, ge=-1, le=2**31 - 1, description="an integer of at least 1, or 0 or -1 for no limit")
+    min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
+    stop: tuple[str, ...] = Field((), description=f"a non-empty string or a list of at most {MOST_STOPS} of them")
+    seed: int | None = Field(None, description="an integer")
+    n: int = Field(1, ge=1, le=16, description="an integer from 1 to 16")
+    logit_bias: dict[int, float] = Field(
+        default_factory=dict, description="an object of token ids, as strings, to numbers from -100 to 100"
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="a number above 0, at most 100")
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
+    user: str = Field("", description="a string")
+    ignore_eos: bool = Field(False, description="true or false")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: object) -> object:
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or len(stops) > MOST_STOPS:
+            raise ValueError
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError
+        return tuple(stops)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _biases(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError
+        biases: dict[int, float] = {}
+        for key, bias in value.items():
+            if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9):
+                raise bad_value("logit_bias", key, "an object whose keys are token ids as strings")
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                raise bad_value(f"logit_bias.{key}", bias, "a number from -100 to 100")
+            biases[int(key)] = float(bias)
+        return biases
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise bad_value("stream_options", self.stream_options.model_dump(), "absent unless stream is true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Most tokens to generate as the client said it; None when it did not."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """None: none wanted; else how many alternatives."""
+        return None
+
+    def sampling(self, max_tokens: int, choice: int, ends: Sequence[int]) -> SamplingParams:
+        """Parameters of choice ``choice``: its seed is the given one plus ``choice``, or a random one.
+
+        ``ends`` are the token ids that end an answer.
+        """
+        seed = secrets.randbits(64) if self.seed is None else (self.seed + choice) & SEED_MASK
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            seed=seed,
+            logprobs=self.wanted_logprobs,
+            stop_token_ids=list(ends),
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: tuple[Message, ...] = Field(description="a non-empty list of messages")
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
+    logprobs: bool = Field(False, description="true or false")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="an integer from 0 to 20")
+
+    @field_validator("messages", mode="plain")
+    @classmethod
+    def _messages(cls, value: object) -> tuple[Message, ...]:
+        return read_messages(value)
+
+    @model_validator(mode="after")
+    def _chat_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_value("top_logprobs", self.top_logprobs, "0 or absent unless logprobs is true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            allowed = f"equal to max_completion_tokens ({self.max_completion_tokens}) when both are given"
+            raise bad_value("max_tokens", self.max_tokens, allowed)
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: tuple[str | tuple[int, ...], ...] = Field(
+        description="a string, a list of strings, a list of token ids, or a list of such lists"
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(None, description="an integer from 0 to 5")
+    echo: bool = Field(False, description="true or false")
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _prompts(cls, value: object) -> tuple[str | tuple[int, ...], ...]:
+        return _read_prompts(value)
+
+    @model_validator(mode="after")
+    def _completion_together(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise unsupported("echo", True, "false when logprobs is given")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def _read_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(value, str):
+        prompts: list[object] = [value]
+    elif isinstance(value, list) and value and type(value[0]) is int:
+        prompts = [value]
+    elif isinstance(value, list) and value:
+        prompts = value
+    else:
+        raise _bad_prompt(value)
+    return tuple(_read_prompt(prompt, value) for prompt in prompts)
+
+
+def _read_prompt(prompt: object, whole: object) -> str | tuple[int, ...]:
+    if not prompt:
+        raise bad_value("prompt", whole, "not empty")
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return tuple(prompt)
+    raise _bad_prompt(whole)
+
+
+def _bad_prompt(value: object) -> ApiError:
+    return bad_value("prompt", value, str(CompletionRequest.model_fields["prompt"].description))
+
+
+def parse(kind: type[R], fields: Mapping[str, object]) -> R:
+    """Check a JSON object against ``kind``. Raises ApiError 400 naming the field, the value and what is allowed."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, (neutral, allowed) in NOT_IMPLEMENTED.items():
+        if name in given and name not in kind.model_fields and not neutral(given[name]):
+            raise unsupported(name, given[name], allowed)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _explained(kind, error, given) from error
+
+
+def unknown_fields(request: GenerationRequest) -> list[str]:
+    """Names that were ignored because nothing here knows them."""
+    return [name for name in (request.model_extra or {}) if name not in NOT_IMPLEMENTED]
+
+
+def _explained(kind: type[GenerationRequest], error: ValidationError, given: Mapping[str, object]) -> ApiError:
+    name = str(error.errors(include_url=False)[0]["loc"][0])
+    allowed = kind.model_fields[name].description or "valid"
+    return bad_value(name, given[name], allowed) if name in given else missing(name, allowed)

@@ -1,0 +1,86 @@
+"""Responses that watch their client: an answer in one piece or as server-sent events.
+
+A response here is a coroutine that writes to the connection while another task listens for the client's leaving; when
+that happens the work is cancelled at once. Nothing is buffered: every event is one write. The headers go out with the
+first event, so whatever fails before it still gets a real status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvarn.http.errors import ApiError
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+
+
+class WatchedResponse(Response):
+    """Runs ``work(send)`` until it is done or the client is gone; then the work is cancelled."""
+
+    def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._work(send))
+        watch = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            else:
+                scope.setdefault("kvarn.log", {})["client"] = "gone"
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            # Gathered, so that permits and engine requests are given back before the connection is let go.
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream:
+    """Writes server-sent events; the headers go out with the first one."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def event(self, payload: object) -> None:
+        """Write one JSON event now."""
+        await self._write(b"data: " + msgspec.json.encode(payload) + b"\n\n")
+
+    async def error(self, error: ApiError) -> None:
+        """Write an error event, which ends the stream without [DONE]."""
+        await self._write(b"data: " + error.body() + b"\n\n", last=True)
+
+    async def done(self) -> None:
+        """Write [DONE] and end the stream."""
+        await self._write(DONE, last=True)
+
+    async def _write(self, data: bytes, *, last: bool = False) -> None:
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+async def send_json(send: Send, payload: object) -> None:
+    """A whole 200 response."""
+    body = msgspec.json.encode(payload)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,1 @@
+"""Where models come from: hub downloads, local folders, GGUF files and the demo. Nothing here imports mlx."""

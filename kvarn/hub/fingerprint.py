@@ -1,0 +1,105 @@
+"""The content fingerprint of a model folder: which weights and config exactly.
+
+Two fine-tunes share names, sizes and headers, so only the content tells them apart. Digests of big files are kept in
+the cache by (path, size, modification time, inode): a start does not read gigabytes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from kvarn.hub.cache import cache_root
+from kvarn.hub.progress import Progress
+
+CHUNK = 1 << 22
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+
+Identity = tuple[str, int, int, int]
+"""Path, size in bytes, modification time in ns, inode."""
+
+
+class DigestMemo(msgspec.Struct):
+    """What the cache remembers: digest by identity, as JSON."""
+
+    digests: list[tuple[Identity, str]] = []
+
+
+def folder_fingerprint(folder: Path, progress: Progress) -> str:
+    """sha256, hex, over config.json and every *.safetensors file of a folder, names included."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    total = hashlib.sha256()
+    digests = _digest_all(files, progress)
+    for file in files:
+        total.update(f"{file.name}\0{digests[file]}\0".encode())
+    return total.hexdigest()
+
+
+def file_digest(file: Path, progress: Progress) -> str:
+    """sha256 of a file, hex, remembered between starts."""
+    return _digest_all([file], progress)[file]
+
+
+def _digest_all(files: list[Path], progress: Progress) -> dict[Path, str]:
+    memo = _read_memo()
+    found: dict[Path, str] = {}
+    unread: dict[Path, Identity] = {}
+    for file in files:
+        identity = _identity(file)
+        known = _blob_digest(file) or memo.get(identity)
+        if known is None:
+            unread[file] = identity
+        else:
+            found[file] = known
+    if unread:
+        with progress.bar("Reading weights for their fingerprint", sum(i[1] for i in unread.values()), "B") as advance:
+            for file, identity in unread.items():
+                digest = hashlib.sha256()
+                with file.open("rb") as content:
+                    while chunk := content.read(CHUNK):
+                        digest.update(chunk)
+                        advance(len(chunk))
+                found[file] = memo[identity] = digest.hexdigest()
+        _write_memo(memo)
+    return found
+
+
+def _identity(file: Path) -> Identity:
+    stat = file.stat()
+    return str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _blob_digest(file: Path) -> str | None:
+    """The hub's cache links to blobs named by their sha256 (large files only; small ones by a shorter git id)."""
+    if not file.is_symlink():
+        return None
+    target = Path(os.readlink(file))
+    return target.name if target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name) else None
+
+
+def _memo_path() -> Path:
+    return cache_root() / "digests.json"
+
+
+def _read_memo() -> dict[Identity, str]:
+    try:
+        return dict(msgspec.json.decode(_memo_path().read_bytes(), type=DigestMemo).digests)
+    except (OSError, msgspec.MsgspecError):
+        # Absent or damaged: it only saves time, and is written anew.
+        return {}
+
+
+def _write_memo(memo: dict[Identity, str]) -> None:
+    """Keep what still exists. Two processes at once: the last one wins, which costs a later start some reading."""
+    current = [(i, d) for i, d in memo.items() if Path(i[0]).exists()]
+    path = _memo_path()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".digests-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(msgspec.json.encode(DigestMemo(current)))
+    os.replace(temporary, path)

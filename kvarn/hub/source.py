@@ -1,0 +1,95 @@
+"""From the name a user gives to a model folder on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+
+from kvarn.hub.cache import build_once
+from kvarn.hub.demo import WHEEL_MODELS, wheel_model
+from kvarn.hub.errors import SourceError
+from kvarn.hub.fingerprint import file_digest
+from kvarn.hub.gguf import FORMAT, convert_gguf
+from kvarn.hub.progress import Progress
+
+ALLOWED = "demo, gemma3-270m, an MLX folder (config.json and *.safetensors), a .gguf file, or a hub name (owner/model)"
+
+HUB_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
+"""What of a hub repository is fetched: weights and tokenizer, no code."""
+
+
+class ResolvedModel(msgspec.Struct, frozen=True):
+    """A model on this machine: the name clients see by default, and its MLX folder."""
+
+    name: str
+    path: Path
+
+
+def resolve(name: str, progress: Progress) -> ResolvedModel:
+    """Find, fetch or convert a model. Raises SourceError, which names what was given and what is allowed."""
+    if name in WHEEL_MODELS:
+        return ResolvedModel(name, wheel_model(WHEEL_MODELS[name], progress))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.suffix == ".gguf":
+        return _gguf(name, path, progress)
+    if path.exists():
+        raise SourceError(f"model {name!r} is a file; allowed are {ALLOWED}")
+    return ResolvedModel(name, _hub(name, progress))
+
+
+def _folder(name: str, path: Path) -> ResolvedModel:
+    if not (path / "config.json").is_file():
+        raise SourceError(f"model {name!r} has no config.json; allowed are {ALLOWED}")
+    if not any(path.glob("*.safetensors")):
+        raise SourceError(f"model {name!r} has no *.safetensors; allowed are {ALLOWED}")
+    return ResolvedModel(path.resolve().name, path.resolve())
+
+
+def _gguf(name: str, path: Path, progress: Progress) -> ResolvedModel:
+    if not path.is_file():
+        raise SourceError(f"model {name!r} does not exist; allowed are {ALLOWED}")
+    key = f"{path.stem}-{file_digest(path, progress)[:12]}-{FORMAT}"
+    return ResolvedModel(path.stem, build_once(key, lambda target: convert_gguf(path, target, progress), progress))
+
+
+def _hub(name: str, progress: Progress) -> Path:
+    """A hub repository's snapshot. Without a network, the one fetched before."""
+    if name.count("/") != 1:
+        raise SourceError(f"model {name!r} does not exist; allowed are {ALLOWED}")
+    if not progress.visible:
+        disable_progress_bars()
+    try:
+        folder = Path(_snapshot(name))
+    except HFValidationError as error:
+        raise SourceError(f"model {name!r} is not a hub name: {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(f"hub model {name!r} has no *.safetensors; allowed are {ALLOWED}")
+    return folder
+
+
+def _snapshot(name: str) -> str:
+    try:
+        return snapshot_download(name, allow_patterns=HUB_FILES)
+    except HFValidationError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        try:
+            return snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise SourceError(
+                f"hub model {name!r} could not be fetched and was not fetched before: {error}; allowed are {ALLOWED}"
+            ) from error

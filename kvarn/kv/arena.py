@@ -1,0 +1,123 @@
+"""All layers' slots together: rows join (adopt), leave (release), and the arrays grow.
+
+Live rows are always 0..n-1: a row that leaves is filled by moving the last one, so a forward reads a prefix of each
+array. Growth and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
+leaves no lazy reader behind that would keep the next write from happening in place. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from kvarn.kv.rows import Rows
+from kvarn.kv.slots import Slot
+from kvarn.schedule.budget import capacity_bucket, row_bucket
+
+RING_SLACK = 32
+"""Columns of a ring beyond its window: the most tokens one forward may write, so that a rollback never lost a key."""
+
+
+class LayerSpec(NamedTuple):
+    """What one layer stores per position and row."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: mx.Dtype
+    window: int | None
+    """Sliding-window size in tokens, or None for a plain layer."""
+
+    @property
+    def capacity(self) -> int | None:
+        """Columns of a sliding layer's ring; None for a plain layer, which grows."""
+        return None if self.window is None else self.window + RING_SLACK
+
+    @property
+    def token_bytes(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
+
+
+class LayerRow(NamedTuple):
+    """One layer of a finished prompt: the last m positions, in order, [1, heads, m, dim] each."""
+
+    keys: mx.array
+    values: mx.array
+
+
+class Arena:
+    """The running batch's keys and values."""
+
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        self.rows = Rows()
+        self.slots: list[Slot] = []
+        self._specs = specs
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.rows.lengths
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+    def adopt(self, layers: Iterable[LayerRow], length: int) -> int:
+        """Copy a finished prompt into the next free row and return that row's number.
+
+        ``layers`` has one entry per layer, or none at all when ``length`` is 0. It is consumed one by one, so a
+        generator may drop each source as it goes. If it raises, the live rows are as they were.
+        """
+        row = len(self.lengths)
+        rows, capacity = row_bucket(row + 1), capacity_bucket(max([length + 1, *self.lengths]))
+        if not self.slots:
+            self.slots = [_empty_slot(self.rows, spec, rows, capacity) for spec in self._specs]
+        for slot in self.slots:
+            slot.resize(rows, capacity)
+        for slot, layer in zip(self.slots, layers, strict=length > 0):
+            slot.put(row, layer.keys, layer.values, length)
+            mx.eval(slot.keys, slot.values)
+        self.lengths.append(length)
+        return row
+
+    def release(self, row: int, scrub: bool = False) -> None:
+        """Free a row; the last row moves into its place. ``scrub`` zeroes what the row held (non-finite numbers)."""
+        last = len(self.lengths) - 1
+        if scrub:
+            for slot in self.slots:
+                slot.scrub(row)
+        if row != last:
+            for slot in self.slots:
+                lifted = slot.lift(last, self.lengths[last])
+                mx.eval(lifted)
+                slot.drop(row, lifted)
+                mx.eval(slot.keys, slot.values)
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        if not self.lengths:
+            self.slots.clear()  # an idle server holds no keys
+
+    def begin(self, columns: int) -> Sequence[Slot]:
+        """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
+        rows, capacity = row_bucket(len(self.lengths)), capacity_bucket(max(self.lengths) + columns)
+        for slot in self.slots:
+            slot.resize(rows, capacity)
+        self.rows.begin(columns)
+        return self.slots
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
+        self.rows.advance(counts)
+
+    def arrays(self) -> list[mx.array]:
+        """Every array a step must evaluate so that no lazy graph survives it."""
+        return [array for slot in self.slots for array in (slot.keys, slot.values)]
+
+
+def _empty_slot(rows: Rows, spec: LayerSpec, row_count: int, capacity: int) -> Slot:
+    keys, values = (
+        mx.zeros((row_count, spec.heads, spec.capacity or capacity, dim), dtype=spec.dtype)
+        for dim in (spec.key_dim, spec.value_dim)
+    )
+    return Slot(rows, keys, values, spec.window)

@@ -1,0 +1,92 @@
+"""Lengths of the live rows, and what one forward needs of them: offsets, write positions and masks.
+
+All layers share one Rows. Lengths are host ints; the device arrays are built fresh for each forward and never changed
+in place, so nothing small and lazy lives longer than a step. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import mlx.core as mx
+
+
+class Forward:
+    """The geometry of one forward of ``columns`` new tokens per row over rows of the given lengths.
+
+    Immutable. ``offset`` is int32 [n]; ``row`` int32 [n, 1]; positions are absolute, so a ring takes them modulo its
+    capacity.
+    """
+
+    def __init__(self, lengths: Sequence[int], columns: int) -> None:
+        self.n = len(lengths)
+        self.columns = columns
+        self.longest = max(lengths)
+        self.aligned = min(lengths) == self.longest
+        self._lengths = list(lengths)
+        self._masks: dict[tuple[int | None, int], mx.array | None] = {}
+
+    @cached_property
+    def offset(self) -> mx.array:
+        return mx.array(self._lengths, dtype=mx.int32)
+
+    @cached_property
+    def row(self) -> mx.array:
+        return mx.arange(self.n, dtype=mx.int32)[:, None]
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """Absolute positions written by this forward, int32 [n, columns]."""
+        return self.offset[:, None] + mx.arange(self.columns, dtype=mx.int32)[None]
+
+    def width(self, capacity: int) -> int:
+        """Columns of a slot that can hold anything a query of this forward may see."""
+        return min(self.longest + self.columns, capacity)
+
+    def mask(self, window: int | None, capacity: int) -> mx.array | None:
+        """Which column each query may see: bool [n, 1, columns, width], or None when every query sees all of them.
+
+        Column j of a row whose newest position is ``last`` holds position last - (last - j) mod capacity: true for a
+        ring, and for a plain slot (never full) too, where unused columns come out negative or beyond the query.
+        """
+        key = (window, capacity)
+        if key not in self._masks:
+            self._masks[key] = self._build_mask(window, capacity)
+        return self._masks[key]
+
+    def _build_mask(self, window: int | None, capacity: int) -> mx.array | None:
+        everything = window is None or self.longest < window
+        if self.columns == 1 and self.aligned and everything and self.longest < capacity:
+            return None
+        query = self.positions[:, :, None]
+        last = (self.offset + (self.columns - 1))[:, None, None]
+        column = mx.arange(self.width(capacity), dtype=mx.int32)[None, None]
+        held = last - (last - column) % capacity
+        seen = (held >= 0) & (held <= query)
+        if window is not None:
+            seen = seen & (held > query - window)
+        return seen[:, None]
+
+
+class Rows:
+    """Lengths of the live rows, kept compact at the front, and the geometry of the forward under way."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self._forward: Forward | None = None
+
+    def begin(self, columns: int) -> None:
+        """Start a forward of ``columns`` new tokens per row."""
+        self._forward = Forward(self.lengths, columns)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """End the forward: keep ``counts[i]`` of row i's new tokens. Keeping fewer than were written is the rollback."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self._forward = None
+
+    @property
+    def forward(self) -> Forward:
+        if self._forward is None:
+            raise RuntimeError("no forward under way: call begin() first")
+        return self._forward

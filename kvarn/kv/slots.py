@@ -1,0 +1,108 @@
+"""One layer's keys and values for all rows of the running batch, in the shape mlx-lm's models expect of a cache.
+
+Arrays are [rows, kv_heads, capacity, head_dim], each row aligned at position 0. A write is one scatter at
+(row, :, position), a read is the view [:n, :, :width], a rollback lowers an int in Rows. MLX updates in place only
+while nobody else holds the array, so no reference to ``keys`` or ``values`` may outlive a step (donation.py checks).
+Engine thread only.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from kvarn.kv.rows import Rows
+
+
+class Slot:
+    """A plain layer, or with ``window`` a sliding one: the same slot used as a ring of ``capacity`` columns."""
+
+    def __init__(self, rows: Rows, keys: mx.array, values: mx.array, window: int | None = None) -> None:
+        self.rows = rows
+        self.keys = keys
+        self.values = values
+        self.window = window
+
+    @property
+    def capacity(self) -> int:
+        return int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.keys.nbytes + self.values.nbytes)
+
+    # --- what models ask of a cache: offset, make_mask, update_and_fetch, keys_and_values ---
+
+    @property
+    def offset(self) -> mx.array:
+        """int32 [n]: absolute position of each row's first new token; constant during one forward."""
+        return self.rows.forward.offset
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:  # noqa: N803
+        """Mask for N new tokens per row; the argument names are mlx-lm's. See Forward.mask."""
+        return self.rows.forward.mask(window_size or self.window, self.capacity)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write [n, H, L, D] at each row's position and return views of everything written so far, [n, H, width, D]."""
+        forward = self.rows.forward
+        start = forward.longest
+        if forward.aligned and start + forward.columns <= self.capacity:
+            end = start + forward.columns
+            self.keys[: forward.n, :, start:end] = keys
+            self.values[: forward.n, :, start:end] = values
+        else:
+            column = forward.positions % self.capacity if self.window else forward.positions
+            self.keys[forward.row, :, column] = keys.swapaxes(1, 2)
+            self.values[forward.row, :, column] = values.swapaxes(1, 2)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        forward = self.rows.forward
+        n, width = forward.n, forward.width(self.capacity)
+        return self.keys[:n, :, :width], self.values[:n, :, :width]
+
+    # --- what the arena asks: put, move, scrub, resize ---
+
+    def put(self, row: int, keys: mx.array, values: mx.array, length: int) -> None:
+        """Fill a row with a finished prompt: [1, H, m, D] holding its last m positions, in order, of ``length``."""
+        kept = min(int(keys.shape[2]), self.capacity)
+        first = length - kept
+        written = 0
+        while written < kept:  # once for a plain slot; a ring may wrap once
+            column = (first + written) % self.capacity
+            count = min(kept - written, self.capacity - column)
+            skip = int(keys.shape[2]) - kept + written
+            self.keys[row : row + 1, :, column : column + count] = keys[:, :, skip : skip + count]
+            self.values[row : row + 1, :, column : column + count] = values[:, :, skip : skip + count]
+            written += count
+
+    def lift(self, row: int, length: int) -> tuple[mx.array, mx.array]:
+        """A copy of a row's used columns. A gather, because a slice may share the buffer and block in-place writes."""
+        index = mx.array([row], dtype=mx.int32)
+        used = min(length, self.capacity)
+        return mx.take(self.keys, index, axis=0)[:, :, :used], mx.take(self.values, index, axis=0)[:, :, :used]
+
+    def drop(self, row: int, lifted: tuple[mx.array, mx.array]) -> None:
+        """Write what ``lift`` returned, once evaluated, into another row: same columns, no wrap."""
+        used = lifted[0].shape[2]
+        self.keys[row : row + 1, :, :used] = lifted[0]
+        self.values[row : row + 1, :, :used] = lifted[1]
+
+    def scrub(self, row: int) -> None:
+        """Zero a row that held non-finite numbers: a masked NaN still poisons 0 x V of the row's next owner."""
+        self.keys[row : row + 1] = mx.zeros_like(self.keys[row : row + 1])
+        self.values[row : row + 1] = mx.zeros_like(self.values[row : row + 1])
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Grow to at least the given sizes, keeping content. A ring's capacity is fixed."""
+        rows = max(rows, int(self.keys.shape[0]))
+        capacity = self.capacity if self.window else max(capacity, self.capacity)
+        if (rows, capacity) != (self.keys.shape[0], self.capacity):
+            self.keys, self.values = (_grown(array, rows, capacity) for array in (self.keys, self.values))
+            mx.eval(self.keys, self.values)
+
+
+def _grown(array: mx.array, rows: int, capacity: int) -> mx.array:
+    old_rows, heads, old_capacity, dim = array.shape
+    grown = mx.zeros((rows, heads, capacity, dim), dtype=array.dtype)
+    grown[:old_rows, :, :old_capacity] = array
+    return grown

@@ -1,0 +1,219 @@
+"""The matrix library of a Linux machine without a GPU: must be in place before mlx is imported.
+
+MLX for Linux CPUs is built against a reference BLAS that is tens of times slower than the machine. Symbols loaded
+globally first win, so OpenBLAS under the names MLX looks for, with our own products of a few rows in front of it
+(native/rowblas.c), takes its place without touching MLX.
+
+Called once, on the engine's main thread, before anything else. On other machines it does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from kvarn.hub.cache import cache_root
+
+SPIN_US = 200
+"""How long a worker thread stays awake after a product: about the pause between two of them in a decode step."""
+
+MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
+MEASURED_SHAPE = (1536, 1024)
+"""Weights of the measurement, 6 MiB: too large for a core's own cache."""
+MEASURED_TRIES = 5
+MARGIN = 1.1
+"""Our own product may be this much slower: its results do not depend on the number of rows, OpenBLAS's do."""
+
+GPU_PACKAGES = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
+
+
+class OpenBlas(msgspec.Struct, frozen=True):
+    """A loaded OpenBLAS, and what its functions' names begin with."""
+
+    library: ctypes.CDLL
+    prefix: str
+    origin: str
+
+    def address(self, name: str) -> ctypes.c_void_p:
+        return ctypes.cast(getattr(self.library, self.prefix + name), ctypes.c_void_p)
+
+    @property
+    def version(self) -> str:
+        config = getattr(self.library, f"{self.prefix}openblas_get_config")
+        config.restype = ctypes.c_char_p
+        return " ".join((config() or b"OpenBLAS").decode().split()[:2]).lower()
+
+    def use_threads(self, count: int) -> None:
+        getattr(self.library, f"{self.prefix}openblas_set_num_threads")(ctypes.c_int(count))
+
+
+@functools.cache
+def prepare() -> str:
+    """Put a fast BLAS where mlx will find it and say in one line which one; empty where MLX does not need one.
+
+    Raises RuntimeError when mlx is already imported, because it is then too late.
+    """
+    if not needed():
+        return ""
+    if "mlx.core" in sys.modules:
+        raise RuntimeError("kvarn.model.blas.prepare() must be called before mlx is imported")
+    openblas = find_openblas()
+    if openblas is None:
+        return "MLX's reference BLAS (slow): install kvarn[cpu] for a fast one"
+    threads = thread_count()
+    openblas.use_threads(threads)
+    shim = load_shim(openblas, threads)
+    if shim is None:
+        if openblas.prefix:
+            return "MLX's reference BLAS (slow): kvarn's C part is not built; install a C compiler, then kvarn again"
+        ctypes.CDLL(openblas.library._name, mode=ctypes.RTLD_GLOBAL)
+        return f"{openblas.origin} {openblas.version}, {threads} threads"
+    limit = row_limit(shim, f"{openblas.version} {threads} {platform.processor() or platform.machine()}")
+    for rows in range(1, limit + 1):
+        shim.kvarn_rowblas_take(rows, 1)
+    kind = shim.kvarn_rowblas_instructions().decode()
+    own = f" + own products up to {limit} rows ({kind})" if limit else ""
+    return f"{openblas.origin} {openblas.version}{own}, {threads} threads"
+
+
+def needed() -> bool:
+    """Whether this MLX computes on a Linux CPU."""
+    if sys.platform != "linux":
+        return False
+    for package in GPU_PACKAGES:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return False
+    return True
+
+
+def find_openblas() -> OpenBlas | None:
+    """The OpenBLAS of the scipy-openblas32 package, else the system's, else None."""
+    # Its idle threads wait in a loop of yields for a sixteenth of a second otherwise; 2^20 cycles are half a ms.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
+    spec = importlib.util.find_spec("scipy_openblas32")
+    if spec is not None and spec.origin is not None:
+        for file in sorted(Path(spec.origin).parent.glob("lib/libscipy_openblas*.so")):
+            return OpenBlas(ctypes.CDLL(str(file)), "scipy_", "bundled")
+    name = ctypes.util.find_library("openblas")
+    if name is None:
+        return None
+    try:
+        library = ctypes.CDLL(name)
+    except OSError:
+        # A broken system library is no reason not to run.
+        return None
+    return OpenBlas(library, "", "system") if hasattr(library, "cblas_sgemm") else None
+
+
+def shim_path() -> Path:
+    """Where the compiled rowblas.c lies when it was built."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+    return Path(__file__).parent.parent / "native" / f"_rowblas{suffix}"
+
+
+def load_shim(openblas: OpenBlas, threads: int) -> ctypes.CDLL | None:
+    """Load rowblas.c for every library loaded later, passing on to ``openblas``. None when it was not built."""
+    path = shim_path()
+    if not path.is_file():
+        return None
+    shim = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    shim.kvarn_rowblas_instructions.restype = ctypes.c_char_p
+    shim.kvarn_rowblas_measure.restype = ctypes.c_long
+    shim.kvarn_rowblas_own_calls.restype = ctypes.c_uint64
+    shim.kvarn_rowblas_passed_calls.restype = ctypes.c_uint64
+    gemms = [openblas.address(f"cblas_{kind}gemm") for kind in "sdc"]
+    shim.kvarn_rowblas_init(*gemms, ctypes.c_int(threads), ctypes.c_long(SPIN_US))
+    return shim
+
+
+def thread_count() -> int:
+    """Physical cores this process may use, a container's share counted; OPENBLAS_NUM_THREADS overrides it."""
+    given = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    cores = {_core_of(cpu) for cpu in os.sched_getaffinity(0)}
+    return max(1, min(len(cores), _container_share()))
+
+
+def _core_of(cpu: int) -> str:
+    """Hardware threads of one core have the same list of siblings."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _container_share() -> int:
+    """Whole CPUs a cgroup's quota allows, at least one; a large number when there is none."""
+    unlimited = 1 << 16
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return unlimited
+    return unlimited if quota == "max" else max(1, int(quota) // int(period))
+
+
+# --- own products or OpenBLAS -----------------------------------------------------------------------------------
+
+
+class Measured(msgspec.Struct):
+    """Row limits found so far, by machine. Kept, because the choice decides the last bits of every logit: without it
+    two starts of the same server could answer differently."""
+
+    limits: dict[str, int] = {}
+
+
+def row_limit(shim: ctypes.CDLL, machine: str) -> int:
+    """Most rows for which our own products are about as fast as OpenBLAS's, or faster; 0 when they never are."""
+    path = cache_root() / "rowblas.json"
+    try:
+        measured = msgspec.json.decode(path.read_bytes(), type=Measured)
+    except (OSError, msgspec.MsgspecError):
+        # Absent or damaged: measure again.
+        measured = Measured()
+    key = f"{machine} {shim.kvarn_rowblas_instructions().decode()} v{KERNELS_VERSION}"
+    if key not in measured.limits:
+        measured.limits[key] = measure_row_limit(shim)
+        _keep(path, measured)
+    return measured.limits[key]
+
+
+KERNELS_VERSION = 1
+"""Raise it when rowblas.c changes speed."""
+
+
+def measure_row_limit(shim: ctypes.CDLL) -> int:
+    """Time both at growing row counts; takes some tens of milliseconds."""
+    limit = 0
+    for rows in MEASURED_ROWS:
+        own, passed = (shim.kvarn_rowblas_measure(rows, *MEASURED_SHAPE, yes, MEASURED_TRIES) for yes in (1, 0))
+        if own < 0 or passed < 0 or own > passed * MARGIN:
+            break
+        limit = rows
+    return limit
+
+
+def _keep(path: Path, measured: Measured) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".rowblas-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.encode(measured))
+        Path(temporary).replace(path)
+    except OSError:
+        # A cache that cannot be written costs the next start the measurement, nothing else.
+        return

@@ -1,0 +1,111 @@
+"""Two ways to run the rows of a batch: slots (one batched forward) and solo (upstream caches, one row at a time).
+
+Both are driven by the same calls, so the engine has one path: adopt a finished prompt, forward, advance, release.
+Rows are compact: releasing one moves the last into its place. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from kvarn.kv.arena import Arena, LayerSpec
+from kvarn.model.upstream import PromptCache, cache_arrays, cache_bytes, take_rows
+
+
+class Lane(Protocol):
+    """The running batch."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens each row holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states held."""
+
+    def adopt(self, cache: PromptCache, length: int) -> None:
+        """Take over a prompt of ``length`` computed tokens as the last row."""
+
+    def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
+        """Run tokens [n, L] and return logits [n, L, vocab], lazily. Ends with advance()."""
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Keep the first counts[i] of the tokens just run in row i."""
+
+    def release(self, row: int, scrub: bool = False) -> None:
+        """Free a row, moving the last one into its place."""
+
+    def arrays(self) -> list[mx.array]:
+        """What a step must evaluate besides its own results."""
+
+
+class SlotsLane:
+    """All rows in one batched forward."""
+
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        self._arena = Arena(specs)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return self._arena.lengths
+
+    @property
+    def nbytes(self) -> int:
+        return self._arena.nbytes
+
+    def adopt(self, cache: PromptCache, length: int) -> None:
+        self._arena.adopt(take_rows(cache) if length else (), length)
+
+    def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
+        logits: mx.array = model(tokens, cache=self._arena.begin(tokens.shape[1]))
+        return logits
+
+    def advance(self, counts: Sequence[int]) -> None:
+        self._arena.advance(counts)
+
+    def release(self, row: int, scrub: bool = False) -> None:
+        self._arena.release(row, scrub)
+
+    def arrays(self) -> list[mx.array]:
+        return self._arena.arrays()
+
+
+class SoloLane:
+    """Each row in its own forward, for caches that slots cannot hold. One token per row and step only."""
+
+    def __init__(self) -> None:
+        self._caches: list[PromptCache] = []
+        self._lengths: list[int] = []
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return self._lengths
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache_bytes(cache) for cache in self._caches)
+
+    def adopt(self, cache: PromptCache, length: int) -> None:
+        self._caches.append(cache)
+        self._lengths.append(length)
+
+    def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
+        rows = [model(tokens[row : row + 1], cache=cache) for row, cache in enumerate(self._caches)]
+        return mx.concatenate(rows, axis=0)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        if any(count != 1 for count in counts):
+            raise ValueError(f"solo rows cannot roll back: advance({list(counts)})")
+        self._lengths = [length + 1 for length in self._lengths]
+
+    def release(self, row: int, scrub: bool = False) -> None:
+        self._caches[row], self._lengths[row] = self._caches[-1], self._lengths[-1]
+        self._caches.pop()
+        self._lengths.pop()
+
+    def arrays(self) -> list[mx.array]:
+        return [array for cache in self._caches for array in cache_arrays(cache)]

@@ -1,0 +1,120 @@
+"""Load a model folder into memory, ready to run, and say what it is.
+
+On a CPU the weights are held in float32: MLX's quantised and 16-bit products run on one thread there, and a fast BLAS
+knows float32 only (see model/blas.py). Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from kvarn.kv.arena import LayerSpec
+from kvarn.model.memory import total_memory
+from kvarn.model.upstream import cache_kind, dequantized, layer_specs, load_weights, new_cache
+
+DEFAULT_CONTEXT = 4096
+"""Context length of a model whose config names none."""
+
+
+class ModelError(Exception):
+    """The model cannot be served; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory."""
+
+    network: nn.Module
+    context_length: int
+    vocab_size: int
+    dtype: str
+    on_cpu: bool
+    kinds: list[str]
+    """Cache kind of each layer; see upstream.cache_kind."""
+    specs: list[LayerSpec]
+    """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
+    weight_bytes: int
+
+
+def load(folder: Path, context_length: int, progress: Callable[[float], None]) -> LoadedModel:
+    """Load ``folder``; ``context_length`` 0 means the model's own. ``progress`` gets a fraction in [0, 1].
+
+    Raises ModelError when the folder is not a model that mlx-lm can run.
+    """
+    try:
+        network, config = load_weights(folder)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot load the model in {folder.name!r}: {error}") from error
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        network = _in_float32(network)
+    _evaluate(network, progress)
+    own_context = _own_context(config)
+    if context_length > own_context:
+        raise ModelError(f"context_length: {context_length} is more than the model's own {own_context}")
+    specs, vocab_size, dtype = _measure(network)
+    return LoadedModel(
+        network=network,
+        context_length=context_length or own_context,
+        vocab_size=vocab_size,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        on_cpu=on_cpu,
+        kinds=[cache_kind(layer) for layer in new_cache(network)],
+        specs=specs,
+        weight_bytes=_bytes(network),
+    )
+
+
+def _in_float32(network: nn.Module) -> nn.Module:
+    floats = sum(int(array.size) for _, array in tree_flatten(network.parameters())) * 4
+    if floats > total_memory() * 0.8:
+        return network  # better slow than swapped out; packed weights run as they are
+    network = dequantized(network)
+    network.update(
+        tree_map(
+            lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array,
+            network.parameters(),
+        )
+    )
+    return network
+
+
+def _evaluate(network: nn.Module, progress: Callable[[float], None]) -> None:
+    arrays = [array for _, array in tree_flatten(network.parameters())]
+    total, done = max(1, sum(array.nbytes for array in arrays)), 0
+    for array in arrays:
+        mx.eval(array)
+        done += array.nbytes
+        progress(done / total)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(int(array.nbytes) for _, array in tree_flatten(network.parameters()))
+
+
+def _own_context(config: dict[str, object]) -> int:
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length"):
+            value = source.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return DEFAULT_CONTEXT
+
+
+def _measure(network: nn.Module) -> tuple[list[LayerSpec], int, mx.Dtype]:
+    """Run one token to learn what the layers store and how wide the logits are; config files lie more often."""
+    cache = new_cache(network)
+    logits = network(mx.array([[0]]), cache=cache)
+    mx.eval(logits)
+    try:
+        specs = layer_specs(cache)
+    except TypeError:
+        specs = []
+    return specs, int(logits.shape[-1]), logits.dtype

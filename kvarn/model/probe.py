@@ -1,0 +1,122 @@
+"""Which lane can run this model: a parity probe of slots against mlx-lm's own caches, and the donation canary.
+
+Probe, don't list: what a model's code assumes about its cache is found out by running it, so a new model, or a new
+mlx-lm, that breaks an assumption costs speed (solo lane) and never a wrong answer. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from kvarn.model.forwards import decode, prefill
+from kvarn.model.lanes import Lane, SlotsLane, SoloLane
+from kvarn.model.load import LoadedModel
+from kvarn.model.upstream import new_cache
+
+PROMPTS = (5, 9, 17)
+STEPS = 4
+ROLLED_BACK = 2
+TOLERANCE = 0.05
+"""Largest accepted difference of two logits, as a share of the row's spread; a wrong mask moves them far more."""
+CANARY_BYTES = 96 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the probe found."""
+
+    slots: bool
+    reason: str
+    """Why slots cannot be used; empty when they can."""
+    pipelined: bool
+    """Writes stay in place while a step is in flight; otherwise every step must be waited for."""
+
+    def lane(self, model: LoadedModel) -> Lane:
+        """A fresh lane of the right kind."""
+        return SlotsLane(model.specs) if self.slots else SoloLane()
+
+
+def probe(model: LoadedModel) -> Capabilities:
+    """Run the probe. Never raises for what the model does: an exception in it is an answer."""
+    misfits = sorted(set(model.kinds) - {"kv", "window"})
+    if misfits:
+        return Capabilities(False, f"its layers keep {', '.join(misfits)}, which slots cannot hold", True)
+    try:
+        reason = _parity(model)
+    except Exception as error:  # model code fails in its own ways; each means "not in slots", and the reason is shown
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        return Capabilities(False, reason, True)
+    return Capabilities(True, "", donates(model))
+
+
+def _parity(model: LoadedModel) -> str:
+    """Compare slots with upstream caches over ragged rows, a departure and a rollback. Returns what differs, or ''."""
+    chooser = random.Random(0)
+    prompts = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
+    answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
+    expected = [_upstream(model.network, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    lane = SlotsLane(model.specs)
+    for prompt in prompts:
+        cache = new_cache(model.network)
+        prefill(model.network, cache, prompt)
+        lane.adopt(cache, len(prompt))
+    rows = list(range(len(prompts)))
+
+    # A forward of several columns whose tokens are then all refused: what it wrote must never be seen again.
+    refused = mx.array([[token + 1 for token in answers[row][:ROLLED_BACK]] for row in rows]) % model.vocab_size
+    mx.eval(lane.forward(model.network, refused))
+    lane.advance([0] * len(rows))
+
+    for step in range(STEPS):
+        logits = decode(model.network, lane, mx.array([answers[row][step] for row in rows], dtype=mx.int32))
+        mx.eval(logits)
+        for place, row in enumerate(rows):
+            if differs(logits[place], expected[row][step]):
+                return f"logits differ from the single-sequence ones (prompt of {PROMPTS[row]}, step {step})"
+        if step == 1:
+            lane.release(0)
+            rows = [rows[-1], *rows[1:-1]]
+    return ""
+
+
+def _upstream(network: nn.Module, prompt: list[int], answer: list[int]) -> list[mx.array]:
+    cache, logits = new_cache(network), []
+    prefill(network, cache, prompt)
+    for token in answer:
+        logits.append(network(mx.array([[token]]), cache=cache)[0, -1])
+        mx.eval(logits[-1])
+    return logits
+
+
+def differs(ours: mx.array, reference: mx.array) -> bool:
+    """True when two rows of logits [vocab] are further apart than kernels of different shapes may be."""
+    ours, reference = ours.astype(mx.float32), reference.astype(mx.float32)
+    spread = (reference.max() - reference.min()).item()
+    return not bool((mx.abs(ours - reference).max() <= TOLERANCE * spread).item())
+
+
+def donates(model: LoadedModel) -> bool:
+    """Whether pipelined decode steps write in place: the arena must not be copied, not even while one is in flight."""
+    token_bytes = sum(spec.token_bytes for spec in model.specs)
+    length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
+    lane = SlotsLane(model.specs)
+    lane.adopt(new_cache(model.network), 0)
+    lane.advance([length])  # positions that were never written are zeros: the canary looks at memory, not at values
+    tokens = mx.zeros((1,), dtype=mx.int32)
+    for warm in (True, False):
+        flights = []
+        if not warm:
+            mx.eval(tokens, lane.arrays())
+            mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        for _ in range(3):
+            tokens = mx.argmax(decode(model.network, lane, tokens), axis=-1).astype(mx.int32)
+            mx.async_eval(tokens, lane.arrays())
+            flights.append(tokens)
+        mx.eval(flights)
+    return mx.get_peak_memory() - before < lane.nbytes // 2

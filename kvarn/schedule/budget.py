@@ -1,0 +1,52 @@
+"""How many bytes of keys and values a batch needs, and the bucket sizes in which the arena grows.
+
+The arena sizes itself with the same two bucket functions, so what is planned here is what is allocated there.
+Pure functions, any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALLEST_CAPACITY = 256
+PREFILL_STEP = 256
+"""Tokens by which a request's own cache grows during prefill; it never holds this many unused positions."""
+
+
+def _doubled(least: int, first: int) -> int:
+    return first if least <= first else 1 << (least - 1).bit_length()
+
+
+def row_bucket(rows: int) -> int:
+    """Rows the arena allocates to hold ``rows`` of them: 0, 1, 2, 4, 8, 16, ..."""
+    return _doubled(rows, 1) if rows > 0 else 0
+
+
+def capacity_bucket(tokens: int) -> int:
+    """Positions per row the arena allocates for a longest row of ``tokens``: 256, 512, 1024, ..."""
+    return _doubled(tokens, SMALLEST_CAPACITY)
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Byte costs of a model's cache and the most it may use. ``limit_bytes`` covers arena and prefill caches."""
+
+    kv_bytes_per_token: int
+    """Keys and values of one token in the layers whose cache grows with the context."""
+    window_bytes_per_row: int
+    """Fixed part of a row: sliding-window rings and recurrent state."""
+    limit_bytes: int
+
+    def arena_bytes(self, rows: int, longest: int) -> int:
+        """Bytes of an arena that holds ``rows`` rows, the longest with ``longest`` tokens."""
+        return row_bucket(rows) * (capacity_bucket(longest) * self.kv_bytes_per_token + self.window_bytes_per_row)
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """Upper bound for the cache of a request that has ``tokens`` computed and no row yet; 0 for none."""
+        if tokens <= 0:
+            return 0
+        return (tokens + PREFILL_STEP - 1) * self.kv_bytes_per_token + self.window_bytes_per_row
+
+    def alone_bytes(self, tokens: int) -> int:
+        """Peak of a request of ``tokens`` with nothing beside it: recomputed whole, then adopted into a row."""
+        return self.arena_bytes(1, tokens) + self.prefill_bytes(tokens - 1)

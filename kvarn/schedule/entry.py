@@ -1,0 +1,57 @@
+"""What the scheduler knows about one request. Engine thread only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A request that waits (``in_row`` false; ``done`` > 0 once its prefill has started) or holds a row.
+
+    All sizes are tokens. A request is adopted with ``prefill`` of its ``tokens`` computed; the last one goes through
+    the first batched decode.
+    """
+
+    id: str
+    tokens: int
+    """Prompt, and after a requeue the answer so far as well."""
+    total: int
+    """Most it can ever reach: prompt + max_tokens."""
+    priority: int
+    client: str
+    """Whose request this is."""
+    arrival: float
+    """Seconds; survives a requeue."""
+    number: int
+    """Order of arrival, decides ties."""
+    done: int = 0
+    """Tokens in its own prefill cache."""
+    in_row: bool = False
+    length: int = 0
+    """Tokens in its row."""
+    preempted: int = 0
+    """How often memory pressure has taken its row or its prefill."""
+    probation: bool = False
+
+    @property
+    def prefill(self) -> int:
+        return self.tokens - 1
+
+    @property
+    def started(self) -> bool:
+        return self.done > 0 and not self.in_row
+
+    @property
+    def holds(self) -> bool:
+        """Whether it holds memory: a row or a started prefill."""
+        return self.in_row or self.done > 0
+
+    @property
+    def need(self) -> int:
+        """Positions its row has to offer in the step in which it decodes next."""
+        return self.length + 1 if self.in_row else self.tokens
+
+    def back_to_waiting(self, tokens: int) -> None:
+        """Forget everything computed; ``tokens`` have to be computed again."""
+        self.tokens, self.done, self.length, self.in_row = tokens, 0, 0, False

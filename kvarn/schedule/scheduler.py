@@ -1,0 +1,267 @@
+"""Decides what every engine step does: who prefills how much, who is adopted, who gives up a row.
+
+Pure state machine: no clock, no I/O, no randomness; the engine thread is its only user. Invariants:
+
+- plan() changes nothing; every row decodes in every step.
+- Rows are compact: a row freed in the middle is filled by moving the last row into it, exactly as the arena does.
+- Rows and started prefills together never exceed max_rows, and their promised memory never exceeds the budget.
+- Of two waiting requests of equal priority only finitely many later ones can ever go before the older.
+
+The round of one step, and who may change what when:
+
+1. ``plan = scheduler.plan(now)``.
+2. Execute it. A request that holds no row may be removed meanwhile (its chunk failed, say): commit skips it. Nothing
+   else may change before the commit, except that preempted ones may be requeued, in the order of ``plan.preempt``.
+3. ``scheduler.commit(plan)``, also when the decode failed. It moves preempted requests back to the queue itself, as
+   long as their row was plus the token not yet in it; a ``requeue`` before or after only corrects that number.
+4. Only now ``remove`` the rows that finished, and ``requeue`` whatever else lost its KV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvarn.schedule.admission import Holdings, choose_victims
+from kvarn.schedule.budget import MemoryBudget
+from kvarn.schedule.costs import CostModel
+from kvarn.schedule.entry import Entry
+from kvarn.schedule.packing import Packer
+from kvarn.types import StepPlan
+
+HEAD_START = 0.5
+"""Share of the remaining prefill time that counts for a request already begun: only work less than half as long as
+what is left of it goes before it."""
+
+
+class NeverFits(Exception):
+    """A request that no amount of waiting can make fit in memory."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may do. ``max_chunk`` and ``grid`` are tokens, ``max_itl_ms`` milliseconds between two tokens."""
+
+    max_rows: int
+    max_itl_ms: float
+    max_chunk: int
+    grid: int = 64
+    age_weight: float = 0.5
+    """Seconds of predicted prefill that one second of waiting makes up for."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows is {self.max_rows}, must be at least 1")
+        if self.grid < 1:
+            raise ValueError(f"grid is {self.grid}, must be at least 1")
+        if self.max_chunk < self.grid:
+            raise ValueError(f"max_chunk is {self.max_chunk}, must be at least the grid of {self.grid}")
+
+
+class Scheduler:
+    """The waiting requests, the rows, and the plan of the next step."""
+
+    def __init__(self, limits: Limits, budget: MemoryBudget, costs: CostModel) -> None:
+        self._limits = limits
+        self._budget = budget
+        self._costs = costs
+        self._entries: dict[str, Entry] = {}
+        self._rows: list[Entry] = []
+        self._step = 0
+        self._added = 0
+
+    # --- requests come and go ---------------------------------------------------------------------------------
+
+    def add(self, id: str, prompt_tokens: int, max_tokens: int, priority: int, client: str, now: float) -> None:
+        """Queue a new request.
+
+        Raises NeverFits when it does not fit in the empty budget, its recomputation after a preemption included;
+        ValueError for a known id or sizes below 1.
+        """
+        if id in self._entries:
+            raise ValueError(f"request {id!r} is already scheduled")
+        if prompt_tokens < 1 or max_tokens < 1:
+            raise ValueError(f"prompt_tokens ({prompt_tokens}) and max_tokens ({max_tokens}) must be at least 1")
+        total = prompt_tokens + max_tokens
+        peak = self._budget.alone_bytes(total)
+        if peak > self._budget.limit_bytes:
+            raise NeverFits(
+                f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) need {peak} bytes of key-value memory, "
+                f"the limit is {self._budget.limit_bytes} bytes"
+            )
+        self._entries[id] = Entry(id, prompt_tokens, total, priority, client, now, self._added)
+        self._added += 1
+
+    def remove(self, id: str) -> None:
+        """Forget a request that finished, failed or was cancelled. An unknown id is fine."""
+        entry = self._entries.pop(id, None)
+        if entry is not None and entry.in_row:
+            _release(self._rows, entry)
+
+    def requeue(self, id: str, tokens: int, now: float, probation: bool = False) -> None:
+        """Its KV is lost, wherever it was: it waits again and is computed from its ``tokens`` (prompt and answer).
+
+        It keeps its arrival time. ``probation`` marks one that was in a failing step, until ``proven``; the mark of
+        an earlier failure stays otherwise. Raises KeyError for an unknown id, ValueError for an impossible size.
+        """
+        entry = self._entries[id]
+        if not 1 <= tokens <= entry.total:
+            raise ValueError(f"request {id!r} is requeued with {tokens} tokens, allowed are 1 to {entry.total}")
+        if entry.in_row:
+            _release(self._rows, entry)
+        entry.back_to_waiting(tokens)
+        entry.arrival = min(entry.arrival, now)
+        entry.probation = entry.probation or probation
+
+    def proven(self, id: str) -> None:
+        """A step that decoded this request succeeded: it is no longer on probation."""
+        if id in self._entries:
+            self._entries[id].probation = False
+
+    # --- what there is ----------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the requests that hold a row, in row order."""
+        return tuple(entry.id for entry in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests hold no row, started prefills included."""
+        return len(self._entries) - len(self._rows)
+
+    @property
+    def running(self) -> int:
+        """How many requests hold a row."""
+        return len(self._rows)
+
+    @property
+    def idle(self) -> bool:
+        return not self._entries
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Rows on probation: if the step fails, one of these is to blame. Never more than one."""
+        return tuple(entry.id for entry in self._rows if entry.probation)
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan:
+        """What the next step does. Changes nothing: called twice, it gives equal plans.
+
+        ``preempt`` names requests that give up their row or their started prefill, whichever they have.
+        """
+        victims = choose_victims(self._budget, [entry for entry in self._entries.values() if entry.holds])
+        rows = list(self._rows)
+        for victim in victims:
+            if victim.in_row:
+                _release(rows, victim)
+        return StepPlan(
+            step=self._step,
+            preempt=tuple(victim.id for victim in victims),
+            prefill=tuple(self._pack(rows, victims, now).chunks),
+            rows=tuple(entry.id for entry in rows),
+        )
+
+    def commit(self, plan: StepPlan) -> None:
+        """The engine has executed ``plan``.
+
+        Preempted requests wait again. Chunks move their request on; one whose last chunk ran gets the next free row.
+        Every row, the new ones included, is one token longer.
+        Raises ValueError, and changes nothing, when the plan is not the current one or its rows have changed.
+        """
+        rows = list(self._rows)
+        preempted = [self._entries[id] for id in plan.preempt if id in self._entries]
+        for entry in preempted:
+            if entry.in_row:
+                _release(rows, entry)
+        if plan.step != self._step or plan.rows != tuple(entry.id for entry in rows):
+            raise ValueError(f"plan {plan.step} no longer matches the rows of step {self._step}")
+        self._rows = rows
+        for entry in preempted:
+            entry.preempted += 1
+            entry.back_to_waiting(entry.need)
+        for chunk in plan.prefill:
+            if chunk.id in self._entries:
+                self._advance(self._entries[chunk.id], chunk.end, chunk.last)
+        for entry in self._rows:
+            entry.length += 1
+        self._step += 1
+
+    def check(self) -> None:
+        """Assert every invariant of the state; for tests."""
+        holders = [entry for entry in self._entries.values() if entry.holds]
+        assert [entry.id for entry in self._entries.values()] == list(self._entries)
+        assert sorted(self.rows) == sorted(entry.id for entry in self._entries.values() if entry.in_row)
+        assert len(holders) <= self._limits.max_rows
+        assert sum(entry.probation for entry in holders) <= 1
+        for entry in self._entries.values():
+            assert 1 <= entry.tokens <= entry.total
+            if entry.in_row:
+                assert entry.done == 0 and entry.tokens <= entry.length <= entry.total
+            else:
+                assert entry.length == 0 and 0 <= entry.done <= entry.prefill
+                assert entry.done % self._limits.grid == 0
+        longest = max((entry.length if entry.in_row else entry.tokens for entry in holders), default=0)
+        promised = sum(self._budget.prefill_bytes(entry.prefill) for entry in holders if not entry.in_row)
+        assert self._budget.arena_bytes(len(holders), longest) + promised <= self._budget.limit_bytes
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _pack(self, rows: list[Entry], victims: list[Entry], now: float) -> Packer:
+        """Fill the step with prefill, best request first."""
+        packer = Packer(
+            self._costs,
+            max_itl_ms=self._limits.max_itl_ms,
+            max_chunk=self._limits.max_chunk,
+            grid=self._limits.grid,
+            lengths=[entry.need for entry in rows],
+        )
+        started = [entry for entry in self._entries.values() if entry.started and entry not in victims]
+        holders = rows + started
+        holdings = Holdings(self._budget, holders)
+        suspected = any(entry.probation for entry in holders)
+        may_start = not victims and holdings.count < self._limits.max_rows
+        waiting = [entry for entry in self._entries.values() if not entry.in_row] if may_start else started
+        for entry in self._ordered(waiting, now):
+            if packer.full:
+                break
+            if not entry.started:
+                if not may_start or (suspected and entry.probation):
+                    continue
+                # Nobody starts past the first that has to wait for memory, or a large request would wait for ever.
+                may_start = self._admits(holdings, entry)
+                if not may_start:
+                    continue
+                holdings.add(entry)
+                suspected = suspected or entry.probation
+            packer.take(entry)
+        return packer
+
+    def _ordered(self, waiting: list[Entry], now: float) -> list[Entry]:
+        """Best first: priority, then little work left, where every second of waiting makes work count for less."""
+        age_weight, prefill_ms = self._limits.age_weight, self._costs.prefill_ms
+
+        def key(entry: Entry) -> tuple[int, float, int]:
+            seconds = prefill_ms(entry.done, entry.prefill - entry.done) / 1000.0
+            if entry.done > 0 or entry.preempted > 0:
+                seconds *= HEAD_START
+            return -entry.priority, seconds - age_weight * (now - entry.arrival), entry.number
+
+        return sorted(waiting, key=key)
+
+    def _admits(self, holdings: Holdings, entry: Entry) -> bool:
+        return holdings.count < self._limits.max_rows and holdings.has_room_for(entry, self._limits.grid)
+
+    def _advance(self, entry: Entry, end: int, last: bool) -> None:
+        entry.done = end
+        if last:
+            entry.in_row, entry.length, entry.done = True, entry.prefill, 0
+            self._rows.append(entry)
+
+
+def _release(rows: list[Entry], entry: Entry) -> None:
+    """Free the row of ``entry``; the last row moves into its place."""
+    index = next(i for i, row in enumerate(rows) if row is entry)
+    last = rows.pop()
+    if last is not entry:
+        rows[index] = last

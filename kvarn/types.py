@@ -1,0 +1,158 @@
+"""The plain data every part of Kvarn speaks: requests, results and step plans.
+
+Nothing here imports mlx. The structs are msgspec ones because the same objects travel between the front end and the
+engine (see wire.py), so there is one definition of a request on both sides of the process border.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to pick the tokens of one request. The front end has validated every field.
+
+    ``seed`` is always set: a client that gives none gets a random one at admission, so that any request can be
+    replayed. ``seed`` and a token's position alone decide the draw (see sample/noise.py).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and answer; 1 means off."""
+    presence_penalty: float = 0.0
+    """Over the answer; 0 means off."""
+    frequency_penalty: float = 0.0
+    """Over the answer; 0 means off."""
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    seed: int = 0
+    """Unsigned 64-bit."""
+    logprobs: int | None = None
+    """None: none wanted. k >= 0: the chosen token's log-probability and the k likeliest alternatives."""
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    """Ids that end the answer (end of sequence, end of turn). The front end knows the tokenizer; the engine obeys."""
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """True when the next draw depends on the tokens drawn before it (penalties)."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. ``tokens`` is the whole prompt, at least one id, special tokens included."""
+
+    id: str
+    tokens: list[int]
+    params: SamplingParams
+    priority: int = 0
+    """Higher goes first."""
+    client: str = ""
+    """Whose request this is, for fair sharing."""
+
+
+class Finish(StrEnum):
+    """Why the engine ended a request. Stop strings are the front end's: it cancels and reports ``stop`` itself."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class ErrorKind(StrEnum):
+    """Why a request failed, as the front end has to tell it apart to choose an HTTP status."""
+
+    ENGINE = "engine_error"
+    """Something raised in a forward, in sampling, or produced non-finite logits: 500."""
+    DIED = "engine_died"
+    """The engine process is gone: 500."""
+    UNAVAILABLE = "unavailable"
+    """Not ready, restarting or shutting down: 503."""
+    INVALID = "invalid_request"
+    """The engine refuses the request (for example, it can never fit in memory): 400."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, natural log, of the model's own distribution (before any sampling change)."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens, best first; as many as asked for."""
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step produced for one request. ``tokens`` never contains an end-of-sequence id that ended it."""
+
+    id: str
+    tokens: list[int]
+    finish: Finish | None = None
+    logprobs: list[TokenLogprob] | None = None
+    """One per token, when asked for."""
+    cached_tokens: int = 0
+    """Prompt tokens that were restored instead of computed."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine found out about the model it loaded."""
+
+    context_length: int
+    """Most tokens of prompt and answer together."""
+    vocab_size: int
+    lane: str
+    """``slots`` when requests share one batched forward, ``solo`` when each takes its own."""
+    lane_reason: str
+    """Why the lane is what it is; empty for slots."""
+    cache_kinds: list[str]
+    """Distinct cache kinds of the layers: kv, window, state, other."""
+    dtype: str
+    device: str
+    blas: str
+    """Which matrix library a CPU run uses; empty on a GPU."""
+    kv_bytes_per_token: int
+    max_rows: int
+    fingerprint: str
+    """sha256 over the content of weights and config, hex."""
+
+
+# --- step plans -------------------------------------------------------------------------------------------------
+
+
+class PrefillChunk(msgspec.Struct, frozen=True):
+    """Compute prompt tokens [start, end) of a request into its own cache. ``last``: then adopt it into a row."""
+
+    id: str
+    start: int
+    end: int
+    last: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """Everything one engine step does, decided before it starts.
+
+    Plain data: the same object is the trace and, between ranks, the message. Order of execution: the preemptions
+    (a released row is filled by moving the last row into it), the prefill chunks, each adopted into the next free row
+    when it is the last of its prompt, and one decode forward over ``rows`` plus the rows adopted in this very step.
+    """
+
+    step: int
+    preempt: tuple[str, ...] = ()
+    """Requests that lose their row, in this order; they wait again and are recomputed later."""
+    prefill: tuple[PrefillChunk, ...] = ()
+    rows: tuple[str, ...] = ()
+    """Requests that hold a row once the preemptions are done, in row order."""
+
+    @property
+    def empty(self) -> bool:
+        return not self.prefill and not self.rows

@@ -1,0 +1,17 @@
+"""The one thing pyproject.toml cannot say: the C part is built on Linux only, and may be missing."""
+
+import sys
+
+from setuptools import Extension, setup
+
+ROWBLAS = Extension(
+    "kvarn.native._rowblas",
+    sources=["kvarn/native/rowblas.c"],
+    depends=["kvarn/native/kernels.h"],
+    extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    libraries=["pthread"],
+    # Without a compiler the package installs all the same; kvarn.model.blas then says what is missing.
+    optional=True,
+)
+
+setup(ext_modules=[ROWBLAS] if sys.platform == "linux" else [])

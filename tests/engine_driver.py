@@ -1,0 +1,141 @@
+"""Drives a real Engine in the test's own thread, turn by turn, and compares with mlx-lm's single-sequence generation."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+
+from kvarn.engine.loop import Engine
+from kvarn.model.load import LoadedModel
+from kvarn.model.probe import Capabilities, probe
+from kvarn.schedule.budget import MemoryBudget
+from kvarn.schedule.costs import CostModel
+from kvarn.schedule.scheduler import Limits, Scheduler
+from kvarn.types import Finish, Request, SamplingParams, TokenLogprob
+from kvarn.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit, ToEngine
+
+TIE = 2e-3
+"""Two logits this close may swap between kernels of different row counts; the models' logits spread over 10 or more."""
+
+
+@dataclass
+class Outcome:
+    """What a client would have seen of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: Finish | None = None
+    failure: Failed | None = None
+    endings: int = 0
+
+
+class Driver:
+    """An engine with its two ends in hand."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_rows: int = 8,
+        max_chunk: int = 256,
+        limit_bytes: int = 1 << 30,
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self.outcomes: dict[str, Outcome] = {}
+        self.beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)
+        self.capabilities = capabilities or probe(model)
+        costs = CostModel()
+        budget = MemoryBudget(
+            kv_bytes_per_token=sum(spec.token_bytes for spec in model.specs if spec.capacity is None),
+            window_bytes_per_row=sum(spec.token_bytes * spec.capacity for spec in model.specs if spec.capacity),
+            limit_bytes=limit_bytes,
+        )
+        self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
+        self.engine = Engine(model, self.capabilities, self.scheduler, costs, self.inbox, self)
+
+    # the engine's Outbox
+
+    def send(self, message: FromEngine) -> None:
+        if isinstance(message, Failed):
+            outcome = self.outcomes[message.id]
+            outcome.failure = message
+            outcome.endings += 1
+            return
+        assert isinstance(message, Deltas)
+        for delta in message.items:
+            outcome = self.outcomes[delta.id]
+            assert outcome.endings == 0, "a token after the end"
+            outcome.tokens += delta.tokens
+            outcome.logprobs += delta.logprobs or []
+            if delta.finish is not None:
+                outcome.finish = delta.finish
+                outcome.endings += 1
+
+    def report(self, beat: Beat) -> None:
+        self.beat = beat
+
+    # the test's side
+
+    def submit(self, request: Request) -> None:
+        self.outcomes[request.id] = Outcome()
+        self.inbox.put(Submit(request))
+
+    def cancel(self, name: str) -> None:
+        self.inbox.put(Cancel(name))
+
+    @property
+    def open(self) -> bool:
+        return any(outcome.endings == 0 for outcome in self.outcomes.values())
+
+    def run(
+        self,
+        each_turn: Callable[[int], None] | None = None,
+        arrivals: Mapping[int, Request] | None = None,
+        most_turns: int = 20_000,
+    ) -> None:
+        """Turn until every request has ended and the engine has let go; ``arrivals`` are submitted at their turns."""
+        arrivals = arrivals or {}
+        for turn in range(most_turns):
+            if turn in arrivals:
+                self.submit(arrivals[turn])
+            if each_turn is not None:
+                each_turn(turn)
+            self.scheduler.check()
+            idle = not self.open and self.scheduler.idle
+            if idle and turn >= max(arrivals, default=0):
+                break
+            if not idle:
+                self.engine.turn()
+        else:
+            raise AssertionError(f"requests still open after {most_turns} turns")
+        assert all(outcome.endings == 1 for outcome in self.outcomes.values())
+        assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
+
+
+def request(name: str, prompt: Sequence[int], max_tokens: int, **params: object) -> Request:
+    """A request, greedy unless told otherwise."""
+    fields = {"temperature": 0.0, **params}
+    return Request(id=name, tokens=list(prompt), params=SamplingParams(max_tokens=max_tokens, **fields))  # type: ignore[arg-type]
+
+
+def reference(network: nn.Module, prompt: Sequence[int], max_tokens: int, chunk: int = 256) -> list[int]:
+    """mlx-lm's own greedy generation of one sequence."""
+    steps = generate_step(mx.array(list(prompt)), network, max_tokens=max_tokens, prefill_step_size=chunk)
+    return [int(token) for token, _ in steps]
+
+
+def assert_same_or_tied(network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int]) -> None:
+    """Token for token the same; at a difference, the two tokens' logits must be a tie. What follows is then another text."""
+    assert len(ours) == len(expected)
+    for index, (got, want) in enumerate(zip(ours, expected, strict=True)):
+        if got != want:
+            logits = network(mx.array([[*prompt, *expected[:index]]]))[0, -1].astype(mx.float32)
+            gap = (logits[want] - logits[got]).item()
+            assert abs(gap) < TIE, f"token {index}: {got} instead of {want}, whose logit is {gap} higher"
+            return

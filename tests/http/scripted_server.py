@@ -1,0 +1,39 @@
+"""A whole front end process in front of the scripted engine: ``scripted_server.py SCRIPT FOLDER [FLAG VALUE]...``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from kvarn.cli.serve import Front, StartError, bind
+from kvarn.config import read_config
+from kvarn.observe.log import configure
+
+ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
+
+
+class ScriptedFront(Front):
+    """Tells the engine a script instead of the folder the tokenizer comes from."""
+
+    def __init__(self, script: str, folder: Path, flags: dict[str, str | None]) -> None:
+        config = read_config({"port": "0", **flags}, {})
+        configure(config.log_level)
+        super().__init__(config, "org/test-model", "test-model", folder, time.monotonic(), ENGINE, script)
+        self.listener = bind(config)
+
+
+def main() -> int:
+    script, folder, *rest = sys.argv[1:]
+    try:
+        front = ScriptedFront(script, Path(folder), dict(zip(rest[::2], rest[1::2], strict=True)))
+        asyncio.run(front.serve(front.listener))
+    except StartError as error:
+        print(f"kvarn serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

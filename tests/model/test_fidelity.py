@@ -1,0 +1,55 @@
+"""Greedy fidelity on real models: many prompts at once against mlx-lm's own generation of each alone (D4)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from engine_driver import Driver, assert_same_or_tied, reference, request
+from tokenizers import Tokenizer
+
+from kvarn.model.load import load
+from kvarn.types import Request
+
+ROOT = Path(__file__).parents[2]
+TEXT = "\n\n".join((ROOT / name).read_text() for name in ("README.md", "docs/architecture.md", "CHANGELOG.md"))
+
+
+def check(folder: Path, lengths: list[int], answer: int) -> None:
+    """Prompts of these lengths join at different turns and leave at different lengths; each is then run alone."""
+    model = load(folder, 0, lambda fraction: None)
+    encoding = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT * 3).ids
+    prompts = {
+        f"r{index}": encoding[index * 97 : index * 97 + length] for index, length in enumerate(lengths)
+    }
+    requests: list[Request] = [
+        request(name, tokens, answer + 5 * (index % 3)) for index, (name, tokens) in enumerate(prompts.items())
+    ]
+    driven = Driver(model, max_rows=16)
+    assert driven.capabilities.slots
+    assert driven.capabilities.pipelined
+    for one in requests[: len(requests) // 2]:
+        driven.submit(one)
+    driven.run(arrivals={3 + 4 * index: one for index, one in enumerate(requests[len(requests) // 2 :])})
+    for one in requests:
+        expected = reference(model.network, one.tokens, one.params.max_tokens)
+        assert_same_or_tied(model.network, one.tokens, driven.outcomes[one.id].tokens, expected)
+
+
+@pytest.mark.models
+def test_smollm2(smollm2_folder: Path) -> None:
+    check(smollm2_folder, [5, 900, 17, 64, 65, 300, 130, 40], 8)
+
+
+@pytest.mark.models
+def test_gemma3_past_its_window(gemma3_folder: Path) -> None:
+    check(gemma3_folder, [5, 700, 505, 64], 12)
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", ["smollm2_folder", "gemma3_folder"])
+def test_sixteen_prompts(fixture: str, request: pytest.FixtureRequest) -> None:
+    lengths = [5, 900, 6, 64, 65, 17, 300, 129, 512, 700, 33, 128, 250, 40, 511, 620]
+    check(request.getfixturevalue(fixture), lengths, int(os.environ.get("KVARN_TEST_ANSWER", "24")))

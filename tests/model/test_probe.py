@@ -1,0 +1,93 @@
+"""The probe finds models that break slots' assumptions, and the canary finds copies of the arena."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import mlx.core as mx
+import pytest
+from engine_driver import Driver, assert_same_or_tied, reference, request
+from tiny_models import SLOT_KINDS, SOLO_KINDS, VOCAB, save
+
+from kvarn.model.load import LoadedModel, load
+from kvarn.model.probe import probe
+
+
+@cache
+def model(kind: str) -> LoadedModel:
+    return load(save(kind, Path(mkdtemp())), 0, lambda fraction: None)
+
+
+class Altered:
+    """A network that does something of its own before or after each forward."""
+
+    def __init__(self, network: object) -> None:
+        self._network = network
+        self.kept: list[mx.array] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._network, name)
+
+    def __call__(self, tokens: mx.array, cache: list[object]) -> mx.array:
+        logits: mx.array = self._network(tokens, cache=cache)  # type: ignore[operator]
+        return self.alter(logits, cache)
+
+    def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
+        raise AssertionError("each case has its own")
+
+
+class NeedsIntegerOffset(Altered):
+    def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
+        if not isinstance(cache[0].offset, int):  # type: ignore[attr-defined]
+            raise TypeError("offset must be an int")
+        return logits
+
+
+class DependsOnNeighbours(Altered):
+    def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
+        return logits + 0.1 * mx.roll(logits, 1, axis=0) if logits.shape[0] > 1 else logits * 1.1
+
+
+class KeepsReferences(Altered):
+    def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
+        self.kept = [layer.keys for layer in cache]  # type: ignore[attr-defined]
+        return logits
+
+
+@pytest.mark.parametrize("kind", SLOT_KINDS)
+def test_plain_window_and_latent_caches_use_slots(kind: str) -> None:
+    found = probe(model(kind))
+    assert (found.slots, found.reason, found.pipelined) == (True, "", True)
+
+
+@pytest.mark.parametrize("kind", SOLO_KINDS)
+def test_recurrent_caches_use_the_solo_lane_and_say_why(kind: str) -> None:
+    found = probe(model(kind))
+    assert not found.slots
+    assert "ArraysCache" in found.reason
+
+
+@pytest.mark.parametrize(("case", "word"), [(NeedsIntegerOffset, "offset must be"), (DependsOnNeighbours, "differ")])
+def test_a_model_that_breaks_an_assumption_runs_solo_and_right(case: type[Altered], word: str) -> None:
+    broken = dataclasses.replace(model("llama"), network=case(model("llama").network))  # type: ignore[arg-type]
+    found = probe(broken)
+    assert not found.slots
+    assert word in found.reason
+    driven = Driver(broken, capabilities=found)
+    prompts = {f"r{index}": [(index * 7 + place) % VOCAB for place in range(20 + index)] for index in range(3)}
+    for name, tokens in prompts.items():
+        driven.submit(request(name, tokens, 12))
+    driven.run()
+    for name, tokens in prompts.items():
+        expected = reference(broken.network, tokens, 12)
+        assert_same_or_tied(broken.network, tokens, driven.outcomes[name].tokens, expected)
+
+
+def test_the_canary_finds_a_kept_reference() -> None:
+    keeping = dataclasses.replace(model("llama"), network=KeepsReferences(model("llama").network))  # type: ignore[arg-type]
+    found = probe(keeping)
+    assert found.slots
+    assert not found.pipelined

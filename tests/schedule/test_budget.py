@@ -1,0 +1,36 @@
+"""Bucket sizes and byte formulas."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvarn.schedule.budget import MemoryBudget, capacity_bucket, row_bucket
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32)])
+def test_row_bucket(rows: int, bucket: int) -> None:
+    assert row_bucket(rows) == bucket
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(0, 256), (256, 256), (257, 512), (1024, 1024), (1025, 2048)])
+def test_capacity_bucket(tokens: int, bucket: int) -> None:
+    assert capacity_bucket(tokens) == bucket
+
+
+def test_bytes() -> None:
+    budget = MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=7, limit_bytes=0)
+    assert budget.arena_bytes(0, 5000) == 0
+    assert budget.arena_bytes(3, 300) == 4 * (512 * 10 + 7)
+    assert budget.prefill_bytes(0) == 0
+    assert budget.prefill_bytes(1) == 256 * 10 + 7
+    assert budget.alone_bytes(1) == 256 * 10 + 7
+
+
+@given(st.integers(1, 300), st.integers(1, 200_000))
+def test_buckets_are_enough_and_at_most_double(rows: int, tokens: int) -> None:
+    assert rows <= row_bucket(rows) < 2 * rows or rows == 1
+    assert tokens <= capacity_bucket(tokens) < max(2 * tokens, 257)
+    assert row_bucket(row_bucket(rows)) == row_bucket(rows)
+    assert capacity_bucket(capacity_bucket(tokens)) == capacity_bucket(tokens)

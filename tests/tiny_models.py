@@ -1,0 +1,129 @@
+"""Tiny models with random weights, one per cache kind, saved as ordinary MLX folders so that the real loader runs."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+VOCAB = 256
+CONTEXT = 512
+
+_COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": CONTEXT,
+    "rope_theta": 10000.0,
+}
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "llama": {**_COMMON, "model_type": "llama", "head_dim": 16},
+    "qwen3": {**_COMMON, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "gemma3_text": {
+        **_COMMON,
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_hidden_layers": 6,
+        "sliding_window": 24,
+        "sliding_window_pattern": 3,
+        "rope_global_base_freq": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "deepseek_v2": {
+        **_COMMON,
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "n_routed_experts": None,
+        "n_shared_experts": None,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 4,
+        "attention_bias": False,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": CONTEXT,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+    },
+    "mamba": {
+        "model_type": "mamba",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "state_size": 8,
+        "num_hidden_layers": 3,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": CONTEXT,
+    },
+    "lfm2": {
+        "model_type": "lfm2",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_ff_dim": 96,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1, 3],
+        "rope_theta": 10000.0,
+    },
+}
+
+SLOT_KINDS = ("llama", "qwen3", "gemma3_text", "deepseek_v2")
+SOLO_KINDS = ("mamba", "lfm2")
+
+
+def build(kind: str, seed: int = 0) -> nn.Module:
+    """A model of ``kind`` in float32, with weights large enough that its next token depends on the whole context."""
+    config = CONFIGS[kind]
+    module = import_module(f"mlx_lm.models.{kind}")
+    network = module.Model(module.ModelArgs.from_dict(config))
+    mx.random.seed(seed)
+    network.update(
+        tree_map(
+            lambda array: mx.random.normal(array.shape) * (2.0 / max(array.shape[-1], 1) ** 0.5)
+            if array.ndim > 1
+            else array.astype(mx.float32),
+            network.parameters(),
+        )
+    )
+    mx.eval(network.parameters())
+    return network
+
+
+def save(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write a tiny model of ``kind`` as an MLX folder (no tokenizer)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(tree_flatten(build(kind, seed).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
+    return folder
