@@ -47,8 +47,8 @@ class Measured:
 # --- which servers ----------------------------------------------------------------------------------------------
 
 
-def fast_blas(python: str) -> dict[str, str]:
-    """Environment that makes an MLX program on Linux use the OpenBLAS wheel installed beside ``python``.
+def fast_blas() -> dict[str, str]:
+    """Environment that makes an MLX program on Linux use the OpenBLAS wheel of this environment.
 
     KVARN_BENCH_PRELOAD, when set, is used as it is; empty switches preloading off.
     """
@@ -76,13 +76,13 @@ def servers_from(args: argparse.Namespace) -> list[Server]:
         found.append(Server("kvarn", command, ""))
     if args.mlx_lm:
         command = f"{args.mlx_lm} -m mlx_lm server --model {float_model} --port {{port}} --log-level WARNING"
-        found.append(Server("mlx-lm", command, float_model, fast_blas(args.mlx_lm)))
+        found.append(Server("mlx-lm", command, float_model, fast_blas()))
     if args.rapid_mlx:
         command = f"{args.rapid_mlx} serve {float_model} --port {{port}} --log-level WARNING"
-        found.append(Server("rapid-mlx", command, "", {**fast_blas(args.rapid_mlx), "HF_HUB_OFFLINE": "1"}))
+        found.append(Server("rapid-mlx", command, "", {**fast_blas(), "HF_HUB_OFFLINE": "1"}))
     if args.vllm_mlx:
         command = f"{args.vllm_mlx} serve {float_model} --port {{port}} --continuous-batching"
-        found.append(Server("vllm-mlx", command, "", {**fast_blas(args.vllm_mlx), "HF_HUB_OFFLINE": "1"}))
+        found.append(Server("vllm-mlx", command, "", {**fast_blas(), "HF_HUB_OFFLINE": "1"}))
     if args.llama_cpp:
         found.append(Server("llama.cpp", args.llama_cpp, ""))
     for peer in args.peer:
@@ -186,7 +186,7 @@ def table_of(results: dict[str, dict[tuple[str, str], float]], baseline: str) ->
 
 def _cell(value: float | None, base: float | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     ratio = f" ({value / base:.2f})" if base else ""
     return f"{value:.4g}{ratio}"
 

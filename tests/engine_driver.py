@@ -57,7 +57,7 @@ class Driver:
             limit_bytes=limit_bytes,
         )
         self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
-        self.engine = Engine(model, self.capabilities, self.scheduler, costs, self.inbox, self)
+        self.engine = Engine(model, self.capabilities, self.scheduler, costs, limit_bytes, self.inbox, self)
 
     # the engine's Outbox
 

@@ -43,16 +43,25 @@ class BarProgress(Progress):
         self._failed += not reply.ok
         self._bars.update(self._task, advance=1, tokens=self._tokens, failed=self._failed)
 
-    def end(self, summary: Summary) -> None:
+    def end(self) -> None:
         self._bars.stop_task(self._task)
 
 
 def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
-    return "–" if value is None else f"{value * factor:.{digits}f}"
+    return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
-def _numbers(values: tuple[float | None, ...], factor: float = 1.0, digits: int = 0) -> str:
-    return "/".join(_number(value, factor, digits) for value in values)
+def _seconds(*values: float | None) -> str:
+    return "/".join(_number(value, digits=2) for value in values)
+
+
+def _milliseconds(*values: float | None) -> str:
+    """Ten seconds and more in seconds, so that the column stays narrow."""
+    texts = (
+        _number(value, digits=1) + "s" if value is not None and value >= 10 else _number(value, 1000, 0)
+        for value in values
+    )
+    return "/".join(texts)
 
 
 HEADINGS = (
@@ -70,8 +79,8 @@ def _row(summary: Summary) -> list[str]:
     return [
         summary.name,
         _number(summary.prompt_tokens, digits=0),
-        _numbers((summary.ttft_mean, summary.ttft_p95), digits=2),
-        _numbers((summary.gap_mean, summary.gap_p95, summary.gap_max), 1000),
+        _seconds(summary.ttft_mean, summary.ttft_p95),
+        _milliseconds(summary.gap_mean, summary.gap_p95, summary.gap_max),
         _number(summary.tokens_per_second),
         _number(summary.wall),
         f"{summary.failures}/{summary.requests}",

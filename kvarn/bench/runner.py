@@ -15,7 +15,7 @@ from kvarn.bench.summary import Summary, machine, reply_as_json, summarise
 from kvarn.bench.workloads import Outcome, Sizes, Workload
 
 
-class Unreachable(Exception):
+class UnreachableError(Exception):
     """Nothing answers at the given address."""
 
 
@@ -79,7 +79,7 @@ class Progress:
     def tick(self, reply: Reply) -> None:
         """One of its requests ended."""
 
-    def end(self, summary: Summary) -> None:
+    def end(self) -> None:
         """The workload is over."""
 
 
@@ -92,7 +92,7 @@ async def run_workloads(
     progress: Progress | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Run:
-    """Run the workloads in order after one unmeasured request. Raises Unreachable when nobody answers at the address.
+    """Run the workloads in order after one unmeasured request. Raises UnreachableError when nobody answers.
 
     ``on_run`` gets the Run object before the first workload, so that an interrupted run still has its results.
     """
@@ -113,7 +113,7 @@ async def run_workloads(
             outcome = await workload.run(endpoint, sizes, progress.tick)
             run.outcomes[workload.name] = outcome
             run.summaries[workload.name] = summarise(workload.name, outcome)
-            progress.end(run.summaries[workload.name])
+            progress.end()
     return run
 
 
@@ -122,7 +122,7 @@ async def _identify(client: httpx.AsyncClient, target: Target) -> tuple[str, str
     try:
         response = await client.get("/v1/models", timeout=min(30.0, target.timeout))
     except httpx.ConnectError as error:
-        raise Unreachable(f"no server answers at {target.url}: {error}") from error
+        raise UnreachableError(f"no server answers at {target.url}: {error}") from error
     except httpx.HTTPError:
         return target.model or "default", ""
     server = response.headers.get("server", "")

@@ -1,4 +1,4 @@
-"""From replies to figures: means and percentiles of one workload, and the machine they were taken on. Pure arithmetic."""
+"""From replies to figures: means and percentiles of one workload, and the machine they were taken on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvarn.bench.stream import Json, Reply
 from kvarn.bench.workloads import Outcome
@@ -126,7 +127,7 @@ def _cpu_name() -> str:
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
             return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     except OSError:
         return platform.processor()

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kvarn.bench.report import BarProgress, print_report
-from kvarn.bench.runner import Run, Target, Unreachable, fresh_salt, run_workloads
+from kvarn.bench.runner import Run, Target, UnreachableError, fresh_salt, run_workloads
 from kvarn.bench.workloads import ALL, BY_NAME, Sizes, Workload
 from kvarn.cli.address import DEFAULT_URL, address
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
                 target, args.workload, sizes, label=args.label, progress=progress, on_run=results.append
             )
             asyncio.run(work)
-    except Unreachable as error:
+    except UnreachableError as error:
         print(f"kvarn bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

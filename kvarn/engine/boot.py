@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     folder = Path(start.model_path)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(folder_fingerprint, folder, SilentProgress())  # reads files only: runs beside the load
-        model = load(folder, start.context_length, lambda fraction: link.send(Loading("weights", fraction)))
+        model = load(folder, start.context_length, _percent_by_percent(link))
         link.send(Loading("probe", 1.0))
         capabilities = probe(model)
         content = digest.result()
@@ -53,7 +54,7 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
         max_chunk=start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU),
     )
     costs = CostModel()
-    engine = Engine(model, capabilities, Scheduler(limits, budget, costs), costs, link.inbox, link)
+    engine = Engine(model, capabilities, Scheduler(limits, budget, costs), costs, budget.limit_bytes, link.inbox, link)
     lane = "slots" if capabilities.slots else "solo"
     log.info("loaded %s in %.1f s: %s, %s lane, %s", folder.name, time.monotonic() - began, model.dtype, lane, blas)
     if capabilities.reason:
@@ -78,6 +79,18 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
         )
     )
     return engine
+
+
+def _percent_by_percent(link: Link) -> Callable[[float], None]:
+    told = -1
+
+    def tell(fraction: float) -> None:
+        nonlocal told
+        if int(fraction * 100) > told:
+            told = int(fraction * 100)
+            link.send(Loading("weights", fraction))
+
+    return tell
 
 
 def _budget(model: LoadedModel, asked: int) -> MemoryBudget:

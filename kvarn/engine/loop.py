@@ -29,6 +29,9 @@ from kvarn.wire import Beat, Cancel, Deltas, Failed, Stop, Submit, ToEngine
 
 log = logging.getLogger(__name__)
 
+TRIM_SHARE = 0.5
+"""Above this share of the memory limit, the arena is cut to what its rows need before more prompts are read."""
+
 
 @dataclass(frozen=True)
 class Flight:
@@ -50,6 +53,7 @@ class Engine:
         capabilities: Capabilities,
         scheduler: Scheduler,
         costs: CostModel,
+        limit_bytes: int,
         inbox: queue.SimpleQueue[ToEngine],
         outbox: Outbox,
     ) -> None:
@@ -57,6 +61,7 @@ class Engine:
         self._capabilities = capabilities
         self._scheduler = scheduler
         self._costs = costs
+        self._limit_bytes = limit_bytes
         self._inbox = inbox
         self._outbox = outbox
         self._lane = capabilities.lane(model)
@@ -160,6 +165,8 @@ class Engine:
                 rows[rows.index(name)] = rows[-1]
                 rows.pop()
             self._sequences[name].cache = None
+        if plan.prefill and self._held_bytes() > self._limit_bytes * TRIM_SHARE:
+            self._lane.trim()  # the scheduler counts what the rows need, not what the arena still has from before
         plan = msgspec.structs.replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
         batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
         failure: Exception | None = None
@@ -312,13 +319,15 @@ class Engine:
 
     # --- load -------------------------------------------------------------------------------------------------
 
+    def _held_bytes(self) -> int:
+        return self._lane.nbytes + sum(cache_bytes(s.cache) for s in self._sequences.values() if s.cache is not None)
+
     def _report(self) -> None:
-        prompts = sum(cache_bytes(s.cache) for s in self._sequences.values() if s.cache is not None)
         self._outbox.report(
             Beat(
                 step=self._steps,
                 running=self._scheduler.running,
                 waiting=self._scheduler.waiting,
-                kv_bytes=self._lane.nbytes + prompts,
+                kv_bytes=self._held_bytes(),
             )
         )

@@ -175,7 +175,7 @@ class GenerationRequest(BaseModel):
             logit_bias=self.logit_bias,
             seed=seed,
             logprobs=self.wanted_logprobs,
-            stop_token_ids=list(ends),
+            stop_token_ids=[] if self.ignore_eos else list(ends),
             ignore_eos=self.ignore_eos,
         )
 

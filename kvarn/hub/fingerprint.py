@@ -78,7 +78,7 @@ def _blob_digest(file: Path) -> str | None:
     """The hub's cache links to blobs named by their sha256 (large files only; small ones by a shorter git id)."""
     if not file.is_symlink():
         return None
-    target = Path(os.readlink(file))
+    target = file.readlink()
     return target.name if target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name) else None
 
 
@@ -102,4 +102,4 @@ def _write_memo(memo: dict[Identity, str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".digests-")
     with os.fdopen(handle, "wb") as file:
         file.write(msgspec.json.encode(DigestMemo(current)))
-    os.replace(temporary, path)
+    Path(temporary).replace(path)

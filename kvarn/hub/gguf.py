@@ -85,12 +85,11 @@ def _write_weights(reader: GGUFReader, arch: str, config: Config, target: Path, 
     return bits
 
 
-def _write_tensor(
-    tensor: ReaderTensor, arch: str, config: Config, writer: ShardWriter, bits: dict[str, int]
-) -> None:
+def _write_tensor(tensor: ReaderTensor, arch: str, config: Config, writer: ShardWriter, bits: dict[str, int]) -> None:
     module, kind = mlx_name(arch, tensor.name)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    assert isinstance(heads, int)
+    assert isinstance(kv_heads, int)
     packed = pack(tensor) if kind == "weight" else None
     order = row_order(arch, module, int(tensor.shape[-1]), heads, kv_heads)
     if packed is not None:

@@ -17,7 +17,7 @@ from gguf import GGUFReader, GGUFValueType
 from kvarn.hub.errors import SourceError
 
 Scalar: TypeAlias = int | float | bool | str
-Json: TypeAlias = "Scalar | None | list[Json] | dict[str, Json]"
+Json: TypeAlias = "Scalar | list[Json] | dict[str, Json] | None"
 Config: TypeAlias = "dict[str, Json]"
 Metadata: TypeAlias = Mapping[str, Scalar]
 
@@ -52,7 +52,9 @@ def architecture(metadata: Metadata) -> str:
     return name
 
 
-def build_config(metadata: Metadata, vocab_size: int, tied: bool, rope_factors: npt.NDArray[np.float32] | None) -> Config:
+def build_config(
+    metadata: Metadata, vocab_size: int, tied: bool, rope_factors: npt.NDArray[np.float32] | None
+) -> Config:
     """config.json without its quantization entry.
 
     ``tied``: the output head is the embedding. ``rope_factors``: the file's per-frequency divisors, shape
@@ -72,7 +74,9 @@ def build_config(metadata: Metadata, vocab_size: int, tied: bool, rope_factors: 
     context = int(number("context_length"))
     rotary = int(number("rope.dimension_count", head_dim))
     if rotary != head_dim:
-        raise SourceError(f"GGUF field {arch}.rope.dimension_count is {rotary}: only {head_dim} (all of a head) is allowed")
+        raise SourceError(
+            f"GGUF field {arch}.rope.dimension_count is {rotary}: only {head_dim}, a whole head, is allowed"
+        )
     config: Config = {
         "model_type": MODEL_TYPES[arch],
         "hidden_size": width,

@@ -92,7 +92,8 @@ def pack(tensor: ReaderTensor) -> Packed | None:
     if build is None or len(tensor.shape) != 2:
         return None
     rows = int(tensor.shape[1])
-    packed = build(np.ascontiguousarray(tensor.data).view(np.uint8), rows)
+    with np.errstate(over="ignore"):
+        packed = build(np.ascontiguousarray(tensor.data).view(np.uint8), rows)
     finite = np.isfinite(packed.scales).all() and np.isfinite(packed.biases).all()
     return packed if finite else None
 
@@ -113,7 +114,7 @@ def _half(blocks: U8, at: int) -> npt.NDArray[np.float16]:
 
 
 def _nibbles(blocks: U8, at: int) -> npt.NDArray[np.uint32]:
-    """16 bytes hold weights 0–15 in their low and 16–31 in their high nibbles; MLX wants them in order."""
+    """16 bytes hold the first 16 weights in their low and the others in their high nibbles; MLX wants them in order."""
     quads = blocks[:, :, at : at + 16]
     ordered = np.concatenate([quads & 0xF, quads >> 4], axis=2)
     pairs = (ordered[:, :, 0::2] | (ordered[:, :, 1::2] << 4)).astype(np.uint8)

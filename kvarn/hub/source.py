@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from kvarn.hub.cache import build_once
 from kvarn.hub.demo import WHEEL_MODELS, wheel_model

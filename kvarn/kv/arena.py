@@ -1,7 +1,7 @@
 """All layers' slots together: rows join (adopt), leave (release), and the arrays grow.
 
 Live rows are always 0..n-1: a row that leaves is filled by moving the last one, so a forward reads a prefix of each
-array. Growth and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
+array. Resizes and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
 leaves no lazy reader behind that would keep the next write from happening in place. Engine thread only.
 """
 
@@ -54,6 +54,7 @@ class Arena:
         self.rows = Rows()
         self.slots: list[Slot] = []
         self._specs = specs
+        self._sizes = (0, 0)
 
     @property
     def lengths(self) -> list[int]:
@@ -70,11 +71,7 @@ class Arena:
         generator may drop each source as it goes. If it raises, the live rows are as they were.
         """
         row = len(self.lengths)
-        rows, capacity = row_bucket(row + 1), capacity_bucket(max([length + 1, *self.lengths]))
-        if not self.slots:
-            self.slots = [_empty_slot(self.rows, spec, rows, capacity) for spec in self._specs]
-        for slot in self.slots:
-            slot.resize(rows, capacity)
+        self._make_room(row + 1, max([length + 1, *self.lengths]))
         for slot, layer in zip(self.slots, layers, strict=length > 0):
             slot.put(row, layer.keys, layer.values, length)
             mx.eval(slot.keys, slot.values)
@@ -97,18 +94,35 @@ class Arena:
         self.lengths.pop()
         if not self.lengths:
             self.slots.clear()  # an idle server holds no keys
+            self._sizes = (0, 0)
 
     def begin(self, columns: int) -> Sequence[Slot]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
-        rows, capacity = row_bucket(len(self.lengths)), capacity_bucket(max(self.lengths) + columns)
-        for slot in self.slots:
-            slot.resize(rows, capacity)
+        self._make_room(len(self.lengths), max(self.lengths) + columns)
         self.rows.begin(columns)
         return self.slots
 
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
         self.rows.advance(counts)
+
+    def trim(self) -> None:
+        """Give back what the live rows do not need; ``begin`` alone never shrinks, so that a shrink is not undone."""
+        if self.lengths:
+            self._resize(row_bucket(len(self.lengths)), capacity_bucket(max(self.lengths) + 1))
+
+    def _make_room(self, rows: int, longest: int) -> None:
+        rows, capacity = row_bucket(rows), capacity_bucket(longest)
+        if rows > self._sizes[0] or capacity > self._sizes[1]:
+            # As everything is copied anyway, take the right size in both directions.
+            self._resize(rows, capacity)
+
+    def _resize(self, rows: int, capacity: int) -> None:
+        if not self.slots:
+            self.slots = [_empty_slot(self.rows, spec, rows, capacity) for spec in self._specs]
+        for slot in self.slots:
+            slot.resize(rows, capacity)
+        self._sizes = (rows, capacity)
 
     def arrays(self) -> list[mx.array]:
         """Every array a step must evaluate so that no lazy graph survives it."""

@@ -93,16 +93,15 @@ class Slot:
         self.values[row : row + 1] = mx.zeros_like(self.values[row : row + 1])
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Grow to at least the given sizes, keeping content. A ring's capacity is fixed."""
-        rows = max(rows, int(self.keys.shape[0]))
-        capacity = self.capacity if self.window else max(capacity, self.capacity)
+        """Reallocate to the given sizes, keeping what fits. A ring's capacity is fixed."""
+        capacity = self.capacity if self.window else capacity
         if (rows, capacity) != (self.keys.shape[0], self.capacity):
-            self.keys, self.values = (_grown(array, rows, capacity) for array in (self.keys, self.values))
+            self.keys, self.values = (_resized(array, rows, capacity) for array in (self.keys, self.values))
             mx.eval(self.keys, self.values)
 
 
-def _grown(array: mx.array, rows: int, capacity: int) -> mx.array:
-    old_rows, heads, old_capacity, dim = array.shape
-    grown = mx.zeros((rows, heads, capacity, dim), dtype=array.dtype)
-    grown[:old_rows, :, :old_capacity] = array
-    return grown
+def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+    kept_rows, kept = min(rows, array.shape[0]), min(capacity, array.shape[2])
+    resized = mx.zeros((rows, array.shape[1], capacity, array.shape[3]), dtype=array.dtype)
+    resized[:kept_rows, :, :kept] = array[:kept_rows, :, :kept]
+    return resized

@@ -39,6 +39,9 @@ class Lane(Protocol):
     def release(self, row: int, scrub: bool = False) -> None:
         """Free a row, moving the last one into its place."""
 
+    def trim(self) -> None:
+        """Give back memory that the rows do not need now."""
+
     def arrays(self) -> list[mx.array]:
         """What a step must evaluate besides its own results."""
 
@@ -69,6 +72,9 @@ class SlotsLane:
 
     def release(self, row: int, scrub: bool = False) -> None:
         self._arena.release(row, scrub)
+
+    def trim(self) -> None:
+        self._arena.trim()
 
     def arrays(self) -> list[mx.array]:
         return self._arena.arrays()
@@ -106,6 +112,9 @@ class SoloLane:
         self._caches[row], self._lengths[row] = self._caches[-1], self._lengths[-1]
         self._caches.pop()
         self._lengths.pop()
+
+    def trim(self) -> None:
+        """Nothing to give: each row holds its own."""
 
     def arrays(self) -> list[mx.array]:
         return [array for cache in self._caches for array in cache_arrays(cache)]

@@ -6,6 +6,7 @@ knows float32 only (see model/blas.py). Engine thread only.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from kvarn.kv.arena import LayerSpec
 from kvarn.model.memory import total_memory
 from kvarn.model.upstream import cache_kind, dequantized, layer_specs, load_weights, new_cache
 
+COMPILER = "g++"
+"""What mx.compile calls at run time on a CPU."""
 DEFAULT_CONTEXT = 4096
 """Context length of a model whose config names none."""
 
@@ -54,6 +57,8 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         network = _in_float32(network)
+        if shutil.which(COMPILER) is None:
+            mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     _evaluate(network, progress)
     own_context = _own_context(config)
     if context_length > own_context:

@@ -33,7 +33,7 @@ HEAD_START = 0.5
 what is left of it goes before it."""
 
 
-class NeverFits(Exception):
+class NeverFits(Exception):  # noqa: N818 - reads as the fact it states
     """A request that no amount of waiting can make fit in memory."""
 
 
@@ -58,7 +58,7 @@ class Limits:
 
 
 class Scheduler:
-    """The waiting requests, the rows, and the plan of the next step."""
+    """The waiting requests, the rows, and the plan of the next step. ``name`` is a request's id throughout."""
 
     def __init__(self, limits: Limits, budget: MemoryBudget, costs: CostModel) -> None:
         self._limits = limits
@@ -71,14 +71,14 @@ class Scheduler:
 
     # --- requests come and go ---------------------------------------------------------------------------------
 
-    def add(self, id: str, prompt_tokens: int, max_tokens: int, priority: int, client: str, now: float) -> None:
+    def add(self, name: str, prompt_tokens: int, max_tokens: int, priority: int, client: str, now: float) -> None:
         """Queue a new request.
 
         Raises NeverFits when it does not fit in the empty budget, its recomputation after a preemption included;
-        ValueError for a known id or sizes below 1.
+        ValueError for a known name or sizes below 1.
         """
-        if id in self._entries:
-            raise ValueError(f"request {id!r} is already scheduled")
+        if name in self._entries:
+            raise ValueError(f"request {name!r} is already scheduled")
         if prompt_tokens < 1 or max_tokens < 1:
             raise ValueError(f"prompt_tokens ({prompt_tokens}) and max_tokens ({max_tokens}) must be at least 1")
         total = prompt_tokens + max_tokens
@@ -88,34 +88,34 @@ class Scheduler:
                 f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) need {peak} bytes of key-value memory, "
                 f"the limit is {self._budget.limit_bytes} bytes"
             )
-        self._entries[id] = Entry(id, prompt_tokens, total, priority, client, now, self._added)
+        self._entries[name] = Entry(name, prompt_tokens, total, priority, client, now, self._added)
         self._added += 1
 
-    def remove(self, id: str) -> None:
-        """Forget a request that finished, failed or was cancelled. An unknown id is fine."""
-        entry = self._entries.pop(id, None)
+    def remove(self, name: str) -> None:
+        """Forget a request that finished, failed or was cancelled. An unknown name is fine."""
+        entry = self._entries.pop(name, None)
         if entry is not None and entry.in_row:
             _release(self._rows, entry)
 
-    def requeue(self, id: str, tokens: int, now: float, probation: bool = False) -> None:
+    def requeue(self, name: str, tokens: int, now: float, probation: bool = False) -> None:
         """Its KV is lost, wherever it was: it waits again and is computed from its ``tokens`` (prompt and answer).
 
         It keeps its arrival time. ``probation`` marks one that was in a failing step, until ``proven``; the mark of
-        an earlier failure stays otherwise. Raises KeyError for an unknown id, ValueError for an impossible size.
+        an earlier failure stays otherwise. Raises KeyError for an unknown name, ValueError for an impossible size.
         """
-        entry = self._entries[id]
+        entry = self._entries[name]
         if not 1 <= tokens <= entry.total:
-            raise ValueError(f"request {id!r} is requeued with {tokens} tokens, allowed are 1 to {entry.total}")
+            raise ValueError(f"request {name!r} is requeued with {tokens} tokens, allowed are 1 to {entry.total}")
         if entry.in_row:
             _release(self._rows, entry)
         entry.back_to_waiting(tokens)
         entry.arrival = min(entry.arrival, now)
         entry.probation = entry.probation or probation
 
-    def proven(self, id: str) -> None:
+    def proven(self, name: str) -> None:
         """A step that decoded this request succeeded: it is no longer on probation."""
-        if id in self._entries:
-            self._entries[id].probation = False
+        if name in self._entries:
+            self._entries[name].probation = False
 
     # --- what there is ----------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Scheduler:
         Raises ValueError, and changes nothing, when the plan is not the current one or its rows have changed.
         """
         rows = list(self._rows)
-        preempted = [self._entries[id] for id in plan.preempt if id in self._entries]
+        preempted = [self._entries[name] for name in plan.preempt if name in self._entries]
         for entry in preempted:
             if entry.in_row:
                 _release(rows, entry)
@@ -197,9 +197,11 @@ class Scheduler:
         for entry in self._entries.values():
             assert 1 <= entry.tokens <= entry.total
             if entry.in_row:
-                assert entry.done == 0 and entry.tokens <= entry.length <= entry.total
+                assert entry.done == 0
+                assert entry.tokens <= entry.length <= entry.total
             else:
-                assert entry.length == 0 and 0 <= entry.done <= entry.prefill
+                assert entry.length == 0
+                assert 0 <= entry.done <= entry.prefill
                 assert entry.done % self._limits.grid == 0
         longest = max((entry.length if entry.in_row else entry.tokens for entry in holders), default=0)
         promised = sum(self._budget.prefill_bytes(entry.prefill) for entry in holders if not entry.in_row)

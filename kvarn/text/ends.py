@@ -27,7 +27,7 @@ def configured_ends(folder: Path) -> set[int]:
     for part in (config, config.get("text_config"), generation):
         value = part.get("eos_token_id") if isinstance(part, dict) else None
         values = value if isinstance(value, list) else [value]
-        ends.update(id for id in values if isinstance(id, int) and not isinstance(id, bool) and id >= 0)
+        ends.update(token for token in values if isinstance(token, int) and not isinstance(token, bool) and token >= 0)
     return ends
 
 
@@ -37,7 +37,7 @@ def turn_ends(backend: tokenizers.Tokenizer, template: str, render_answer: Calla
     ``render_answer`` renders a conversation that ends with the given answer, or gives None. Where that shows nothing,
     well-known end-of-turn tokens count, if the template mentions them and they are single added tokens.
     """
-    added = {token.content: id for id, token in backend.get_added_tokens_decoder().items()}
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
     rendered = render_answer(_PROBE)
     if rendered is not None and _PROBE in rendered:
         following = rendered.rpartition(_PROBE)[2].lstrip()

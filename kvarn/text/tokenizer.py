@@ -90,10 +90,10 @@ class Tokenizer:
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant to answer.
 
-        Where the template renders no BOS and the tokenizer normally puts one, it is put. Role ``developer`` reads as
+        The template alone decides about BOS, as it did when the model was trained. Role ``developer`` reads as
         ``system`` for templates that do not mention it. Raises TemplateError.
         """
-        return self.encode(self._render(messages, generation_prompt=True))
+        return self._encode(self._render(messages, generation_prompt=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens and unknown ids left out."""

@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "{{ message['role'] }}:{{ message['content'] }};{% endfor %}"
 )
-READY_SECONDS = 30
+READY_SECONDS = 60
 
 
 class Server:
@@ -79,6 +79,11 @@ class Server:
                 return health
         raise AssertionError(health)
 
+    def engine_pid(self) -> int:
+        """The only child of the server's process (Linux)."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return int(children.read_text().split()[0])
+
     def stop(self) -> int:
         """SIGTERM, then the exit code."""
         if self.process.poll() is None:
@@ -108,10 +113,9 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def scripted(script: str, folder: Path, *flags: str, ready: bool = True) -> Iterator[Server]:
-    """A server in front of the scripted engine; see scripted_engine.py for the scripts."""
-    program = str(Path(__file__).with_name("scripted_server.py"))
-    server = Server([sys.executable, program, script, str(folder), *flags])
+def launched(command: list[str], ready: bool = True) -> Iterator[Server]:
+    """A server process for the time of a block, ready unless told otherwise."""
+    server = Server(command)
     try:
         if ready:
             server.wait_for_line("ready api=")
@@ -120,7 +124,20 @@ def scripted(script: str, folder: Path, *flags: str, ready: bool = True) -> Iter
         server.stop()
 
 
+def scripted(script: str, folder: Path, *flags: str, ready: bool = True) -> contextlib.AbstractContextManager[Server]:
+    """A server in front of the scripted engine; see scripted_engine.py for the scripts."""
+    program = str(Path(__file__).with_name("scripted_server.py"))
+    return launched([sys.executable, program, script, str(folder), *flags], ready)
+
+
+@pytest.fixture(scope="session")
+def launch() -> Launch:
+    """Start any server command: ``with launch(command) as server``."""
+    return launched
+
+
 StartServer = Callable[..., contextlib.AbstractContextManager[Server]]
+Launch = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
 @pytest.fixture

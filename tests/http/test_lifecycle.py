@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,19 @@ import openai
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Server, StartServer
+    from collections.abc import Iterator
+
+    from conftest import Launch, Server, StartServer
 
 ENDLESS = [64, 65, 66]
+
+
+@pytest.fixture(scope="module")
+def slow(launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+    """One server that takes its time, for the tests that leave it running."""
+    program = str(Path(__file__).with_name("scripted_server.py"))
+    with launch([sys.executable, program, "slow=0.02", str(byte_tokenizer)]) as server:
+        yield server
 
 
 def stream_until(server: Server, pieces: int) -> None:
@@ -33,20 +44,17 @@ def idle(health: dict[str, dict[str, int]]) -> bool:
     return health["engine"]["running"] == 0 and health["requests"]["held"] == 0
 
 
-def test_disconnects_cancel_the_work(start_server: StartServer) -> None:
-    with start_server("slow=0.02") as server:
-        stream_until(server, 2)
-        health = server.wait_until(idle)
-        assert health["requests"]["cancelled"] == 1
-        with httpx.Client(base_url=server.url) as raw, pytest.raises(httpx.ReadTimeout):
-            raw.post("/v1/completions", json={"model": "", "prompt": [903], "max_tokens": 400}, timeout=0.3)
-        health = server.wait_until(idle)
-        assert health["requests"]["cancelled"] == 2
-        with httpx.Client(base_url=server.url) as raw, pytest.raises(httpx.ReadTimeout):
-            raw.post("/v1/completions", json={"prompt": [903], "n": 3, "stream": True}, timeout=0.3)
-        health = server.wait_until(idle)
-        assert health["requests"]["cancelled"] == 5
-        assert "client=gone" in server.wait_for_line("client=gone")
+def test_disconnects_cancel_the_work(slow: Server) -> None:
+    before = slow.health()["requests"]["cancelled"]
+    stream_until(slow, 2)
+    assert slow.wait_until(idle)["requests"]["cancelled"] == before + 1
+    with httpx.Client(base_url=slow.url, timeout=0.3) as raw:
+        with pytest.raises(httpx.ReadTimeout):
+            raw.post("/v1/completions", json={"model": "", "prompt": [903], "max_tokens": 400})
+        with pytest.raises(httpx.ReadTimeout):
+            raw.post("/v1/completions", json={"prompt": [903], "n": 3, "stream": True})
+    assert slow.wait_until(idle)["requests"]["cancelled"] == before + 5
+    assert slow.wait_for_line("client=gone")
 
 
 def test_livez_answers_and_work_is_refused_while_the_model_loads(start_server: StartServer) -> None:
@@ -72,7 +80,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(start_server: StartServer
         assert "model_type 'nonsense' is not supported" in server.wait_for_line("kvarn serve:")
 
 
-def test_killed_engine_during_eight_streams(start_server: StartServer) -> None:
+def test_killed_engine_during_eight_streams(slow: Server) -> None:
     """Every client gets its error soon, readiness goes and comes back, and the server answers again."""
 
     async def read(stream: openai.AsyncStream[openai.types.Completion], begun: asyncio.Semaphore) -> None:
@@ -92,7 +100,7 @@ def test_killed_engine_during_eight_streams(start_server: StartServer) -> None:
             for begun in semaphores:
                 await begun.acquire()
             killed = time.monotonic()
-            os.kill(engine_pid(server), signal.SIGKILL)
+            os.kill(server.engine_pid(), signal.SIGKILL)
             assert max(await asyncio.gather(*tasks)) - killed < 2
             # The client's own retries meet 503 until the engine is back.
             answer = await client.with_options(max_retries=50).completions.create(
@@ -100,26 +108,21 @@ def test_killed_engine_during_eight_streams(start_server: StartServer) -> None:
             )
             assert answer.choices[0].text == "abab"
 
-    with start_server("slow=0.01") as server:
-        asyncio.run(test(server))
-        health = server.health()
-        assert health["engine"]["restarts"] == 1
-        assert health["requests"]["failed"] == 8
-        assert idle(server.wait_until(idle))
+    before = slow.health()
+    asyncio.run(test(slow))
+    after = slow.wait_until(idle)
+    assert after["engine"]["restarts"] == before["engine"]["restarts"] + 1
+    assert after["requests"]["failed"] == before["requests"]["failed"] + 8
 
 
-def engine_pid(server: Server) -> int:
-    """The only child of the server's process (Linux)."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    return int(children.read_text().split()[0])
-
-
-def test_engine_death_before_the_first_byte_is_a_500(start_server: StartServer) -> None:
-    with start_server("plain") as server, server.client() as client:
+def test_engine_death_before_the_first_byte_is_a_500(slow: Server) -> None:
+    with slow.client() as client:
         with pytest.raises(openai.InternalServerError) as failed:
             client.completions.create(model="test-model", prompt=[904], stream=True)
         assert failed.value.status_code == 500
         assert failed.value.code == "engine_died"
+        again = client.with_options(max_retries=50).completions.create(model="test-model", prompt="a", max_tokens=1)
+        assert again.choices[0].text == "a"
 
 
 def test_a_full_queue_is_a_429(start_server: StartServer) -> None:
@@ -150,7 +153,7 @@ def test_sigterm_drains_and_exits_with_0(start_server: StartServer) -> None:
     with start_server("slow=0.02") as server, server.client() as client:
         stream = client.completions.create(model="test-model", prompt="ab", max_tokens=60, stream=True)
         pieces = [next(stream)]
-        pid = engine_pid(server)
+        pid = server.engine_pid()
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_line("stopping")
         refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
@@ -184,19 +187,17 @@ def test_a_second_signal_forces_exit(start_server: StartServer) -> None:
         assert server.process.wait(20) == 128 + signal.SIGTERM
 
 
-def test_one_log_line_per_request_without_its_text(start_server: StartServer) -> None:
-    with start_server("plain") as server:
-        body = {"prompt": "secret-words", "max_tokens": 3, "seed": -1}
-        httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "trace-7"})
-        line = server.wait_for_line("id=trace-7")
-        for part in ("status=200", "prompt_tokens=12", "completion_tokens=3", "cached_tokens=3", f"seed={2**64 - 1}"):
-            assert part in line
-        assert not any("secret" in line for line in server.lines)
+def test_one_log_line_per_request_without_its_text(server: Server) -> None:
+    body = {"prompt": "secret-words", "max_tokens": 3, "seed": -1}
+    httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "trace-7"})
+    line = server.wait_for_line("id=trace-7")
+    for part in ("status=200", "prompt_tokens=12", "completion_tokens=3", "cached_tokens=3", f"seed={2**64 - 1}"):
+        assert part in line
+    assert not any("secret" in line for line in server.lines)
 
 
-def test_a_port_in_use_is_said_before_anything_loads(start_server: StartServer) -> None:
-    with start_server("plain") as server:
-        port = server.url.rsplit(":", 1)[1]
-        with start_server("plain", "port", port, ready=False) as second:
-            assert second.process.wait(20) == 1
-            assert f"--port {port}" in second.wait_for_line("cannot listen")
+def test_a_port_in_use_is_said_before_anything_loads(server: Server, start_server: StartServer) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    with start_server("plain", "port", port, ready=False) as second:
+        assert second.process.wait(20) == 1
+        assert f"--port {port}" in second.wait_for_line("cannot listen")

@@ -74,6 +74,12 @@ class ArenaMachine(RuleBasedStateMachine):
         for row, count in enumerate(kept):
             self.model[row] = self.model[row] + marks[row][:count]
 
+    @rule()
+    @precondition(lambda self: self.model)
+    def trim(self) -> None:
+        self.arena.trim()
+        assert self.arena.slots[0].keys.shape[0] < 2 * len(self.model)
+
     def check_views(self, written: list[list[int]], columns: int) -> None:
         """Each query sees exactly the marks it should, through the mask, in every layer."""
         for spec, slot in zip(SPECS, self.arena.slots, strict=True):

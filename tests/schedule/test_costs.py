@@ -33,7 +33,8 @@ def test_defaults_are_positive_and_grow() -> None:
     costs = CostModel()
     assert 0 < costs.prefill_ms(0, 64) < costs.prefill_ms(0, 128) < 10_000
     assert 0 < costs.decode_ms(1, 10) <= costs.decode_ms(8, 800) < 10_000
-    assert costs.prefill_ms(500, 0) == 0 and costs.decode_ms(0, 0) == 0
+    assert costs.prefill_ms(500, 0) == 0
+    assert costs.decode_ms(0, 0) == 0
     assert costs.tokens_within(0, costs.prefill_ms(0, 640)) in (639, 640)
 
 

@@ -28,8 +28,10 @@ def make(limits: Limits = LIMITS, budget: MemoryBudget = PLENTY) -> Scheduler:
     return Scheduler(limits, budget, learnt())
 
 
-def add(scheduler: Scheduler, id: str, prompt: int, *, answer: int = 100, priority: int = 0, now: float = 0.0) -> None:
-    scheduler.add(id, prompt, answer, priority, "client", now)
+def add(
+    scheduler: Scheduler, name: str, prompt: int, *, answer: int = 100, priority: int = 0, now: float = 0.0
+) -> None:
+    scheduler.add(name, prompt, answer, priority, "client", now)
 
 
 def step(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
@@ -42,9 +44,9 @@ def step(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
 
 def running(scheduler: Scheduler, *ids: str, prompt: int = 1, answer: int = 100) -> None:
     """Bring requests into rows, in this order."""
-    for id in ids:
-        add(scheduler, id, prompt, answer=answer)
-        while id not in scheduler.rows:
+    for name in ids:
+        add(scheduler, name, prompt, answer=answer)
+        while name not in scheduler.rows:
             step(scheduler)
 
 
@@ -54,11 +56,12 @@ def cuts(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
 
 def test_idle() -> None:
     scheduler = make()
-    assert scheduler.idle and scheduler.plan(0.0).empty
+    assert scheduler.idle
+    assert scheduler.plan(0.0).empty
     add(scheduler, "a", 10)
-    assert not scheduler.idle and (scheduler.waiting, scheduler.running) == (1, 0)
+    assert (scheduler.waiting, scheduler.running, scheduler.plan(0.0).empty) == (1, 0, False)
     step(scheduler)
-    assert (scheduler.waiting, scheduler.running) == (0, 1)
+    assert (scheduler.waiting, scheduler.running, scheduler.plan(0.0).empty) == (0, 1, False)
     scheduler.remove("a")
     scheduler.remove("a")
     assert scheduler.idle
@@ -127,8 +130,8 @@ def test_the_decode_of_the_adopted_row_counts_too() -> None:
 def test_several_requests_share_a_step() -> None:
     scheduler = make()
     running(scheduler, "r")
-    for id in ("a", "b", "c", "d"):
-        add(scheduler, id, 61)
+    for name in ("a", "b", "c", "d"):
+        add(scheduler, name, 61)
     assert cuts(step(scheduler)) == [("a", 0, 60, True), ("b", 0, 60, True), ("c", 0, 60, True)]
     assert scheduler.rows == ("r", "a", "b", "c")
 
@@ -204,13 +207,6 @@ def test_impossible_sizes_are_refused(prompt: int, answer: int) -> None:
         add(make(), "a", prompt, answer=answer)
 
 
-def test_known_id_is_refused() -> None:
-    scheduler = make()
-    add(scheduler, "a", 5)
-    with pytest.raises(ValueError, match="already"):
-        add(scheduler, "a", 5)
-
-
 @pytest.mark.parametrize("field", ["max_rows", "grid", "max_chunk"])
 def test_impossible_limits_are_refused(field: str) -> None:
     sizes = {"max_rows": 1, "grid": 64, "max_chunk": 64} | {field: 0}
@@ -239,14 +235,15 @@ def test_nobody_starts_that_would_not_fit_and_nobody_passes_the_first_that_waits
 
 def test_growth_preempts_the_youngest_row() -> None:
     scheduler = make(budget=tight(1600))
-    for number, id in enumerate(("old", "young", "urgent")):
-        add(scheduler, id, 150, answer=300, now=float(number), priority=int(id == "urgent"))
+    for number, name in enumerate(("old", "young", "urgent")):
+        add(scheduler, name, 150, answer=300, now=float(number), priority=int(name == "urgent"))
     while len(scheduler.rows) < 3:
         step(scheduler, 3.0)
     while not (plan := scheduler.plan(3.0)).preempt:
         step(scheduler, 3.0)
     assert plan.preempt == ("young",)  # four rows of 512 would need 2048
-    assert set(plan.rows) == {"old", "urgent"} and plan.prefill == ()
+    assert set(plan.rows) == {"old", "urgent"}
+    assert plan.prefill == ()
     step(scheduler, 3.0)
     assert (scheduler.waiting, scheduler.running) == (1, 2)
     scheduler.requeue("young", 257, 4.0)
@@ -288,8 +285,8 @@ def test_preempted_requests_may_be_requeued_before_the_commit() -> None:
     running(scheduler, "a", "b", "c", prompt=150, answer=300)
     while not (plan := scheduler.plan(0.0)).preempt:
         step(scheduler)
-    for id in plan.preempt:
-        scheduler.requeue(id, 257, 0.0)
+    for name in plan.preempt:
+        scheduler.requeue(name, 257, 0.0)
     scheduler.commit(plan)
     scheduler.check()
     assert scheduler.rows == plan.rows
@@ -300,7 +297,8 @@ def test_the_only_row_stays_and_a_started_prefill_gives_way_to_its_growth() -> N
     running(scheduler, "row", prompt=8110, answer=800)
     add(scheduler, "next", 6001, now=-10.0)
     while not (plan := scheduler.plan(0.0)).preempt:
-        assert step(scheduler).prefill and scheduler.rows == ("row",)
+        assert step(scheduler).prefill
+        assert scheduler.rows == ("row",)
     assert plan == StepPlan(step=plan.step, preempt=("next",), rows=("row",))
     step(scheduler)
     assert step(scheduler).prefill == ()  # two rows of 16384 cannot be
@@ -348,9 +346,11 @@ def test_commit_refuses_a_plan_that_is_not_current() -> None:
     scheduler.check()
 
 
-def test_requeue_checks_its_arguments() -> None:
+def test_names_and_sizes_are_checked() -> None:
     scheduler = make()
     add(scheduler, "a", 10, answer=5)
+    with pytest.raises(ValueError, match="already"):
+        add(scheduler, "a", 5)
     with pytest.raises(KeyError):
         scheduler.requeue("b", 5, 0.0)
     with pytest.raises(ValueError, match="16 tokens, allowed are 1 to 15"):
@@ -371,24 +371,26 @@ def test_requeue_recomputes_from_the_start_and_keeps_the_arrival() -> None:
 def test_one_suspect_at_a_time() -> None:
     scheduler = make()
     running(scheduler, "a", "b", "c")
-    for id in ("a", "b", "c"):
-        scheduler.requeue(id, 3, 1.0, probation=True)
+    for name in ("a", "b", "c"):
+        scheduler.requeue(name, 3, 1.0, probation=True)
     add(scheduler, "new", 5)
     for suspect in ("a", "b", "c"):
         step(scheduler)
-        assert scheduler.suspects == (suspect,) and "new" in scheduler.rows
+        assert scheduler.suspects == (suspect,)
+        assert "new" in scheduler.rows
         assert scheduler.plan(0.0).prefill == ()
         scheduler.proven(suspect)
-    assert scheduler.suspects == () and scheduler.waiting == 0
+    assert scheduler.suspects == ()
+    assert scheduler.waiting == 0
     scheduler.proven("unknown")
 
 
 def test_a_suspect_in_prefill_holds_back_the_others_and_frees_them_when_removed() -> None:
     scheduler = make()
     running(scheduler, "r")
-    for id in ("a", "b"):
-        add(scheduler, id, 1001)
-        scheduler.requeue(id, 1001, 0.0, probation=True)
+    for name in ("a", "b"):
+        add(scheduler, name, 1001)
+        scheduler.requeue(name, 1001, 0.0, probation=True)
     step(scheduler)
     assert {chunk.id for chunk in scheduler.plan(0.0).prefill} == {"a"}
     scheduler.remove("a")

@@ -96,41 +96,43 @@ class Simulation:
             self.step()
             self.steps += 1
             assert self.steps <= most, "work is being redone for ever"
-        assert self.scheduler.idle and not self.rows and not self.caches
+        assert self.scheduler.idle
+        assert not self.rows
+        assert not self.caches
 
-    def job(self, id: str) -> Job:
-        return self.jobs[int(id)]
+    def job(self, name: str) -> Job:
+        return self.jobs[int(name)]
 
     def messages(self) -> None:
         while self.pending and self.pending[-1][0] <= self.clock:
-            arrival, id = self.pending.pop()
-            job = self.job(id)
+            arrival, name = self.pending.pop()
+            job = self.job(name)
             try:
-                self.scheduler.add(id, job.prompt, job.max_tokens, job.priority, "", arrival)
+                self.scheduler.add(name, job.prompt, job.max_tokens, job.priority, "", arrival)
             except NeverFits:
-                self.finished[id] = self.clock
+                self.finished[name] = self.clock
                 assert self.budget.alone_bytes(job.prompt + job.max_tokens) > self.budget.limit_bytes
             else:
-                self.tokens[id] = job.prompt
-        for id in list(self.tokens):
-            cancel_at = self.job(id).cancel_at
+                self.tokens[name] = job.prompt
+        for name in list(self.tokens):
+            cancel_at = self.job(name).cancel_at
             if cancel_at is not None and cancel_at <= self.clock:
-                self.end(id)
+                self.end(name)
         self.scheduler.check()
 
-    def end(self, id: str) -> None:
-        self.scheduler.remove(id)
-        self.caches.pop(id, None)
-        if id in self.lengths:
-            self.release(id)
-        self.finished[id] = self.clock
-        del self.tokens[id]
+    def end(self, name: str) -> None:
+        self.scheduler.remove(name)
+        self.caches.pop(name, None)
+        if name in self.lengths:
+            self.release(name)
+        self.finished[name] = self.clock
+        del self.tokens[name]
 
-    def release(self, id: str) -> None:
-        index = self.rows.index(id)
+    def release(self, name: str) -> None:
+        index = self.rows.index(name)
         self.rows[index] = self.rows[-1]
         self.rows.pop()
-        del self.lengths[id]
+        del self.lengths[name]
 
     def step(self) -> None:
         plan = self.scheduler.plan(self.clock)
@@ -147,33 +149,36 @@ class Simulation:
             self.gaps.append((true_ms, max(self.limits.max_itl_ms, least)))
         self.clock += measured_ms / 1000.0
         self.scheduler.commit(plan)
-        for id in plan.preempt:
+        for name in plan.preempt:
             if self.rng.random() < 0.5:
-                self.scheduler.requeue(id, self.tokens[id], self.clock)
+                self.scheduler.requeue(name, self.tokens[name], self.clock)
         self.scheduler.check()
         assert self.scheduler.rows == tuple(self.rows)
         assert self.scheduler.waiting == len(self.tokens) - len(self.rows)
-        for id in list(self.rows):
-            if self.tokens[id] == self.job(id).prompt + self.job(id).answer:
-                self.end(id)
+        for name in list(self.rows):
+            if self.tokens[name] == self.job(name).prompt + self.job(name).answer:
+                self.end(name)
         assert self.scheduler.rows == tuple(self.rows)
 
     def execute(self, plan: StepPlan) -> tuple[float, float]:
-        for id in plan.preempt:
-            assert len(self.rows) > 1 or id not in self.lengths, "the only row stays"
-            self.preemptions[id] = self.preemptions.get(id, 0) + 1
-            if id in self.lengths:
-                self.release(id)
+        for name in plan.preempt:
+            assert len(self.rows) > 1 or name not in self.lengths, "the only row stays"
+            self.preemptions[name] = self.preemptions.get(name, 0) + 1
+            if name in self.lengths:
+                self.release(name)
             else:
-                del self.caches[id]
+                del self.caches[name]
         assert plan.rows == tuple(self.rows), "every row decodes in every step"
         assert sum(c.end - c.start for c in plan.prefill) <= self.limits.max_chunk
         true_ms = measured_ms = 0.0
         adopted: list[str] = []
         for c in plan.prefill:
             prefill = self.tokens[c.id] - 1
-            assert c.start == self.caches.get(c.id, 0) and c.id not in self.lengths and c.id not in adopted
-            assert c.last == (c.end == prefill) and (c.end > c.start or prefill == 0)
+            assert c.start == self.caches.get(c.id, 0)
+            assert c.id not in self.lengths
+            assert c.id not in adopted
+            assert c.last == (c.end == prefill)
+            assert c.end > c.start or prefill == 0
             assert c.end % GRID == 0 or (c.last and c.start == prefill // GRID * GRID)
             self.caches[c.id] = c.end
             ms = self.machine.prefill_ms(c.start, c.end - c.start)
@@ -182,18 +187,18 @@ class Simulation:
             true_ms, measured_ms = true_ms + ms, measured_ms + measured
             adopted += [c.id] if c.last else []
         self.rows += adopted
-        self.lengths |= {id: self.caches[id] for id in adopted}
-        for id in self.rows:
-            self.lengths[id] += 1
+        self.lengths |= {name: self.caches[name] for name in adopted}
+        for name in self.rows:
+            self.lengths[name] += 1
         caches = sum(self.budget.prefill_bytes(done) for done in self.caches.values())
         arena = self.budget.arena_bytes(len(self.rows), max(self.lengths.values(), default=0))
         assert arena + caches <= self.budget.limit_bytes
-        for id in adopted:
-            del self.caches[id]
+        for name in adopted:
+            del self.caches[name]
         assert len(self.rows) + len(self.caches) <= self.limits.max_rows
-        for id in self.rows:
-            assert self.lengths[id] == self.tokens[id], "one token per row and step, none lost, none twice"
-            self.tokens[id] += 1
+        for name in self.rows:
+            assert self.lengths[name] == self.tokens[name], "one token per row and step, none lost, none twice"
+            self.tokens[name] += 1
         if self.rows:
             ms = self.machine.decode_ms(len(self.rows), sum(self.lengths.values()))
             measured = self.machine.measure(ms, self.rng)
@@ -229,7 +234,8 @@ limits = st.builds(
 def test_with_memory_to_spare_everything_holds(jobs: list[Job], limits: Limits, seed: int) -> None:
     simulation = Simulation(limits, PLENTY, Machine(), jobs, seed)
     simulation.run()
-    assert len(simulation.finished) == len(jobs) and not simulation.preemptions
+    assert len(simulation.finished) == len(jobs)
+    assert not simulation.preemptions
     for took, allowed in simulation.gaps:
         assert took <= 1.3 * allowed
 
@@ -341,14 +347,15 @@ def test_recovery_after_failing_steps_tries_one_suspect_at_a_time(jobs: list[Job
             if suspects == (bad,):
                 scheduler.remove(bad)
                 del tokens[bad]
-            for id in scheduler.rows:
-                scheduler.requeue(id, tokens[id], float(step), probation=True)
+            for name in scheduler.rows:
+                scheduler.requeue(name, tokens[name], float(step), probation=True)
             assert scheduler.running == 0
             continue
-        for id in scheduler.suspects:
-            scheduler.proven(id)
-        for id in scheduler.rows:
-            tokens[id] += 1
-            if tokens[id] == jobs[int(id)].prompt + jobs[int(id)].answer:
-                scheduler.remove(id)
-    assert scheduler.idle and bad not in tokens
+        for name in scheduler.suspects:
+            scheduler.proven(name)
+        for name in scheduler.rows:
+            tokens[name] += 1
+            if tokens[name] == jobs[int(name)].prompt + jobs[int(name)].answer:
+                scheduler.remove(name)
+    assert scheduler.idle
+    assert bad not in tokens

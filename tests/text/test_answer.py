@@ -8,10 +8,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from .tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 from kvarn.text.answer import Answer
 from kvarn.text.decoding import Decoding, decoding_of
+
+from .tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 KINDS = ["byte level", "byte fallback", "byte fallback, stripped", "metaspace"]
 
@@ -81,7 +82,7 @@ def test_text_and_stop_of_random_tokens(
     full = backend.decode(ids)
     stops = data.draw(st.lists(st.sampled_from([full[i : i + 3] for i in range(len(full))] or ["x"]), max_size=2))
     assert run(decoding, split(ids, cuts), stops)[:2] == naive(backend, ids, stops)[:2]
-    one_by_one = run(decoding, [[id] for id in ids], stops)
+    one_by_one = run(decoding, [[token] for token in ids], stops)
     assert run(decoding, split(ids, cuts), stops) == one_by_one
 
 
@@ -92,10 +93,10 @@ def gemma_like() -> tokenizers.Tokenizer:
 
 def test_tokens_past_the_stop_are_not_counted(gemma_like: tokenizers.Tokenizer) -> None:
     ids = gemma_like.encode("a 🙂.b", add_special_tokens=False).ids
-    pieces = [gemma_like.id_to_token(id) for id in ids]
+    pieces = [gemma_like.id_to_token(token) for token in ids]
     assert pieces == ["a", "▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", ".", "b"]
     answer = Answer(decoding_of(gemma_like).detokenizer(), [".b"])
-    deltas = [answer.add([id]) for id in ids]
+    deltas = [answer.add([token]) for token in ids]
     assert [delta.text for delta in deltas] == ["a", " ", "", "", "", "", "🙂", ""]
     assert [delta.tokens for delta in deltas] == [1, 1, 0, 0, 0, 0, 4, 0]
     assert deltas[-1].stopped
@@ -105,7 +106,7 @@ def test_tokens_past_the_stop_are_not_counted(gemma_like: tokenizers.Tokenizer) 
 
 def test_a_token_cut_by_the_stop_counts(gemma_like: tokenizers.Tokenizer) -> None:
     ids = gemma_like.encode("a the", add_special_tokens=False).ids
-    assert [gemma_like.id_to_token(id) for id in ids] == ["a", "▁the"]
+    assert [gemma_like.id_to_token(token) for token in ids] == ["a", "▁the"]
     answer = Answer(decoding_of(gemma_like).detokenizer(), ["he"])
     assert answer.add(ids).text == "a t"
     assert answer.completion_tokens == 2

@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from .tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 from kvarn.text.decoding import (
     ByteFallbackDecoding,
@@ -18,6 +17,8 @@ from kvarn.text.decoding import (
     WholeDecoding,
     decoding_of,
 )
+
+from .tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 
 @pytest.fixture(scope="module", params=list(BACKENDS))
@@ -41,15 +42,15 @@ def any_ids(backend: tokenizers.Tokenizer) -> st.SearchStrategy[list[int]]:
         st.text(max_size=8).map(lambda text: backend.encode(text, add_special_tokens=False).ids),
         st.sampled_from(CORPUS).map(lambda text: backend.encode(text).ids),
     )
-    return st.lists(chunk, max_size=6).map(lambda parts: [id for part in parts for id in part])
+    return st.lists(chunk, max_size=6).map(lambda parts: [token for part in parts for token in part])
 
 
 def check(decoding: Decoding, backend: tokenizers.Tokenizer, ids: list[int]) -> None:
     full = backend.decode(ids, skip_special_tokens=True)
     detokenizer = decoding.detokenizer()
     text, lengths = "", []
-    for fed, id in enumerate(ids, start=1):
-        text += detokenizer.add(id)
+    for fed, token in enumerate(ids, start=1):
+        text += detokenizer.add(token)
         lengths.append(len(text))
         assert full.startswith(text)
         assert len(detokenizer.ends) <= fed
@@ -79,7 +80,7 @@ def test_no_delta_ends_inside_a_character(backend: tokenizers.Tokenizer, decodin
     ids = backend.encode(text, add_special_tokens=False).ids
     full = backend.decode(ids)
     detokenizer = decoding.detokenizer()
-    deltas = [detokenizer.add(id) for id in ids] + [detokenizer.finish()]
+    deltas = [detokenizer.add(token) for token in ids] + [detokenizer.finish()]
     assert "".join(deltas) == full
     assert ("\ufffd" in "".join(deltas)) == ("\ufffd" in full)
 
@@ -93,8 +94,8 @@ def test_ends_tell_which_tokens_make_up_a_text(backend: tokenizers.Tokenizer, de
     ids = backend.encode(text, add_special_tokens=False).ids
     full = backend.decode(ids)
     detokenizer = decoding.detokenizer()
-    for id in ids:
-        detokenizer.add(id)
+    for token in ids:
+        detokenizer.add(token)
     detokenizer.finish()
     heads = [backend.decode(ids[:count]) for count in range(len(ids) + 1)]
     for length in range(1, len(full) + 1):
@@ -107,7 +108,7 @@ def test_invalid_bytes_belong_to_the_token_that_brought_them(byte_level: tokeniz
     detokenizer = decoding_of(byte_level).detokenizer()
     special = id_of(byte_level, "<|im_end|>")
     ids = [alphabet[b"\xf0"], alphabet[b"\x9f"], special, alphabet[b"a"], alphabet[b"\xe4"]]
-    assert [detokenizer.add(id) for id in ids] == ["", "", "", "\ufffda", ""]
+    assert [detokenizer.add(token) for token in ids] == ["", "", "", "\ufffda", ""]
     assert detokenizer.ends == [0, 1, 1, 2]
     assert detokenizer.finish() == "\ufffd"
     assert detokenizer.ends == [0, 1, 1, 2, 3]
@@ -133,7 +134,7 @@ def test_the_bytes_of_tokens_make_up_the_text(backend: tokenizers.Tokenizer, dec
     if isinstance(decoding, WholeDecoding):
         return
     ids = backend.encode("the dog 世界", add_special_tokens=False).ids
-    text = b"".join(decoding.token_bytes(id) for id in ids).decode()
+    text = b"".join(decoding.token_bytes(token) for token in ids).decode()
     assert text.strip() == backend.decode(ids, skip_special_tokens=False).strip()
 
 

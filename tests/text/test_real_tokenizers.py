@@ -40,9 +40,9 @@ def test_deltas_add_up_to_the_full_decoding(tokenizer: Tokenizer, data: st.DataO
     parts = st.one_of(
         st.lists(anywhere, max_size=10), st.lists(low, max_size=10), st.text(max_size=10).map(tokenizer.encode)
     )
-    ids = [id for part in data.draw(st.lists(parts, max_size=5)) for id in part]
+    ids = [token for part in data.draw(st.lists(parts, max_size=5)) for token in part]
     detokenizer = tokenizer.detokenizer()
-    assert "".join([detokenizer.add(id) for id in ids]) + detokenizer.finish() == tokenizer.decode(ids)
+    assert "".join([detokenizer.add(token) for token in ids]) + detokenizer.finish() == tokenizer.decode(ids)
     assert len(detokenizer.ends) == len(ids)
 
 
@@ -52,7 +52,7 @@ def test_text_comes_back_up_to_the_stop(tokenizer: Tokenizer, text: str, stop: s
     ids = tokenizer.encode("x" + text)
     full = tokenizer.decode(ids)
     answer = Answer(tokenizer.detokenizer(), [stop])
-    out = "".join([answer.add([id]).text for id in ids]) + answer.finish().text
+    out = "".join([answer.add([token]).text for token in ids]) + answer.finish().text
     assert out == full.partition(stop)[0]
     assert tokenizer.decode(ids[: answer.completion_tokens]).startswith(out)
 
@@ -64,7 +64,7 @@ def test_their_decoders_run_token_by_token(smollm2: Tokenizer, gemma3: Tokenizer
 
 def test_smollm2_chat(smollm2: Tokenizer) -> None:
     ids = smollm2.chat_tokens([{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi 🙂"}])
-    text = b"".join(smollm2.token_bytes(id) for id in ids).decode()
+    text = b"".join(smollm2.token_bytes(token) for token in ids).decode()
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi 🙂<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from .tiny_tokenizers import CHATML, CORPUS, TURNS, byte_fallback_backend, byte_level_backend, id_of, write_folder
 
 from kvarn.text.tokenizer import TemplateError, Tokenizer, TokenizerError
+
+from .tiny_tokenizers import CHATML, CORPUS, TURNS, byte_fallback_backend, byte_level_backend, id_of, write_folder
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "the世界 🙂"}]
 
@@ -27,7 +28,7 @@ def turns(turns_folder: Path) -> Tokenizer:
 
 
 def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return b"".join(tokenizer.token_bytes(id) for id in ids).decode()
+    return b"".join(tokenizer.token_bytes(token) for token in ids).decode()
 
 
 def test_chat_is_rendered_once_with_generation_prompt(chatml: Tokenizer) -> None:
@@ -45,11 +46,11 @@ def test_chat_has_one_bos_when_the_template_writes_it(turns: Tokenizer) -> None:
     assert spelled(turns, ids) == "<bos><start_of_turn>user\nthe世界 🙂<end_of_turn>\n<start_of_turn>model\n"
 
 
-def test_chat_has_one_bos_when_only_the_tokenizer_writes_it(tmp_path: Path) -> None:
+def test_the_template_alone_decides_about_bos(tmp_path: Path) -> None:
     template = TURNS.replace("{{ bos_token }}", "")
     settings = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": template}
     tokenizer = Tokenizer.load(write_folder(tmp_path, byte_fallback_backend(strip=False), settings, {}))
-    assert tokenizer.chat_tokens(HELLO)[:2] == [2, 4]
+    assert tokenizer.chat_tokens(HELLO)[0] == 4
 
 
 def test_completion_has_one_bos_even_if_the_text_brings_it(turns: Tokenizer) -> None:
@@ -151,7 +152,7 @@ def test_decoding_hides_special_and_unknown_tokens(turns: Tokenizer) -> None:
     ids = [2, *turns.encode("the<end_of_turn>")[1:], turns.vocab_size + 3]
     assert turns.decode(ids) == "the"
     detokenizer = turns.detokenizer()
-    assert "".join(detokenizer.add(id) for id in ids) + detokenizer.finish() == "the"
+    assert "".join(detokenizer.add(token) for token in ids) + detokenizer.finish() == "the"
 
 
 def test_many_threads_get_what_one_gets(turns: Tokenizer) -> None:

@@ -22,7 +22,7 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog sleeps; the fox does not.",
     "Größe, façade, naïve, señor, Ærø, smørrebrød. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
     "Съешь же ещё этих мягких французских булок, да выпей чаю.",
-    "こんにちは世界。今日はいい天気ですね。 你好，世界！",
+    "こんにちは世界。今日はいい天気ですね。 你好，世界！",  # noqa: RUF001 -- real Chinese punctuation
     "🙂🙃🎉 family: 👨‍👩‍👧‍👦 flag: 🇩🇰",
     "def f(x):\n    return x * 2  # 0123456789\n\n\nUser: hi\nAssistant: hello",
 ]
@@ -57,9 +57,8 @@ def byte_level_backend() -> Tokenizer:
 
 
 def byte_fallback_backend(strip: bool) -> Tokenizer:
-    vocab = {
-        text: id for id, text in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
-    }
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    vocab = {text: index for index, text in enumerate(special)}
     for byte in range(256):
         vocab[f"<0x{byte:02X}>"] = len(vocab)
     for text in [
@@ -79,7 +78,7 @@ def byte_fallback_backend(strip: bool) -> Tokenizer:
     backend.normalizer = normalizers.Replace(" ", "▁")
     stages = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*stages, decoders.Strip(" ", 1, 0)] if strip else stages)
-    backend.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
+    backend.add_special_tokens(special)
     backend.add_tokens([AddedToken("<tool▁call>", special=False, normalized=False)])
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]

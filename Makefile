@@ -1,0 +1,72 @@
+# make setup   everything into .venv        make serve   setup, then the demo model on 127.0.0.1:8000 (ARGS="--port 9000")
+# make test    all checks                   make bench   measure a running server (ARGS="--help")
+# CUDA=12 or CUDA=13 picks an NVIDIA build on Linux; PYTHON picks the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+ifeq ($(shell uname -s),Darwin)
+BACKEND :=
+else ifneq ($(CUDA),)
+BACKEND := cuda$(CUDA)
+else
+BACKEND := cpu
+endif
+
+comma := ,
+RUN_EXTRAS := $(if $(BACKEND),[$(BACKEND)])
+DEV_EXTRAS := [$(if $(BACKEND),$(BACKEND)$(comma))dev]
+RUN_STAMP := $(VENV)/.kvarn-run-$(BACKEND)
+DEV_STAMP := $(VENV)/.kvarn-dev-$(BACKEND)
+PACKAGE := pyproject.toml setup.py $(wildcard kvarn/native/*.c kvarn/native/*.h)
+
+.PHONY: setup setup-run serve chat test test-all lint format bench clean
+
+setup: $(DEV_STAMP)
+
+# Only what serving needs.
+setup-run: $(RUN_STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Kvarn needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(RUN_STAMP): $(PACKAGE) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.$(RUN_EXTRAS)'
+	@touch $@
+
+$(DEV_STAMP): $(PACKAGE) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.$(DEV_EXTRAS)'
+	@touch $@ $(RUN_STAMP)
+
+serve: setup
+	$(BIN)/kvarn serve demo $(ARGS)
+
+chat: setup
+	$(BIN)/kvarn chat $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest -q -m "slow or not slow"
+
+bench: setup
+	$(BIN)/kvarn bench $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis kvarn/native/*.so

@@ -1,0 +1,25 @@
+"""Fixtures for all tests. The fast BLAS is put in place here, before any test imports mlx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvarn.hub.progress import SilentProgress
+from kvarn.hub.source import resolve
+from kvarn.model import blas
+
+blas.prepare()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as an MLX folder: the demo model, fetched the first time."""
+    return resolve("demo", SilentProgress()).path
+
+
+@pytest.fixture(scope="session")
+def gemma3_folder() -> Path:
+    """Gemma 3 270M (base) as an MLX folder, fetched the first time under the Gemma terms of use."""
+    return resolve("gemma3-270m", SilentProgress()).path

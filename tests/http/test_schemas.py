@@ -1,0 +1,148 @@
+"""Request bodies without a server: what is accepted, what it becomes, and that nothing else ever escapes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvarn.client import EngineError
+from kvarn.http.errors import ApiError, from_engine, public, shown
+from kvarn.http.schemas import NOT_IMPLEMENTED, ChatRequest, CompletionRequest, GenerationRequest, parse, unknown_fields
+from kvarn.types import ErrorKind
+
+CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
+PLAIN: dict[str, object] = {"prompt": "hi"}
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def test_defaults_are_those_of_the_api() -> None:
+    params = parse(ChatRequest, CHAT).sampling(5, 0, [2, 3])
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert (params.max_tokens, params.logprobs, params.stop_token_ids) == (5, None, [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("given_seed", "choice", "seed"),
+    [(7, 0, 7), (7, 2, 9), (0, 0, 0), (-1, 0, 2**64 - 1), (-1, 1, 0), (2**64, 0, 0), (2**70 + 5, 1, 6)],
+)
+def test_seeds_are_unsigned_and_count_up(given_seed: int, choice: int, seed: int) -> None:
+    assert parse(CompletionRequest, {**PLAIN, "seed": given_seed}).sampling(1, choice, []).seed == seed
+
+
+def test_without_a_seed_each_choice_draws_its_own() -> None:
+    asked = parse(CompletionRequest, PLAIN)
+    seeds = {asked.sampling(1, choice, []).seed for choice in range(8)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_fields_reach_the_sampler() -> None:
+    body = {
+        **PLAIN,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": -1,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -1,
+        "frequency_penalty": 1,
+        "logit_bias": {"3": -100, "4": 2.5},
+        "logprobs": 0,
+        "ignore_eos": True,
+    }
+    params = parse(CompletionRequest, body).sampling(9, 0, [2])
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 0, 0.1)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.2, -1.0, 1.0)
+    assert params.logit_bias == {3: -100.0, 4: 2.5}
+    assert params.logprobs == 0
+    assert (params.ignore_eos, params.stop_token_ids) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"), [({}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 4}, 4)]
+)
+def test_chat_logprobs(fields: dict[str, object], wanted: int | None) -> None:
+    assert parse(ChatRequest, {**CHAT, **fields}).wanted_logprobs == wanted
+
+
+def test_the_newer_name_of_max_tokens() -> None:
+    assert parse(ChatRequest, {**CHAT, "max_completion_tokens": 5}).wanted_tokens == 5
+    assert parse(ChatRequest, {**CHAT, "max_tokens": 5}).wanted_tokens == 5
+    assert parse(ChatRequest, CHAT).wanted_tokens is None
+    assert parse(CompletionRequest, PLAIN).wanted_tokens == 16
+
+
+def test_prompt_forms() -> None:
+    for prompt, read in (
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+        (["a", [1]], ("a", (1,))),
+    ):
+        assert parse(CompletionRequest, {"prompt": prompt}).prompt == read
+
+
+def test_null_counts_as_absent() -> None:
+    nulls = dict.fromkeys((*ChatRequest.model_fields, *NOT_IMPLEMENTED))
+    assert parse(ChatRequest, {**nulls, **CHAT}).wanted_tokens is None
+
+
+def test_unknown_fields_are_told_apart_from_neutral_ones() -> None:
+    assert unknown_fields(parse(ChatRequest, {**CHAT, "tools": [], "metadata": {}, "zzz": 1})) == ["metadata", "zzz"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields, *NOT_IMPLEMENTED, "x"]),
+        json_values,
+        max_size=4,
+    )
+)
+def test_any_body_is_accepted_or_refused_with_a_400(fields: dict[str, object]) -> None:
+    for kind, base in ((ChatRequest, CHAT), (CompletionRequest, PLAIN), (ChatRequest, {}), (CompletionRequest, {})):
+        error = refusal(kind, {**base, **fields})
+        if error is not None:
+            assert error.status == 400
+            assert error.param
+            assert error.param.split(".")[0].split("[")[0] in error.message
+            assert error.body()
+
+
+def refusal(kind: type[GenerationRequest], body: dict[str, object]) -> ApiError | None:
+    try:
+        parse(kind, body)
+    except ApiError as error:
+        return error
+    return None
+
+
+@given(json_values)
+def test_any_value_can_be_shown(value: object) -> None:
+    assert len(shown(value)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (ErrorKind.ENGINE, 500),
+        (ErrorKind.DIED, 500),
+        (ErrorKind.UNAVAILABLE, 503),
+        (ErrorKind.INVALID, 400),
+    ],
+)
+def test_engine_errors_have_their_status(kind: ErrorKind, status: int) -> None:
+    assert from_engine(EngineError(kind, "x")).status == status
+
+
+def test_paths_and_traces_stay_inside() -> None:
+    message = "cannot read /home/user/models/x.safetensors\nTraceback (most recent call last):"
+    assert public(message) == "cannot read …"
+    assert public("") == "unknown error"

@@ -1,0 +1,73 @@
+"""Templating and tokenising run in text threads, and the event loop answers meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvarn import wire
+from kvarn.client import EngineClient
+from kvarn.config import ServeConfig
+from kvarn.http.app import create_app
+from kvarn.http.service import ModelNames
+from kvarn.text.tokenizer import Message, Tokenizer
+
+ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
+
+
+class WatchedTokenizer(Tokenizer):
+    """A real tokenizer that notes its threads and can be held up in the middle of its work."""
+
+    threads: set[str]
+    gate: threading.Event
+
+    def encode(self, text: str) -> list[int]:
+        self.note()
+        return super().encode(text)
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        self.note()
+        return super().chat_tokens(messages)
+
+    def note(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.gate.wait(20)
+
+
+@pytest.fixture
+def tokenizer(byte_tokenizer: Path) -> WatchedTokenizer:
+    made = WatchedTokenizer.load(byte_tokenizer)
+    assert isinstance(made, WatchedTokenizer)
+    made.threads, made.gate = set(), threading.Event()
+    return made
+
+
+def test_the_event_loop_answers_while_a_prompt_is_read(tokenizer: WatchedTokenizer) -> None:
+    async def test() -> None:
+        client = EngineClient(wire.Start(model_path="plain", max_rows=8, max_itl_ms=400), command=ENGINE)
+        await client.start()
+        names = ModelNames("test", frozenset())
+        app, service = create_app(ServeConfig(), names, lambda: tokenizer, client)
+        await asyncio.gather(service.load(), client.settled())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+            chat = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            plain = asyncio.create_task(http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 3}))
+            while len(tokenizer.threads) < 2:
+                assert (await http.get("/livez")).status_code == 200
+                await asyncio.sleep(0.01)  # a request within the process may never give way by itself
+            assert not chat.done()
+            assert not plain.done()
+            tokenizer.gate.set()
+            assert [response.status_code for response in await asyncio.gather(chat, plain)] == [200, 200]
+        service.close()
+        await client.stop()
+        assert all(name.startswith("text") for name in tokenizer.threads)
+
+    asyncio.run(asyncio.wait_for(test(), 30))

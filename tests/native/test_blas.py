@@ -1,0 +1,83 @@
+"""Which BLAS is chosen, and that a wrong order of imports is an error instead of a slow server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvarn.model import blas
+
+pytestmark = pytest.mark.skipif(not blas.needed(), reason="only where MLX computes on a Linux CPU")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_one_line_says_what_is_used() -> None:
+    line = blas.prepare()
+    assert line
+    assert "\n" not in line
+    assert blas.prepare() == line, "a second call, after mlx is imported, only repeats the line"
+
+
+def test_too_late_is_an_error() -> None:
+    result = run_python("import mlx.core\nfrom kvarn.model import blas\nblas.prepare()")
+    assert result.returncode != 0
+    assert "must be called before mlx is imported" in result.stderr
+
+
+def test_without_openblas_it_says_what_to_install() -> None:
+    code = "from kvarn.model import blas\nblas.find_openblas = lambda: None\nprint(blas.prepare())"
+    assert "install kvarn[cpu]" in run_python(code).stdout
+
+
+def test_without_the_c_part_it_says_so() -> None:
+    code = (
+        "from pathlib import Path\nfrom kvarn.model import blas\n"
+        "blas.shim_path = lambda: Path('/nonexistent')\nprint(blas.prepare())"
+    )
+    shown = run_python(code).stdout
+    assert "C compiler" in shown or "system" in shown
+
+
+def test_the_choice_is_kept_between_starts(tmp_path: Path) -> None:
+    if not blas.shim_path().is_file():
+        pytest.skip("the C part is not built")
+    code = "from kvarn.model import blas\nblas.prepare()"
+    assert run_python(code, KVARN_CACHE=str(tmp_path)).returncode == 0
+    kept = (tmp_path / "rowblas.json").read_bytes()
+    never = "from kvarn.model import blas\ndel blas.measure_row_limit\nprint(blas.prepare())"
+    again = run_python(never, KVARN_CACHE=str(tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "rowblas.json").read_bytes() == kept
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run_python(
+        "from kvarn.model import blas\nprint(blas.prepare())", KVARN_CACHE=str(tmp_path / "file" / "below")
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [("3", 3), ("1", 1)])
+def test_openblas_num_threads_is_respected(given: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
+    assert blas.thread_count() == expected
+
+
+def test_threads_are_at_most_the_cpus_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    assert 1 <= blas.thread_count() <= len(os.sched_getaffinity(0))
