@@ -35,9 +35,7 @@ class ServeConfig(BaseModel):
         le=60_000,
         description="Target for the pause between two tokens of a running answer while prompts are being read, in ms.",
     )
-    prefill_chunk: int = Field(
-        0, ge=0, le=65536, description="Most prompt tokens in one forward; 0: chosen by device."
-    )
+    prefill_chunk: int = Field(0, ge=0, le=65536, description="Most prompt tokens in one forward; 0: chosen by device.")
     kv_memory_mb: int = Field(
         0, ge=0, description="Most memory for keys and values, in MiB; 0: chosen from the machine's memory."
     )

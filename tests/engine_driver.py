@@ -1,4 +1,4 @@
-"""Drives a real Engine in the test's own thread, turn by turn, and compares with mlx-lm's single-sequence generation."""
+"""Drives a real Engine in the test's own thread, turn by turn, and compares with mlx-lm's own generation."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def reference(network: nn.Module, prompt: Sequence[int], max_tokens: int, chunk:
 
 
 def assert_same_or_tied(network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int]) -> None:
-    """Token for token the same; at a difference, the two tokens' logits must be a tie. What follows is then another text."""
+    """Token for token the same; at a difference, the two logits must be a tie. What follows it is another text."""
     assert len(ours) == len(expected)
     for index, (got, want) in enumerate(zip(ours, expected, strict=True)):
         if got != want:

@@ -110,9 +110,11 @@ def build(kind: str, seed: int = 0) -> nn.Module:
     mx.random.seed(seed)
     network.update(
         tree_map(
-            lambda array: mx.random.normal(array.shape) * (2.0 / max(array.shape[-1], 1) ** 0.5)
-            if array.ndim > 1
-            else array.astype(mx.float32),
+            lambda array: (
+                mx.random.normal(array.shape) * (2.0 / max(array.shape[-1], 1) ** 0.5)
+                if array.ndim > 1
+                else array.astype(mx.float32)
+            ),
             network.parameters(),
         )
     )

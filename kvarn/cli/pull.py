@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from kvarn.hub.errors import SourceError
 from kvarn.hub.progress import TerminalProgress
 from kvarn.hub.source import resolve
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("pull", help="fetch or convert a model", description="Fetch or convert a model.")
+    parser.add_argument("model", metavar="MODEL", help="hub name, GGUF file, or demo")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pull the model that the command line names."""
+    return pull(args.model)
 
 
 def pull(model: str) -> int:

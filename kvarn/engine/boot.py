@@ -17,7 +17,7 @@ from kvarn.hub.fingerprint import folder_fingerprint
 from kvarn.hub.progress import SilentProgress
 from kvarn.model.load import LoadedModel, load
 from kvarn.model.memory import total_memory
-from kvarn.model.probe import probe
+from kvarn.model.probe import remembered_probe, warm_up
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
@@ -44,9 +44,10 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(folder_fingerprint, folder, SilentProgress())  # reads files only: runs beside the load
         model = load(folder, start.context_length, _percent_by_percent(link))
-        link.send(Loading("probe", 1.0))
-        capabilities = probe(model)
         content = digest.result()
+        link.send(Loading("probe", 1.0))
+        capabilities = remembered_probe(model, content)
+        warm_up(model, capabilities)
     budget = _budget(model, start.kv_budget_bytes)
     limits = Limits(
         max_rows=start.max_rows,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import msgspec
+import numpy as np
 
 from kvarn.engine.link import Outbox
 from kvarn.engine.sequence import Sequence
@@ -172,7 +173,7 @@ class Engine:
         failure: Exception | None = None
         try:
             self._flight = self._dispatch(batch, ahead) if batch else None
-        except Exception as error:  # model code raises what it likes; the batch is rebuilt and one request pays
+        except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, _recover logs
             failure = error
         self._scheduler.commit(plan)
         self._steps += 1
@@ -240,7 +241,7 @@ class Engine:
     def _read(self, flight: Flight) -> None:
         try:
             mx.eval(flight.picks.arrays())
-        except Exception as error:  # a lazy forward raises when it is evaluated
+        except Exception as error:  # noqa: BLE001 - a lazy forward raises when it is evaluated; _recover logs it
             self._flight = None
             self._recover(flight.rows, error)
             return
@@ -248,7 +249,7 @@ class Engine:
         milliseconds = (now - max(flight.dispatched, self._last_read)) * 1000
         self._last_read = now
         self._costs.observe_decode(len(flight.rows), flight.context_tokens, milliseconds)
-        tokens, bad = flight.picks.tokens.tolist(), flight.picks.bad.tolist()
+        tokens, bad = np.array(flight.picks.tokens).tolist(), np.array(flight.picks.bad).tolist()
         deltas = []
         for row, name in enumerate(flight.rows):
             sequence = self._sequences[name]

@@ -20,12 +20,12 @@ def serve(connection: socket.socket) -> int:
     link = Link(connection)
     link.start()
     try:
-        start = link.inbox.get()
-        if not isinstance(start, Start) or start.version != VERSION:
-            raise ValueError(f"the first message must be a Start of version {VERSION}, got {start!r}")
         library = blas.prepare()
         from kvarn.engine.boot import boot
 
+        start = link.inbox.get()
+        if not isinstance(start, Start) or start.version != VERSION:
+            raise ValueError(f"the first message must be a Start of version {VERSION}, got {start!r}")
         boot(start, library, link).run()
     except Exception as error:  # the last stop of the process: the front end must hear why before it goes
         log.exception("the engine cannot go on")

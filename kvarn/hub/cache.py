@@ -16,6 +16,9 @@ from pathlib import Path
 
 from kvarn.hub.progress import Progress
 
+FORMAT = 1
+"""Raise it when the same GGUF file would convert to a different folder."""
+
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
     """KVARN_CACHE, else XDG_CACHE_HOME/kvarn, else ~/.cache/kvarn. Not created here."""

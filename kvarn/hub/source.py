@@ -5,29 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from kvarn.hub.cache import build_once
+from kvarn.hub.cache import FORMAT, build_once
 from kvarn.hub.demo import WHEEL_MODELS, wheel_model
 from kvarn.hub.errors import SourceError
 from kvarn.hub.fingerprint import file_digest
-from kvarn.hub.gguf import FORMAT, convert_gguf
 from kvarn.hub.progress import Progress
 
 ALLOWED = "demo, gemma3-270m, an MLX folder (config.json and *.safetensors), a .gguf file, or a hub name (owner/model)"
-
-HUB_FILES = [
-    "*.json",
-    "model*.safetensors",
-    "tokenizer.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
-"""What of a hub repository is fetched: weights and tokenizer, no code."""
 
 
 class ResolvedModel(msgspec.Struct, frozen=True):
@@ -48,7 +33,12 @@ def resolve(name: str, progress: Progress) -> ResolvedModel:
         return _gguf(name, path, progress)
     if path.exists():
         raise SourceError(f"model {name!r} is a file; allowed are {ALLOWED}")
-    return ResolvedModel(name, _hub(name, progress))
+    if name.count("/") != 1:
+        raise SourceError(f"model {name!r} does not exist; allowed are {ALLOWED}")
+    # Imported only where needed: together these take as long as everything else before the engine is started.
+    from kvarn.hub.repository import snapshot
+
+    return ResolvedModel(name, snapshot(name, progress))
 
 
 def _folder(name: str, path: Path) -> ResolvedModel:
@@ -62,34 +52,7 @@ def _folder(name: str, path: Path) -> ResolvedModel:
 def _gguf(name: str, path: Path, progress: Progress) -> ResolvedModel:
     if not path.is_file():
         raise SourceError(f"model {name!r} does not exist; allowed are {ALLOWED}")
+    from kvarn.hub.gguf import convert_gguf
+
     key = f"{path.stem}-{file_digest(path, progress)[:12]}-{FORMAT}"
     return ResolvedModel(path.stem, build_once(key, lambda target: convert_gguf(path, target, progress), progress))
-
-
-def _hub(name: str, progress: Progress) -> Path:
-    """A hub repository's snapshot. Without a network, the one fetched before."""
-    if name.count("/") != 1:
-        raise SourceError(f"model {name!r} does not exist; allowed are {ALLOWED}")
-    if not progress.visible:
-        disable_progress_bars()
-    try:
-        folder = Path(_snapshot(name))
-    except HFValidationError as error:
-        raise SourceError(f"model {name!r} is not a hub name: {error}") from error
-    if not any(folder.glob("*.safetensors")):
-        raise SourceError(f"hub model {name!r} has no *.safetensors; allowed are {ALLOWED}")
-    return folder
-
-
-def _snapshot(name: str) -> str:
-    try:
-        return snapshot_download(name, allow_patterns=HUB_FILES)
-    except HFValidationError:
-        raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        try:
-            return snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise SourceError(
-                f"hub model {name!r} could not be fetched and was not fetched before: {error}; allowed are {ALLOWED}"
-            ) from error

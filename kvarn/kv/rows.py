@@ -81,7 +81,7 @@ class Rows:
         self._forward = Forward(self.lengths, columns)
 
     def advance(self, counts: Sequence[int]) -> None:
-        """End the forward: keep ``counts[i]`` of row i's new tokens. Keeping fewer than were written is the rollback."""
+        """End the forward: keep ``counts[i]`` of row i's new tokens. Keeping fewer than written is the rollback."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._forward = None
 

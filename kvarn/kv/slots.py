@@ -37,8 +37,13 @@ class Slot:
         """int32 [n]: absolute position of each row's first new token; constant during one forward."""
         return self.rows.forward.offset
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:  # noqa: N803
-        """Mask for N new tokens per row; the argument names are mlx-lm's. See Forward.mask."""
+    def make_mask(
+        self,
+        N: int,  # noqa: N803, ARG002 - mlx-lm's name; the forward under way knows it
+        return_array: bool = False,  # noqa: ARG002 - what is returned is an array whenever there is a mask
+        window_size: int | None = None,
+    ) -> mx.array | None:
+        """Mask of the forward under way; see Forward.mask."""
         return self.rows.forward.mask(window_size or self.window, self.capacity)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -73,13 +73,15 @@ def prepare() -> str:
     if openblas is None:
         return "MLX's reference BLAS (slow): install kvarn[cpu] for a fast one"
     threads = thread_count()
-    openblas.use_threads(threads)
     shim = load_shim(openblas, threads)
     if shim is None:
         if openblas.prefix:
             return "MLX's reference BLAS (slow): kvarn's C part is not built; install a C compiler, then kvarn again"
+        openblas.use_threads(threads)
         ctypes.CDLL(openblas.library._name, mode=ctypes.RTLD_GLOBAL)
         return f"{openblas.origin} {openblas.version}, {threads} threads"
+    # The shim's own pool cuts large products up.
+    openblas.use_threads(1)
     limit = row_limit(shim, f"{openblas.version} {threads} {platform.processor() or platform.machine()}")
     for rows in range(1, limit + 1):
         shim.kvarn_rowblas_take(rows, 1)
@@ -103,8 +105,6 @@ def needed() -> bool:
 
 def find_openblas() -> OpenBlas | None:
     """The OpenBLAS of the scipy-openblas32 package, else the system's, else None."""
-    # Its idle threads wait in a loop of yields for a sixteenth of a second otherwise; 2^20 cycles are half a ms.
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is not None and spec.origin is not None:
         for file in sorted(Path(spec.origin).parent.glob("lib/libscipy_openblas*.so")):
@@ -193,7 +193,7 @@ def row_limit(shim: ctypes.CDLL, machine: str) -> int:
     return measured.limits[key]
 
 
-KERNELS_VERSION = 1
+KERNELS_VERSION = 3
 """Raise it when rowblas.c changes speed."""
 
 
@@ -209,7 +209,7 @@ def measure_row_limit(shim: ctypes.CDLL) -> int:
 
 def _own_is_good(shim: ctypes.CDLL, rows: int) -> bool:
     own, passed = (shim.kvarn_rowblas_measure(rows, *MEASURED_SHAPE, yes, MEASURED_TRIES) for yes in (1, 0))
-    return own >= 0 and passed >= 0 and own <= passed * MARGIN
+    return bool(own >= 0 and passed >= 0 and own <= passed * MARGIN)
 
 
 def _keep(path: Path, measured: Measured) -> None:

@@ -108,7 +108,7 @@ class SoloLane:
             raise ValueError(f"solo rows cannot roll back: advance({list(counts)})")
         self._lengths = [length + 1 for length in self._lengths]
 
-    def release(self, row: int, scrub: bool = False) -> None:
+    def release(self, row: int, scrub: bool = False) -> None:  # noqa: ARG002 - the row's arrays go with it
         self._caches[row], self._lengths[row] = self._caches[-1], self._lengths[-1]
         self._caches.pop()
         self._lengths.pop()

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from kvarn.kv.arena import LayerSpec
 from kvarn.model.memory import total_memory
+from kvarn.model.rotary import share_angles
 from kvarn.model.upstream import cache_kind, dequantized, layer_specs, load_weights, new_cache
 
 COMPILER = "g++"
@@ -57,6 +58,7 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         network = _in_float32(network)
+        share_angles(network)
         if shutil.which(COMPILER) is None:
             mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     _evaluate(network, progress)

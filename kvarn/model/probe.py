@@ -6,12 +6,18 @@ mlx-lm, that breaks an assumption costs speed (solo lane) and never a wrong answ
 
 from __future__ import annotations
 
+import hashlib
 import random
-from dataclasses import dataclass
+import tempfile
+from importlib import metadata
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 
+from kvarn import __version__
+from kvarn.hub.cache import cache_root
 from kvarn.model.forwards import decode, prefill
 from kvarn.model.lanes import Lane, SlotsLane, SoloLane
 from kvarn.model.load import LoadedModel
@@ -25,8 +31,7 @@ TOLERANCE = 0.05
 CANARY_BYTES = 96 * 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Capabilities:
+class Capabilities(msgspec.Struct, frozen=True):
     """What the probe found."""
 
     slots: bool
@@ -47,16 +52,46 @@ def probe(model: LoadedModel) -> Capabilities:
         return Capabilities(False, f"its layers keep {', '.join(misfits)}, which slots cannot hold", True)
     try:
         reason = _parity(model)
-    except Exception as error:  # model code fails in its own ways; each means "not in slots", and the reason is shown
+    except Exception as error:  # noqa: BLE001 - model code fails in its own ways; each is a reason, and it is shown
         reason = f"{type(error).__name__}: {error}"
     if reason:
         return Capabilities(False, reason, True)
     return Capabilities(True, "", donates(model))
 
 
+def remembered_probe(model: LoadedModel, fingerprint: str) -> Capabilities:
+    """The probe's result, taken from the cache folder if this very model was probed by these very versions before."""
+    versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
+    identity = "|".join([fingerprint, __version__, *versions, str(mx.default_device()), model.dtype])
+    path = cache_root() / "probes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Capabilities)
+    except (OSError, msgspec.MsgspecError):  # not probed yet, or not readable: probe
+        found = probe(model)
+        _remember(path, found)
+        return found
+
+
+def _remember(path: Path, found: Capabilities) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(msgspec.json.encode(found))
+        Path(file.name).replace(path)
+    except OSError:
+        return  # a cache folder that cannot be written costs a probe at each start, nothing else
+
+
+def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:
+    """Run one token through the lane: what is compiled or paged in on first use happens before the first request."""
+    lane = capabilities.lane(model)
+    lane.adopt(new_cache(model.network), 0)
+    mx.eval(decode(model.network, lane, mx.zeros((1,), dtype=mx.int32)), lane.arrays())
+
+
 def _parity(model: LoadedModel) -> str:
     """Compare slots with upstream caches over ragged rows, a departure and a rollback. Returns what differs, or ''."""
-    chooser = random.Random(0)
+    chooser = random.Random(0)  # noqa: S311 - any tokens do
     prompts = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
     answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
     expected = [_upstream(model.network, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -50,7 +50,7 @@ def cache_kind(cache: LayerCache) -> str:
     """``kv``, ``window`` or the class name of a cache that slots cannot hold."""
     if type(cache) is KVCache:
         return "kv"
-    if type(cache) is RotatingKVCache and cache.keep == 0:
+    if isinstance(cache, RotatingKVCache) and type(cache) is RotatingKVCache and cache.keep == 0:
         return "window"
     return type(cache).__name__
 
@@ -66,7 +66,7 @@ def cache_bytes(cache: PromptCache) -> int:
 
 
 def layer_specs(cache: PromptCache) -> list[LayerSpec]:
-    """What each layer stores, read off caches that a forward has filled. Raises TypeError for kinds slots cannot hold."""
+    """What each layer stores, read off caches that a forward has filled. Raises TypeError for other kinds."""
     specs = []
     for index, layer in enumerate(cache):
         if not isinstance(layer, KVCache | RotatingKVCache):

@@ -10,10 +10,12 @@ typedef float NAME(vec) __attribute__((vector_size(4 * WIDTH), aligned(4), may_a
 
 TARGET static inline __attribute__((always_inline)) float NAME(sum)(NAME(vec) v)
 {
-    float total = 0.0f;
-    for (int i = 0; i < WIDTH; i++)
-        total += v[i];
-    return total;
+    quarter part[WIDTH / 4];
+    memcpy(part, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int i = 1; i < WIDTH / 4; i++)
+        part[0] += part[i];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 /* rows x cols dot products of length k: c[r][j] = a[r] . b[j] */

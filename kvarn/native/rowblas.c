@@ -1,8 +1,11 @@
-/* cblas for MLX on the CPU: products of a few rows done here, everything else passed on.
+/* cblas for MLX on the CPU: products of a few rows done here, large ones cut into pieces for OpenBLAS.
  *
  * Loaded with RTLD_GLOBAL before mlx.core, so that MLX binds to these three symbols instead of its reference BLAS.
  * One decode step multiplies a few rows by every weight once; a general sgemm first packs the weights, which costs
  * more than the product. Reading them in place runs at the speed of memory.
+ *
+ * OpenBLAS runs with one thread per call: pieces are handed out as threads become free, so a thread that the system
+ * takes away delays one piece, where OpenBLAS's own threads would all wait for it.
  *
  * Any thread may call. One product at a time uses the pool; one that finds it busy runs on its own thread. Workers
  * spin for a moment after a product, as the next one of a step comes soon, then sleep. After fork the child starts
@@ -32,6 +35,8 @@ typedef void (*complex_gemm)(int, int, int, int, int, int, const void *, const v
 typedef void (*product)(long m, long n, long k, const float *a, long lda, const float *b, long ldb, float *c, long ldc);
 
 /* --- kernels by instruction set ------------------------------------------------------------------------------- */
+
+typedef float quarter __attribute__((vector_size(16)));
 
 #define WIDTH 4
 #define TARGET
@@ -81,12 +86,31 @@ enum {
     SHARE_BYTES = 2 * CHUNK_BYTES,
     /* Below this a sleeping worker would wake too late to help. */
     WAKE_BYTES = 256 * 1024,
+    /* The same three for products passed on, in multiply-adds. */
+    PIECE_MACS = 2 << 20,
+    SHARE_MACS = 1 << 20,
+    WAKE_MACS = 4 << 20,
+    /* Pieces are multiples of this many rows or columns, to suit every kernel's tile. */
+    PIECE_STEP = 48,
+};
+
+static real_gemm next_sgemm;
+
+/* One product: C = alpha A . B + beta C, with BLAS's meaning of every field. */
+struct gemm {
+    int trans_a, trans_b;
+    long m, n, k;
+    float alpha, beta;
+    const float *a, *b;
+    float *c;
+    long lda, ldb, ldc;
 };
 
 static struct {
-    long m, n, k, lda, ldb, ldc, chunk;
-    const float *a, *b;
-    float *c;
+    struct gemm whole;
+    int own;     /* few rows of A, B transposed: done here */
+    int by_rows; /* cut along m, else along n */
+    long step;
 } job;
 
 /* High half: number of the job; low half: chunks nobody has taken. Taking one pins the job until it is finished. */
@@ -116,15 +140,39 @@ static long now_ns(void)
     return t.tv_sec * 1000000000L + t.tv_nsec;
 }
 
+static void pass_on(const struct gemm *g)
+{
+    next_sgemm(ROW_MAJOR, g->trans_a, g->trans_b, (int)g->m, (int)g->n, (int)g->k, g->alpha, g->a, (int)g->lda, g->b,
+               (int)g->ldb, g->beta, g->c, (int)g->ldc);
+}
+
+static void run_piece(long number)
+{
+    struct gemm g = job.whole;
+    long from = number * job.step, length = job.by_rows ? g.m : g.n;
+    long count = length - from < job.step ? length - from : job.step;
+    if (job.by_rows) {
+        g.m = count;
+        g.a += from * (g.trans_a == NO_TRANS ? g.lda : 1);
+        g.c += from * g.ldc;
+    } else {
+        g.n = count;
+        g.b += from * (g.trans_b == NO_TRANS ? 1 : g.ldb);
+        g.c += from;
+    }
+    if (job.own)
+        dot_rows(g.m, g.n, g.k, g.a, g.lda, g.b, g.ldb, g.c, g.ldc);
+    else
+        pass_on(&g);
+}
+
 static void work(void)
 {
     uint64_t seen = atomic_load(&board);
     while ((uint32_t)seen != 0) {
         if (!atomic_compare_exchange_weak(&board, &seen, seen - 1))
             continue;
-        long from = (long)((uint32_t)seen - 1) * job.chunk;
-        long count = job.n - from < job.chunk ? job.n - from : job.chunk;
-        dot_rows(job.m, count, job.k, job.a, job.lda, job.b + from * job.ldb, job.ldb, job.c + from, job.ldc);
+        run_piece((long)((uint32_t)seen - 1));
         atomic_fetch_add(&finished, 1);
         seen = atomic_load(&board);
     }
@@ -186,32 +234,21 @@ static void after_fork(void)
     pthread_cond_init(&wake, NULL);
 }
 
-/* C = A . B^T, the columns of C shared out over the pool. */
-static void share_dot_rows(long m, long n, long k, const float *a, long lda, const float *b, long ldb, float *c,
-                           long ldc)
+/* Do the job that has been set up, with the pool; ``rouse`` sleeping workers too. */
+static void share(long pieces, int rouse)
 {
-    long bytes = n * k * (long)sizeof(float);
-    if (wanted_threads == 1 || bytes < SHARE_BYTES || atomic_flag_test_and_set(&pool_busy)) {
-        dot_rows(m, n, k, a, lda, b, ldb, c, ldc);
-        return;
-    }
     if (workers < wanted_threads - 1)
         start_workers();
-    long chunk = CHUNK_BYTES / (k * (long)sizeof(float));
-    chunk = chunk < 12 ? 12 : chunk / 12 * 12; /* a multiple of both tile widths */
-    long chunks = (n + chunk - 1) / chunk;
-    job.m = m, job.n = n, job.k = k, job.a = a, job.lda = lda, job.b = b, job.ldb = ldb, job.c = c, job.ldc = ldc;
-    job.chunk = chunk;
     atomic_store(&finished, 0);
     uint64_t number = (atomic_load(&board) >> 32) + 1;
-    atomic_store(&board, number << 32 | (uint64_t)chunks);
-    if (bytes >= WAKE_BYTES && atomic_load(&sleepers) > 0) {
+    atomic_store(&board, number << 32 | (uint64_t)pieces);
+    if (rouse && atomic_load(&sleepers) > 0) {
         pthread_mutex_lock(&sleep_lock);
         pthread_cond_broadcast(&wake);
         pthread_mutex_unlock(&sleep_lock);
     }
     work();
-    for (int i = 1; atomic_load(&finished) != (uint32_t)chunks; i++) {
+    for (int i = 1; atomic_load(&finished) != (uint32_t)pieces; i++) {
         relax();
         if (i % 1024 == 0)
             sched_yield();
@@ -219,12 +256,45 @@ static void share_dot_rows(long m, long n, long k, const float *a, long lda, con
     atomic_flag_clear(&pool_busy);
 }
 
+static long rounded(long value, long step) { return value < step ? step : value / step * step; }
+
+/* Few rows: B's rows are shared out. */
+static void own_product(const struct gemm *g)
+{
+    long bytes = g->n * g->k * (long)sizeof(float);
+    if (wanted_threads == 1 || bytes < SHARE_BYTES || atomic_flag_test_and_set(&pool_busy)) {
+        dot_rows(g->m, g->n, g->k, g->a, g->lda, g->b, g->ldb, g->c, g->ldc);
+        return;
+    }
+    job.whole = *g;
+    job.own = 1;
+    job.by_rows = 0;
+    job.step = rounded(CHUNK_BYTES / (g->k * (long)sizeof(float)), 12); /* a multiple of both tile widths */
+    share((g->n + job.step - 1) / job.step, bytes >= WAKE_BYTES);
+}
+
+/* Anything else: cut along its longer side. */
+static void passed_product(const struct gemm *g)
+{
+    long macs = g->m * g->n * g->k;
+    if (wanted_threads == 1 || macs < SHARE_MACS || atomic_flag_test_and_set(&pool_busy)) {
+        pass_on(g);
+        return;
+    }
+    job.whole = *g;
+    job.own = 0;
+    job.by_rows = g->m > g->n;
+    long length = job.by_rows ? g->m : g->n;
+    long most = length / (4 * wanted_threads), least = length * PIECE_MACS / macs;
+    job.step = rounded(most > least ? most : least, PIECE_STEP);
+    share((length + job.step - 1) / job.step, macs >= WAKE_MACS);
+}
+
 /* --- what MLX calls --------------------------------------------------------------------------------------------- */
 
-/* Above this many multiply-adds, a product with an untransposed B is passed on, where several threads share it. */
+/* Above this many multiply-adds, a product with an untransposed B is passed on, where the pool shares it. */
 enum { MIX_LIMIT = 1 << 20 };
 
-static real_gemm next_sgemm;
 static double_gemm next_dgemm;
 static complex_gemm next_cgemm;
 static unsigned char own[MAX_ROWS + 1];
@@ -233,24 +303,30 @@ static _Atomic uint64_t own_calls, passed_calls;
 EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                         const float *b, int ldb, float beta, float *c, int ldc)
 {
-    /* One row is the same memory, transposed or not, when its elements are neighbours. */
-    int plain_a = trans_a == NO_TRANS || (m == 1 && lda == 1);
-    if (order == ROW_MAJOR && plain_a && m > 0 && m <= MAX_ROWS && n > 0 && k > 0 && alpha == 1.0f && beta == 0.0f) {
-        long macs = (long)m * n * k;
-        long stride = trans_a == NO_TRANS ? lda : k;
-        if (trans_b == TRANS && own[m]) {
+    if (order != ROW_MAJOR || m <= 0 || n <= 0 || k <= 0) {
+        next_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return;
+    }
+    struct gemm g = {trans_a, trans_b, m, n, k, alpha, beta, a, b, c, lda, ldb, ldc};
+    if (m == 1 && lda == 1 && trans_a != NO_TRANS) {
+        /* One row is the same memory, transposed or not, when its elements are neighbours. */
+        g.trans_a = NO_TRANS;
+        g.lda = k;
+    }
+    if (g.trans_a == NO_TRANS && m <= MAX_ROWS && own[m] && alpha == 1.0f && beta == 0.0f) {
+        if (trans_b == TRANS) {
             atomic_fetch_add_explicit(&own_calls, 1, memory_order_relaxed);
-            share_dot_rows(m, n, k, a, stride, b, ldb, c, ldc);
+            own_product(&g);
             return;
         }
-        if (trans_b == NO_TRANS && own[m] && m <= 4 && macs <= MIX_LIMIT) {
+        if (trans_b == NO_TRANS && m <= 4 && g.m * g.n * g.k <= MIX_LIMIT) {
             atomic_fetch_add_explicit(&own_calls, 1, memory_order_relaxed);
-            mix_rows(m, n, k, a, stride, b, ldb, c, ldc);
+            mix_rows(g.m, g.n, g.k, a, g.lda, b, g.ldb, c, g.ldc);
             return;
         }
     }
     atomic_fetch_add_explicit(&passed_calls, 1, memory_order_relaxed);
-    next_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    passed_product(&g);
 }
 
 EXPORT void cblas_dgemm(int order, int trans_a, int trans_b, int m, int n, int k, double alpha, const double *a,
@@ -285,6 +361,8 @@ EXPORT void kvarn_rowblas_take(int rows, int yes)
         own[rows] = (unsigned char)(yes != 0);
 }
 
+EXPORT int kvarn_rowblas_takes(int rows) { return rows >= 1 && rows <= MAX_ROWS && own[rows]; }
+
 EXPORT int kvarn_rowblas_max_rows(void) { return MAX_ROWS; }
 
 EXPORT const char *kvarn_rowblas_instructions(void) { return instructions; }
@@ -300,14 +378,15 @@ EXPORT long kvarn_rowblas_measure(int rows, int n, int k, int yes, int tries)
     float *b = malloc((size_t)n * k * sizeof(float));
     float *c = malloc((size_t)rows * n * sizeof(float));
     long best = -1;
-    if (a && b && c && rows >= 1 && rows <= MAX_ROWS) {
+    struct gemm g = {NO_TRANS, TRANS, rows, n, k, 1.0f, 0.0f, a, b, c, k, k, n};
+    if (a && b && c && rows >= 1) {
         memset(b, 0, (size_t)n * k * sizeof(float));
         for (int i = 0; i < tries; i++) {
             long start = now_ns();
             if (yes)
-                share_dot_rows(rows, n, k, a, k, b, k, c, n);
+                own_product(&g);
             else
-                next_sgemm(ROW_MAJOR, NO_TRANS, TRANS, rows, n, k, 1.0f, a, k, b, k, 0.0f, c, n);
+                passed_product(&g);
             long took = now_ns() - start;
             if (best < 0 || took < best)
                 best = took;

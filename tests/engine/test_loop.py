@@ -43,11 +43,7 @@ def test_batched_answers_equal_single_ones(kind: str) -> None:
     lengths = [1, 2, 5, 17, 63, 64, 65, 66, 130, 300]
     prompts = {f"r{length}": prompt(length) for length in lengths}
     wanted = {name: 5 + 7 * (index % 4) for index, name in enumerate(prompts)}
-    driven.run(
-        arrivals={
-            index * 4: request(name, prompts[name], wanted[name]) for index, name in enumerate(prompts)
-        }
-    )
+    driven.run(arrivals={index * 4: request(name, prompts[name], wanted[name]) for index, name in enumerate(prompts)})
     for name, tokens in prompts.items():
         expected = reference(model(kind).network, tokens, wanted[name])
         assert driven.outcomes[name].finish is Finish.LENGTH
@@ -164,7 +160,9 @@ def test_impossible_requests_are_refused(tokens: list[int], max_tokens: int, wor
     driven.submit(request("good", prompt(5), 3))
     driven.run()
     failure = driven.outcomes["bad"].failure
-    assert failure is not None and failure.kind is ErrorKind.INVALID and word in failure.message
+    assert failure is not None
+    assert failure.kind is ErrorKind.INVALID
+    assert word in failure.message
     assert driven.outcomes["good"].finish is Finish.LENGTH
 
 
@@ -203,7 +201,8 @@ def test_one_bad_request_never_kills_others(where: str) -> None:
     poison = [5, bad, 7, 8, 9] if where == "prefill" else [5, 6, 7, 8, bad]
     driven.run(lambda turn: driven.submit(request("poison", poison, 20)) if turn == 8 else None)
     failure = driven.outcomes["poison"].failure
-    assert failure is not None and failure.kind is ErrorKind.ENGINE
+    assert failure is not None
+    assert failure.kind is ErrorKind.ENGINE
     for name, tokens in prompts.items():
         single = driver("llama")
         single.submit(request(name, tokens, 20, logit_bias={bad: -100.0}))

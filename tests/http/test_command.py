@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from kvarn import __version__
+from kvarn.cli.serve import bind
+from kvarn.config import ServeConfig
 
 
 def kvarn(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,3 +69,15 @@ def test_the_front_end_does_not_import_mlx() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_listening_beyond_this_machine_is_warned_about(
+    caplog: pytest.LogCaptureFixture, host: str, warned: bool
+) -> None:
+    with bind(ServeConfig(host=host, port=0)):
+        assert any("beyond this machine" in record.message for record in caplog.records) == warned
+
+
+def test_the_default_address_is_this_machine_only() -> None:
+    assert ServeConfig().host == "127.0.0.1"

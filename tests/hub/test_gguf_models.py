@@ -73,7 +73,7 @@ def test_gemma3_tokens(gemma3_tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.encode("<start_of_turn>", add_special_tokens=False) == [105]
 
 
-@given(text=st.text(alphabet=st.characters(exclude_characters="▁"), max_size=60))
+@given(text=st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=60))
 @settings(max_examples=150, deadline=None)
 def test_gemma3_text_comes_back(gemma3_tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     tokens = gemma3_tokenizer.encode(text)

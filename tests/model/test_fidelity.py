@@ -20,9 +20,7 @@ def check(folder: Path, lengths: list[int], answer: int) -> None:
     """Prompts of these lengths join at different turns and leave at different lengths; each is then run alone."""
     model = load(folder, 0, lambda fraction: None)
     encoding = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT * 3).ids
-    prompts = {
-        f"r{index}": encoding[index * 97 : index * 97 + length] for index, length in enumerate(lengths)
-    }
+    prompts = {f"r{index}": encoding[index * 97 : index * 97 + length] for index, length in enumerate(lengths)}
     requests: list[Request] = [
         request(name, tokens, answer + 5 * (index % 3)) for index, (name, tokens) in enumerate(prompts.items())
     ]
