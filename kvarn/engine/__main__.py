@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import socket
 import sys
+
+from kvarn.observe.log import configure
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="kvarn.engine", description="Internal: started by the kvarn front end.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front end")
     descriptor = parser.parse_args().fd
-    logging.basicConfig(
-        level=os.environ.get("KVARN_LOG_LEVEL", "info").upper(), format="engine %(levelname)s %(message)s"
-    )
+    configure(os.environ.get("KVARN_LOG_LEVEL", "info"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides when we stop
     from kvarn.engine.process import serve
 

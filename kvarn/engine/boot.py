@@ -18,6 +18,7 @@ from kvarn.hub.progress import SilentProgress
 from kvarn.model.load import LoadedModel, load
 from kvarn.model.memory import total_memory
 from kvarn.model.probe import remembered_probe, warm_up
+from kvarn.observe.log import kv
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
@@ -57,9 +58,9 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     costs = CostModel()
     engine = Engine(model, capabilities, Scheduler(limits, budget, costs), costs, budget.limit_bytes, link.inbox, link)
     lane = "slots" if capabilities.slots else "solo"
-    log.info("loaded %s in %.1f s: %s, %s lane, %s", folder.name, time.monotonic() - began, model.dtype, lane, blas)
+    log.info("model loaded", extra=kv(folder=folder.name, seconds=round(time.monotonic() - began, 2)))
     if capabilities.reason:
-        log.warning("no batched forward for this model: %s", capabilities.reason)
+        log.warning("this model runs without a batched forward", extra=kv(reason=capabilities.reason))
     if not capabilities.pipelined:
         log.warning("cache writes are copied while a step is in flight; steps run one by one")
     link.send(

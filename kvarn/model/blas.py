@@ -25,8 +25,9 @@ import msgspec
 
 from kvarn.hub.cache import cache_root
 
-SPIN_US = 200
-"""How long a worker thread stays awake after a product: about the pause between two of them in a decode step."""
+SPIN_US = 50
+"""How long a worker thread stays awake after a product: long enough for the next one of a layer, and no longer, as the
+front end may want the core."""
 
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 MEASURED_SHAPE = (1536, 1024)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from kvarn.kv.arena import LayerSpec
+from kvarn.model import cpu_math
 from kvarn.model.memory import total_memory
 from kvarn.model.rotary import share_angles
 from kvarn.model.upstream import cache_kind, dequantized, layer_specs, load_weights, new_cache
@@ -59,6 +60,7 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
     if on_cpu:
         network = _in_float32(network)
         share_angles(network)
+        cpu_math.install(network)
         if shutil.which(COMPILER) is None:
             mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     _evaluate(network, progress)
@@ -82,14 +84,13 @@ def _in_float32(network: nn.Module) -> nn.Module:
     floats = sum(int(array.size) for _, array in tree_flatten(network.parameters())) * 4
     if floats > total_memory() * 0.8:
         return network  # better slow than swapped out; packed weights run as they are
-    network = dequantized(network)
     network.update(
         tree_map(
             lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array,
             network.parameters(),
         )
     )
-    return network
+    return dequantized(network)  # with float32 scales, so that no value is rounded to half precision on the way
 
 
 def _evaluate(network: nn.Module, progress: Callable[[float], None]) -> None:

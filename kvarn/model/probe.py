@@ -137,6 +137,7 @@ def differs(ours: mx.array, reference: mx.array) -> bool:
 
 def donates(model: LoadedModel) -> bool:
     """Whether pipelined decode steps write in place: the arena must not be copied, not even while one is in flight."""
+    before = mx.get_active_memory()
     token_bytes = sum(spec.token_bytes for spec in model.specs)
     length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
     lane = SlotsLane(model.specs)
@@ -148,10 +149,9 @@ def donates(model: LoadedModel) -> bool:
         if not warm:
             mx.eval(tokens, lane.arrays())
             mx.reset_peak_memory()
-        before = mx.get_active_memory()
         for _ in range(3):
             tokens = mx.argmax(decode(model.network, lane, tokens), axis=-1).astype(mx.int32)
             mx.async_eval(tokens, lane.arrays())
             flights.append(tokens)
         mx.eval(flights)
-    return mx.get_peak_memory() - before < lane.nbytes // 2
+    return mx.get_peak_memory() - before < lane.nbytes * 1.5

@@ -12,6 +12,8 @@ from typing import Protocol, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.activations import swiglu as swiglu
+from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model
 
@@ -39,6 +41,31 @@ def load_weights(folder: Path) -> tuple[nn.Module, dict[str, object]]:
 def dequantized(model: nn.Module) -> nn.Module:
     """Replace quantised layers by plain ones."""
     return cast(nn.Module, dequantize_model(model))
+
+
+Mask = mx.array | str | None
+"""What is seen: everything, "causal", or a bool or additive array."""
+
+UPSTREAM_MATH = {"scaled_dot_product_attention": scaled_dot_product_attention, "swiglu": swiglu}
+"""mlx-lm's own functions by the names under which its model files import them."""
+
+
+def upstream_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: LayerCache | None,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's attention: queries [n, H, L, D] over keys and values [n, G, K, D]."""
+    return cast(mx.array, scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks))
+
+
+def upstream_swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """mlx-lm's silu(gate) * x."""
+    return cast(mx.array, swiglu(gate, x))
 
 
 def new_cache(model: nn.Module) -> PromptCache:

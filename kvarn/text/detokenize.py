@@ -96,7 +96,7 @@ class ByteLevelDetokenizer:
     def _breaks(self, data: bytes) -> bool:
         """True when these bytes do not continue the open character, which therefore becomes U+FFFD."""
         text, used = utf_8_decode(self._open + data[:1], "replace", False)
-        return len(text) > used - len(self._open)
+        return used > 0 and len(text) > used - len(self._open)
 
     def _settle(self, tokens: int, broken: bool) -> None:
         """Record the ends of that many waiting tokens; a broken character belongs to the one with its last byte."""

@@ -53,7 +53,8 @@ class DependsOnNeighbours(Altered):
 
 class KeepsReferences(Altered):
     def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
-        self.kept = [layer.keys for layer in cache]  # type: ignore[attr-defined]
+        if hasattr(cache[0], "rows"):
+            self.kept += [layer.keys_and_values()[0] for layer in cache]  # type: ignore[attr-defined]
         return logits
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from .tiny_tokenizers import CHATML, TURNS, byte_fallback_backend, byte_level_backend, write_folder
+from tiny_tokenizers import CHATML, TURNS, byte_fallback_backend, byte_level_backend, write_folder
 
 
 @pytest.fixture(scope="session")

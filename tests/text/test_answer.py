@@ -8,11 +8,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 from kvarn.text.answer import Answer
 from kvarn.text.decoding import Decoding, decoding_of
-
-from .tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 KINDS = ["byte level", "byte fallback", "byte fallback, stripped", "metaspace"]
 

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 from kvarn.text.decoding import (
     ByteFallbackDecoding,
@@ -17,8 +18,7 @@ from kvarn.text.decoding import (
     WholeDecoding,
     decoding_of,
 )
-
-from .tiny_tokenizers import BACKENDS, CORPUS, id_of
+from kvarn.text.detokenize import ByteLevelDetokenizer
 
 
 @pytest.fixture(scope="module", params=list(BACKENDS))
@@ -164,3 +164,11 @@ def byte_level() -> tokenizers.Tokenizer:
 )
 def test_each_decoder_is_recognised(name: str, kind: type[Decoding]) -> None:
     assert type(decoding_of(BACKENDS[name]())) is kind
+
+
+def test_a_character_continued_by_several_bytes_ends_with_its_last_token() -> None:
+    """Three tokens, each of which but the last opens a character that the next completes with one or two bytes."""
+    pieces = [b"\xf0\x9f\x99\x82\xf0\x9f\x99", b"\x83\xf0\x9f", b"\x8e\x89"]
+    detokenizer = ByteLevelDetokenizer(pieces.__getitem__)
+    assert [detokenizer.add(token) for token in range(3)] == ["🙂", "🙃", "🎉"]
+    assert list(detokenizer.ends) == [1, 2, 3]

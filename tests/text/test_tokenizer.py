@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tiny_tokenizers import CHATML, CORPUS, TURNS, byte_fallback_backend, byte_level_backend, id_of, write_folder
 
 from kvarn.text.tokenizer import TemplateError, Tokenizer, TokenizerError
-
-from .tiny_tokenizers import CHATML, CORPUS, TURNS, byte_fallback_backend, byte_level_backend, id_of, write_folder
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "the世界 🙂"}]
 

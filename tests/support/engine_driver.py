@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ from mlx_lm.generate import generate_step
 from kvarn.engine.loop import Engine
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities, probe
+from kvarn.model.upstream import UPSTREAM_MATH
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
@@ -125,9 +128,29 @@ def request(name: str, prompt: Sequence[int], max_tokens: int, **params: object)
 
 
 def reference(network: nn.Module, prompt: Sequence[int], max_tokens: int, chunk: int = 256) -> list[int]:
-    """mlx-lm's own greedy generation of one sequence."""
-    steps = generate_step(mx.array(list(prompt)), network, max_tokens=max_tokens, prefill_step_size=chunk)
-    return [int(token) for token, _ in steps]
+    """mlx-lm's own greedy generation of one sequence, with mlx-lm's own attention and activations."""
+    with upstream_math():
+        steps = generate_step(mx.array(list(prompt)), network, max_tokens=max_tokens, prefill_step_size=chunk)
+        return [int(token) for token, _ in steps]
+
+
+@contextmanager
+def upstream_math() -> Iterator[None]:
+    """Undo, for a while, what kvarn.model.cpu_math put into mlx-lm's model files."""
+    replaced = [
+        (module, name, vars(module)[name])
+        for key, module in sys.modules.items()
+        if key.startswith("mlx_lm.models.")
+        for name in UPSTREAM_MATH
+        if name in vars(module)
+    ]
+    for module, name, _ in replaced:
+        setattr(module, name, UPSTREAM_MATH[name])
+    try:
+        yield
+    finally:
+        for module, name, ours in replaced:
+            setattr(module, name, ours)
 
 
 def assert_same_or_tied(network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int]) -> None:
