@@ -193,6 +193,7 @@ class Engine:
         started = time.monotonic()
         try:
             prefill(self._model.network, sequence.cache, sequence.tokens[chunk.start : chunk.end])
+            self._lane.reserve(len(sequence.tokens), chunk.end / len(sequence.tokens))
             if chunk.last:
                 self._lane.adopt(sequence.cache, chunk.end)
                 sequence.cache = None

@@ -7,6 +7,7 @@ leaves no lazy reader behind that would keep the next write from happening in pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ class Arena:
         self.rows = Rows()
         self.slots: list[Slot] = []
         self._specs = specs
-        self._sizes = (0, 0)
+        self._reserved = (0, 0)
+        """Rows and tokens that the next adoption will need."""
 
     @property
     def lengths(self) -> list[int]:
@@ -71,7 +73,11 @@ class Arena:
         generator may drop each source as it goes. If it raises, the live rows are as they were.
         """
         row = len(self.lengths)
-        self._make_room(row + 1, max([length + 1, *self.lengths]))
+        self._reserved = (0, 0)
+        if not self.slots:
+            rows, capacity = row_bucket(row + 1), capacity_bucket(length + 1)
+            self.slots = [_empty_slot(self.rows, spec, rows, capacity) for spec in self._specs]
+        self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
         for slot, layer in zip(self.slots, layers, strict=length > 0):
             slot.put(row, layer.keys, layer.values, length)
             mx.eval(slot.keys, slot.values)
@@ -94,11 +100,11 @@ class Arena:
         self.lengths.pop()
         if not self.lengths:
             self.slots.clear()  # an idle server holds no keys
-            self._sizes = (0, 0)
+            self._reserved = (0, 0)
 
     def begin(self, columns: int) -> Sequence[Slot]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
-        self._make_room(len(self.lengths), max(self.lengths) + columns)
+        self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
         self.rows.begin(columns)
         return self.slots
 
@@ -106,23 +112,32 @@ class Arena:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
         self.rows.advance(counts)
 
-    def trim(self) -> None:
-        """Give back what the live rows do not need; ``begin`` alone never shrinks, so that a shrink is not undone."""
+    def reserve(self, length: int, share: float) -> None:
+        """Make room ahead of the adoption of ``length`` tokens, in the first ``share`` (0 to 1) of the layers.
+
+        Growing all layers at once can pause a big batch for seconds; called with a growing share between the chunks
+        of a prompt, it is spread over them. An arena without rows has nothing to copy and is left alone.
+        """
         if self.lengths:
-            self._resize(row_bucket(len(self.lengths)), capacity_bucket(max(self.lengths) + 1))
+            self._reserved = (len(self.lengths) + 1, length + 1)
+            self._make_room(
+                self.slots[: math.ceil(share * len(self.slots))], len(self.lengths) + 1, max(length + 1, *self.lengths)
+            )
 
-    def _make_room(self, rows: int, longest: int) -> None:
-        rows, capacity = row_bucket(rows), capacity_bucket(longest)
-        if rows > self._sizes[0] or capacity > self._sizes[1]:
-            # As everything is copied anyway, take the right size in both directions.
-            self._resize(rows, capacity)
+    def trim(self) -> None:
+        """Give back what the live rows do not need; otherwise the arena never shrinks, so that it need not regrow."""
+        self._reserved = (0, 0)
+        if self.lengths:
+            for slot in self.slots:
+                slot.resize(row_bucket(len(self.lengths)), capacity_bucket(max(self.lengths) + 1))
 
-    def _resize(self, rows: int, capacity: int) -> None:
-        if not self.slots:
-            self.slots = [_empty_slot(self.rows, spec, rows, capacity) for spec in self._specs]
-        for slot in self.slots:
-            slot.resize(rows, capacity)
-        self._sizes = (rows, capacity)
+    def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
+        """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""
+        least_rows, least_capacity = row_bucket(rows), capacity_bucket(longest)
+        target = max(least_rows, row_bucket(self._reserved[0])), max(least_capacity, capacity_bucket(self._reserved[1]))
+        for slot in slots:
+            if slot.row_count < least_rows or (slot.window is None and slot.capacity < least_capacity):
+                slot.resize(*target)
 
     def arrays(self) -> list[mx.array]:
         """Every array a step must evaluate so that no lazy graph survives it."""

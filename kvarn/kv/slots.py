@@ -27,6 +27,10 @@ class Slot:
         return int(self.keys.shape[2])
 
     @property
+    def row_count(self) -> int:
+        return int(self.keys.shape[0])
+
+    @property
     def nbytes(self) -> int:
         return int(self.keys.nbytes + self.values.nbytes)
 

@@ -39,6 +39,9 @@ class Lane(Protocol):
     def release(self, row: int, scrub: bool = False) -> None:
         """Free a row, moving the last one into its place."""
 
+    def reserve(self, length: int, share: float) -> None:
+        """Make room for the adoption of ``length`` tokens, in the first ``share`` of the layers; see Arena.reserve."""
+
     def trim(self) -> None:
         """Give back memory that the rows do not need now."""
 
@@ -72,6 +75,9 @@ class SlotsLane:
 
     def release(self, row: int, scrub: bool = False) -> None:
         self._arena.release(row, scrub)
+
+    def reserve(self, length: int, share: float) -> None:
+        self._arena.reserve(length, share)
 
     def trim(self) -> None:
         self._arena.trim()
@@ -112,6 +118,9 @@ class SoloLane:
         self._caches[row], self._lengths[row] = self._caches[-1], self._lengths[-1]
         self._caches.pop()
         self._lengths.pop()
+
+    def reserve(self, length: int, share: float) -> None:
+        """Nothing to make: a row brings its own arrays."""
 
     def trim(self) -> None:
         """Nothing to give: each row holds its own."""

@@ -74,6 +74,13 @@ class ArenaMachine(RuleBasedStateMachine):
         for row, count in enumerate(kept):
             self.model[row] = self.model[row] + marks[row][:count]
 
+    @rule(length=st.sampled_from([5, 300, 600]), share=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+    def reserve(self, length: int, share: float) -> None:
+        self.arena.reserve(length, share)
+        if self.model and share == 1.0:
+            assert self.arena.slots[0].capacity > length
+            assert all(slot.row_count > len(self.model) for slot in self.arena.slots)
+
     @rule()
     @precondition(lambda self: self.model)
     def trim(self) -> None:
@@ -108,6 +115,22 @@ class ArenaMachine(RuleBasedStateMachine):
 
 TestArena = ArenaMachine.TestCase
 TestArena.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
+    """A long prompt's arrival must not copy the whole batch at once, nor may a decode step in between."""
+    specs = [LayerSpec(1, 4, 4, mx.float32, None)] * 4
+    arena = Arena(specs)
+    arena.adopt((), 0)
+    for quarter in range(1, 5):
+        arena.reserve(2000, quarter / 4)
+        arena.begin(1)
+        arena.advance([1])
+        assert [slot.capacity for slot in arena.slots] == [2048] * quarter + [256] * (4 - quarter)
+    arrays = [slot.keys for slot in arena.slots]
+    layer = LayerRow(mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4)))
+    arena.adopt([layer] * 4, 2000)
+    assert [slot.keys.shape for slot in arena.slots] == [array.shape for array in arrays]
 
 
 def test_aligned_rows_need_no_mask() -> None:
