@@ -69,4 +69,5 @@ bench: setup
 	$(BIN)/kvarn bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis kvarn/native/*.so
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis kvarn/native/*.so \
+		$(VENV)/.kvarn-*

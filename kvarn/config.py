@@ -10,7 +10,9 @@ import argparse
 import os
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from kvarn.types import GRID
 
 
 class ConfigError(Exception):
@@ -35,7 +37,9 @@ class ServeConfig(BaseModel):
         le=60_000,
         description="Target for the pause between two tokens of a running answer while prompts are being read, in ms.",
     )
-    prefill_chunk: int = Field(0, ge=0, le=65536, description="Most prompt tokens in one forward; 0: chosen by device.")
+    prefill_chunk: int = Field(
+        0, ge=0, le=65536, description="Most prompt tokens in one forward, a multiple of 64; 0: chosen by device."
+    )
     kv_memory_mb: int = Field(
         0, ge=0, description="Most memory for keys and values, in MiB; 0: chosen from the machine's memory."
     )
@@ -46,6 +50,13 @@ class ServeConfig(BaseModel):
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="One of debug, info, warning, error."
     )
+
+    @field_validator("prefill_chunk")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if value % GRID:
+            raise ValueError(f"must be 0 or a multiple of {GRID}")
+        return value
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

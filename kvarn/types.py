@@ -10,6 +10,9 @@ from enum import StrEnum
 
 import msgspec
 
+GRID = 64
+"""Chunks of a prompt end at multiples of this many tokens, whoever reads it and whatever was read before."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to pick the tokens of one request. The front end has validated every field.
@@ -38,7 +41,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """None: none wanted. k >= 0: the chosen token's log-probability and the k likeliest alternatives."""
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     """Ids that end the answer (end of sequence, end of turn). The front end knows the tokenizer; the engine obeys."""
-    ignore_eos: bool = False
 
     @property
     def greedy(self) -> bool:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from kvarn.engine.link import Link
 from kvarn.engine.loop import Engine
 from kvarn.hub.fingerprint import folder_fingerprint
 from kvarn.hub.progress import SilentProgress
-from kvarn.model.load import LoadedModel, load
+from kvarn.model.load import LoadedModel, ModelError, load
 from kvarn.model.memory import total_memory
 from kvarn.model.probe import remembered_probe, warm_up
 from kvarn.observe.log import kv
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_CPU, CHUNK_GPU = 256, 2048
 """Most prompt tokens in one forward. On a CPU attention over a long chunk costs more than it saves in products."""
+LEAST_CONTEXT = 256
+"""A server that cannot hold one request of this many tokens is of no use."""
 LEAST_KV_BYTES = 256 * 1024 * 1024
 BUFFER_CACHE_BYTES = 512 * 1024 * 1024
 """Freed buffers MLX may keep for reuse; without a limit they grow to the largest prompt ever read."""
@@ -49,12 +52,10 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
         link.send(Loading("probe", 1.0))
         capabilities = remembered_probe(model, content)
         warm_up(model, capabilities)
-    budget = _budget(model, start.kv_budget_bytes)
-    limits = Limits(
-        max_rows=start.max_rows,
-        max_itl_ms=start.max_itl_ms,
-        max_chunk=start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU),
-    )
+    chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
+    budget = _budget(model, start.kv_budget_bytes, chunk)
+    model = _within_memory(model, budget)
+    limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=chunk)
     costs = CostModel()
     engine = Engine(model, capabilities, Scheduler(limits, budget, costs), costs, budget.limit_bytes, link.inbox, link)
     lane = "slots" if capabilities.slots else "solo"
@@ -95,11 +96,26 @@ def _percent_by_percent(link: Link) -> Callable[[float], None]:
     return tell
 
 
-def _budget(model: LoadedModel, asked: int) -> MemoryBudget:
+def _budget(model: LoadedModel, asked: int, chunk: int) -> MemoryBudget:
     usable = mx.device_info().get("max_recommended_working_set_size") if not model.on_cpu else None
     limit = int(usable * 0.9 if isinstance(usable, int) else total_memory() * 0.7) - model.weight_bytes
     return MemoryBudget(
-        kv_bytes_per_token=sum(spec.token_bytes for spec in model.specs if spec.capacity is None),
-        window_bytes_per_row=sum(spec.token_bytes * spec.capacity for spec in model.specs if spec.capacity is not None),
+        kv_bytes_per_token=model.token_bytes,
+        window_bytes_per_row=model.row_bytes,
         limit_bytes=asked or max(limit, LEAST_KV_BYTES),
+        chunk_window_bytes=model.chunk_token_bytes * chunk,
     )
+
+
+def _within_memory(model: LoadedModel, budget: MemoryBudget) -> LoadedModel:
+    """The model with a context that one request can really fill. Raises ModelError when not even a short one fits."""
+    longest = budget.longest(model.context_length)
+    if longest < min(LEAST_CONTEXT, model.context_length):
+        raise ModelError(
+            f"kv_memory_mb: {budget.limit_bytes >> 20} MiB hold a request of {longest} tokens; "
+            f"at least {LEAST_CONTEXT} must fit"
+        )
+    if longest < model.context_length:
+        fields = kv(context=longest, model_context=model.context_length, kv_memory_mb=budget.limit_bytes >> 20)
+        log.warning("memory for keys and values allows a shorter context than the model's", extra=fields)
+    return replace(model, context_length=longest)

@@ -165,7 +165,7 @@ class Engine:
                 self._lane.release(rows.index(name))
                 rows[rows.index(name)] = rows[-1]
                 rows.pop()
-            self._sequences[name].cache = None
+            self._drop_prompt(self._sequences[name])
         if plan.prefill and self._held_bytes() > self._limit_bytes * TRIM_SHARE:
             self._lane.trim()  # the scheduler counts what the rows need, not what the arena still has from before
         plan = msgspec.structs.replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
@@ -193,7 +193,7 @@ class Engine:
         started = time.monotonic()
         try:
             prefill(self._model.network, sequence.cache, sequence.tokens[chunk.start : chunk.end])
-            self._lane.reserve(len(sequence.tokens), chunk.end / len(sequence.tokens))
+            self._lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
             if chunk.last:
                 self._lane.adopt(sequence.cache, chunk.end)
                 sequence.cache = None
@@ -254,11 +254,11 @@ class Engine:
         deltas = []
         for row, name in enumerate(flight.rows):
             sequence = self._sequences[name]
+            sequence.poisoned = sequence.poisoned or bad[row]
             if sequence.ended:
                 continue
             self._scheduler.proven(name)
             if bad[row]:
-                sequence.poisoned = True
                 self._end(name, ArithmeticError("the model produced logits that are not finite"))
                 continue
             logprob = self._logprob(flight.picks, row, sequence)
@@ -296,9 +296,16 @@ class Engine:
         leaving, self._leaving = self._leaving, []
         for name in leaving:
             sequence = self._sequences.pop(name)
+            self._drop_prompt(sequence)
             if name in self._scheduler.rows:
                 self._lane.release(self._scheduler.rows.index(name), scrub=sequence.poisoned)
             self._scheduler.remove(name)
+
+    def _drop_prompt(self, sequence: Sequence) -> None:
+        """Give up what has been read of a prompt that has no row yet, and the room that was made for it."""
+        if sequence.cache is not None:
+            sequence.cache = None
+            self._lane.unreserve()
 
     def _recover(self, rows: tuple[str, ...], error: Exception) -> None:
         """A decode step failed: rebuild the batch, and let the request that is to blame pay, not its neighbours.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvarn.http.errors import ApiError, bad_value
+from kvarn.http.errors import ApiError, bad_value, public
 from kvarn.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from kvarn.text.tokenizer import TemplateError, Tokenizer
 from kvarn.types import ModelInfo
@@ -49,7 +49,7 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> li
     try:
         tokens = tokenizer.chat_tokens(asked.messages)
     except TemplateError as error:
-        raise ApiError(400, f"messages: {error}", param="messages", code="template_error") from error
+        raise ApiError(400, f"messages: {public(str(error))}", param="messages", code="template_error") from error
     return [_checked(asked, "messages", tokens, "", info.context_length)]
 
 
@@ -84,7 +84,7 @@ def _checked(asked: GenerationRequest, param: str, tokens: list[int], echo: str,
     wanted = asked.wanted_tokens
     if wanted is not None and wanted > room:
         raise _too_many(asked, wanted, context, len(tokens))
-    return Prompt(tokens, echo, room if wanted is None else wanted)
+    return Prompt(tokens, echo, min(room, asked.default_tokens or room) if wanted is None else wanted)
 
 
 def _prompt_too_long(param: str, size: str, context: int) -> ApiError:

@@ -148,6 +148,11 @@ class GenerationRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def default_tokens(self) -> int | None:
+        """Most tokens to generate when the client said nothing; None: what is left of the context."""
+        return None
+
+    @property
     def wanted_tokens(self) -> int | None:
         """Most tokens to generate as the client said it; None when it did not."""
         return self.max_tokens
@@ -176,7 +181,6 @@ class GenerationRequest(BaseModel):
             seed=seed,
             logprobs=self.wanted_logprobs,
             stop_token_ids=[] if self.ignore_eos else list(ends),
-            ignore_eos=self.ignore_eos,
         )
 
 
@@ -232,8 +236,8 @@ class CompletionRequest(GenerationRequest):
         return self
 
     @property
-    def wanted_tokens(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens
+    def default_tokens(self) -> int | None:
+        return 16
 
     @property
     def wanted_logprobs(self) -> int | None:

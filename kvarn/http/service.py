@@ -114,6 +114,9 @@ class Service:
     def permit(self, choices: int) -> Iterator[None]:
         """Hold the places of ``choices`` answers. Raises ApiError 429 when the queue is full."""
         most = self._most_held()
+        if choices > most:
+            message = f"n: prompts times n must be at most {most} here, got {choices}"
+            raise ApiError(400, message, param="n", code="invalid_value")
         if self._held + choices > most:
             message = f"{self._held} answers are running or waiting, at most {most} may; {choices} more do not fit"
             raise ApiError(429, message, code="queue_full", headers=RETRY_AFTER)

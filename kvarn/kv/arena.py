@@ -124,12 +124,17 @@ class Arena:
                 self.slots[: math.ceil(share * len(self.slots))], len(self.lengths) + 1, max(length + 1, *self.lengths)
             )
 
-    def trim(self) -> None:
-        """Give back what the live rows do not need; otherwise the arena never shrinks, so that it need not regrow."""
+    def unreserve(self) -> None:
+        """The prompt that room was being made for will not come."""
         self._reserved = (0, 0)
+
+    def trim(self) -> None:
+        """Give back what neither rows nor reservation need; the arena never shrinks by itself."""
         if self.lengths:
+            rows = max(len(self.lengths), self._reserved[0])
+            longest = max(max(self.lengths) + 1, self._reserved[1])
             for slot in self.slots:
-                slot.resize(row_bucket(len(self.lengths)), capacity_bucket(max(self.lengths) + 1))
+                slot.resize(min(slot.row_count, row_bucket(rows)), min(slot.capacity, capacity_bucket(longest)))
 
     def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
         """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""

@@ -42,6 +42,9 @@ class Lane(Protocol):
     def reserve(self, length: int, share: float) -> None:
         """Make room for the adoption of ``length`` tokens, in the first ``share`` of the layers; see Arena.reserve."""
 
+    def unreserve(self) -> None:
+        """Forget what was reserved: its prompt will not come."""
+
     def trim(self) -> None:
         """Give back memory that the rows do not need now."""
 
@@ -78,6 +81,9 @@ class SlotsLane:
 
     def reserve(self, length: int, share: float) -> None:
         self._arena.reserve(length, share)
+
+    def unreserve(self) -> None:
+        self._arena.unreserve()
 
     def trim(self) -> None:
         self._arena.trim()
@@ -121,6 +127,9 @@ class SoloLane:
 
     def reserve(self, length: int, share: float) -> None:
         """Nothing to make: a row brings its own arrays."""
+
+    def unreserve(self) -> None:
+        """Nothing was reserved."""
 
     def trim(self) -> None:
         """Nothing to give: each row holds its own."""

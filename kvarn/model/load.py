@@ -19,8 +19,18 @@ from kvarn.kv.arena import LayerSpec
 from kvarn.model import cpu_math
 from kvarn.model.memory import total_memory
 from kvarn.model.rotary import share_angles
-from kvarn.model.upstream import cache_kind, dequantized, layer_specs, load_weights, new_cache
+from kvarn.model.upstream import (
+    cache_arrays,
+    cache_bytes,
+    cache_kind,
+    dequantized,
+    layer_specs,
+    load_weights,
+    new_cache,
+)
 
+CACHE_STEP = 256
+"""Tokens by which mlx-lm's caches grow."""
 COMPILER = "g++"
 """What mx.compile calls at run time on a CPU."""
 DEFAULT_CONTEXT = 4096
@@ -44,6 +54,12 @@ class LoadedModel:
     """Cache kind of each layer; see upstream.cache_kind."""
     specs: list[LayerSpec]
     """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
+    token_bytes: int
+    """Bytes that one token adds to the caches that grow."""
+    row_bytes: int
+    """Bytes of what does not grow: windows and recurrent states of one request."""
+    chunk_token_bytes: int
+    """Bytes that one token of a prompt chunk adds to the windows while the chunk is being read."""
     weight_bytes: int
 
 
@@ -68,6 +84,7 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
     if context_length > own_context:
         raise ModelError(f"context_length: {context_length} is more than the model's own {own_context}")
     specs, vocab_size, dtype = _measure(network)
+    token_bytes, row_bytes = _sizes(specs) if specs else _measured_sizes(network)
     return LoadedModel(
         network=network,
         context_length=context_length or own_context,
@@ -76,6 +93,9 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
         on_cpu=on_cpu,
         kinds=[cache_kind(layer) for layer in new_cache(network)],
         specs=specs,
+        token_bytes=token_bytes,
+        row_bytes=row_bytes,
+        chunk_token_bytes=sum(spec.token_bytes for spec in specs if spec.capacity is not None),
         weight_bytes=_bytes(network),
     )
 
@@ -126,3 +146,19 @@ def _measure(network: nn.Module) -> tuple[list[LayerSpec], int, mx.Dtype]:
     except TypeError:
         specs = []
     return specs, int(logits.shape[-1]), logits.dtype
+
+
+def _sizes(specs: list[LayerSpec]) -> tuple[int, int]:
+    growing = sum(spec.token_bytes for spec in specs if spec.capacity is None)
+    return growing, sum(spec.token_bytes * spec.capacity for spec in specs if spec.capacity is not None)
+
+
+def _measured_sizes(network: nn.Module) -> tuple[int, int]:
+    """Bytes per token and per request of caches whose layout is not known, from what they hold at two lengths."""
+    cache, held = new_cache(network), []
+    for _ in range(2):
+        network(mx.zeros((1, CACHE_STEP), dtype=mx.int32), cache=cache)
+        mx.eval(cache_arrays(cache))
+        held.append(cache_bytes(cache))
+    per_token = max(0, held[1] - held[0]) // CACHE_STEP
+    return per_token, max(0, held[0] - per_token * CACHE_STEP)

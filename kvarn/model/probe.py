@@ -68,7 +68,8 @@ def remembered_probe(model: LoadedModel, fingerprint: str) -> Capabilities:
         return msgspec.json.decode(path.read_bytes(), type=Capabilities)
     except (OSError, msgspec.MsgspecError):  # not probed yet, or not readable: probe
         found = probe(model)
-        _remember(path, found)
+        if found.slots and found.pipelined:
+            _remember(path, found)  # what went wrong may have been the machine's mood: look again at the next start
         return found
 
 

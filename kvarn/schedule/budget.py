@@ -36,6 +36,8 @@ class MemoryBudget:
     window_bytes_per_row: int
     """Fixed part of a row: sliding-window rings and recurrent state."""
     limit_bytes: int
+    chunk_window_bytes: int = 0
+    """What a sliding-window cache holds beyond the window while a chunk of a prompt is being read."""
 
     def arena_bytes(self, rows: int, longest: int) -> int:
         """Bytes of an arena that holds ``rows`` rows, the longest with ``longest`` tokens."""
@@ -45,8 +47,20 @@ class MemoryBudget:
         """Upper bound for the cache of a request that has ``tokens`` computed and no row yet; 0 for none."""
         if tokens <= 0:
             return 0
-        return (tokens + PREFILL_STEP - 1) * self.kv_bytes_per_token + self.window_bytes_per_row
+        fixed = self.window_bytes_per_row + self.chunk_window_bytes
+        return (tokens + PREFILL_STEP - 1) * self.kv_bytes_per_token + fixed
 
     def alone_bytes(self, tokens: int) -> int:
         """Peak of a request of ``tokens`` with nothing beside it: recomputed whole, then adopted into a row."""
         return self.arena_bytes(1, tokens) + self.prefill_bytes(tokens - 1)
+
+    def longest(self, most: int) -> int:
+        """The longest request, up to ``most`` tokens of prompt and answer, that fits when it is alone; 0 for none."""
+        fits, too_long = 0, most + 1
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.alone_bytes(middle) <= self.limit_bytes:
+                fits = middle
+            else:
+                too_long = middle
+        return fits

@@ -26,7 +26,7 @@ from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.entry import Entry
 from kvarn.schedule.packing import Packer
-from kvarn.types import StepPlan
+from kvarn.types import GRID, StepPlan
 
 HEAD_START = 0.5
 """Share of the remaining prefill time that counts for a request already begun: only work less than half as long as
@@ -44,7 +44,7 @@ class Limits:
     max_rows: int
     max_itl_ms: float
     max_chunk: int
-    grid: int = 64
+    grid: int = GRID
     age_weight: float = 0.5
     """Seconds of predicted prefill that one second of waiting makes up for."""
 

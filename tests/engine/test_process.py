@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import BinaryIO
 
 import mlx.core as mx
@@ -46,7 +47,7 @@ class Peer:
             self.seen.append(message)
             yield message
 
-    def until(self, kind: type) -> wire.FromEngine:
+    def until(self, kind: type | UnionType) -> wire.FromEngine:
         return next(message for message in self.messages() if isinstance(message, kind))
 
     def close(self) -> None:
@@ -156,6 +157,30 @@ def test_a_context_beyond_the_models_is_refused(folder: Path) -> None:
         fatal = peer.until(wire.Fatal)
         assert isinstance(fatal, wire.Fatal)
         assert "context_length: 100000" in fatal.message
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2", "mamba"])
+def test_little_memory_means_a_shorter_context_not_refusals(kind: str, tmp_path: Path) -> None:
+    """A request that fills the context that the engine names must be accepted, whatever the cache kind (D7)."""
+    megabyte = 2**20 if kind == "llama" else 2**19
+    with engine() as (peer, _):
+        peer.send(start(save(kind, tmp_path / "tiny"), kv_budget_bytes=megabyte))
+        ready = peer.until(wire.Ready)
+        assert isinstance(ready, wire.Ready)
+        context = ready.info.context_length
+        assert 256 <= context <= 512
+        assert (context < 512) == (kind != "mamba")
+        assert (ready.info.kv_bytes_per_token == 0) == (kind == "mamba")
+        peer.send(wire.Submit(request("x", [1, 2, 3], context - 3)))
+        assert isinstance(peer.until(wire.Deltas | wire.Failed), wire.Deltas)
+
+
+def test_no_memory_for_any_request_is_said_at_start(folder: Path) -> None:
+    with engine() as (peer, _):
+        peer.send(start(folder, kv_budget_bytes=1000))
+        fatal = peer.until(wire.Fatal)
+        assert isinstance(fatal, wire.Fatal)
+        assert "kv_memory_mb" in fatal.message
 
 
 def test_one_thread_alone_touches_mlx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_fields_reach_the_sampler() -> None:
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.2, -1.0, 1.0)
     assert params.logit_bias == {3: -100.0, 4: 2.5}
     assert params.logprobs == 0
-    assert (params.ignore_eos, params.stop_token_ids) == (True, [])
+    assert params.stop_token_ids == []
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,8 @@ def test_the_newer_name_of_max_tokens() -> None:
     assert parse(ChatRequest, {**CHAT, "max_completion_tokens": 5}).wanted_tokens == 5
     assert parse(ChatRequest, {**CHAT, "max_tokens": 5}).wanted_tokens == 5
     assert parse(ChatRequest, CHAT).wanted_tokens is None
-    assert parse(CompletionRequest, PLAIN).wanted_tokens == 16
+    assert parse(CompletionRequest, PLAIN).wanted_tokens is None
+    assert (parse(CompletionRequest, PLAIN).default_tokens, parse(ChatRequest, CHAT).default_tokens) == (16, None)
 
 
 def test_prompt_forms() -> None:

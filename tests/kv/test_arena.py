@@ -84,6 +84,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.model)
     def trim(self) -> None:
+        self.arena.unreserve()
         self.arena.trim()
         assert self.arena.slots[0].keys.shape[0] < 2 * len(self.model)
 

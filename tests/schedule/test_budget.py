@@ -34,3 +34,11 @@ def test_buckets_are_enough_and_at_most_double(rows: int, tokens: int) -> None:
     assert tokens <= capacity_bucket(tokens) < max(2 * tokens, 257)
     assert row_bucket(row_bucket(rows)) == row_bucket(rows)
     assert capacity_bucket(capacity_bucket(tokens)) == capacity_bucket(tokens)
+
+
+def test_the_longest_request_is_the_longest_that_fits_alone() -> None:
+    for limit in (0, 5_000, 12_345, 100_000, 10**9):
+        budget = MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=7, limit_bytes=limit, chunk_window_bytes=3)
+        longest = budget.longest(20_000)
+        assert longest == 0 or budget.alone_bytes(longest) <= limit
+        assert longest == 20_000 or budget.alone_bytes(longest + 1) > limit

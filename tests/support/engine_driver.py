@@ -55,9 +55,10 @@ class Driver:
         self.capabilities = capabilities or probe(model)
         costs = CostModel()
         budget = MemoryBudget(
-            kv_bytes_per_token=sum(spec.token_bytes for spec in model.specs if spec.capacity is None),
-            window_bytes_per_row=sum(spec.token_bytes * spec.capacity for spec in model.specs if spec.capacity),
+            kv_bytes_per_token=model.token_bytes,
+            window_bytes_per_row=model.row_bytes,
             limit_bytes=limit_bytes,
+            chunk_window_bytes=model.chunk_token_bytes * max_chunk,
         )
         self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
         self.engine = Engine(model, self.capabilities, self.scheduler, costs, limit_bytes, self.inbox, self)
