@@ -9,14 +9,34 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
+from kvarn.hub.cache import cache_root
 from kvarn.types import GRID
 
 
 class ConfigError(Exception):
     """A setting that cannot be used; the message names it, its value and what is allowed."""
+
+
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def seconds(value: object) -> object:
+    """A duration such as 90s, 30m, 12h or 7d in seconds; what is not such a text is left for pydantic to judge."""
+    if isinstance(value, str) and value[-1:] in SECONDS:
+        try:
+            return float(value[:-1]) * SECONDS[value[-1]]
+        except ValueError:
+            raise ValueError("must be a number of seconds, or a number with one of s, m, h, d, w behind it") from None
+    return value
+
+
+Duration = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(seconds)]
+"""Seconds; texts may carry a unit."""
 
 
 class ServeConfig(BaseModel):
@@ -43,6 +63,37 @@ class ServeConfig(BaseModel):
     kv_memory_mb: int = Field(
         0, ge=0, description="Most memory for keys and values, in MiB; 0: chosen from the machine's memory."
     )
+    cache_ram: ByteSize | None = Field(
+        None,
+        description="Most memory for cached prefixes, such as 8GB; 0 turns the prefix cache off. "
+        "Default: half of the memory for keys and values.",
+    )
+    cache_selfcheck: int = Field(
+        0, ge=0, description="Compute one in so many cache hits afresh and compare; 0: never. For the distrustful."
+    )
+    cache_dir: Path | None = Field(
+        None, description="Folder of the SSD tier. Default: prefix in the folder where models are cached."
+    )
+    cache_ssd: ByteSize = Field(
+        ByteSize(20 * 10**9), description="Most space for cached prefixes on the SSD, such as 100GB; 0: no SSD tier."
+    )
+    ssd_policy: Literal["all", "second-use", "evicted", "off"] = Field(
+        "second-use",
+        description="What is written to the SSD: all blocks at once, those used by a second request (and live "
+        "conversations at an orderly stop), those that leave memory, or none.",
+    )
+    ssd_durability: Literal["best-effort", "durable"] = Field(
+        "best-effort",
+        description="durable: a written block survives a loss of power; best-effort: a crash of the process.",
+    )
+    ssd_ttl: Duration = Field(
+        30 * 86400.0,
+        description="Blocks unused for longer are removed from the SSD, such as 12h or 30d; 0: never.",
+    )
+    ssd_daily_writes: ByteSize = Field(
+        ByteSize(100 * 10**9), description="Most bytes written to the SSD per day; 0: no limit."
+    )
+    ssd_min_free: ByteSize = Field(ByteSize(5 * 10**9), description="Space that the SSD tier leaves free on its disk.")
     max_waiting: int = Field(512, ge=1, description="Most requests waiting for the engine; further ones get a 429.")
     drain_seconds: float = Field(
         10.0, ge=0, le=3600, description="How long running requests may go on after a stop is asked for, in seconds."
@@ -50,6 +101,11 @@ class ServeConfig(BaseModel):
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="One of debug, info, warning, error."
     )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the SSD tier is."""
+        return self.cache_dir.expanduser() if self.cache_dir is not None else default_cache_folder()
 
     @field_validator("prefill_chunk")
     @classmethod
@@ -59,10 +115,15 @@ class ServeConfig(BaseModel):
         return value
 
 
+def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the SSD tier is unless told otherwise."""
+    return cache_root(environ) / "prefix"
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting; none has a default, so that the environment can speak where the flag is absent."""
     for name, field in ServeConfig.model_fields.items():
-        shown = "" if field.default == "" else f" Default: {field.default}."
+        shown = "" if field.default in ("", None) else f" Default: {_shown(field.default)}."
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -70,6 +131,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             metavar=name.rsplit("_", 1)[-1].upper(),
             help=f"{field.description}{shown}",
         )
+
+
+def _shown(value: object) -> str:
+    return value.human_readable(decimal=True) if isinstance(value, ByteSize) else str(value)
 
 
 def read_config(flags: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> ServeConfig:

@@ -62,6 +62,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Higher goes first."""
     client: str = ""
     """Whose request this is, for fair sharing."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
 
 
 class Finish(StrEnum):
@@ -94,6 +96,62 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """The likeliest tokens, best first; as many as asked for."""
 
 
+class PrefixReport(msgspec.Struct, frozen=True, array_like=True):
+    """What the prefix cache did for one prompt; all numbers are tokens."""
+
+    memory: int = 0
+    """Restored from RAM."""
+    disk: int = 0
+    """Restored from the SSD."""
+    end: str = "off"
+    """Why no more was restored; see prefix/cache.py."""
+    known: int = 0
+    """Leading tokens that the cache knows at all; the prompt differs from everything known after them."""
+
+    @property
+    def cached(self) -> int:
+        return self.memory + self.disk
+
+
+class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the prefix cache is set up; see config.py for what each means to the user."""
+
+    ram_bytes: int | None = None
+    """None: chosen from the machine's memory; 0: nothing is cached."""
+    selfcheck: int = 0
+    folder: str = ""
+    ssd_bytes: int = 0
+    """0: no SSD tier."""
+    ssd_policy: str = "off"
+    durable: bool = False
+    ttl_seconds: float = 0.0
+    """0: no limit."""
+    daily_bytes: int = 0
+    """0: no limit."""
+    least_free_bytes: int = 0
+    label: str = ""
+    """The model's name, for people who look into the folder."""
+
+
+class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How the prefix cache is doing. Counters are since the engine's start."""
+
+    ram_bytes: int = 0
+    ram_blocks: int = 0
+    ram_limit: int = 0
+    hits: int = 0
+    misses: int = 0
+    memory_tokens: int = 0
+    disk_tokens: int = 0
+    computed_tokens: int = 0
+    evicted: int = 0
+    unsaved: int = 0
+    checked: int = 0
+    mismatches: int = 0
+    ssd: dict[str, int] = {}
+    """Counters and sizes of the SSD tier by name; empty without one."""
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. ``tokens`` never contains an end-of-sequence id that ended it."""
 
@@ -102,8 +160,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish: Finish | None = None
     logprobs: list[TokenLogprob] | None = None
     """One per token, when asked for."""
-    cached_tokens: int = 0
-    """Prompt tokens that were restored instead of computed."""
+    prefix: PrefixReport | None = None
+    """Which prompt tokens were restored instead of computed; with a request's first delta."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,13 +184,20 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     fingerprint: str
     """sha256 over the content of weights and config, hex."""
+    prefix_cache: str = ""
+    """Kinds of records that the prefix cache keeps of this model, joined by +; empty when it keeps none."""
+    prefix_cache_reason: str = ""
+    """Why it keeps none; empty when it does."""
 
 
 # --- step plans -------------------------------------------------------------------------------------------------
 
 
 class PrefillChunk(msgspec.Struct, frozen=True):
-    """Compute prompt tokens [start, end) of a request into its own cache. ``last``: then adopt it into a row."""
+    """Compute prompt tokens [start, end) of a request into its own cache. ``last``: then adopt it into a row.
+
+    A request's first chunk begins where its restored prefix ends: that many tokens come from the prefix cache.
+    """
 
     id: str
     start: int

@@ -10,9 +10,9 @@ import struct
 
 import msgspec
 
-from kvarn.types import Delta, ErrorKind, ModelInfo, Request
+from kvarn.types import Delta, ErrorKind, ModelInfo, PrefixLoad, PrefixReport, PrefixSettings, Request
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -37,6 +37,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Most prompt tokens in one forward; 0: chosen by device."""
     kv_budget_bytes: int = 0
     """0: chosen from the machine's memory."""
+    prefix: PrefixSettings = PrefixSettings()
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -45,6 +46,14 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     id: str
+
+
+class Explain(msgspec.Struct, frozen=True, tag=True):
+    """What would the prefix cache do for this prompt? ``id`` comes back with the answer."""
+
+    id: str
+    tokens: list[int]
+    cache_salt: str
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -89,6 +98,14 @@ class Beat(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     waiting: int
     kv_bytes: int
     """Bytes of key and value arrays held, arenas and prefill caches together."""
+    prefix: PrefixLoad = PrefixLoad()
+
+
+class Explained(msgspec.Struct, frozen=True, tag=True):
+    """The answer to an Explain."""
+
+    id: str
+    report: PrefixReport
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -97,8 +114,8 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Start | Submit | Cancel | Stop
-FromEngine = Loading | Ready | Deltas | Failed | Beat | Fatal
+ToEngine = Start | Submit | Cancel | Explain | Stop
+FromEngine = Loading | Ready | Deltas | Failed | Explained | Beat | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

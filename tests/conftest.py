@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from kvarn.hub.source import resolve
 from kvarn.model import blas
 
 blas.prepare()
+
+os.environ["KVARN_CACHE_SSD"] = "0"
+"""Servers that tests start keep nothing on disk unless the test says so: no test depends on an earlier run."""
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ may take the process down.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -18,8 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvarn import __version__
+from kvarn import __version__, wire
+from kvarn.client import EngineClient, EngineUnavailable
 from kvarn.hub.cache import cache_root
+from kvarn.hub.errors import SourceError
+from kvarn.hub.progress import TerminalProgress
+from kvarn.hub.source import resolve
+from kvarn.types import ModelInfo
 
 PROBE = """
 import json
@@ -46,13 +53,14 @@ class Finding:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
-    subparsers.add_parser("doctor", help="look at this machine and the installation", description=__doc__)
+    parser = subparsers.add_parser("doctor", help="look at this machine and the installation", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="load this model too, and say how it would be served")
 
 
-def run(_args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the findings; returns 1 when one of them prevents serving."""
     failed = False
-    for finding in findings():
+    for finding in itertools.chain(findings(), _model(args.model) if args.model else ()):
         print(f"{finding.state:4}  {finding.subject:9} {finding.text}", flush=True)
         failed = failed or finding.state == "fail"
     return int(failed)
@@ -68,6 +76,36 @@ def findings() -> Iterator[Finding]:
     yield _compiler()
     yield _memory()
     yield _cache()
+
+
+def _model(name: str) -> Iterator[Finding]:
+    try:
+        source = resolve(name, TerminalProgress())
+        info = asyncio.run(_loaded(wire.Start(model_path=str(source.path), max_rows=1, max_itl_ms=400)))
+    except (SourceError, EngineUnavailable) as error:
+        yield Finding("fail", "model", str(error))
+        return
+    yield Finding("ok", "model", f"{source.name}: {info.dtype}, context {info.context_length}")
+    if info.lane == "slots":
+        yield Finding("ok", "batching", "requests share one forward")
+    else:
+        yield Finding("warn", "batching", f"one request at a time in turn: {info.lane_reason}")
+    if info.prefix_cache:
+        yield Finding("ok", "prefixes", f"cached and restored: {info.prefix_cache}, in RAM and on SSD")
+    else:
+        yield Finding("warn", "prefixes", f"not cached: {info.prefix_cache_reason}")
+
+
+async def _loaded(start: wire.Start) -> ModelInfo:
+    """What an engine finds out about the model. Raises EngineUnavailable."""
+    client = EngineClient(start, environment={"KVARN_LOG_LEVEL": "error"})
+    await client.start()
+    try:
+        await client.settled()
+        assert client.info is not None
+        return client.info
+    finally:
+        await client.stop()
 
 
 def _version(package: str) -> Finding:

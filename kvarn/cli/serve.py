@@ -24,7 +24,7 @@ from kvarn import wire
 from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
 from kvarn.observe.log import configure, kv
-from kvarn.types import ModelInfo
+from kvarn.types import ModelInfo, PrefixSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvarn.serve")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENGINE_STOP_SECONDS = 8.0
+"""How long the engine may take to stop: it writes live conversations to the SSD for up to five of them."""
 CLOSE_SECONDS = 2
 """How long connections may take to close once nothing is running."""
 
@@ -126,6 +128,18 @@ class Front:
             max_itl_ms=config.max_itl_ms,
             prefill_chunk=config.prefill_chunk,
             kv_budget_bytes=config.kv_memory_mb * 2**20,
+            prefix=PrefixSettings(
+                ram_bytes=None if config.cache_ram is None else int(config.cache_ram),
+                selfcheck=config.cache_selfcheck,
+                folder=str(config.cache_folder),
+                ssd_bytes=int(config.cache_ssd),
+                ssd_policy=config.ssd_policy,
+                durable=config.ssd_durability == "durable",
+                ttl_seconds=config.ssd_ttl,
+                daily_bytes=int(config.ssd_daily_writes),
+                least_free_bytes=int(config.ssd_min_free),
+                label=self._served,
+            ),
         )
         environment = {"KVARN_LOG_LEVEL": config.log_level}
         self._client = EngineClient(start, command=engine_command, environment=environment, on_ready=self._engine_ready)
@@ -140,7 +154,7 @@ class Front:
         try:
             await self._serve_http(listener)
         finally:
-            await self._client.stop()
+            await self._client.stop(ENGINE_STOP_SECONDS)
 
     async def _serve_http(self, listener: socket.socket) -> None:
         app, service = self._application()
@@ -158,7 +172,7 @@ class Front:
             loading.cancel()
             service.draining = True
             # The engine goes first: whatever is still open gets its error while there is a connection to send it on.
-            await self._client.stop()
+            await self._client.stop(ENGINE_STOP_SECONDS)
             server.should_exit = True
             await asyncio.wait({serving, loading})
             service.close()
@@ -212,6 +226,8 @@ class Front:
             context=info.context_length,
             rows=info.max_rows,
             fingerprint=info.fingerprint[:12],
+            prefix_cache=info.prefix_cache or None,
+            prefix_cache_reason=info.prefix_cache_reason or None,
         )
         log.info("engine ready", extra=fields)
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
@@ -19,7 +20,7 @@ from kvarn import wire
 from kvarn.client.process import EngineProcess
 from kvarn.client.stream import EngineError, EngineUnavailable, Stream
 from kvarn.observe.log import kv
-from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, Request
+from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request
 
 log = logging.getLogger("kvarn.client")
 
@@ -72,6 +73,7 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
         self._open: dict[str, Stream] = {}
+        self._explaining: dict[str, asyncio.Future[PrefixReport]] = {}
         self._stop_asked = asyncio.Event()
         self._settled = asyncio.Event()
         self._state = EngineState.STARTING
@@ -167,6 +169,19 @@ class EngineClient:
         self.counts.submitted += 1
         return stream
 
+    async def explain(self, tokens: list[int], cache_salt: str) -> PrefixReport:
+        """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
+        if self._state is not EngineState.READY or self._process is None or self._stopping:
+            raise EngineUnavailable(self.unavailable_reason())
+        name = uuid.uuid4().hex
+        answer: asyncio.Future[PrefixReport] = asyncio.get_running_loop().create_future()
+        self._explaining[name] = answer
+        self._process.send(wire.Explain(name, tokens, cache_salt))
+        try:
+            return await answer
+        finally:
+            self._explaining.pop(name, None)
+
     def fail_all(self, error: EngineError) -> None:
         """End every open request with ``error`` and tell the engine to drop them."""
         if self._process is not None:
@@ -194,6 +209,9 @@ class EngineClient:
     def _end_all(self, error: EngineError) -> None:
         for request_id in list(self._open):
             self._finish(request_id, error)
+        for answer in self._explaining.values():
+            if not answer.done():
+                answer.set_exception(error)
 
     def _finish(self, request_id: str, how: Finish | EngineError) -> None:
         """The one place where a request ends."""
@@ -290,6 +308,10 @@ class EngineClient:
                 self._beat_time = time.monotonic()
             case wire.Failed(request_id, kind, text):
                 self._finish(request_id, EngineError(kind, text))
+            case wire.Explained(name, report):
+                answer = self._explaining.get(name)
+                if answer is not None and not answer.done():
+                    answer.set_result(report)
             case wire.Loading():
                 self.stage = message
             case wire.Ready(info):

@@ -14,16 +14,23 @@ import mlx.core as mx
 
 from kvarn.engine.link import Link
 from kvarn.engine.loop import Engine
+from kvarn.engine.prefixes import Prefixes
 from kvarn.hub.fingerprint import folder_fingerprint
 from kvarn.hub.progress import SilentProgress
+from kvarn.model.blocks import BlockFormat, agree, stored
 from kvarn.model.load import LoadedModel, ModelError, load
 from kvarn.model.memory import total_memory
 from kvarn.model.probe import remembered_probe, warm_up
 from kvarn.observe.log import kv
+from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.keys import Namespace
+from kvarn.prefix.policy import SavePolicy
+from kvarn.prefix.ssd import SsdTier
+from kvarn.prefix.ssd_events import SsdLimits
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
-from kvarn.types import ModelInfo
+from kvarn.types import ModelInfo, PrefixSettings
 from kvarn.wire import Loading, Ready, Start
 
 log = logging.getLogger(__name__)
@@ -57,11 +64,18 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     model = _within_memory(model, budget)
     limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=chunk)
     costs = CostModel()
-    engine = Engine(model, capabilities, Scheduler(limits, budget, costs), costs, budget.limit_bytes, link.inbox, link)
+    uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.ram_bytes == 0 else "")
+    prefixes = Prefixes(model.network, None, None)
+    if not uncached and isinstance(model.blocks, BlockFormat):
+        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, link)
+    scheduler = Scheduler(limits, budget, costs)
+    engine = Engine(model, capabilities, scheduler, costs, budget.limit_bytes, prefixes, link.inbox, link)
     lane = "slots" if capabilities.slots else "solo"
     log.info("model loaded", extra=kv(folder=folder.name, seconds=round(time.monotonic() - began, 2)))
     if capabilities.reason:
         log.warning("this model runs without a batched forward", extra=kv(reason=capabilities.reason))
+    if uncached:
+        log.warning("prefixes of this model are not cached", extra=kv(reason=uncached))
     if not capabilities.pipelined:
         log.warning("cache writes are copied while a step is in flight; steps run one by one")
     link.send(
@@ -78,10 +92,40 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
                 kv_bytes_per_token=budget.kv_bytes_per_token,
                 max_rows=start.max_rows,
                 fingerprint=content,
+                prefix_cache="" if uncached else "+".join(prefixes.kinds),
+                prefix_cache_reason=uncached,
             )
         )
     )
     return engine
+
+
+def _prefixes(
+    settings: PrefixSettings,
+    model: LoadedModel,
+    blocks: BlockFormat,
+    budget: MemoryBudget,
+    content: str,
+    costs: CostModel,
+    link: Link,
+) -> Prefixes:
+    namespace = Namespace(weights=content, kv_format=blocks.dtype, layers=list(blocks.layers)).digest
+    limit = budget.limit_bytes // 2 if settings.ram_bytes is None else min(settings.ram_bytes, budget.limit_bytes)
+    cache = PrefixCache(namespace, blocks.layout, limit, stored, agree, settings.selfcheck)
+    if not settings.ssd_bytes:
+        return Prefixes(model.network, blocks, cache)
+    limits = SsdLimits(
+        cap_bytes=settings.ssd_bytes,
+        least_free_bytes=settings.least_free_bytes,
+        ttl_seconds=settings.ttl_seconds or None,
+        daily_bytes=settings.daily_bytes or None,
+        durable=settings.durable,
+        writes=settings.ssd_policy != SavePolicy.OFF,
+    )
+    ssd = SsdTier(Path(settings.folder), namespace, settings.label, limits, link.inbox.put)
+    cache.attach(ssd, SavePolicy(settings.ssd_policy), lambda start, tokens: costs.prefill_ms(start, tokens) / 1000)
+    ssd.start()
+    return Prefixes(model.network, blocks, cache, ssd)
 
 
 def _percent_by_percent(link: Link) -> Callable[[float], None]:

@@ -13,9 +13,13 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from kvarn.prefix.ssd_events import SsdEvent
 from kvarn.wire import HEADER, Beat, FromEngine, Stop, ToEngine, WireError, decode_to_engine, encode, frame_length
 
 BEAT_SECONDS = 0.5
+
+Inbox = queue.SimpleQueue[ToEngine | SsdEvent]
+"""What the engine thread takes from: messages of the front end and what the SSD tier's threads have to say."""
 
 
 class Outbox(Protocol):
@@ -30,7 +34,7 @@ class Link:
     """Serves one connected socket until the front end closes it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self.inbox: Inbox = queue.SimpleQueue()
         self._connection = connection
         self._outgoing: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
         self._beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)

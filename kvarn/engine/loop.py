@@ -16,17 +16,19 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 
-from kvarn.engine.link import Outbox
+from kvarn.engine.link import Inbox, Outbox
+from kvarn.engine.prefixes import Cut, Prefixes
 from kvarn.engine.sequence import Sequence
 from kvarn.model.forwards import decode, prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
-from kvarn.model.upstream import cache_bytes, new_cache
+from kvarn.model.upstream import cache_bytes
+from kvarn.prefix.ssd_events import Found, Gone, Loaded, Opened, Saved
 from kvarn.sample.sampler import BatchSampler, Picks
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import NeverFits, Scheduler
 from kvarn.types import Delta, ErrorKind, Finish, PrefillChunk, Request, StepPlan, TokenLogprob
-from kvarn.wire import Beat, Cancel, Deltas, Failed, Stop, Submit, ToEngine
+from kvarn.wire import Beat, Cancel, Deltas, Explain, Explained, Failed, Start, Stop, Submit
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class Flight:
 
     rows: tuple[str, ...]
     picks: Picks
+    cuts: list[Cut]
+    """Blocks that the step fills."""
     context_tokens: int
     dispatched: float
     """Seconds, monotonic."""
@@ -55,7 +59,8 @@ class Engine:
         scheduler: Scheduler,
         costs: CostModel,
         limit_bytes: int,
-        inbox: queue.SimpleQueue[ToEngine],
+        prefixes: Prefixes,
+        inbox: Inbox,
         outbox: Outbox,
     ) -> None:
         self._model = model
@@ -63,6 +68,7 @@ class Engine:
         self._scheduler = scheduler
         self._costs = costs
         self._limit_bytes = limit_bytes
+        self._prefixes = prefixes
         self._inbox = inbox
         self._outbox = outbox
         self._lane = capabilities.lane(model)
@@ -72,6 +78,8 @@ class Engine:
         self._sampler: tuple[tuple[str, ...], BatchSampler] | None = None
         self._last_read = 0.0
         self._steps = 0
+        self._stalled = False
+        """Nobody could do anything in the last turn: everybody waits for the disk."""
         self._stopping = False
 
     # --- the loop ---------------------------------------------------------------------------------------------
@@ -85,6 +93,7 @@ class Engine:
             self._end(name, Finish.CANCELLED)
         self._free_leavers()
         self._report()
+        self._prefixes.close(self._inbox)
 
     def turn(self) -> None:
         """One round of the loop: at most one step is planned, dispatched and read."""
@@ -92,7 +101,10 @@ class Engine:
         if self._leaving:
             self._settle()
             self._free_leavers()
-        plan = self._scheduler.plan(time.monotonic())
+        now = time.monotonic()
+        self._prefixes.offer(self._scheduler, self._sequences, now)
+        plan = self._scheduler.plan(now)
+        self._stalled = plan.empty and self._flight is None
         if self._flight is not None and not self._can_follow(self._flight, plan):
             self._settle()
         elif not plan.empty:
@@ -100,10 +112,11 @@ class Engine:
         self._report()
 
     def _receive(self) -> None:
-        idle = self._flight is None and not self._leaving and self._scheduler.idle
+        idle = self._flight is None and not self._leaving and (self._scheduler.idle or self._stalled)
+        patience = self._prefixes.patience(time.monotonic()) if idle else None
         while not self._stopping:
             try:
-                message = self._inbox.get(block=idle)
+                message = self._inbox.get(block=idle, timeout=patience)
             except queue.Empty:
                 return
             idle = False
@@ -112,8 +125,14 @@ class Engine:
                     self._submit(request)
                 case Cancel(name):
                     self._end(name, Finish.CANCELLED)
+                case Explain(name, tokens, salt):
+                    self._outbox.send(Explained(name, self._prefixes.explain(tokens, salt)))
                 case Stop():
                     self._stopping = True
+                case Opened() | Found() | Loaded() | Saved() | Gone():
+                    self._prefixes.on_event(message)
+                case Start():
+                    raise ValueError("a running engine cannot be started")
 
     def _submit(self, request: Request) -> None:
         if request.id in self._sequences:
@@ -138,7 +157,8 @@ class Engine:
             except NeverFits as error:
                 self._refuse(request.id, str(error))
             else:
-                self._sequences[request.id] = Sequence(request)
+                sequence = self._sequences[request.id] = Sequence(request)
+                self._prefixes.arrive(sequence)
 
     def _refuse(self, name: str, message: str) -> None:
         self._outbox.send(Failed(name, ErrorKind.INVALID, message))
@@ -146,7 +166,8 @@ class Engine:
     # --- a step -----------------------------------------------------------------------------------------------
 
     def _can_follow(self, flight: Flight, plan: StepPlan) -> bool:
-        """Whether ``plan`` may be dispatched while ``flight`` is unread: same rows, no rows about to end."""
+        """Whether ``plan`` may be dispatched while ``flight`` is unread: same rows, none about to end, none that still
+        waits for its first token, which would come a step later."""
         return (
             self._capabilities.pipelined
             and plan.rows == flight.rows
@@ -154,7 +175,7 @@ class Engine:
             and not plan.preempt
             and not self._sampler_for(plan.rows).needs_history
             and not self._scheduler.suspects
-            and all(self._sequences[name].remaining > 1 for name in plan.rows)
+            and all(self._sequences[name].told and self._sequences[name].remaining > 1 for name in plan.rows)
         )
 
     def _execute(self, plan: StepPlan) -> None:
@@ -166,8 +187,11 @@ class Engine:
                 rows[rows.index(name)] = rows[-1]
                 rows.pop()
             self._drop_prompt(self._sequences[name])
+            self._prefixes.lost(self._sequences[name])
+        self._begin(plan.prefill)
         if plan.prefill and self._held_bytes() > self._limit_bytes * TRIM_SHARE:
             self._lane.trim()  # the scheduler counts what the rows need, not what the arena still has from before
+        self._prefixes.fit(self._limit_bytes - max(self._held_bytes(), self._scheduler.promised_bytes(plan)))
         plan = msgspec.structs.replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
         batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
         failure: Exception | None = None
@@ -182,19 +206,30 @@ class Engine:
         elif ahead is not None:
             self._read(ahead)
 
+    def _begin(self, chunks: tuple[PrefillChunk, ...]) -> None:
+        """Give every prompt that starts in this step its cache, restored up to its first chunk."""
+        for chunk in chunks:
+            sequence = self._sequences[chunk.id]
+            if sequence.cache is None and not sequence.ended:
+                try:
+                    sequence.cache = self._prefixes.begin(sequence, chunk.start)
+                except Exception as error:  # model code raises what it likes; only this request needs what failed
+                    log.exception("restoring the prefix of request %s failed", chunk.id)
+                    self._end(chunk.id, error)
+
     def _prefill(self, chunk: PrefillChunk) -> bool:
         """Run one chunk, adopting the prompt after its last. False: it failed, and the client has been told."""
         sequence = self._sequences[chunk.id]
         if sequence.ended:  # an earlier chunk of this very step failed
             return False
-        if chunk.start == 0:
-            sequence.cache = new_cache(self._model.network)
         assert sequence.cache is not None
         started = time.monotonic()
         try:
             prefill(self._model.network, sequence.cache, sequence.tokens[chunk.start : chunk.end])
+            self._prefixes.chunk_done(sequence, chunk.start, chunk.end)
             self._lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
             if chunk.last:
+                self._prefixes.prompt_done(sequence, chunk.end)
                 self._lane.adopt(sequence.cache, chunk.end)
                 sequence.cache = None
         except Exception as error:  # model code raises what it likes; only this request needs what failed
@@ -222,8 +257,9 @@ class Engine:
             [sequence.tokens for sequence in sequences] if sampler.needs_history else None,
             [sequence.prompt_length for sequence in sequences],
         )
-        mx.async_eval(*picks.arrays(), *self._lane.arrays())
-        return Flight(rows, picks, context_tokens, dispatched)
+        cuts = self._prefixes.cuts(rows, self._lane)
+        mx.async_eval(*picks.arrays(), *self._lane.arrays(), *(array for cut in cuts for array in cut.arrays()))
+        return Flight(rows, picks, cuts, context_tokens, dispatched)
 
     def _sampler_for(self, rows: tuple[str, ...]) -> BatchSampler:
         if self._sampler is None or self._sampler[0] != rows:
@@ -264,11 +300,12 @@ class Engine:
             logprob = self._logprob(flight.picks, row, sequence)
             kept, finish = sequence.commit(tokens[row])
             told = [logprob] if kept and logprob is not None else None
-            deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told))
+            deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told, sequence.news()))
             if finish is not None:
                 self._leave(name)
         if deltas:
             self._outbox.send(Deltas(deltas))
+        self._prefixes.step_read(flight.cuts, self._sequences)
 
     def _logprob(self, picks: Picks, row: int, sequence: Sequence) -> TokenLogprob | None:
         asked = sequence.request.params.logprobs
@@ -298,7 +335,9 @@ class Engine:
             sequence = self._sequences.pop(name)
             self._drop_prompt(sequence)
             if name in self._scheduler.rows:
-                self._lane.release(self._scheduler.rows.index(name), scrub=sequence.poisoned)
+                row = self._scheduler.rows.index(name)
+                self._prefixes.answer_done(sequence, self._lane, row)
+                self._lane.release(row, scrub=sequence.poisoned)
             self._scheduler.remove(name)
 
     def _drop_prompt(self, sequence: Sequence) -> None:
@@ -322,7 +361,7 @@ class Engine:
         for name in rows:
             sequence = self._sequences[name]
             self._scheduler.requeue(name, len(sequence.tokens), now, probation=guilty is None)
-            sequence.cache = None
+            self._prefixes.lost(sequence)
             if name == guilty:
                 self._end(name, error)
 
@@ -338,5 +377,6 @@ class Engine:
                 running=self._scheduler.running,
                 waiting=self._scheduler.waiting,
                 kv_bytes=self._held_bytes(),
+                prefix=self._prefixes.load(),
             )
         )

@@ -10,6 +10,7 @@ import socket
 
 from kvarn.engine.link import Link
 from kvarn.model import blas
+from kvarn.model.memory import keep_freed_memory
 from kvarn.wire import VERSION, Fatal, Start
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ def serve(connection: socket.socket) -> int:
     link = Link(connection)
     link.start()
     try:
+        keep_freed_memory()
         library = blas.prepare()
         from kvarn.engine.boot import boot
 

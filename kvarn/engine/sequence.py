@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvarn.model.upstream import PromptCache
-from kvarn.types import Finish, Request
+from kvarn.prefix.visit import Visit
+from kvarn.types import Finish, PrefixReport, Request
 
 
 @dataclass
@@ -16,6 +17,18 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     cache: PromptCache | None = None
     """Filled chunk by chunk; given away at adoption."""
+    visit: Visit | None = None
+    """Its dealings with the prefix cache; None where there is none."""
+    report: PrefixReport | None = None
+    """What the cache did for its prompt, once it is known."""
+    told: bool = False
+    """Whether the client knows it."""
+    snapshot_at: int = 0
+    """Where the last snapshot of recurrent layers was taken or restored."""
+    branch: int = 0
+    """Where this prompt left what was known (models with recurrent layers): a snapshot there serves the next such."""
+    stop_token: int | None = None
+    """The drawn token that ended the answer; it is not part of ``tokens``."""
     ended: bool = False
     """Its ending has been told to the client. What it still holds is freed at the next quiet point."""
     poisoned: bool = False
@@ -33,9 +46,20 @@ class Sequence:
         """Tokens it may still draw."""
         return self.request.params.max_tokens - (len(self.tokens) - self.prompt_length)
 
+    @property
+    def processed(self) -> list[int]:
+        """Every token that may be in its row: a step may already have read the one that ended the answer."""
+        return self.tokens if self.stop_token is None else [*self.tokens, self.stop_token]
+
+    def news(self) -> PrefixReport | None:
+        """What the cache did, the first time it is asked for."""
+        told, self.told = self.told, True
+        return None if told else self.report
+
     def commit(self, token: int) -> tuple[bool, Finish | None]:
         """Take a drawn token. Returns (whether the client gets it, why the answer ends here or None)."""
         if token in self.request.params.stop_token_ids:
+            self.stop_token = token
             return False, Finish.STOP
         self.tokens.append(token)
         return True, Finish.LENGTH if self.remaining == 0 else None

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from kvarn.client import EngineClient
 from kvarn.config import ServeConfig
 from kvarn.http.access import AccessLayer
+from kvarn.http.cache import explain
 from kvarn.http.chat import chat
 from kvarn.http.completions import completions
 from kvarn.http.errors import ApiError, on_api_error, on_http_error
@@ -23,6 +24,7 @@ from kvarn.text.tokenizer import Tokenizer
 ROUTES = [
     Route("/v1/chat/completions", chat, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/cache/explain", explain, methods=["POST"]),
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),
     Route("/health", health),

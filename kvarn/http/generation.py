@@ -17,7 +17,7 @@ from kvarn.client import EngineClient, EngineError, EngineUnavailable, Stream
 from kvarn.http.errors import unavailable
 from kvarn.text.answer import Answer
 from kvarn.text.tokenizer import Tokenizer
-from kvarn.types import Delta, ErrorKind, Finish, Request, TokenLogprob
+from kvarn.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class _Choice:
     index: int
     request: Request
     answer: Answer
-    cached_tokens: int = 0
+    prefix: PrefixReport = field(default_factory=PrefixReport)
     pending: deque[TokenLogprob] = field(default_factory=deque)
     """Log-probabilities of tokens whose text is still held back, perhaps to be cut by a stop string."""
 
     def take(self, delta: Delta) -> Piece:
-        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        self.prefix = delta.prefix or self.prefix
         self.pending.extend(delta.logprobs or ())
         part = self.answer.add(delta.tokens)
         text, settled, stopped = part.text, part.tokens, part.stopped
@@ -151,5 +151,15 @@ class Generation:
         return Usage(
             sum(len(choice.request.tokens) for choice in firsts),
             sum(choice.answer.completion_tokens for choice in self._choices),
-            sum(choice.cached_tokens for choice in firsts),
+            sum(choice.prefix.cached for choice in firsts),
+        )
+
+    def prefix(self) -> PrefixReport:
+        """What the prefix cache did so far: tokens of all prompts, and why the first one's cached prefix ended."""
+        reports = [choice.prefix for choice in self._choices[:: self._n]]
+        return PrefixReport(
+            sum(report.memory for report in reports),
+            sum(report.disk for report in reports),
+            reports[0].end,
+            sum(report.known for report in reports),
         )

@@ -41,5 +41,7 @@ def _model(service: Service) -> dict[str, object]:
             "max_rows": info.max_rows,
             "kv_bytes_per_token": info.kv_bytes_per_token,
             "fingerprint": info.fingerprint,
+            "prefix_cache": info.prefix_cache,
+            "prefix_cache_reason": info.prefix_cache_reason,
         }
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -34,6 +35,7 @@ async def health(request: Request) -> Response:
         "reasons": service.not_ready(),
         "engine": _engine(service),
         "requests": _requests(service),
+        "prefix_cache": msgspec.to_builtins(service.client.beat.prefix) if service.client.beat else None,
     }
     return JSONResponse(body, 200 if serving else 503, None if serving else RETRY_AFTER)
 

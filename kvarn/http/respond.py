@@ -19,7 +19,7 @@ from kvarn.http.generation import Generation, Piece, Usage
 from kvarn.http.prompts import Prompt, check_limits
 from kvarn.http.schemas import GenerationRequest
 from kvarn.http.service import Service
-from kvarn.http.sse import EventStream, WatchedResponse, send_json
+from kvarn.http.sse import EventStream, Headers, WatchedResponse, send_json
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import ModelInfo, Request, TokenLogprob
 
@@ -93,6 +93,7 @@ def _requests(
             tokens=prompt.tokens,
             params=asked.sampling(prompt.max_tokens, choice, ends),
             client=client,
+            cache_salt=asked.cache_salt,
         )
         for number, prompt in enumerate(prompts)
         for choice in range(asked.n)
@@ -115,11 +116,11 @@ async def _collect(send: Send, generation: Generation, rendering: Rendering, cou
         raise from_engine(error) from error
     for choice, parts in zip(choices, texts, strict=True):
         choice.text = "".join(parts)
-    await send_json(send, rendering.whole(choices, generation.usage()))
+    await send_json(send, rendering.whole(choices, generation.usage()), prefix_headers(generation))
 
 
 async def _stream(send: Send, generation: Generation, rendering: Rendering, include_usage: bool) -> None:
-    events = EventStream(send)
+    events = EventStream(send, lambda: prefix_headers(generation))
     opened: set[int] = set()
     try:
         async for piece in generation:
@@ -139,11 +140,19 @@ async def _stream(send: Send, generation: Generation, rendering: Rendering, incl
     await events.done()
 
 
+def prefix_headers(generation: Generation) -> Headers:
+    """What the prefix cache did for the request, as a structured field: tokens by tier and why no more were cached."""
+    report = generation.prefix()
+    shown = f"memory={report.memory}, disk={report.disk}, known={report.known}, end={report.end}"
+    return [(b"x-kvarn-prefix-cache", shown.encode())]
+
+
 def _note(
     http: HttpRequest, base: str, asked: GenerationRequest, requests: list[Request], generation: Generation
 ) -> None:
     """Add to the request's log line what is needed to judge it and to run it again."""
     usage = generation.usage()
+    prefix = generation.prefix()
     first = generation.first_seconds
     http.scope.setdefault("kvarn.log", {}).update(
         completion=base,
@@ -151,6 +160,9 @@ def _note(
         choices=len(requests),
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
+        cached_disk=prefix.disk,
+        known_tokens=prefix.known,
+        cache_end=prefix.end,
         completion_tokens=usage.completion_tokens,
         ttft=round(first, 4) if first is not None else None,
         seed=requests[0].params.seed,

@@ -16,7 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from kvarn.http.errors import ApiError
 
-HEADERS = [
+Headers = list[tuple[bytes, bytes]]
+
+HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -55,8 +57,10 @@ async def _gone(receive: Receive) -> None:
 class EventStream:
     """Writes server-sent events; the headers go out with the first one."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Callable[[], Headers] = list) -> None:
+        """``headers`` is asked for more of them when the first event goes out."""
         self._send = send
+        self._headers = headers
         self.started = False
 
     async def event(self, payload: object) -> None:
@@ -74,13 +78,13 @@ class EventStream:
     async def _write(self, data: bytes, *, last: bool = False) -> None:
         if not self.started:
             self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS + self._headers()})
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
-async def send_json(send: Send, payload: object) -> None:
+async def send_json(send: Send, payload: object, more: Headers | None = None) -> None:
     """A whole 200 response."""
     body = msgspec.json.encode(payload)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(more or [])]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

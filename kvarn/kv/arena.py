@@ -75,14 +75,31 @@ class Arena:
         row = len(self.lengths)
         self._reserved = (0, 0)
         if not self.slots:
-            rows, capacity = row_bucket(row + 1), capacity_bucket(length + 1)
-            self.slots = [_empty_slot(self.rows, spec, rows, capacity) for spec in self._specs]
+            self.slots = self._first_row(layers, length)
+            self.lengths.append(length)
+            return row
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
         for slot, layer in zip(self.slots, layers, strict=length > 0):
             slot.put(row, layer.keys, layer.values, length)
             mx.eval(slot.keys, slot.values)
         self.lengths.append(length)
         return row
+
+    def _first_row(self, layers: Iterable[LayerRow], length: int) -> list[Slot]:
+        """Slots with one row that holds ``layers``; each array is written once."""
+        capacity = capacity_bucket(length + 1)
+        slots: list[Slot] = []
+        rows: Iterable[LayerRow | None] = layers if length else [None] * len(self._specs)
+        for spec, layer in zip(self._specs, rows, strict=True):
+            if layer is None or spec.window is not None:
+                slot = _empty_slot(self.rows, spec, 1, capacity)
+                if layer is not None:
+                    slot.put(0, layer.keys, layer.values, length)
+            else:
+                slot = Slot(self.rows, _padded(layer.keys, capacity), _padded(layer.values, capacity))
+            mx.eval(slot.keys, slot.values)
+            slots.append(slot)
+        return slots
 
     def release(self, row: int, scrub: bool = False) -> None:
         """Free a row; the last row moves into its place. ``scrub`` zeroes what the row held (non-finite numbers)."""
@@ -101,6 +118,13 @@ class Arena:
         if not self.lengths:
             self.slots.clear()  # an idle server holds no keys
             self._reserved = (0, 0)
+
+    def spans(self, row: int, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
+        """Positions [start, end) of a row, lazily, one entry per layer; None for layers of the other sort."""
+        return [
+            LayerRow(*slot.span(row, start, end)) if (slot.window is not None) == sliding else None
+            for slot in self.slots
+        ]
 
     def begin(self, columns: int) -> Sequence[Slot]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
@@ -155,3 +179,9 @@ def _empty_slot(rows: Rows, spec: LayerSpec, row_count: int, capacity: int) -> S
         for dim in (spec.key_dim, spec.value_dim)
     )
     return Slot(rows, keys, values, spec.window)
+
+
+def _padded(array: mx.array, capacity: int) -> mx.array:
+    """[1, heads, n, dim] with unused positions up to ``capacity``, in a buffer of its own."""
+    _, heads, used, dim = array.shape
+    return mx.concatenate([array, mx.zeros((1, heads, capacity - used, dim), dtype=array.dtype)], axis=2)

@@ -84,6 +84,16 @@ class Slot:
             self.values[row : row + 1, :, column : column + count] = values[:, :, skip : skip + count]
             written += count
 
+    def span(self, row: int, start: int, end: int) -> tuple[mx.array, mx.array]:
+        """Positions [start, end) of a row, which a ring must still hold, as lazy views or copies [1, H, n, D].
+
+        To be evaluated together with the step that wrote them, like the views that attention reads.
+        """
+        if self.window is None:
+            return self.keys[row : row + 1, :, start:end], self.values[row : row + 1, :, start:end]
+        column = mx.arange(start, end, dtype=mx.int32) % self.capacity
+        return mx.take(self.keys[row : row + 1], column, axis=2), mx.take(self.values[row : row + 1], column, axis=2)
+
     def lift(self, row: int, length: int) -> tuple[mx.array, mx.array]:
         """A copy of a row's used columns. A gather, because a slice may share the buffer and block in-place writes."""
         index = mx.array([row], dtype=mx.int32)

@@ -12,8 +12,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from kvarn.kv.arena import Arena, LayerSpec
-from kvarn.model.upstream import PromptCache, cache_arrays, cache_bytes, take_rows
+from kvarn.kv.arena import Arena, LayerRow, LayerSpec
+from kvarn.model.upstream import PromptCache, cache_arrays, cache_bytes, spans_of, take_rows
 
 
 class Lane(Protocol):
@@ -47,6 +47,12 @@ class Lane(Protocol):
 
     def trim(self) -> None:
         """Give back memory that the rows do not need now."""
+
+    def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
+        """Positions [start, end) of a row's plain or sliding layers, lazily, one entry per cache; None for others."""
+
+    def prompt(self, row: int) -> PromptCache | None:
+        """The row's own caches where it has such; they go on changing."""
 
     def arrays(self) -> list[mx.array]:
         """What a step must evaluate besides its own results."""
@@ -87,6 +93,12 @@ class SlotsLane:
 
     def trim(self) -> None:
         self._arena.trim()
+
+    def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
+        return self._arena.spans(row, start, end, sliding)
+
+    def prompt(self, row: int) -> PromptCache | None:  # noqa: ARG002 - rows share the arena
+        return None
 
     def arrays(self) -> list[mx.array]:
         return self._arena.arrays()
@@ -133,6 +145,12 @@ class SoloLane:
 
     def trim(self) -> None:
         """Nothing to give: each row holds its own."""
+
+    def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
+        return spans_of(self._caches[row], start, end, sliding)
+
+    def prompt(self, row: int) -> PromptCache | None:
+        return self._caches[row]
 
     def arrays(self) -> list[mx.array]:
         return [array for cache in self._caches for array in cache_arrays(cache)]

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from kvarn.kv.arena import LayerSpec
 from kvarn.model import cpu_math
+from kvarn.model.blocks import BlockFormat, block_format
 from kvarn.model.memory import total_memory
 from kvarn.model.rotary import share_angles
 from kvarn.model.upstream import (
@@ -25,6 +26,7 @@ from kvarn.model.upstream import (
     cache_kind,
     dequantized,
     layer_specs,
+    leaves,
     load_weights,
     new_cache,
 )
@@ -61,6 +63,8 @@ class LoadedModel:
     chunk_token_bytes: int
     """Bytes that one token of a prompt chunk adds to the windows while the chunk is being read."""
     weight_bytes: int
+    blocks: BlockFormat | str
+    """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
 
 
 def load(folder: Path, context_length: int, progress: Callable[[float], None]) -> LoadedModel:
@@ -83,7 +87,7 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
     own_context = _own_context(config)
     if context_length > own_context:
         raise ModelError(f"context_length: {context_length} is more than the model's own {own_context}")
-    specs, vocab_size, dtype = _measure(network)
+    specs, blocks, vocab_size, dtype = _measure(network)
     token_bytes, row_bytes = _sizes(specs) if specs else _measured_sizes(network)
     return LoadedModel(
         network=network,
@@ -91,12 +95,13 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
         vocab_size=vocab_size,
         dtype=str(dtype).removeprefix("mlx.core."),
         on_cpu=on_cpu,
-        kinds=[cache_kind(layer) for layer in new_cache(network)],
+        kinds=[cache_kind(leaf) for leaf in leaves(new_cache(network))],
         specs=specs,
         token_bytes=token_bytes,
         row_bytes=row_bytes,
         chunk_token_bytes=sum(spec.token_bytes for spec in specs if spec.capacity is not None),
         weight_bytes=_bytes(network),
+        blocks=blocks,
     )
 
 
@@ -136,16 +141,16 @@ def _own_context(config: dict[str, object]) -> int:
     return DEFAULT_CONTEXT
 
 
-def _measure(network: nn.Module) -> tuple[list[LayerSpec], int, mx.Dtype]:
+def _measure(network: nn.Module) -> tuple[list[LayerSpec], BlockFormat | str, int, mx.Dtype]:
     """Run one token to learn what the layers store and how wide the logits are; config files lie more often."""
     cache = new_cache(network)
     logits = network(mx.array([[0]]), cache=cache)
-    mx.eval(logits)
+    mx.eval(logits, cache_arrays(cache))
     try:
         specs = layer_specs(cache)
     except TypeError:
         specs = []
-    return specs, int(logits.shape[-1]), logits.dtype
+    return specs, block_format(cache), int(logits.shape[-1]), logits.dtype
 
 
 def _sizes(specs: list[LayerSpec]) -> tuple[int, int]:

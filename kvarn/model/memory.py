@@ -1,11 +1,18 @@
-"""How much memory this machine, or the container we are in, really has."""
+"""How much memory this machine, or the container we are in, really has, and what becomes of freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+KEPT_BYTES = 512 * 1024 * 1024
+"""Freed memory that stays with the process for the next array."""
+LARGEST_KEPT = 32 * 1024 * 1024
+"""Larger arrays go back to the system when they are freed; the C library allows no more."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def total_memory() -> int:
@@ -17,3 +24,19 @@ def total_memory() -> int:
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return total
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed arrays instead of returning each to the kernel, which hands out empty pages one by one.
+
+    MLX on a CPU takes every array from malloc and frees it after the step. Call it before MLX is imported; does nothing
+    where there is no glibc.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option, value in (
+            (M_MMAP_THRESHOLD, LARGEST_KEPT),
+            (M_TRIM_THRESHOLD, KEPT_BYTES),
+            (M_ARENA_MAX, 1),  # one heap, or what one thread freed would not serve another
+        ):
+            library.mallopt(option, value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -18,12 +19,19 @@ import msgspec
 
 from kvarn import __version__
 from kvarn.hub.cache import cache_root
+from kvarn.model.blocks import BlockFormat, cut_prompt
 from kvarn.model.forwards import decode, prefill
 from kvarn.model.lanes import Lane, SlotsLane, SoloLane
 from kvarn.model.load import LoadedModel
-from kvarn.model.upstream import new_cache
+from kvarn.model.upstream import cache_arrays, new_cache
+from kvarn.prefix.keys import pack
+from kvarn.prefix.match import Claim, Part
+from kvarn.prefix.records import BLOCK
+from kvarn.prefix.tree import Tree
 
 PROMPTS = (5, 9, 17)
+RESTORED = 150
+"""Tokens of the prefix that is restored: two full blocks and a tail."""
 STEPS = 4
 ROLLED_BACK = 2
 TOLERANCE = 0.05
@@ -39,6 +47,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     """Why slots cannot be used; empty when they can."""
     pipelined: bool
     """Writes stay in place while a step is in flight; otherwise every step must be waited for."""
+    uncached: str
+    """Why prefixes of this model cannot be cached; empty when they can."""
 
     def lane(self, model: LoadedModel) -> Lane:
         """A fresh lane of the right kind."""
@@ -47,16 +57,21 @@ class Capabilities(msgspec.Struct, frozen=True):
 
 def probe(model: LoadedModel) -> Capabilities:
     """Run the probe. Never raises for what the model does: an exception in it is an answer."""
+    uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
     misfits = sorted(set(model.kinds) - {"kv", "window"})
     if misfits:
-        return Capabilities(False, f"its layers keep {', '.join(misfits)}, which slots cannot hold", True)
-    try:
-        reason = _parity(model)
-    except Exception as error:  # noqa: BLE001 - model code fails in its own ways; each is a reason, and it is shown
-        reason = f"{type(error).__name__}: {error}"
+        return Capabilities(False, f"its layers keep {', '.join(misfits)}, which slots cannot hold", True, uncached)
+    reason = _attempt(lambda: _parity(model))
     if reason:
-        return Capabilities(False, reason, True)
-    return Capabilities(True, "", donates(model))
+        return Capabilities(False, reason, True, uncached)
+    return Capabilities(True, "", donates(model), uncached)
+
+
+def _attempt(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - model code fails in its own ways; each is a reason, and it is shown
+        return f"{type(error).__name__}: {error}"
 
 
 def remembered_probe(model: LoadedModel, fingerprint: str) -> Capabilities:
@@ -68,7 +83,7 @@ def remembered_probe(model: LoadedModel, fingerprint: str) -> Capabilities:
         return msgspec.json.decode(path.read_bytes(), type=Capabilities)
     except (OSError, msgspec.MsgspecError):  # not probed yet, or not readable: probe
         found = probe(model)
-        if found.slots and found.pipelined:
+        if found.slots and found.pipelined and not found.uncached:
             _remember(path, found)  # what went wrong may have been the machine's mood: look again at the next start
         return found
 
@@ -127,6 +142,31 @@ def _upstream(network: nn.Module, prompt: list[int], answer: list[int]) -> list[
         logits.append(network(mx.array([[token]]), cache=cache)[0, -1])
         mx.eval(logits[-1])
     return logits
+
+
+def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
+    """Compare what follows a prompt put together from blocks with what follows the original. Returns what differs."""
+    assert isinstance(blocks, BlockFormat)
+    chooser = random.Random(1)  # noqa: S311 - any tokens do
+    length = min(RESTORED, model.context_length - 1)
+    prompt = [chooser.randrange(model.vocab_size) for _ in range(length)]
+    tree = Tree("")
+    original, node, ends = new_cache(model.network), tree.root(""), [*range(BLOCK, length, BLOCK), length]
+    parts = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        prefill(model.network, original, prompt[start:end])
+        node = tree.add(node, pack(prompt[start:end]))
+        for kind in blocks.layout.kinds:
+            node.records[kind] = cut_prompt(blocks, original, start, end, kind)
+        parts.append(Part(node, end - start))
+    copy = blocks.restored(model.network, Claim(length, tuple(parts), ()), length + 2)
+    for step in range(2):
+        token = mx.array([[chooser.randrange(model.vocab_size)]])
+        logits = [model.network(token, cache=cache)[0, -1] for cache in (original, copy)]
+        mx.eval(logits, cache_arrays(original), cache_arrays(copy))
+        if differs(logits[1], logits[0]):
+            return f"logits differ after a restored prefix (step {step})"
+    return ""
 
 
 def differs(ours: mx.array, reference: mx.array) -> bool:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu as swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model
 
 from kvarn.kv.arena import LayerRow, LayerSpec
@@ -73,12 +73,22 @@ def new_cache(model: nn.Module) -> PromptCache:
     return cast(PromptCache, make_prompt_cache(model))
 
 
+def leaves(cache: PromptCache) -> list[LayerCache]:
+    """The caches of all layers, those of layers that keep several one after the other."""
+    flat: list[LayerCache] = []
+    for layer in cache:
+        flat += leaves(list(layer.caches)) if isinstance(layer, CacheList) else [layer]
+    return flat
+
+
 def cache_kind(cache: LayerCache) -> str:
-    """``kv``, ``window`` or the class name of a cache that slots cannot hold."""
+    """``kv``, ``window``, ``state``, or the class name of a cache of which nothing is known."""
     if type(cache) is KVCache:
         return "kv"
     if isinstance(cache, RotatingKVCache) and type(cache) is RotatingKVCache and cache.keep == 0:
         return "window"
+    if type(cache) is ArraysCache:
+        return "state"
     return type(cache).__name__
 
 
@@ -117,3 +127,51 @@ def take_rows(cache: PromptCache) -> Iterator[LayerRow]:
         else:
             raise TypeError(f"layer {index}: {type(layer).__name__} has no rows to adopt")
         cache[index] = KVCache()
+
+
+# --- parts of a cache, for the prefix cache ---------------------------------------------------------------------
+
+
+def spans(leaf: LayerCache, start: int, end: int) -> LayerRow:
+    """Keys and values of positions [start, end) as lazy views; a window must still hold them."""
+    if isinstance(leaf, RotatingKVCache):
+        keys, values = leaf._temporal_order(leaf.keys), leaf._temporal_order(leaf.values)
+        first = leaf.offset - keys.shape[2]
+        if start < first:
+            raise ValueError(f"position {start} has left the window, which begins at {first}")
+        return LayerRow(keys[:, :, start - first : end - first], values[:, :, start - first : end - first])
+    assert isinstance(leaf, KVCache)
+    return LayerRow(leaf.keys[:, :, start:end], leaf.values[:, :, start:end])
+
+
+def spans_of(cache: PromptCache, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
+    """The same for all caches of a prompt: its plain or its sliding ones; None for the others."""
+    wanted = "window" if sliding else "kv"
+    return [spans(leaf, start, end) if cache_kind(leaf) == wanted else None for leaf in leaves(cache)]
+
+
+def snapshot(leaf: LayerCache) -> list[mx.array]:
+    """The arrays of a recurrent layer as they are now. Raises ValueError when it has none yet."""
+    assert isinstance(leaf, ArraysCache)
+    if leaf.empty() or leaf.lengths is not None or leaf.left_padding is not None:
+        raise ValueError("the recurrent layer has no state of its own yet")
+    return [array for array in leaf.cache if array is not None]
+
+
+def window_of(leaf: LayerCache) -> int:
+    """Sliding-window size in tokens; 0 for other layers."""
+    return int(leaf.max_size) if isinstance(leaf, RotatingKVCache) else 0
+
+
+def put_span(leaf: LayerCache, keys: mx.array, values: mx.array, length: int) -> None:
+    """Fill a fresh cache with ``length`` positions, of which a window holds the last max_size, in order."""
+    assert isinstance(leaf, KVCache | RotatingKVCache)
+    leaf.keys, leaf.values, leaf.offset = keys, values, length
+    if isinstance(leaf, RotatingKVCache):
+        leaf._idx = keys.shape[2]
+
+
+def put_state(leaf: LayerCache, arrays: list[mx.array]) -> None:
+    """Fill a fresh recurrent cache."""
+    assert isinstance(leaf, ArraysCache)
+    leaf.cache = list(arrays)

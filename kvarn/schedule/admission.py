@@ -31,9 +31,14 @@ class Holdings:
             self._prefill_bytes += self._budget.prefill_bytes(entry.prefill)
 
     @property
+    def promised_bytes(self) -> int:
+        """What the holders may come to hold in the coming step, every row one token longer."""
+        return self._budget.arena_bytes(self.count, self._need) + self._prefill_bytes
+
+    @property
     def fits(self) -> bool:
-        """Whether the coming step, with every row one token longer, keeps the promise."""
-        return self._budget.arena_bytes(self.count, self._need) + self._prefill_bytes <= self._budget.limit_bytes
+        """Whether the coming step keeps the promise."""
+        return self.promised_bytes <= self._budget.limit_bytes
 
     def has_room_for(self, entry: Entry, grid: int) -> bool:
         """Whether ``entry`` may join. Alone it always may: Scheduler.add refused what does not fit alone.

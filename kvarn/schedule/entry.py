@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Entry:
     """A request that waits (``in_row`` false; ``done`` > 0 once its prefill has started) or holds a row.
 
+    ``cached``, ``wants``, ``held`` and ``stop`` are what the prefix cache offers it; see Scheduler.offer.
+
     All sizes are tokens. A request is adopted with ``prefill`` of its ``tokens`` computed; the last one goes through
     the first batched decode.
     """
@@ -33,10 +35,19 @@ class Entry:
     preempted: int = 0
     """How often memory pressure has taken its row or its prefill."""
     probation: bool = False
+    cached: int = 0
+    wants: bytes | None = None
+    held: bool = False
+    stop: int = 0
 
     @property
     def prefill(self) -> int:
         return self.tokens - 1
+
+    @property
+    def computed(self) -> int:
+        """Tokens it need not compute: what it has, or what its restore will give it."""
+        return self.done or self.cached
 
     @property
     def started(self) -> bool:
@@ -55,3 +66,4 @@ class Entry:
     def back_to_waiting(self, tokens: int) -> None:
         """Forget everything computed; ``tokens`` have to be computed again."""
         self.tokens, self.done, self.length, self.in_row = tokens, 0, 0, False
+        self.cached, self.wants, self.held, self.stop = 0, None, False, 0

@@ -33,7 +33,7 @@ class Packer:
 
     def take(self, entry: Entry) -> None:
         """Plan as much of the request's remaining prefill as the step still has room for."""
-        start = entry.done
+        start = entry.computed
         while not self.full:
             end = self._next_end(entry, start)
             if end is None:
@@ -53,6 +53,8 @@ class Packer:
         """Where the next piece from ``start`` ends; None when it has to wait for another step."""
         aligned = entry.prefill // self._grid * self._grid
         target = aligned if start < aligned else entry.prefill
+        if start < entry.stop < target:
+            target = entry.stop
         size = target - start
         finishes = target == entry.prefill
         time_left = self._time_left_ms(entry if finishes else None)
@@ -63,10 +65,10 @@ class Packer:
         # A finishing piece that does not fit whole stops a block short, for its adoption would lengthen the decode.
         most = size - self._grid if finishes else size
         count = min(most, self._tokens_left, self._costs.tokens_within(start, self._time_left_ms(None)))
-        count = count // self._grid * self._grid
-        if count == 0 and not self.chunks:
-            count = self._grid
-        return start + count if count > 0 else None
+        end = (start + count) // self._grid * self._grid
+        if end <= start and not self.chunks:
+            end = (start // self._grid + 1) * self._grid
+        return end if end > start else None
 
     def _time_left_ms(self, adopting: Entry | None) -> float:
         """Prefill time this step can still spend. Unlimited while there is no row that waits for its next token."""

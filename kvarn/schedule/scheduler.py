@@ -112,6 +112,20 @@ class Scheduler:
         entry.arrival = min(entry.arrival, now)
         entry.probation = entry.probation or probation
 
+    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
+        """What the prefix cache can do for a request without a row, told anew before each plan.
+
+        ``cached`` tokens will be restored when its prefill starts, if it has not. ``wants`` names the block that it
+        computes next: one request at a time computes a block, others that want the same wait for it. ``held``: it must
+        not start yet. ``stop``: a chunk must end at this position.
+
+        Raises KeyError for an unknown name, ValueError for an impossible size.
+        """
+        entry = self._entries[name]
+        if not 0 <= cached <= entry.prefill:
+            raise ValueError(f"request {name!r} is offered {cached} tokens, at most {entry.prefill} can be restored")
+        entry.cached, entry.wants, entry.held, entry.stop = cached, wants, held, stop
+
     def proven(self, name: str) -> None:
         """A step that decoded this request succeeded: it is no longer on probation."""
         if name in self._entries:
@@ -123,6 +137,11 @@ class Scheduler:
     def rows(self) -> tuple[str, ...]:
         """Ids of the requests that hold a row, in row order."""
         return tuple(entry.id for entry in self._rows)
+
+    @property
+    def queue(self) -> tuple[tuple[str, int], ...]:
+        """Requests without a row and how many of their tokens have been read, in order of arrival."""
+        return tuple((entry.id, entry.done) for entry in self._entries.values() if not entry.in_row)
 
     @property
     def waiting(self) -> int:
@@ -161,6 +180,12 @@ class Scheduler:
             prefill=tuple(self._pack(rows, victims, now).chunks),
             rows=tuple(entry.id for entry in rows),
         )
+
+    def promised_bytes(self, plan: StepPlan) -> int:
+        """The memory that executing ``plan`` relies on, for everybody who holds a row or a prefill afterwards."""
+        starting = {chunk.id for chunk in plan.prefill}
+        left = [e for e in self._entries.values() if (e.holds or e.id in starting) and e.id not in plan.preempt]
+        return Holdings(self._budget, left).promised_bytes
 
     def commit(self, plan: StepPlan) -> None:
         """The engine has executed ``plan``.
@@ -224,18 +249,23 @@ class Scheduler:
         suspected = any(entry.probation for entry in holders)
         may_start = not victims and holdings.count < self._limits.max_rows
         waiting = [entry for entry in self._entries.values() if not entry.in_row] if may_start else started
+        computing = {entry.wants: entry.priority for entry in started if entry.wants is not None}
         for entry in self._ordered(waiting, now):
             if packer.full:
                 break
             if not entry.started:
-                if not may_start or (suspected and entry.probation):
+                if not may_start or entry.held or (suspected and entry.probation):
                     continue
+                if entry.wants is not None and computing.get(entry.wants, entry.priority - 1) >= entry.priority:
+                    continue  # the block that it needs next is being computed: it will restore that one
                 # Nobody starts past the first that has to wait for memory, or a large request would wait for ever.
                 may_start = self._admits(holdings, entry)
                 if not may_start:
                     continue
                 holdings.add(entry)
                 suspected = suspected or entry.probation
+                if entry.wants is not None:
+                    computing[entry.wants] = entry.priority
             packer.take(entry)
         return packer
 
@@ -244,7 +274,7 @@ class Scheduler:
         age_weight, prefill_ms = self._limits.age_weight, self._costs.prefill_ms
 
         def key(entry: Entry) -> tuple[int, float, int]:
-            seconds = prefill_ms(entry.done, entry.prefill - entry.done) / 1000.0
+            seconds = prefill_ms(entry.computed, entry.prefill - entry.computed) / 1000.0
             if entry.done > 0 or entry.preempted > 0:
                 seconds *= HEAD_START
             return -entry.priority, seconds - age_weight * (now - entry.arrival), entry.number

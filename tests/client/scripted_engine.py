@@ -22,7 +22,7 @@ import signal
 import socket
 
 from kvarn import wire
-from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, Request, TokenLogprob
+from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request, TokenLogprob
 
 
 class Script:
@@ -101,7 +101,11 @@ class Engine:
                 top = [(token, -0.5), (0, -1.5), (1, -2.5), (2, -3.5), (3, float("-inf"))][: params.logprobs]
                 logprobs = [TokenLogprob(token, -0.5, top)]
             finish = Finish.LENGTH if last else None
-            self.send(wire.Deltas([Delta(request.id, [token], finish, logprobs, min(3, len(request.tokens) - 1))]))
+            self.send(
+                wire.Deltas(
+                    [Delta(request.id, [token], finish, logprobs, PrefixReport(min(3, len(request.tokens) - 1)))]
+                )
+            )
             if last:
                 return
 

@@ -68,7 +68,7 @@ def test_plain_window_and_latent_caches_use_slots(kind: str) -> None:
 def test_recurrent_caches_use_the_solo_lane_and_say_why(kind: str) -> None:
     found = probe(model(kind))
     assert not found.slots
-    assert "ArraysCache" in found.reason
+    assert "state" in found.reason
 
 
 @pytest.mark.parametrize(("case", "word"), [(NeedsIntegerOffset, "offset must be"), (DependsOnNeighbours, "differ")])

@@ -7,20 +7,28 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
+from kvarn.engine.link import Inbox
 from kvarn.engine.loop import Engine
+from kvarn.engine.prefixes import Prefixes
+from kvarn.model.blocks import BlockFormat, agree, stored
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities, probe
 from kvarn.model.upstream import UPSTREAM_MATH
+from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.policy import SavePolicy
+from kvarn.prefix.ssd import SsdTier
+from kvarn.prefix.ssd_events import SsdLimits
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
-from kvarn.types import Finish, Request, SamplingParams, TokenLogprob
-from kvarn.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit, ToEngine
+from kvarn.types import Finish, PrefixReport, Request, SamplingParams, TokenLogprob
+from kvarn.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit
 
 TIE = 2e-3
 """Two logits this close may swap between kernels of different row counts; the models' logits spread over 10 or more."""
@@ -35,6 +43,7 @@ class Outcome:
     finish: Finish | None = None
     failure: Failed | None = None
     endings: int = 0
+    prefix: PrefixReport | None = None
 
 
 class Driver:
@@ -48,8 +57,12 @@ class Driver:
         max_chunk: int = 256,
         limit_bytes: int = 1 << 30,
         capabilities: Capabilities | None = None,
+        cache: PrefixCache | None = None,
+        ssd: SsdTier | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
-        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``."""
+        self.inbox: Inbox = inbox or queue.SimpleQueue()
         self.outcomes: dict[str, Outcome] = {}
         self.beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)
         self.capabilities = capabilities or probe(model)
@@ -61,7 +74,11 @@ class Driver:
             chunk_window_bytes=model.chunk_token_bytes * max_chunk,
         )
         self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
-        self.engine = Engine(model, self.capabilities, self.scheduler, costs, limit_bytes, self.inbox, self)
+        form = model.blocks if isinstance(model.blocks, BlockFormat) and cache is not None else None
+        self.prefixes = Prefixes(model.network, form, cache if form is not None else None, ssd)
+        self.engine = Engine(
+            model, self.capabilities, self.scheduler, costs, limit_bytes, self.prefixes, self.inbox, self
+        )
 
     # the engine's Outbox
 
@@ -76,6 +93,9 @@ class Driver:
             outcome = self.outcomes[delta.id]
             assert outcome.endings == 0, "a token after the end"
             outcome.tokens += delta.tokens
+            if delta.prefix is not None:
+                assert outcome.prefix is None, "told twice"
+                outcome.prefix = delta.prefix
             outcome.logprobs += delta.logprobs or []
             if delta.finish is not None:
                 outcome.finish = delta.finish
@@ -120,6 +140,27 @@ class Driver:
             raise AssertionError(f"requests still open after {most_turns} turns")
         assert all(outcome.endings == 1 for outcome in self.outcomes.values())
         assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
+
+
+def prefix_cache(
+    model: LoadedModel, limit_bytes: int = 1 << 28, selfcheck: int = 0, namespace: str = "0" * 64
+) -> PrefixCache:
+    """A cache for one model, memory only."""
+    assert isinstance(model.blocks, BlockFormat), model.blocks
+    return PrefixCache(namespace, model.blocks.layout, limit_bytes, stored, agree, selfcheck)
+
+
+def disk_cache(
+    model: LoadedModel, folder: Path, policy: SavePolicy = SavePolicy.ALL, limit_bytes: int = 1 << 28, **limits: object
+) -> tuple[PrefixCache, SsdTier, Inbox]:
+    """A cache with both tiers, for one Driver; the SSD tier has been started."""
+    inbox: Inbox = queue.SimpleQueue()
+    cache = prefix_cache(model, limit_bytes)
+    fields = {"cap_bytes": 1 << 32, "writes": policy is not SavePolicy.OFF, **limits}
+    ssd = SsdTier(folder, "0" * 64, "test", SsdLimits(**fields), inbox.put)  # type: ignore[arg-type]
+    cache.attach(ssd, policy, lambda start, tokens: tokens * 0.01)
+    ssd.start()
+    return cache, ssd, inbox
 
 
 def request(name: str, prompt: Sequence[int], max_tokens: int, **params: object) -> Request:

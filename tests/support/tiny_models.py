@@ -77,6 +77,24 @@ CONFIGS: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
         "max_position_embeddings": CONTEXT,
     },
+    "qwen3_next": {
+        **_COMMON,
+        "model_type": "qwen3_next",
+        "head_dim": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+        "num_experts_per_tok": 1,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2,
+    },
     "lfm2": {
         "model_type": "lfm2",
         "vocab_size": VOCAB,
@@ -99,7 +117,7 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 
 SLOT_KINDS = ("llama", "qwen3", "gemma3_text", "deepseek_v2")
-SOLO_KINDS = ("mamba", "lfm2")
+SOLO_KINDS = ("mamba", "lfm2", "qwen3_next")
 
 
 def build(kind: str, seed: int = 0) -> nn.Module:

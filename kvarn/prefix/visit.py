@@ -1,0 +1,87 @@
+"""One request's dealings with the prefix cache, and what is told about them. Engine thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvarn.prefix.loader import Load
+from kvarn.prefix.match import Claim, Match
+
+
+class End(StrEnum):
+    """Why a prompt's cached prefix ends where it does."""
+
+    PROMPT = "prompt"
+    """All of it was cached; the last token is always computed."""
+    DIFFERS = "differs"
+    """Nothing that is known goes on like this prompt."""
+    EMPTY = "empty"
+    """Nothing is cached for this model in this format."""
+    EVICTED = "evicted"
+    """What follows was cached and had to make room."""
+    NOT_RESTORABLE = "not_restorable"
+    """More is known, but some layer lacks its window or its snapshot there."""
+    SLOWER = "slower"
+    """More is on disk, but reading it is predicted to take longer than computing, or took longer."""
+    DAMAGED = "damaged"
+    """More was on disk, but could not be read."""
+    SELFCHECK = "selfcheck"
+    """Computed afresh on purpose, to compare."""
+    OFF = "off"
+    """This model or this server does not cache prefixes."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the scheduler has to know of a waiting request."""
+
+    position: int
+    """Tokens that can be restored now."""
+    wants: bytes | None
+    """Key of the next block it has to compute: of several who want the same, one computes it."""
+    held: bool
+    """It waits for the disk."""
+
+
+@dataclass
+class Counters:
+    """Since the start; tokens are prompt tokens."""
+
+    hits: int = 0
+    misses: int = 0
+    memory_tokens: int = 0
+    disk_tokens: int = 0
+    computed_tokens: int = 0
+    evicted: int = 0
+    unsaved: int = 0
+    """Evicted although the policy wanted them saved first."""
+    checked: int = 0
+    mismatches: int = 0
+
+
+class Visit:
+    """One request's dealings with the cache."""
+
+    def __init__(self, match: Match) -> None:
+        self.match = match
+        self.load: Load | None = None
+        self.loaded: set[bytes] = set()
+        """Keys of blocks that were read from disk for it."""
+        self.fetched_bytes = 0
+        self.refused: End | None = None
+        """Why no more is read from disk for it."""
+        self.check = False
+        self.asked = False
+        self.seen: tuple[int, Offer] | None = None
+        """The last offer and the version of the cache it was true for."""
+        self.claimed: dict[bool, tuple[int, Claim]] = {}
+        """The same for claims, without and with the disk."""
+
+    def restart(self, tokens: Sequence[int]) -> None:
+        """The request lost what was computed of it and begins again with all its ``tokens``."""
+        self.match.restart(tokens)
+        self.load = self.refused = self.seen = None
+        self.claimed.clear()
+        self.check = False
