@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from kvarn.prefix.cache import PrefixCache
 from kvarn.prefix.keys import Namespace
 from kvarn.prefix.policy import SavePolicy
 from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import SsdLimits
+from kvarn.prefix.ssd_events import Opened, SsdLimits
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
@@ -40,6 +41,8 @@ CHUNK_CPU, CHUNK_GPU = 256, 2048
 LEAST_CONTEXT = 256
 """A server that cannot hold one request of this many tokens is of no use."""
 LEAST_KV_BYTES = 256 * 1024 * 1024
+OPEN_SECONDS = 10.0
+"""How long the start waits for the SSD tier's index."""
 BUFFER_CACHE_BYTES = 512 * 1024 * 1024
 """Freed buffers MLX may keep for reuse; without a limit they grow to the largest prompt ever read."""
 
@@ -125,7 +128,26 @@ def _prefixes(
     ssd = SsdTier(Path(settings.folder), namespace, settings.label, limits, link.inbox.put)
     cache.attach(ssd, SavePolicy(settings.ssd_policy), lambda start, tokens: costs.prefill_ms(start, tokens) / 1000)
     ssd.start()
-    return Prefixes(model.network, blocks, cache, ssd)
+    prefixes = Prefixes(model.network, blocks, cache, ssd)
+    _wait_until_open(prefixes, link)
+    return prefixes
+
+
+def _wait_until_open(prefixes: Prefixes, link: Link) -> None:
+    """Let the first requests find what is on disk; a disk that takes too long is not waited for."""
+    ends, others = time.monotonic() + OPEN_SECONDS, []
+    while (left := ends - time.monotonic()) > 0:
+        try:
+            message = link.inbox.get(timeout=left)
+        except queue.Empty:
+            log.warning("the SSD tier is still opening", extra=kv(seconds=OPEN_SECONDS))
+            break
+        if isinstance(message, Opened):
+            prefixes.on_event(message)
+            break
+        others.append(message)
+    for message in others:
+        link.inbox.put(message)
 
 
 def _percent_by_percent(link: Link) -> Callable[[float], None]:

@@ -142,6 +142,8 @@ class Prefixes:
         sequence.cache, sequence.snapshot_at, sequence.branch = None, 0, 0
         if sequence.visit is not None:
             sequence.visit.restart(sequence.tokens)
+            if self._cache is not None:
+                self._cache.will_return(sequence.visit)
 
     def offer(self, scheduler: Scheduler, sequences: dict[str, Sequence], now: float) -> None:
         """Tell the scheduler what can be restored for whom. Call it right before each plan."""
@@ -188,6 +190,7 @@ class Prefixes:
         cache, form, visit = self._cache, self._form, sequence.visit
         if cache is None or form is None or visit is None or sequence.cache is None:
             return
+        cache.counters.computed_tokens += end - start
         for begin, stop in block_grid(start, end):
             kinds = cache.missing(
                 visit, begin, stop, tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
@@ -201,7 +204,10 @@ class Prefixes:
     def prompt_done(self, sequence: Sequence, end: int) -> None:
         """The prompt is about to be adopted: keep its tail, and a snapshot at its end."""
         cache, form, visit = self._cache, self._form, sequence.visit
-        if cache is None or form is None or visit is None or sequence.cache is None or end == 0:
+        if cache is None or form is None or visit is None or sequence.cache is None:
+            return
+        cache.counters.computed_tokens += 1  # the last token, in the coming step
+        if end == 0:
             return
         begin = (end - 1) // BLOCK * BLOCK
         kinds = cache.missing(visit, begin, end, form.layout.kinds)

@@ -18,7 +18,7 @@ async def explain(request: Request) -> Response:
     """Takes the body of a chat or a plain completion and answers with one entry per prompt. Raises ApiError."""
     service: Service = request.app.state.service
     body = await read_json(request)
-    asked = parse(ChatRequest, body) if "messages" in body else parse(CompletionRequest, body)
+    asked = parse(ChatRequest, body) if body.get("messages") is not None else parse(CompletionRequest, body)
     service.names.check(asked.model)
     tokenizer, info = service.ready()
     check_limits(asked, info)

@@ -196,9 +196,11 @@ def block_format(cache: PromptCache) -> BlockFormat | str:
         state_bytes += nbytes if kind == "state" else 0
         token_bytes += nbytes if kind == "kv" else 0
         groups.setdefault((kind, layers[-1]), []).append(index)
-    window = max((window_of(leaf) for leaf in flat), default=0)
+    windows = sorted({window_of(leaf) for leaf in flat} - {0})
+    if len(windows) > 1 and windows[0] < BLOCK:
+        return f"its sliding windows of {windows} tokens differ, and one is shorter than a block of {BLOCK}"
     return BlockFormat(
-        layout=Layout(window=window, state="state" in kinds),
+        layout=Layout(window=windows[-1] if windows else 0, state="state" in kinds),
         kv=tuple(tuple(group) for (kind, _), group in groups.items() if kind == "kv"),
         window=tuple(tuple(group) for (kind, _), group in groups.items() if kind == "window"),
         state=tuple(index for index, kind in enumerate(kinds) if kind == "state"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import WeakSet
 
 from kvarn.observe.log import kv
+from kvarn.prefix.eviction import Evictor
 from kvarn.prefix.keys import TOKEN_BYTES
 from kvarn.prefix.loader import Loader
 from kvarn.prefix.match import NOTHING, Claim, Match
@@ -20,20 +20,18 @@ from kvarn.prefix.memory import MemoryTier
 from kvarn.prefix.planner import Layout
 from kvarn.prefix.policy import SavePolicy
 from kvarn.prefix.records import BLOCK, Kind, Payload, RecordId, Tensor
-from kvarn.prefix.saver import UNDER_WAY_BYTES, Disk, Saver
+from kvarn.prefix.saver import Disk, Saver
 from kvarn.prefix.ssd_events import DiskEntry, Found, Gone, Loaded, Opened, Saved, SsdEvent
 from kvarn.prefix.tree import BLOCK_BYTES, Node, Tree
 from kvarn.prefix.visit import Counters, End, Offer, Visit
 
 log = logging.getLogger(__name__)
 
-GHOSTS = 65536
-"""Keys of evicted blocks that are remembered, so that a miss can be explained."""
-LOOK_AT = 16
-"""Oldest nodes looked at for one whose data is safe on disk before one that is not has to go."""
-SAVE_AHEAD = 0.9
-"""Share of the limit above which the policy ``evicted`` saves what would go next."""
 
+USED_TOKENS = BLOCK // 2
+"""A block of which a request has restored fewer tokens has not been used by it, as far as the disk is concerned."""
+TRIAL = 0
+"""Ticket of the read that only measures the disk."""
 LIVE_SECONDS = 1800.0
 """A conversation used this recently is live: an orderly stop saves it, whatever the policy but off."""
 
@@ -58,7 +56,7 @@ class PrefixCache:
         self._selfcheck = selfcheck
         self._tree = Tree(namespace)
         self._memory = MemoryTier(self._tree, layout)
-        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._evictor = Evictor(self._memory, self.counters)
         self._fetching: WeakSet[Visit] = WeakSet()
         """Waiting requests for which records are being, or have been, read from disk."""
         self._room = limit_bytes
@@ -142,8 +140,11 @@ class PrefixCache:
             self._touch(claim)
         else:
             counted.misses += 1
-        counted.computed_tokens += visit.match.limit + 1 - claim.position
         return claim
+
+    def will_return(self, visit: Visit) -> None:
+        """What was computed of a request is lost, and it needs its blocks again soon: others go before them."""
+        self._memory.touch(visit.match.follow())
 
     def explain(self, visit: Visit, position: int) -> tuple[End, int]:
         """Why the cached prefix ends at ``position``, and how many leading tokens are known at all."""
@@ -157,11 +158,12 @@ class PrefixCache:
             return End.SELFCHECK, reached
         if position == match.limit:
             return End.PROMPT, reached
-        if visit.refused is not None and self.claim(visit, disk=True).position > position:
-            return visit.refused, reached
+        refused = visit.refused
+        if refused is End.DAMAGED or (refused is not None and self.claim(visit, disk=True).position > position):
+            return refused, reached
         if position < reached:
             return End.NOT_RESTORABLE, reached
-        if len(rest) == BLOCK_BYTES and match.chain.key(match.depth, match.depth + BLOCK) in self._ghosts:
+        if len(rest) == BLOCK_BYTES and match.chain.key(match.depth, match.depth + BLOCK) in self._evictor.ghosts:
             return End.EVICTED, reached
         if follows is None and not len(self._tree):
             return End.EMPTY, reached
@@ -183,7 +185,7 @@ class PrefixCache:
             return
         self._version += 1
         node = self._tree.add(parent, visit.match.chain.tokens(start, end))
-        self._ghosts.pop(node.key, None)
+        self._evictor.ghosts.pop(node.key, None)
         if visit.check and not self._agrees(node, records):
             self._distrust(node)
         for kind, payload in records.items():
@@ -204,24 +206,19 @@ class PrefixCache:
         if node is None:
             return
         self._memory.resume_at(node, time.monotonic())
-        self._memory.touch(_path(node))
-        if self._saver is not None and self._saver.policy is SavePolicy.ALL and (node.full or last):
+        self._memory.touch(node.line())
+        # A resume point of recurrent layers is nowhere else; any other tail is part of what the answer ends with.
+        worth = node.full or last or self.layout.exact
+        if self._saver is not None and self._saver.policy is SavePolicy.ALL and worth:
             self._saver.want(node, (Kind.KV, Kind.STATE))
-            for step in _path(node, self.layout.trail):
+            for step in node.line(self.layout.trail):
                 self._saver.want(step, (Kind.WINDOW,))
 
     def fit(self, limit_bytes: int) -> None:
         """Evict until at most this many bytes, and never more than the cache's own limit, are held."""
-        self._room = limit = max(0, min(limit_bytes, self.limit_bytes))
-        if self._saver is not None and self._saver.policy is SavePolicy.EVICTED:
-            self._save_ahead(limit)
-        while self._memory.nbytes > limit:
-            spare = self._memory.spare_windows()
-            if spare is not None:
-                self._memory.drop(spare, (Kind.WINDOW,))
-                self._version += 1
-            elif not self._evict_one(self._memory.nbytes - limit):
-                return
+        self._room = max(0, min(limit_bytes, self.limit_bytes))
+        if self._evictor.fit(self._room, self._saver):
+            self._version += 1
 
     def housekeep(self) -> None:
         """Hand what waits to the disk; call it once per turn of the engine."""
@@ -242,7 +239,7 @@ class PrefixCache:
             case Opened(entries, _):
                 self._learn(entries)
                 if entries and self._disk is not None:
-                    self._disk.read(entries[0], 0)  # tells how fast the disk is before anybody has to know
+                    self._disk.read(entries[0], TRIAL)  # tells how fast the disk is before anybody has to know
             case Found(entries):
                 self._learn(entries)
             case Loaded():
@@ -260,18 +257,10 @@ class PrefixCache:
         since = time.monotonic() - LIVE_SECONDS
         everything = self._saver.policy in (SavePolicy.EVICTED, SavePolicy.ALL)
         ends = [node for node in self._tree.nodes() if everything or (node.resume is not None and node.resume >= since)]
-        queued: set[Node] = set()
         for node in sorted(ends, key=lambda node: -(node.resume or 0.0)):
-            fresh: list[Node] = []
-            here: Node | None = node
-            while here is not None and here.parent is not None and here not in queued:
-                fresh.append(here)
-                here = here.parent
-            queued.update(fresh)
-            for step in reversed(fresh):
-                self._saver.want(step, (Kind.KV, Kind.STATE))
+            self._saver.want(node, (Kind.KV, Kind.STATE))
             if node.resume is not None:
-                for step in _path(node, self.layout.trail):
+                for step in node.line(self.layout.trail):
                     self._saver.want(step, (Kind.WINDOW,))
 
     @property
@@ -319,7 +308,8 @@ class PrefixCache:
         assert self._loader is not None
         node = self._tree.get(event.id.key)
         problem = event.problem
-        if event.payload is not None and node is not None and event.id.kind not in node.records:
+        wanted = event.ticket != TRIAL and node is not None and event.id.kind not in node.records
+        if event.payload is not None and node is not None and wanted:
             try:
                 self._memory.put(node, event.id.kind, self._make(event.tensors, event.payload))
             except ValueError as error:
@@ -344,7 +334,7 @@ class PrefixCache:
         node = self._tree.get(record.key)
         if node is not None and node.disk.pop(record.kind, None) is not None:
             if not node.records and not node.disk:
-                self._remember(node)
+                self._evictor.remember(node)
             self._tree.prune(node)
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -365,8 +355,10 @@ class PrefixCache:
         if self._disk is not None:
             self._disk.touch([RecordId(node.key, kind) for node, kind in claim.needs if kind in node.disk])
         if self._saver is not None and self._saver.policy in (SavePolicy.SECOND_USE, SavePolicy.ALL):
+            used = {part.node: part.used for part in claim.parts}
             for node, kind in claim.needs:
-                self._saver.want(node, (kind,))
+                if used[node] >= USED_TOKENS or used[node] == node.end - node.start:
+                    self._saver.want(node, (kind,))
 
     def _agrees(self, node: Node, records: Mapping[Kind, Payload]) -> bool:
         self.counters.checked += any(kind in node.records for kind in records)
@@ -379,8 +371,16 @@ class PrefixCache:
         log.error(
             "a cached block differs from its recomputation", extra=kv(start=node.start, block=node.key.hex()[:16])
         )
-        if self._saver is not None:
-            self._saver.discard(node)
+        # What follows it may have been computed from it.
+        tainted = [node]
+        for each in tainted:
+            tainted += each.children.values()
+        for each in reversed(tainted):
+            if self._saver is not None:
+                self._saver.discard(each)
+            if each is not node and each.pins == 0:
+                self._memory.drop(each)
+                self._tree.prune(each)
 
     def _supersede(self, parent: Node, full: Node) -> None:
         """A tail that a full block begins with holds nothing that the block does not."""
@@ -390,48 +390,3 @@ class PrefixCache:
                     self._saver.discard(tail)
                 self._memory.drop(tail)
                 self._tree.prune(tail)
-
-    def _save_ahead(self, limit: int) -> None:
-        assert self._saver is not None
-        if self._memory.nbytes > SAVE_AHEAD * limit and self._saver.under_way_bytes < UNDER_WAY_BYTES:
-            for node in self._memory.oldest(LOOK_AT):
-                self._saver.want(node, self.layout.kinds)
-
-    def _evict_one(self, excess: int) -> bool:
-        """Let the least recently used leaf go, or one that is safe on disk if the policy wants that.
-
-        False: none may go.
-        """
-        saver = self._saver
-        candidates = self._memory.oldest(LOOK_AT if saver is not None else 1)
-        if saver is None or saver.policy is not SavePolicy.EVICTED or not saver.healthy:
-            victim = candidates[0] if candidates else None
-        else:
-            victim = next((node for node in candidates if saver.saved(node)), None)
-            if victim is None and excess > UNDER_WAY_BYTES and candidates:
-                victim = candidates[0]
-                self.counters.unsaved += 1
-        if victim is None:
-            return False
-        self.counters.evicted += 1
-        if not victim.disk:
-            self._remember(victim)
-        self._memory.drop(victim)
-        self._version += 1
-        return True
-
-    def _remember(self, node: Node) -> None:
-        """Its data is gone; a request that misses it is told why."""
-        self._ghosts[node.key] = None
-        if len(self._ghosts) > GHOSTS:
-            self._ghosts.popitem(last=False)
-
-
-def _path(node: Node, most: int | None = None) -> list[Node]:
-    """The chain of nodes that ends with this one, root side first: all of it, or its last ``most``."""
-    path: list[Node] = []
-    here: Node | None = node
-    while here is not None and here.parent is not None and (most is None or len(path) < most):
-        path.append(here)
-        here = here.parent
-    return path[::-1]

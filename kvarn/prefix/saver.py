@@ -54,12 +54,24 @@ class Saver:
         return sum(size for _, size in self._under_way.values())
 
     def want(self, node: Node, kinds: Iterable[Kind]) -> None:
-        """Queue those of a node's records that are in memory and not on disk."""
+        """Queue those of a node's records that are in memory and not on disk, behind what they depend on."""
         if self.policy is SavePolicy.OFF:
             return
+        before: list[Node] = []
+        here = node.parent
+        while here is not None and here.parent is not None and self._lacks(here, Kind.KV):
+            before.append(here)
+            here = here.parent
+        for each in reversed(before):
+            self._waiting[each, Kind.KV] = None
         for kind in kinds:
-            if kind in node.records and kind not in node.disk and RecordId(node.key, kind) not in self._under_way:
+            if self._lacks(node, kind):
                 self._waiting[node, kind] = None
+
+    def _lacks(self, node: Node, kind: Kind) -> bool:
+        """Whether a record is in memory, not on disk, and not on its way there."""
+        safe = kind in node.disk or RecordId(node.key, kind) in self._under_way
+        return kind in node.records and not safe and (node, kind) not in self._waiting
 
     def saved(self, node: Node) -> bool:
         """Whether everything that memory holds of a node is on disk; a window alone is not worth a write."""
@@ -71,12 +83,18 @@ class Saver:
         while self._waiting and room > 0:
             (node, kind), _ = self._waiting.popitem(last=False)
             payload = node.records.get(kind)
-            if payload is None or kind in node.disk or not node.alive or node.parent is None:
+            if payload is None or kind in node.disk or not node.alive or not self._reachable(node.parent):
                 continue
             node.pins += 1
             self._under_way[RecordId(node.key, kind)] = node, payload.nbytes
             room -= payload.nbytes
             self._disk.write(head_of(node, kind), payload.dump())
+
+    def _reachable(self, parent: Node | None) -> bool:
+        """Whether what follows ``parent`` would be found again: it begins a chain, or is on disk or on its way."""
+        if parent is None or parent.parent is None:
+            return parent is not None
+        return Kind.KV in parent.disk or RecordId(parent.key, Kind.KV) in self._under_way
 
     def written(self, record: RecordId, nbytes: int, problem: str) -> Node | None:
         """The disk has finished with a record. Returns its node, which is no longer pinned for it."""

@@ -71,6 +71,15 @@ class Node:
     def full(self) -> bool:
         return len(self.tokens) == BLOCK_BYTES
 
+    def line(self, most: int | None = None) -> list[Node]:
+        """The chain of nodes that ends with this one, root side first: all of it, or its last ``most``."""
+        line: list[Node] = []
+        here: Node | None = self
+        while here is not None and here.parent is not None and (most is None or len(line) < most):
+            line.append(here)
+            here = here.parent
+        return line[::-1]
+
     def child(self, tokens: bytes) -> Node | None:
         """The child with exactly these tokens."""
         return self.children.get(tokens)

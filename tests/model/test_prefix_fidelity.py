@@ -1,0 +1,133 @@
+"""Hit equals miss on real models: from RAM, from the SSD, after a restart and after kill -9, alone and in batches."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, reference, request
+from test_fidelity import TEXT
+from tiny_models import CONFIGS, VOCAB, save
+from tokenizers import Tokenizer
+
+from kvarn.engine.link import Inbox
+from kvarn.model.load import LoadedModel, load
+from kvarn.model.probe import Capabilities, probe
+from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.ssd import SsdTier
+from kvarn.prefix.ssd_events import Opened
+from kvarn.types import PrefixReport
+
+ANSWER = 6
+QUICK = ("llama", "gemma3_text", "qwen3_next")
+"""One kind of each sort of layer; tests/engine/test_prefix.py has all of them without the kill."""
+CHILD = Path(__file__).parents[1] / "support" / "prefix_child.py"
+
+
+@dataclass
+class Subject:
+    """A model, and prompts for it; the first one is asked again and again, the others keep it company."""
+
+    model: LoadedModel
+    folder: Path
+    capabilities: Capabilities
+    prompts: list[list[int]]
+
+    def ask(self, both: tuple[PrefixCache, SsdTier, Inbox], batch: int) -> Outcome:
+        cache, ssd, inbox = both
+        driven = Driver(self.model, capabilities=self.capabilities, cache=cache, ssd=ssd, inbox=inbox, max_rows=8)
+        for other in range(1, batch):
+            driven.submit(request(f"o{other}", self.prompts[other], ANSWER))
+        driven.submit(request("x", self.prompts[0], ANSWER))
+        driven.run()
+        return driven.outcomes["x"]
+
+    def check(self, folder: Path, batch: int) -> None:
+        """All the ways to the same answer."""
+        limit = len(self.prompts[0]) - 1
+        expected = reference(self.model.network, self.prompts[0], ANSWER)
+        in_memory, on_disk = PrefixReport(limit, 0, "prompt", limit), PrefixReport(0, limit, "prompt", limit)
+        with opened(self.model, folder / "live") as both:
+            self.compare(self.ask(both, batch), expected, None)
+            self.compare(self.ask(both, batch), expected, in_memory)
+            settle(both)
+            both[0].fit(0)
+            both[0].fit(1 << 30)
+            self.compare(self.ask(both, batch), expected, on_disk)
+        with opened(self.model, folder / "live") as both:
+            self.compare(self.ask(both, batch), expected, on_disk)
+        self.leave(folder / "killed", batch)
+        with opened(self.model, folder / "killed") as both:
+            self.compare(self.ask(both, batch), expected, on_disk)
+
+    def compare(self, outcome: Outcome, expected: list[int], report: PrefixReport | None) -> None:
+        assert outcome.prefix is not None
+        assert outcome.prefix.cached == 0 if report is None else outcome.prefix == report
+        assert_same_or_tied(self.model.network, self.prompts[0], outcome.tokens, expected)
+
+    def leave(self, folder: Path, batch: int) -> None:
+        """Let another process answer the prompts, write, and be killed."""
+        asked = json.dumps(self.prompts[:batch])
+        command = [sys.executable, str(CHILD), str(self.folder), str(folder), asked, str(ANSWER)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@contextmanager
+def opened(model: LoadedModel, folder: Path) -> Iterator[tuple[PrefixCache, SsdTier, Inbox]]:
+    cache, ssd, inbox = disk_cache(model, folder, limit_bytes=1 << 30)
+    first = inbox.get(timeout=30)
+    assert isinstance(first, Opened)
+    cache.on_event(first)
+    yield cache, ssd, inbox
+    settle((cache, ssd, inbox))
+    assert ssd.close(30)
+
+
+def settle(both: tuple[PrefixCache, SsdTier, Inbox]) -> None:
+    """Until everything that should be on disk is."""
+    cache, _, inbox = both
+    cache.housekeep()
+    while cache.saving:
+        cache.on_event(inbox.get(timeout=30))  # type: ignore[arg-type]
+        cache.housekeep()
+
+
+def real(folder: Path, length: int) -> Subject:
+    model = load(folder, 0, lambda fraction: None)
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
+    prompts = [ids[50 : 50 + length], *(ids[number * 301 : number * 301 + 40 + 9 * number] for number in range(1, 8))]
+    return Subject(model, folder, probe(model), prompts)
+
+
+BATCHES = [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("batch", BATCHES)
+def test_smollm2(smollm2_folder: Path, tmp_path: Path, batch: int) -> None:
+    real(smollm2_folder, 300).check(tmp_path, batch)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gemma3_past_its_window(gemma3_folder: Path, tmp_path: Path, batch: int) -> None:
+    real(gemma3_folder, 540).check(tmp_path, batch)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
+)
+def test_every_kind_of_cache(kind: str, tmp_path: Path, batch: int) -> None:
+    folder = save(kind, tmp_path / "model")
+    model = load(folder, 0, lambda fraction: None)
+    prompts = [[(7 * n * n + 13 * number + 3) % VOCAB for n in range(170 - 17 * number)] for number in range(8)]
+    Subject(model, folder, probe(model), prompts).check(tmp_path, batch)

@@ -1,0 +1,41 @@
+"""Answers prompts with write-through to a folder and dies by SIGKILL: what a killed engine leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from kvarn.model import blas
+
+blas.prepare()
+
+from engine_driver import Driver, disk_cache, request  # noqa: E402
+
+from kvarn.model.load import load  # noqa: E402
+from kvarn.prefix.ssd_events import Opened  # noqa: E402
+
+
+def main() -> None:
+    """``FOLDER CACHE PROMPTS ANSWER``: a model folder, the cache's folder, a JSON list of prompts, tokens to draw."""
+    folder, where, prompts, answer = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+    model = load(folder, 0, lambda fraction: None)
+    cache, ssd, inbox = disk_cache(model, where)
+    opened = inbox.get(timeout=30)
+    assert isinstance(opened, Opened)
+    cache.on_event(opened)
+    driven = Driver(model, cache=cache, ssd=ssd, inbox=inbox)
+    for index, tokens in enumerate(prompts):
+        driven.submit(request(f"r{index}", tokens, answer))
+    driven.run()
+    cache.housekeep()
+    while cache.saving:
+        cache.on_event(inbox.get(timeout=30))  # type: ignore[arg-type]
+        cache.housekeep()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
