@@ -212,7 +212,7 @@ class Engine:
             sequence = self._sequences[chunk.id]
             if sequence.cache is None and not sequence.ended:
                 try:
-                    sequence.cache = self._prefixes.begin(sequence, chunk.start)
+                    sequence.cache = self._prefixes.begin(sequence, chunk.start, alone=not self._lane.lengths)
                 except Exception as error:  # model code raises what it likes; only this request needs what failed
                     log.exception("restoring the prefix of request %s failed", chunk.id)
                     self._end(chunk.id, error)

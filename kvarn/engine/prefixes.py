@@ -26,6 +26,7 @@ from kvarn.observe.log import kv
 from kvarn.prefix.cache import PrefixCache
 from kvarn.prefix.records import BLOCK, Kind
 from kvarn.prefix.ssd_events import Loaded, SsdEvent
+from kvarn.schedule.budget import PREFILL_STEP, capacity_bucket
 from kvarn.schedule.scheduler import Scheduler
 from kvarn.types import PrefixLoad, PrefixReport
 
@@ -165,8 +166,8 @@ class Prefixes:
 
     # --- reading a prompt -------------------------------------------------------------------------------------
 
-    def begin(self, sequence: Sequence, position: int) -> PromptCache:
-        """The cache with which the prefill begins: ``position`` tokens restored, lazily."""
+    def begin(self, sequence: Sequence, position: int, alone: bool) -> PromptCache:
+        """The cache with which the prefill begins: ``position`` tokens restored, lazily. ``alone``: there is no row."""
         if self._cache is None or self._form is None or sequence.visit is None:
             sequence.report = sequence.report or PrefixReport()
             return new_cache(self._network)
@@ -178,7 +179,12 @@ class Prefixes:
         sequence.snapshot_at = position
         if position == 0:
             return new_cache(self._network)
-        return self._form.restored(self._network, claim, len(sequence.tokens) - 1)
+        total = len(sequence.tokens) - 1
+        if position < total:
+            capacity = -(-total // PREFILL_STEP) * PREFILL_STEP
+        else:
+            capacity = capacity_bucket(total + 1) if alone else 0  # becomes the arena as it is, or is copied into it
+        return self._form.restored(self._network, claim, capacity)
 
     def fit(self, room_bytes: int) -> None:
         """Keep at most this many bytes of blocks: rows and prompts come first."""

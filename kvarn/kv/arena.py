@@ -42,10 +42,19 @@ class LayerSpec(NamedTuple):
 
 
 class LayerRow(NamedTuple):
-    """One layer of a finished prompt: the last m positions, in order, [1, heads, m, dim] each."""
+    """One layer of a finished prompt: the last m positions, in order, [1, heads, m + spare, dim] each."""
 
     keys: mx.array
     values: mx.array
+    spare: int = 0
+    """Unused positions behind them."""
+
+    @property
+    def used(self) -> tuple[mx.array, mx.array]:
+        """Both without the unused positions."""
+        if self.spare == 0:
+            return self.keys, self.values
+        return self.keys[:, :, : -self.spare], self.values[:, :, : -self.spare]
 
 
 class Arena:
@@ -80,13 +89,13 @@ class Arena:
             return row
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
         for slot, layer in zip(self.slots, layers, strict=length > 0):
-            slot.put(row, layer.keys, layer.values, length)
+            slot.put(row, *layer.used, length)
             mx.eval(slot.keys, slot.values)
         self.lengths.append(length)
         return row
 
     def _first_row(self, layers: Iterable[LayerRow], length: int) -> list[Slot]:
-        """Slots with one row that holds ``layers``; each array is written once."""
+        """Slots with one row that holds ``layers``; arrays of the right size are taken as they are."""
         capacity = capacity_bucket(length + 1)
         slots: list[Slot] = []
         rows: Iterable[LayerRow | None] = layers if length else [None] * len(self._specs)
@@ -94,9 +103,12 @@ class Arena:
             if layer is None or spec.window is not None:
                 slot = _empty_slot(self.rows, spec, 1, capacity)
                 if layer is not None:
-                    slot.put(0, layer.keys, layer.values, length)
+                    slot.put(0, *layer.used, length)
+            elif layer.spare and layer.keys.shape[2] == capacity:
+                slot = Slot(self.rows, layer.keys, layer.values)
             else:
-                slot = Slot(self.rows, _padded(layer.keys, capacity), _padded(layer.values, capacity))
+                keys, values = layer.used
+                slot = Slot(self.rows, _padded(keys, capacity), _padded(values, capacity))
             mx.eval(slot.keys, slot.values)
             slots.append(slot)
         return slots

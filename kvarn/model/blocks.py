@@ -31,7 +31,6 @@ from kvarn.model.upstream import (
 from kvarn.prefix.match import Claim
 from kvarn.prefix.planner import Layout
 from kvarn.prefix.records import BLOCK, Kind, Payload, Tensor
-from kvarn.schedule.budget import PREFILL_STEP
 
 AGREEMENT = 0.05
 """Largest difference of a recomputed block, as a share of its largest value: rounding is far below, errors above."""
@@ -125,12 +124,12 @@ class BlockFormat:
 
     # --- putting together -------------------------------------------------------------------------------------
 
-    def restored(self, network: nn.Module, claim: Claim, total: int) -> PromptCache:
-        """A prompt's cache that holds the claimed tokens, with room for ``total`` of them; lazy."""
+    def restored(self, network: nn.Module, claim: Claim, capacity: int) -> PromptCache:
+        """A prompt's cache that holds the claimed tokens, with room for ``capacity`` of them in all; lazy."""
         cache = new_cache(network)
         flat = leaves(cache)
         for group in range(len(self.kv)):
-            self._put_kv(flat, group, claim, total)
+            self._put_kv(flat, group, claim, capacity)
         for group in range(len(self.window)):
             self._put_window(flat, group, claim)
         if self.state:
@@ -141,9 +140,9 @@ class BlockFormat:
                 arrays = arrays[count:]
         return cache
 
-    def _put_kv(self, flat: list[LayerCache], group: int, claim: Claim, total: int) -> None:
+    def _put_kv(self, flat: list[LayerCache], group: int, claim: Claim, capacity: int) -> None:
         blocks = [(_stored(part.node.records[Kind.KV]).arrays, part.used) for part in claim.parts]
-        room = 0 if total <= claim.position else -(-total // PREFILL_STEP) * PREFILL_STEP - claim.position
+        room = max(0, capacity - claim.position)
         for place, leaf in enumerate(self.kv[group]):
             sides = [
                 _joined([arrays[2 * group + side][place : place + 1, :, :used] for arrays, used in blocks], back=room)
@@ -186,7 +185,7 @@ def block_format(cache: PromptCache) -> BlockFormat | str:
     layers, dtypes, token_bytes, state_bytes = [], [], 0, 0
     for index, (leaf, kind) in enumerate(zip(flat, kinds, strict=True)):
         try:
-            arrays = snapshot(leaf) if kind == "state" else list(spans(leaf, 0, 1))
+            arrays = snapshot(leaf) if kind == "state" else list(spans(leaf, 0, 1).used)
         except (TypeError, ValueError) as error:
             return f"layer {index}: {error}"
         shape = " ".join(f"{_name(a.dtype)}{list(a.shape)}" for a in arrays)

@@ -123,7 +123,7 @@ def take_rows(cache: PromptCache) -> Iterator[LayerRow]:
             kept = min(layer.offset, keys.shape[2], layer.max_size)
             yield LayerRow(keys[:, :, -kept:], values[:, :, -kept:])
         elif isinstance(layer, KVCache):
-            yield LayerRow(*layer.keys_and_values())
+            yield LayerRow(layer.keys, layer.values, layer.keys.shape[2] - layer.offset)
         else:
             raise TypeError(f"layer {index}: {type(layer).__name__} has no rows to adopt")
         cache[index] = KVCache()
