@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections import Counter
 from collections.abc import Sequence as Many
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,6 +71,8 @@ class Prefixes:
         self._form = form
         self._cache = cache
         self._ssd = ssd
+        self._wanted: Counter[bytes] = Counter()
+        """Keys of blocks that waiting requests compute next, and how many of them."""
         self._patient_until: float | None = None
         """Moment of the monotonic clock at which the first of those told to wait for the disk goes on without it."""
 
@@ -151,15 +154,20 @@ class Prefixes:
         if self._cache is None or self._form is None:
             return
         self._cache.housekeep()
+        self._wanted.clear()
         for name, done in scheduler.queue:
             visit = sequences[name].visit
             assert visit is not None
             if done:
-                scheduler.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
+                wants = self._cache.wants(visit, done)
+                scheduler.offer(name, 0, wants, stop=sequences[name].branch)
             else:
                 offer = self._cache.offer(visit, now)
+                wants = offer.wants
                 sequences[name].branch = visit.match.depth if self._form.layout.state else 0
-                scheduler.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
+                scheduler.offer(name, offer.position, wants, offer.held, sequences[name].branch)
+            if wants is not None:
+                self._wanted[wants] += 1
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
@@ -216,9 +224,11 @@ class Prefixes:
         if end == 0:
             return
         begin = (end - 1) // BLOCK * BLOCK
-        kinds = cache.missing(visit, begin, end, form.layout.kinds)
-        records = {kind: cut_prompt(form, sequence.cache, begin, end, kind) for kind in kinds}
-        self._keep(sequence, begin, end, records)
+        if form.layout.exact or self._wanted[visit.match.chain.key(begin, end)] > 1:
+            # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
+            kinds = cache.missing(visit, begin, end, form.layout.kinds)
+            records = {kind: cut_prompt(form, sequence.cache, begin, end, kind) for kind in kinds}
+            self._keep(sequence, begin, end, records)
         cache.end_at(visit, end, last=False)
 
     def _snapshot_due(self, sequence: Sequence, end: int) -> bool:
