@@ -86,6 +86,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve until a Stop arrives, then cancel what is left."""
+        self._report()
         while not self._stopping:
             self.turn()
         self._settle()

@@ -71,8 +71,8 @@ class Prefixes:
         self._form = form
         self._cache = cache
         self._ssd = ssd
-        self._wanted: Counter[bytes] = Counter()
-        """Keys of blocks that waiting requests compute next, and how many of them."""
+        self._ends: Counter[bytes] = Counter()
+        """Keys of the blocks with which the prompts of waiting requests end, and how many of them."""
         self._patient_until: float | None = None
         """Moment of the monotonic clock at which the first of those told to wait for the disk goes on without it."""
 
@@ -154,20 +154,17 @@ class Prefixes:
         if self._cache is None or self._form is None:
             return
         self._cache.housekeep()
-        self._wanted.clear()
+        self._ends.clear()
         for name, done in scheduler.queue:
             visit = sequences[name].visit
             assert visit is not None
+            self._ends[visit.last_key] += 1
             if done:
-                wants = self._cache.wants(visit, done)
-                scheduler.offer(name, 0, wants, stop=sequences[name].branch)
+                scheduler.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
             else:
                 offer = self._cache.offer(visit, now)
-                wants = offer.wants
                 sequences[name].branch = visit.match.depth if self._form.layout.state else 0
-                scheduler.offer(name, offer.position, wants, offer.held, sequences[name].branch)
-            if wants is not None:
-                self._wanted[wants] += 1
+                scheduler.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
@@ -224,7 +221,7 @@ class Prefixes:
         if end == 0:
             return
         begin = (end - 1) // BLOCK * BLOCK
-        if form.layout.exact or self._wanted[visit.match.chain.key(begin, end)] > 1:
+        if form.layout.exact or self._ends[visit.last_key] > 1:
             # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
             kinds = cache.missing(visit, begin, end, form.layout.kinds)
             records = {kind: cut_prompt(form, sequence.cache, begin, end, kind) for kind in kinds}

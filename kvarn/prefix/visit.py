@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from kvarn.prefix.loader import Load
 from kvarn.prefix.match import Claim, Match
+from kvarn.prefix.records import BLOCK
 
 
 class End(StrEnum):
@@ -76,12 +77,21 @@ class Visit:
         self.asked = False
         self.seen: tuple[int, Offer] | None = None
         """The last offer and the version of the cache it was true for."""
+        self._last_key: bytes | None = None
         self.claimed: dict[bool, tuple[int, Claim]] = {}
         """The same for claims, without and with the disk."""
+
+    @property
+    def last_key(self) -> bytes:
+        """Key of the block with which the prompt ends, its last token left out: equal prompts have equal ones."""
+        if self._last_key is None:
+            limit = self.match.limit
+            self._last_key = self.match.chain.key(max(0, limit - 1) // BLOCK * BLOCK, limit)
+        return self._last_key
 
     def restart(self, tokens: Sequence[int]) -> None:
         """The request lost what was computed of it and begins again with all its ``tokens``."""
         self.match.restart(tokens)
-        self.load = self.refused = self.seen = None
+        self.load = self.refused = self.seen = self._last_key = None
         self.claimed.clear()
         self.check = False

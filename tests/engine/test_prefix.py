@@ -442,7 +442,9 @@ def test_preempted_requests_resume_from_the_cache() -> None:
     for name, tokens in prompts.items():
         right("llama", tokens, driven.outcomes[name])
         assert driven.outcomes[name].prefix == PrefixReport(end=driven.outcomes[name].prefix.end)  # type: ignore[union-attr]
-    assert counting.read <= 4 * 149 + len(preempted) * BLOCK, "of what was lost only the tail is read again"
+    # Memory is too short for the blocks of all four; the one that comes back first finds all of its own.
+    assert cached.counters.memory_tokens >= 2 * BLOCK
+    assert counting.read < 4 * 149 + len(preempted) * 200
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])

@@ -117,7 +117,8 @@ def test_smollm2(smollm2_folder: Path, tmp_path: Path, batch: int) -> None:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3, 8])
 def test_gemma3_past_its_window(gemma3_folder: Path, tmp_path: Path, batch: int) -> None:
     real(gemma3_folder, 540).check(tmp_path, batch)
 
