@@ -34,6 +34,18 @@ class Detokenizer(Protocol):
         """No more tokens: return the rest of the text. To be called once."""
 
 
+def _decoded(data: bytes) -> tuple[str, int]:
+    """The text of ``data`` as far as it is certain, and how many bytes that is.
+
+    Python's decoder waits behind half a surrogate, which no third byte can make valid.
+    """
+    text, used = utf_8_decode(data, "replace", False)
+    rest = data[used:]
+    if len(rest) == 2 and rest[0] == 0xED and rest[1] >= 0xA0:
+        return text + REPLACEMENT * 2, len(data)
+    return text, used
+
+
 class ByteLevelDetokenizer:
     """For byte-level BPE: every token is some bytes, and the bytes together are UTF-8, more or less.
 
@@ -61,7 +73,7 @@ class ByteLevelDetokenizer:
         if not data:
             return ""
         broken = self._breaks(data)
-        text, used = utf_8_decode(self._open + data, "replace", False)
+        text, used = _decoded(self._open + data)
         self._open = (self._open + data)[used:]
         if not text:
             self._owner = self._waiting
@@ -79,7 +91,7 @@ class ByteLevelDetokenizer:
         return REPLACEMENT
 
     def _add_clean(self, data: bytes) -> str:
-        text, used = utf_8_decode(data, "replace", False)
+        text, used = _decoded(data)
         self._open = data[used:]
         self._end += len(text)
         self._close_token()
@@ -95,7 +107,7 @@ class ByteLevelDetokenizer:
 
     def _breaks(self, data: bytes) -> bool:
         """True when these bytes do not continue the open character, which therefore becomes U+FFFD."""
-        text, used = utf_8_decode(self._open + data[:1], "replace", False)
+        text, used = _decoded(self._open + data[:1])
         return used > 0 and len(text) > used - len(self._open)
 
     def _settle(self, tokens: int, broken: bool) -> None:

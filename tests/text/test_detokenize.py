@@ -172,3 +172,14 @@ def test_a_character_continued_by_several_bytes_ends_with_its_last_token() -> No
     detokenizer = ByteLevelDetokenizer(pieces.__getitem__)
     assert [detokenizer.add(token) for token in range(3)] == ["🙂", "🙃", "🎉"]
     assert list(detokenizer.ends) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("rest", [b"", b"\x80", b"a", b"\xed\xa1"])
+def test_half_a_surrogate_is_two_broken_characters(rest: bytes, cut: int) -> None:
+    data = b"\xed\xa1" + rest
+    pieces = [data[:cut], data[cut:]]
+    detokenizer = ByteLevelDetokenizer(lambda token: pieces[token])
+    text = detokenizer.add(0) + detokenizer.add(1) + detokenizer.finish()
+    assert text == data.decode("utf-8", "replace")
+    assert detokenizer.ends[-1] == len(text)
