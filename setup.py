@@ -6,8 +6,8 @@ from setuptools import Extension, setup
 
 ROWBLAS = Extension(
     "kvarn.native._rowblas",
-    sources=["kvarn/native/rowblas.c"],
-    depends=["kvarn/native/kernels.h"],
+    sources=[f"kvarn/native/{name}.c" for name in ("rowblas", "pool", "attention")],
+    depends=[f"kvarn/native/{name}.h" for name in ("rowblas", "pool", "kernels", "softmax")],
     extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
     libraries=["pthread"],
     # Without a compiler the package installs all the same; kvarn.model.blas then says what is missing.

@@ -133,12 +133,9 @@ class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The model's name, for people who look into the folder."""
 
 
-class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """How the prefix cache is doing. Counters are since the engine's start."""
+class PrefixCounters(msgspec.Struct):
+    """What the prefix cache has done since the engine's start. Tokens are prompt tokens."""
 
-    ram_bytes: int = 0
-    ram_blocks: int = 0
-    ram_limit: int = 0
     hits: int = 0
     misses: int = 0
     memory_tokens: int = 0
@@ -146,8 +143,18 @@ class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens: int = 0
     evicted: int = 0
     unsaved: int = 0
+    """Evicted although the policy wanted them saved first."""
     checked: int = 0
     mismatches: int = 0
+
+
+class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How the prefix cache is doing."""
+
+    ram_bytes: int = 0
+    ram_blocks: int = 0
+    ram_limit: int = 0
+    counters: PrefixCounters = msgspec.field(default_factory=PrefixCounters)
     ssd: dict[str, int] = {}
     """Counters and sizes of the SSD tier by name; empty without one."""
 

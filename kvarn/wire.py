@@ -12,7 +12,7 @@ import msgspec
 
 from kvarn.types import Delta, ErrorKind, ModelInfo, PrefixLoad, PrefixReport, PrefixSettings, Request
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 

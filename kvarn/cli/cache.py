@@ -15,9 +15,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from kvarn.config import Duration, default_cache_folder
 from kvarn.hub.progress import TerminalProgress
-from kvarn.prefix import upkeep
-from kvarn.prefix.disk_index import UnusableIndex
-from kvarn.prefix.upkeep import Removed
+from kvarn.prefix.disk import upkeep
+from kvarn.prefix.disk.index import UnusableIndex
+from kvarn.prefix.disk.upkeep import Removed
 
 
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:

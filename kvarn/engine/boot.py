@@ -24,10 +24,10 @@ from kvarn.model.memory import total_memory
 from kvarn.model.probe import remembered_probe, warm_up
 from kvarn.observe.log import kv
 from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.disk.events import Opened, SsdLimits
+from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.keys import Namespace
 from kvarn.prefix.policy import SavePolicy
-from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import Opened, SsdLimits
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from kvarn.prefix.ssd_events import SsdEvent
+from kvarn.prefix.disk.events import SsdEvent
 from kvarn.wire import HEADER, Beat, FromEngine, Stop, ToEngine, WireError, decode_to_engine, encode, frame_length
 
 BEAT_SECONDS = 0.5

@@ -23,7 +23,7 @@ from kvarn.model.forwards import decode, prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
 from kvarn.model.upstream import cache_bytes
-from kvarn.prefix.ssd_events import Found, Gone, Loaded, Opened, Saved
+from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
 from kvarn.sample.sampler import BatchSampler, Picks
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import NeverFits, Scheduler

@@ -11,7 +11,6 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Sequence as Many
-from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -25,15 +24,15 @@ from kvarn.model.lanes import Lane
 from kvarn.model.upstream import PromptCache, new_cache
 from kvarn.observe.log import kv
 from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.disk.events import Loaded, SsdEvent
 from kvarn.prefix.records import BLOCK, Kind
-from kvarn.prefix.ssd_events import Loaded, SsdEvent
 from kvarn.schedule.budget import PREFILL_STEP, capacity_bucket
 from kvarn.schedule.scheduler import Scheduler
 from kvarn.types import PrefixLoad, PrefixReport
 
 if TYPE_CHECKING:
-    from kvarn.prefix.ssd import SsdTier
-    from kvarn.prefix.ssd_stats import SsdStats
+    from kvarn.prefix.disk.stats import SsdStats
+    from kvarn.prefix.disk.tier import SsdTier
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class Prefixes:
             ram_blocks=cache.blocks,
             ram_limit=cache.limit_bytes,
             ssd=_figures(self._ssd.stats) if self._ssd is not None else {},
-            **asdict(cache.counters),
+            counters=structs.replace(cache.counters),
         )
 
     def explain(self, tokens: Many[int], salt: str) -> PrefixReport:

@@ -142,6 +142,16 @@ def load_shim(openblas: OpenBlas, threads: int) -> ctypes.CDLL | None:
     return shim
 
 
+@functools.cache
+def prepared() -> ctypes.CDLL | None:
+    """Our library, if ``prepare`` has put it in MLX's way. Ask after mlx has been imported."""
+    path = shim_path()
+    if not needed() or not path.is_file():
+        return None
+    shim = ctypes.CDLL(str(path))
+    return shim if shim.kvarn_rowblas_ready() else None
+
+
 def thread_count() -> int:
     """Physical cores this process may use, a container's share counted; OPENBLAS_NUM_THREADS overrides it."""
     given = os.environ.get("OPENBLAS_NUM_THREADS", "")

@@ -16,6 +16,7 @@ import sys
 import mlx.core as mx
 import mlx.nn as nn
 
+from kvarn.model.tiled_attention import TILED_QUERIES, tiled, tiled_attention
 from kvarn.model.upstream import LayerCache, Mask, upstream_attention, upstream_swiglu
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -38,6 +39,8 @@ def attention(
     if queries.dtype != mx.float32 or sinks is not None or hasattr(cache, "bits"):
         return upstream_attention(queries, keys, values, cache, scale, mask, sinks)
     n, heads, length, _ = queries.shape
+    if length >= TILED_QUERIES and tiled(mask):
+        return tiled_attention(queries, keys, values, scale * LOG2_E, mask)
     groups = keys.shape[1]
     # Queries that share a key head go into one product: fewer and larger ones.
     together = (queries * (scale * LOG2_E)).reshape(n, groups, heads // groups * length, -1)

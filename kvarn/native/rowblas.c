@@ -4,30 +4,20 @@
  * One decode step multiplies a few rows by every weight once; a general sgemm first packs the weights, which costs
  * more than the product. Reading them in place runs at the speed of memory.
  *
- * OpenBLAS runs with one thread per call: pieces are handed out as threads become free, so a thread that the system
- * takes away delays one piece, where OpenBLAS's own threads would all wait for it.
- *
- * Any thread may call. One product at a time uses the pool; one that finds it busy runs on its own thread. Workers
- * spin for a moment after a product, as the next one of a step comes soon, then sleep. After fork the child starts
- * its own pool when it needs one. */
+ * OpenBLAS runs with one thread per call, on the pieces that the pool hands out: a thread that the system takes away
+ * delays one piece, where OpenBLAS's own threads would all wait for it. */
 
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
+#include "rowblas.h"
+
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
-enum { MAX_ROWS = 32, MAX_WORKERS = 63 };
+#include "pool.h"
 
-#define EXPORT __attribute__((visibility("default")))
+enum { MAX_ROWS = 32 };
 
-typedef void (*real_gemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
-                          int);
 typedef void (*double_gemm)(int, int, int, int, int, int, double, const double *, int, const double *, int, double,
                             double *, int);
 typedef void (*complex_gemm)(int, int, int, int, int, int, const void *, const void *, int, const void *, int,
@@ -67,17 +57,19 @@ static void choose_kernels(void)
         dot_rows = dot_rows_avx512;
         mix_rows = mix_rows_avx512;
         instructions = "avx512";
+        attention_for(512);
     } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         dot_rows = dot_rows_avx2;
         mix_rows = mix_rows_avx2;
         instructions = "avx2";
+        attention_for(256);
     }
 #elif defined(__aarch64__)
     instructions = "neon";
 #endif
 }
 
-/* --- the pool -------------------------------------------------------------------------------------------------- */
+/* --- pieces ---------------------------------------------------------------------------------------------------- */
 
 enum {
     /* Weights a thread takes at a time: small enough to even out threads that are slowed down by others. */
@@ -94,7 +86,7 @@ enum {
     PIECE_STEP = 48,
 };
 
-static real_gemm next_sgemm;
+real_gemm next_sgemm;
 
 /* One product: C = alpha A . B + beta C, with BLAS's meaning of every field. */
 struct gemm {
@@ -106,39 +98,12 @@ struct gemm {
     long lda, ldb, ldc;
 };
 
-static struct {
+struct job {
     struct gemm whole;
     int own;     /* few rows of A, B transposed: done here */
     int by_rows; /* cut along m, else along n */
     long step;
-} job;
-
-/* High half: number of the job; low half: chunks nobody has taken. Taking one pins the job until it is finished. */
-static _Atomic uint64_t board;
-static _Atomic uint32_t finished;
-static _Atomic int sleepers;
-static atomic_flag pool_busy = ATOMIC_FLAG_INIT;
-static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static int wanted_threads = 1;
-static int workers;
-static long spin_ns = 200 * 1000;
-
-static inline void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static long now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000L + t.tv_nsec;
-}
+};
 
 static void pass_on(const struct gemm *g)
 {
@@ -146,12 +111,13 @@ static void pass_on(const struct gemm *g)
                (int)g->ldb, g->beta, g->c, (int)g->ldc);
 }
 
-static void run_piece(long number)
+static void run_piece(const void *data, long number)
 {
-    struct gemm g = job.whole;
-    long from = number * job.step, length = job.by_rows ? g.m : g.n;
-    long count = length - from < job.step ? length - from : job.step;
-    if (job.by_rows) {
+    const struct job *job = data;
+    struct gemm g = job->whole;
+    long from = number * job->step, length = job->by_rows ? g.m : g.n;
+    long count = length - from < job->step ? length - from : job->step;
+    if (job->by_rows) {
         g.m = count;
         g.a += from * (g.trans_a == NO_TRANS ? g.lda : 1);
         g.c += from * g.ldc;
@@ -160,100 +126,10 @@ static void run_piece(long number)
         g.b += from * (g.trans_b == NO_TRANS ? 1 : g.ldb);
         g.c += from;
     }
-    if (job.own)
+    if (job->own)
         dot_rows(g.m, g.n, g.k, g.a, g.lda, g.b, g.ldb, g.c, g.ldc);
     else
         pass_on(&g);
-}
-
-static void work(void)
-{
-    uint64_t seen = atomic_load(&board);
-    while ((uint32_t)seen != 0) {
-        if (!atomic_compare_exchange_weak(&board, &seen, seen - 1))
-            continue;
-        run_piece((long)((uint32_t)seen - 1));
-        atomic_fetch_add(&finished, 1);
-        seen = atomic_load(&board);
-    }
-}
-
-static void await_job(uint32_t last)
-{
-    long until = now_ns() + spin_ns;
-    for (int i = 1; (uint32_t)(atomic_load(&board) >> 32) == last; i++) {
-        relax();
-        if (i % 64 == 0 && now_ns() > until) {
-            pthread_mutex_lock(&sleep_lock);
-            atomic_fetch_add(&sleepers, 1);
-            while ((uint32_t)(atomic_load(&board) >> 32) == last)
-                pthread_cond_wait(&wake, &sleep_lock);
-            atomic_fetch_sub(&sleepers, 1);
-            pthread_mutex_unlock(&sleep_lock);
-            return;
-        }
-    }
-}
-
-static void *worker_main(void *unused)
-{
-    for (;;) {
-        uint32_t last = (uint32_t)(atomic_load(&board) >> 32);
-        work();
-        await_job(last);
-    }
-    return unused;
-}
-
-static void start_workers(void)
-{
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, 256 * 1024);
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (workers < wanted_threads - 1) {
-        pthread_t thread;
-        if (pthread_create(&thread, &attributes, worker_main, NULL) != 0)
-            break;
-        workers++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-}
-
-static void after_fork(void)
-{
-    workers = 0;
-    atomic_store(&board, 0);
-    atomic_store(&sleepers, 0);
-    atomic_flag_clear(&pool_busy);
-    pthread_mutex_init(&sleep_lock, NULL);
-    pthread_cond_init(&wake, NULL);
-}
-
-/* Do the job that has been set up, with the pool; ``rouse`` sleeping workers too. */
-static void share(long pieces, int rouse)
-{
-    if (workers < wanted_threads - 1)
-        start_workers();
-    atomic_store(&finished, 0);
-    uint64_t number = (atomic_load(&board) >> 32) + 1;
-    atomic_store(&board, number << 32 | (uint64_t)pieces);
-    if (rouse && atomic_load(&sleepers) > 0) {
-        pthread_mutex_lock(&sleep_lock);
-        pthread_cond_broadcast(&wake);
-        pthread_mutex_unlock(&sleep_lock);
-    }
-    work();
-    for (int i = 1; atomic_load(&finished) != (uint32_t)pieces; i++) {
-        relax();
-        if (i % 1024 == 0)
-            sched_yield();
-    }
-    atomic_flag_clear(&pool_busy);
 }
 
 static long rounded(long value, long step) { return value < step ? step : value / step * step; }
@@ -262,32 +138,29 @@ static long rounded(long value, long step) { return value < step ? step : value 
 static void own_product(const struct gemm *g)
 {
     long bytes = g->n * g->k * (long)sizeof(float);
-    if (wanted_threads == 1 || bytes < SHARE_BYTES || atomic_flag_test_and_set(&pool_busy)) {
+    if (bytes < SHARE_BYTES || !pool_claim()) {
         dot_rows(g->m, g->n, g->k, g->a, g->lda, g->b, g->ldb, g->c, g->ldc);
         return;
     }
-    job.whole = *g;
-    job.own = 1;
-    job.by_rows = 0;
-    job.step = rounded(CHUNK_BYTES / (g->k * (long)sizeof(float)), 12); /* a multiple of both tile widths */
-    share((g->n + job.step - 1) / job.step, bytes >= WAKE_BYTES);
+    long step = rounded(CHUNK_BYTES / (g->k * (long)sizeof(float)), 12); /* a multiple of both tile widths */
+    struct job job = {*g, 1, 0, step};
+    pool_run(run_piece, &job, (g->n + step - 1) / step, bytes >= WAKE_BYTES);
 }
 
 /* Anything else: cut along its longer side. */
 static void passed_product(const struct gemm *g)
 {
     long macs = g->m * g->n * g->k;
-    if (wanted_threads == 1 || macs < SHARE_MACS || atomic_flag_test_and_set(&pool_busy)) {
+    if (macs < SHARE_MACS || !pool_claim()) {
         pass_on(g);
         return;
     }
-    job.whole = *g;
-    job.own = 0;
-    job.by_rows = g->m > g->n;
-    long length = job.by_rows ? g->m : g->n;
-    long most = length / (4 * wanted_threads), least = length * PIECE_MACS / macs;
-    job.step = rounded(most > least ? most : least, PIECE_STEP);
-    share((length + job.step - 1) / job.step, macs >= WAKE_MACS);
+    int by_rows = g->m > g->n;
+    long length = by_rows ? g->m : g->n;
+    long most = length / (4 * pool_threads()), least = length * PIECE_MACS / macs;
+    long step = rounded(most > least ? most : least, PIECE_STEP);
+    struct job job = {*g, 0, by_rows, step};
+    pool_run(run_piece, &job, (length + step - 1) / step, macs >= WAKE_MACS);
 }
 
 /* --- what MLX calls --------------------------------------------------------------------------------------------- */
@@ -348,11 +221,12 @@ EXPORT void kvarn_rowblas_init(void *sgemm, void *dgemm, void *cgemm, int thread
     next_sgemm = (real_gemm)sgemm;
     next_dgemm = (double_gemm)dgemm;
     next_cgemm = (complex_gemm)cgemm;
-    wanted_threads = threads < 1 ? 1 : threads > MAX_WORKERS + 1 ? MAX_WORKERS + 1 : threads;
-    spin_ns = spin_us * 1000;
     choose_kernels();
-    pthread_atfork(NULL, NULL, after_fork);
+    pool_init(threads, spin_us);
 }
+
+/* Whether init has been called, in this process. */
+EXPORT int kvarn_rowblas_ready(void) { return next_sgemm != NULL; }
 
 /* Whether products of this many rows are done here. */
 EXPORT void kvarn_rowblas_take(int rows, int yes)

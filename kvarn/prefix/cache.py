@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import WeakSet
 
 from kvarn.observe.log import kv
+from kvarn.prefix.disk.events import DiskEntry, Found, Gone, Loaded, Opened, Saved, SsdEvent
 from kvarn.prefix.eviction import Evictor
 from kvarn.prefix.keys import TOKEN_BYTES
 from kvarn.prefix.loader import Loader
@@ -21,17 +22,15 @@ from kvarn.prefix.planner import Layout
 from kvarn.prefix.policy import SavePolicy
 from kvarn.prefix.records import BLOCK, Kind, Payload, RecordId, Tensor
 from kvarn.prefix.saver import Disk, Saver
-from kvarn.prefix.ssd_events import DiskEntry, Found, Gone, Loaded, Opened, Saved, SsdEvent
 from kvarn.prefix.tree import BLOCK_BYTES, Node, Tree
-from kvarn.prefix.visit import Counters, End, Offer, Visit
+from kvarn.prefix.visit import End, Offer, Visit
+from kvarn.types import PrefixCounters
 
 log = logging.getLogger(__name__)
 
 
 USED_TOKENS = BLOCK // 2
 """A block of which a request has restored fewer tokens has not been used by it, as far as the disk is concerned."""
-TRIAL = 0
-"""Ticket of the read that only measures the disk."""
 LIVE_SECONDS = 1800.0
 """A conversation used this recently is live: an orderly stop saves it, whatever the policy but off."""
 
@@ -50,7 +49,7 @@ class PrefixCache:
     ) -> None:
         self.layout = layout
         self.limit_bytes = limit_bytes
-        self.counters = Counters()
+        self.counters = PrefixCounters()
         self._make = make
         self._same = same
         self._selfcheck = selfcheck
@@ -238,8 +237,8 @@ class PrefixCache:
         match event:
             case Opened(entries, _):
                 self._learn(entries)
-                if entries and self._disk is not None:
-                    self._disk.read(entries[0], TRIAL)  # tells how fast the disk is before anybody has to know
+                if entries and self._loader is not None:
+                    self._loader.measure(entries[0])
             case Found(entries):
                 self._learn(entries)
             case Loaded():
@@ -308,8 +307,8 @@ class PrefixCache:
         assert self._loader is not None
         node = self._tree.get(event.id.key)
         problem = event.problem
-        wanted = event.ticket != TRIAL and node is not None and event.id.kind not in node.records
-        if event.payload is not None and node is not None and wanted:
+        wanted = self._loader.awaited(event.id)
+        if event.payload is not None and node is not None and wanted and event.id.kind not in node.records:
             try:
                 self._memory.put(node, event.id.kind, self._make(event.tensors, event.payload))
             except ValueError as error:

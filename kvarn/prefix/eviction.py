@@ -9,7 +9,7 @@ from kvarn.prefix.policy import SavePolicy
 from kvarn.prefix.records import Kind
 from kvarn.prefix.saver import UNDER_WAY_BYTES, Saver
 from kvarn.prefix.tree import Node
-from kvarn.prefix.visit import Counters
+from kvarn.types import PrefixCounters
 
 GHOSTS = 65536
 """Keys of evicted blocks that are remembered, so that a miss can be explained."""
@@ -22,7 +22,7 @@ SAVE_AHEAD = 0.9
 class Evictor:
     """``ghosts``: keys of blocks that are gone, oldest first."""
 
-    def __init__(self, memory: MemoryTier, counters: Counters) -> None:
+    def __init__(self, memory: MemoryTier, counters: PrefixCounters) -> None:
         self._memory = memory
         self._counters = counters
         self.ghosts: OrderedDict[bytes, None] = OrderedDict()

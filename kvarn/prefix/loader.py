@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvarn.prefix.records import Kind, RecordId
+from kvarn.prefix.records import Expected, Kind, RecordId
 from kvarn.prefix.saver import Disk, head_of
 from kvarn.prefix.tree import Node
 
@@ -38,6 +38,7 @@ class Loader:
         self._disk = disk
         self._prefill_seconds = prefill_seconds
         self._reading: dict[RecordId, list[Load]] = {}
+        """What is being read, and who waits for it: nobody, if it is only to measure the disk."""
         self._ticket = 0
         self.bytes_per_second = FIRST_SPEED
         self._measured = False
@@ -54,6 +55,14 @@ class Loader:
         reading = nbytes / self.bytes_per_second + len(needs) * FILE_SECONDS + queued
         return reading < self._prefill_seconds(start, end - start)
 
+    def measure(self, record: Expected) -> None:
+        """Read something to learn how fast the disk is, before anybody has to know."""
+        self._read(record)
+
+    def awaited(self, record: RecordId) -> bool:
+        """Whether somebody has asked for this record since it began to be read."""
+        return bool(self._reading.get(record))
+
     def load(self, needs: Sequence[tuple[Node, Kind]], start: int, end: int, now: float) -> Load:
         """Read these records."""
         load = Load(set(), now + self._prefill_seconds(start, end - start))
@@ -61,11 +70,14 @@ class Loader:
             record = RecordId(node.key, kind)
             load.waiting.add(record)
             if record not in self._reading:
-                self._reading[record] = []
-                self._ticket += 1
-                self._disk.read(head_of(node, kind), self._ticket)
+                self._read(head_of(node, kind))
             self._reading[record].append(load)
         return load
+
+    def _read(self, record: Expected) -> None:
+        self._reading[record.id] = []
+        self._ticket += 1
+        self._disk.read(record, self._ticket)
 
     def arrived(self, record: RecordId, nbytes: int, seconds: float, problem: str) -> None:
         """A read has ended, well or badly."""

@@ -77,3 +77,20 @@ class Payload(Protocol):
 
     def dump(self) -> bytes:
         """Its bytes, in the order of ``tensors``. Engine thread only."""
+
+
+class Expected(Protocol):
+    """What a reader knows about the record it asks for. A RecordHead and a DiskEntry both do."""
+
+    @property
+    def id(self) -> RecordId: ...
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def parent(self) -> bytes: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def tokens(self) -> bytes: ...

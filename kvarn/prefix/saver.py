@@ -10,9 +10,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kvarn.prefix.block_file import Expected
 from kvarn.prefix.policy import SavePolicy
-from kvarn.prefix.records import Kind, RecordHead, RecordId
+from kvarn.prefix.records import Expected, Kind, RecordHead, RecordId
 from kvarn.prefix.tree import Node
 
 UNDER_WAY_BYTES = 64 * 1024 * 1024

@@ -46,22 +46,6 @@ class Offer:
     """It waits for the disk."""
 
 
-@dataclass
-class Counters:
-    """Since the start; tokens are prompt tokens."""
-
-    hits: int = 0
-    misses: int = 0
-    memory_tokens: int = 0
-    disk_tokens: int = 0
-    computed_tokens: int = 0
-    evicted: int = 0
-    unsaved: int = 0
-    """Evicted although the policy wanted them saved first."""
-    checked: int = 0
-    mismatches: int = 0
-
-
 class Visit:
     """One request's dealings with the cache."""
 

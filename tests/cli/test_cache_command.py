@@ -10,8 +10,8 @@ from ssd_support import NAMESPACE, OTHER, SetClock, chain, file_of, record_files
 
 from kvarn.cli.cache import default_folder, duration, size
 from kvarn.cli.main import main
-from kvarn.prefix.block_file import file_bytes
-from kvarn.prefix.disk_index import DiskIndex
+from kvarn.prefix.disk.block_file import file_bytes
+from kvarn.prefix.disk.index import DiskIndex
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
@@ -148,7 +148,7 @@ def test_all_of_it_beside_a_running_server(folder: Path) -> None:
 def test_a_locked_index_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk_index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
     other = DiskIndex(folder / "index.sqlite")
     with other.transaction():
         assert cache(folder, "clear") == 1

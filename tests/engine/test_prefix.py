@@ -26,10 +26,10 @@ from kvarn.model.load import LoadedModel, load
 from kvarn.model.probe import Capabilities, probe
 from kvarn.model.upstream import cache_arrays
 from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.disk.events import Opened
+from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.policy import SavePolicy
 from kvarn.prefix.records import BLOCK, Kind
-from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import Opened
 from kvarn.prefix.visit import End
 from kvarn.types import Finish, PrefixReport
 

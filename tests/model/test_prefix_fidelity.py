@@ -21,8 +21,8 @@ from kvarn.engine.link import Inbox
 from kvarn.model.load import LoadedModel, load
 from kvarn.model.probe import Capabilities, probe
 from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import Opened
+from kvarn.prefix.disk.events import Opened
+from kvarn.prefix.disk.tier import SsdTier
 from kvarn.types import PrefixReport
 
 ANSWER = 6

@@ -7,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssd_support import NAMESPACE, OTHER, chain, head, payload_of
 
-from kvarn.prefix import block_file
-from kvarn.prefix.block_file import ALIGNMENT, Damage, DamagedRecord, decode, decode_head, encode, file_bytes, layout
+from kvarn.prefix.disk import block_file
+from kvarn.prefix.disk.block_file import (
+    ALIGNMENT,
+    Damage,
+    DamagedRecord,
+    decode,
+    decode_head,
+    encode,
+    file_bytes,
+    layout,
+)
 from kvarn.prefix.keys import root_key
 from kvarn.prefix.records import Kind, RecordHead
 

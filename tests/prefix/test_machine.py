@@ -24,6 +24,8 @@ from prefix_support import LAYOUTS, NAMESPACE, blocks_of, check_memory, check_tr
 
 from kvarn.prefix import eviction
 from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.disk.events import DiskEntry, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.eviction import LOOK_AT
 from kvarn.prefix.keys import TOKEN_BYTES
 from kvarn.prefix.match import Claim
@@ -31,8 +33,6 @@ from kvarn.prefix.planner import Layout
 from kvarn.prefix.policy import SavePolicy
 from kvarn.prefix.records import BLOCK, Kind, RecordHead, RecordId
 from kvarn.prefix.saver import UNDER_WAY_BYTES
-from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import DiskEntry, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
 from kvarn.prefix.tree import Node
 from kvarn.prefix.visit import End, Visit
 
@@ -583,3 +583,25 @@ def test_a_record_that_cannot_be_used_is_a_miss() -> None:
 
 def _refuses(tensors: object, payload: object) -> object:
     raise ValueError("'float12' is not an element type")
+
+
+def test_the_measuring_read_serves_those_who_want_its_record() -> None:
+    """The first request after a start may want the very record with which the disk's speed is being measured."""
+    disk = MadeUpDisk()
+    machine = Machine()
+    machine.layout = LAYOUTS["kv"]
+    prompt = [1] * 65
+    for start in ("first", "second"):
+        machine.cache = cache = new_cache(LAYOUTS["kv"])
+        cache.attach(disk, SavePolicy.ALL, lambda start, tokens: FOREVER)
+        cache.on_event(Opened(disk.entries()))
+        visit = cache.visit(prompt, "")
+        if start == "first":
+            machine.compute(visit, prompt, "", 0, 0, 64)
+            cache.housekeep()
+            disk.step(fails=False)
+        else:
+            assert cache.offer(visit, 0.0).held
+            for event in disk.step(fails=False):
+                cache.on_event(event)
+            assert cache.offer(visit, 0.0).position == 64

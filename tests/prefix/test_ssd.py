@@ -29,13 +29,13 @@ from ssd_support import (
     running,
 )
 
-from kvarn.prefix.block_file import file_bytes
-from kvarn.prefix.disk_index import DiskIndex
-from kvarn.prefix.disk_reader import BUFFERS
-from kvarn.prefix.files import Files, Space
+from kvarn.prefix.disk.block_file import file_bytes
+from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from kvarn.prefix.disk.files import Files, Space
+from kvarn.prefix.disk.index import DiskIndex
+from kvarn.prefix.disk.reader import BUFFERS
+from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.records import Kind
-from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
@@ -494,7 +494,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from ssd_support import NO_LIMITS, chain, running
-from kvarn.prefix.ssd_events import SsdLimits
+from kvarn.prefix.disk.events import SsdLimits
 limits = SsdLimits(cap_bytes=int(sys.argv[3]))
 with running(Path(sys.argv[1]), limits) as tier:
     for salt in range(int(sys.argv[2]), 12, 2):
@@ -537,7 +537,7 @@ def test_a_file_removed_by_another_is_a_miss(tmp_path: Path) -> None:
 
 
 def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk_index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
     heads = chain(2)
     with running(tmp_path) as tier:
         tier.save(heads[0])
@@ -553,7 +553,7 @@ def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypa
 
 
 def test_a_locked_index_at_the_start_is_said_and_got_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk_index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
     heads = chain(2)
     with running(tmp_path) as tier:
         tier.save(*heads)
@@ -568,7 +568,7 @@ def test_a_locked_index_at_the_start_is_said_and_got_over(tmp_path: Path, monkey
 
 
 def test_errors_of_writing_pause_and_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk_pause.PAUSES", (0.05,))
+    monkeypatch.setattr("kvarn.prefix.disk.pause.PAUSES", (0.05,))
     files = FailingFiles()
     first, second, third = chain(3)
     with running(tmp_path, files=files) as tier:

@@ -29,9 +29,9 @@ from ssd_support import (
     running,
 )
 
-from kvarn.prefix import block_file, disk_pool
-from kvarn.prefix.block_file import Damage, encode, file_bytes, layout
-from kvarn.prefix.ssd_events import Found, SsdLimits
+from kvarn.prefix.disk import block_file, pool
+from kvarn.prefix.disk.block_file import Damage, encode, file_bytes, layout
+from kvarn.prefix.disk.events import Found, SsdLimits
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -117,7 +117,7 @@ def test_other_tokens_than_those_asked_for(tmp_path: Path) -> None:
 
 
 def test_quarantine_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_pool, "QUARANTINE_FILES", 3)
+    monkeypatch.setattr(pool, "QUARANTINE_FILES", 3)
     heads = [chain(1, salt=salt)[0] for salt in range(5)]
     with running(tmp_path) as tier:
         tier.save(*heads)
@@ -317,7 +317,7 @@ def test_a_read_only_file_system_without_an_index(small_disk: Path) -> None:
 
 def test_a_full_file_system(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filled by our own records: the oldest make room, and it goes on by itself."""
-    monkeypatch.setattr("kvarn.prefix.disk_pause.PAUSES", (0.05,))
+    monkeypatch.setattr("kvarn.prefix.disk.pause.PAUSES", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(30)]
     with running(small_disk, SsdLimits(cap_bytes=1 << 40)) as tier:
         for record in heads:
@@ -336,7 +336,7 @@ def fill(file: io.RawIOBase) -> None:
 
 def test_a_disk_filled_by_others(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our records stay, writes stop, reads go on; when there is room again, so do writes."""
-    monkeypatch.setattr("kvarn.prefix.disk_pause.PAUSES", (0.05,))
+    monkeypatch.setattr("kvarn.prefix.disk.pause.PAUSES", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(3)]
     with running(small_disk) as tier:
         tier.save(heads[0])

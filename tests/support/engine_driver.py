@@ -21,9 +21,9 @@ from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities, probe
 from kvarn.model.upstream import UPSTREAM_MATH
 from kvarn.prefix.cache import PrefixCache
+from kvarn.prefix.disk.events import SsdLimits
+from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.policy import SavePolicy
-from kvarn.prefix.ssd import SsdTier
-from kvarn.prefix.ssd_events import SsdLimits
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler

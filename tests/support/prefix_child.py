@@ -15,7 +15,7 @@ blas.prepare()
 from engine_driver import Driver, disk_cache, request  # noqa: E402
 
 from kvarn.model.load import load  # noqa: E402
-from kvarn.prefix.ssd_events import Opened  # noqa: E402
+from kvarn.prefix.disk.events import Opened  # noqa: E402
 
 
 def main() -> None:

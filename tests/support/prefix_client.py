@@ -157,7 +157,7 @@ def settled(server: Server) -> Health:
 
 def figures(server: Server) -> Mapping[str, int]:
     """The counters of the prefix cache once nothing runs."""
-    return settled(server)["prefix_cache"]
+    return settled(server)["prefix_cache"]["counters"]
 
 
 def ssd(server: Server) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The SSD tier as the engine sees it: requests go into queues, answers come as events. No call waits for the disk.
 
-One thread writes, removes and keeps the index (disk_writer.py), two read (disk_reader.py). The contract:
+One thread writes, removes and keeps the index (writer.py), two read (reader.py). The contract:
 
 - ``Saved`` without a problem: the record is found after a restart. With ``durable``, also after a loss of power.
 - A record is served only if every byte, its namespace, key, parent, position and tokens are what was written.
@@ -16,18 +16,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvarn.prefix.age_clock import AgeClock
-from kvarn.prefix.block_file import Expected
-from kvarn.prefix.disk_inbox import Inbox, WriteJob
-from kvarn.prefix.disk_pool import DiskPool
-from kvarn.prefix.disk_reader import DiskReader
-from kvarn.prefix.disk_writer import DiskWriter
-from kvarn.prefix.files import Files
-from kvarn.prefix.records import RecordHead, RecordId
-from kvarn.prefix.ssd_events import Loaded, Opened, SsdEvent, SsdLimits
-from kvarn.prefix.ssd_stats import SsdStats, Tally
+from kvarn.prefix.disk.age_clock import AgeClock
+from kvarn.prefix.disk.events import Loaded, Opened, SsdEvent, SsdLimits
+from kvarn.prefix.disk.files import Files
+from kvarn.prefix.disk.inbox import Inbox, WriteJob
+from kvarn.prefix.disk.pool import DiskPool
+from kvarn.prefix.disk.reader import DiskReader
+from kvarn.prefix.disk.stats import SsdStats, Tally
+from kvarn.prefix.disk.writer import DiskWriter
+from kvarn.prefix.records import Expected, RecordHead, RecordId
 
-_log = logging.getLogger("kvarn.prefix.ssd")
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 UPKEEP_SECONDS = 60.0
 """How often age, cap and free space are looked at when nothing is written."""

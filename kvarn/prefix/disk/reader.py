@@ -11,14 +11,14 @@ from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import NamedTuple
 
-from kvarn.prefix.block_file import PREFIX_BYTES, Damage, DamagedRecord, Expected, decode, layout
-from kvarn.prefix.disk_pool import record_path
-from kvarn.prefix.files import Files
-from kvarn.prefix.records import RecordHead, RecordId
-from kvarn.prefix.ssd_events import Loaded
-from kvarn.prefix.ssd_stats import Tally
+from kvarn.prefix.disk.block_file import PREFIX_BYTES, Damage, DamagedRecord, decode, layout
+from kvarn.prefix.disk.events import Loaded
+from kvarn.prefix.disk.files import Files
+from kvarn.prefix.disk.pool import record_path
+from kvarn.prefix.disk.stats import Tally
+from kvarn.prefix.records import Expected, RecordHead, RecordId
 
-_log = logging.getLogger("kvarn.prefix.ssd")
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 READERS = 2
 BUFFERS = 8

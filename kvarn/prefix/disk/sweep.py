@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kvarn.prefix.block_file import PREFIX_BYTES, Damage, DamagedRecord, decode_head, layout
-from kvarn.prefix.disk_index import Row
-from kvarn.prefix.disk_pool import DiskPool, entry_of
-from kvarn.prefix.files import FileInfo, Files
+from kvarn.prefix.disk.block_file import PREFIX_BYTES, Damage, DamagedRecord, decode_head, layout
+from kvarn.prefix.disk.files import FileInfo, Files
+from kvarn.prefix.disk.index import Row
+from kvarn.prefix.disk.pool import DiskPool, entry_of
 from kvarn.prefix.records import Kind, RecordHead
 
 LEFTOVER_SECONDS = 3600.0

@@ -7,12 +7,12 @@ import sqlite3
 from collections.abc import Callable, Collection, Sequence
 
 from kvarn.observe.log import kv
-from kvarn.prefix.disk_index import Row, is_full
-from kvarn.prefix.disk_pool import DiskPool
-from kvarn.prefix.ssd_events import DiskEntry, SsdLimits
-from kvarn.prefix.ssd_stats import Tally
+from kvarn.prefix.disk.events import DiskEntry, SsdLimits
+from kvarn.prefix.disk.index import Row, is_full
+from kvarn.prefix.disk.pool import DiskPool
+from kvarn.prefix.disk.stats import Tally
 
-_log = logging.getLogger("kvarn.prefix.ssd")
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 KEEP_WHEN_FULL = 0.95
 """Part of the records that stays when the disk is full."""

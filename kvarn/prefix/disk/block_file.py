@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import struct
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import xxhash
 
 from kvarn.prefix.keys import next_key
-from kvarn.prefix.records import Kind, RecordHead
+from kvarn.prefix.records import Expected, RecordHead
 
 VERSION = 1
 """Raise it when the layout of the file changes."""
@@ -57,21 +57,6 @@ class DamagedRecord(Exception):  # noqa: N818 - names what was found, not a faul
     def __init__(self, damage: Damage, message: str) -> None:
         super().__init__(message)
         self.damage = damage
-
-
-class Expected(Protocol):
-    """What a reader knows about the record it asks for. A RecordHead and a DiskEntry both do."""
-
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def parent(self) -> bytes: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def tokens(self) -> bytes: ...
 
 
 class Layout(NamedTuple):

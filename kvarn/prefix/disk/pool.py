@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kvarn.prefix.age_clock import AgeClock
-from kvarn.prefix.block_file import encode
-from kvarn.prefix.disk_index import DiskIndex, Row, Totals, UnusableIndex
-from kvarn.prefix.files import Files
+from kvarn.prefix.disk.age_clock import AgeClock
+from kvarn.prefix.disk.block_file import encode
+from kvarn.prefix.disk.events import DiskEntry
+from kvarn.prefix.disk.files import Files
+from kvarn.prefix.disk.index import DiskIndex, Row, Totals, UnusableIndex
 from kvarn.prefix.records import RecordHead, RecordId
-from kvarn.prefix.ssd_events import DiskEntry
 
 WRITE_BYTES = 8 << 20
 """A record is written in pieces of this size; between two of them the write can be given up."""

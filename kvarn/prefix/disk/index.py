@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from kvarn.prefix.disk.events import DiskEntry
 from kvarn.prefix.records import Kind, RecordId
-from kvarn.prefix.ssd_events import DiskEntry
 
 SCHEMA = 1
 APPLICATION = 0x4B56524E

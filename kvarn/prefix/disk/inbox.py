@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from threading import Condition
 from typing import NamedTuple
 
-from kvarn.prefix.disk_reader import Fault
+from kvarn.prefix.disk.reader import Fault
 from kvarn.prefix.records import RecordHead, RecordId
 
 

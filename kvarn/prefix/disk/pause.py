@@ -8,10 +8,10 @@ import sqlite3
 import time
 
 from kvarn.observe.log import kv
-from kvarn.prefix.disk_index import UnusableIndex, is_busy, is_full, is_unsound
-from kvarn.prefix.ssd_stats import Tally
+from kvarn.prefix.disk.index import UnusableIndex, is_busy, is_full, is_unsound
+from kvarn.prefix.disk.stats import Tally
 
-_log = logging.getLogger("kvarn.prefix.ssd")
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 BUSY_SECONDS = 0.25
 """Pause after another process has held the index for too long."""

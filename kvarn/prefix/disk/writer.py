@@ -17,19 +17,19 @@ from threading import Thread
 from typing import NamedTuple
 
 from kvarn.observe.log import kv
-from kvarn.prefix.block_file import file_bytes
-from kvarn.prefix.disk_inbox import Batch, Inbox, WriteJob
-from kvarn.prefix.disk_index import Row, UnusableIndex
-from kvarn.prefix.disk_limits import LimitKeeper
-from kvarn.prefix.disk_pause import Pause, no_space
-from kvarn.prefix.disk_pool import DiskPool, WriteGivenUp, record_path
-from kvarn.prefix.disk_reader import Fault
-from kvarn.prefix.disk_sweep import Swept, sweep
+from kvarn.prefix.disk.block_file import file_bytes
+from kvarn.prefix.disk.events import DiskEntry, Found, Gone, Opened, Saved, SsdEvent, SsdLimits
+from kvarn.prefix.disk.inbox import Batch, Inbox, WriteJob
+from kvarn.prefix.disk.index import Row, UnusableIndex
+from kvarn.prefix.disk.limits import LimitKeeper
+from kvarn.prefix.disk.pause import Pause, no_space
+from kvarn.prefix.disk.pool import DiskPool, WriteGivenUp, record_path
+from kvarn.prefix.disk.reader import Fault
+from kvarn.prefix.disk.stats import Tally
+from kvarn.prefix.disk.sweep import Swept, sweep
 from kvarn.prefix.records import RecordId
-from kvarn.prefix.ssd_events import DiskEntry, Found, Gone, Opened, Saved, SsdEvent, SsdLimits
-from kvarn.prefix.ssd_stats import Tally
 
-_log = logging.getLogger("kvarn.prefix.ssd")
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 BATCH = 16
 """Writes whose rows share a transaction, at most."""

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from kvarn.prefix.age_clock import AgeClock
-from kvarn.prefix.block_file import Damage, DamagedRecord, decode
-from kvarn.prefix.disk_index import NamespaceUse, Row
-from kvarn.prefix.disk_pool import DiskPool
-from kvarn.prefix.disk_sweep import sweep
-from kvarn.prefix.files import Files
+from kvarn.prefix.disk.age_clock import AgeClock
+from kvarn.prefix.disk.block_file import Damage, DamagedRecord, decode
+from kvarn.prefix.disk.files import Files
+from kvarn.prefix.disk.index import NamespaceUse, Row
+from kvarn.prefix.disk.pool import DiskPool
+from kvarn.prefix.disk.sweep import sweep
 
 DIGITS = 8
 """Digits of a namespace's digest that are enough to name it."""

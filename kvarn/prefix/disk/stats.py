@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import msgspec
 
 from kvarn.observe.log import kv
-from kvarn.prefix.block_file import Damage
+from kvarn.prefix.disk.block_file import Damage
 
-_log = logging.getLogger("kvarn.prefix.ssd")
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 ALARM = 3
 ALARM_SECONDS = 60.0
