@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 TRIM_SHARE = 0.5
 """Above this share of the memory limit, the arena is cut to what its rows need before more prompts are read."""
+REST_SECONDS = 3.0
+"""An engine without requests for this long gives its rows' memory back. The next ones often come sooner."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Engine:
         self._steps = 0
         self._stalled = False
         """Nobody could do anything in the last turn: everybody waits for the disk."""
+        self._idle_since: float | None = None
+        """Seconds, monotonic: since when there has been no request, while memory for rows is still held."""
         self._stopping = False
 
     # --- the loop ---------------------------------------------------------------------------------------------
@@ -114,10 +118,9 @@ class Engine:
 
     def _receive(self) -> None:
         idle = self._flight is None and not self._leaving and (self._scheduler.idle or self._stalled)
-        patience = self._prefixes.patience(time.monotonic()) if idle else None
         while not self._stopping:
             try:
-                message = self._inbox.get(block=idle, timeout=patience)
+                message = self._inbox.get(block=idle, timeout=self._patience() if idle else None)
             except queue.Empty:
                 return
             idle = False
@@ -135,7 +138,28 @@ class Engine:
                 case Start():
                     raise ValueError("a running engine cannot be started")
 
+    def _patience(self) -> float | None:
+        """How long to wait for a message when there is nothing else to do; None: for ever."""
+        now = time.monotonic()
+        if not self._scheduler.idle or self._lane.nbytes == 0:
+            self._idle_since = None
+            return self._prefixes.patience(now)
+        if self._idle_since is None:
+            self._idle_since = now
+        left = self._idle_since + REST_SECONDS - now
+        if left > 0:
+            return left
+        self.rest()
+        return None
+
+    def rest(self) -> None:
+        """Give back the memory that rows leave behind. Call it when there are none."""
+        self._idle_since = None
+        self._lane.trim()
+        self._report()
+
     def _submit(self, request: Request) -> None:
+        self._idle_since = None
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id!r} is already in use")
         params = request.params

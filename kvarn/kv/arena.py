@@ -83,7 +83,8 @@ class Arena:
         """
         row = len(self.lengths)
         self._reserved = (0, 0)
-        if not self.slots:
+        if not self.lengths and all(slot.row_count == 1 for slot in self.slots):
+            self.slots.clear()
             self.slots = self._first_row(layers, length)
             self.lengths.append(length)
             return row
@@ -127,9 +128,6 @@ class Arena:
                 mx.eval(slot.keys, slot.values)
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
-        if not self.lengths:
-            self.slots.clear()  # an idle server holds no keys
-            self._reserved = (0, 0)
 
     def spans(self, row: int, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
         """Positions [start, end) of a row, lazily, one entry per layer; None for layers of the other sort."""
@@ -165,10 +163,13 @@ class Arena:
         self._reserved = (0, 0)
 
     def trim(self) -> None:
-        """Give back what neither rows nor reservation need; the arena never shrinks by itself."""
-        if self.lengths:
+        """Give back what neither rows nor reservation need: everything if there are none. It never shrinks by itself,
+        because growing again costs a copy, and fresh memory more than that."""
+        if not self.lengths and self._reserved == (0, 0):
+            self.slots.clear()
+        else:
             rows = max(len(self.lengths), self._reserved[0])
-            longest = max(max(self.lengths) + 1, self._reserved[1])
+            longest = max([*(length + 1 for length in self.lengths), self._reserved[1]])
             for slot in self.slots:
                 slot.resize(min(slot.row_count, row_bucket(rows)), min(slot.capacity, capacity_bucket(longest)))
 

@@ -12,6 +12,7 @@ import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, reference, request
 from tiny_models import CONFIGS, VOCAB, save
 
+from kvarn.kv.slots import Slot
 from kvarn.model.load import LoadedModel, load
 from kvarn.model.probe import Capabilities, probe
 from kvarn.types import ErrorKind, Finish
@@ -227,3 +228,30 @@ def test_memory_pressure_preempts_and_resumes_unseen() -> None:
     for index in range(4):
         expected = reference(model("llama").network, prompt(200 + index), 150)
         assert_same_or_tied(model("llama").network, prompt(200 + index), driven.outcomes[f"r{index}"].tokens, expected)
+
+
+def test_the_next_wave_takes_the_rows_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come soon after the last ones find memory of the right size; a rest gives it back."""
+    driven = driver("llama", max_rows=4)
+    sizes: list[int] = []
+    resize = Slot.resize
+
+    def counted(slot: Slot, rows: int, capacity: int) -> None:
+        sizes.append(rows)
+        resize(slot, rows, capacity)
+
+    monkeypatch.setattr(Slot, "resize", counted)
+    for wave in range(3):
+        for index in range(4):
+            driven.submit(request(f"w{wave} r{index}", prompt(100 + index, wave), 5))
+        while driven.open or not driven.scheduler.idle:
+            driven.engine.turn()
+        assert driven.beat.kv_bytes > 0
+        assert wave == 0 or not sizes
+        sizes.clear()
+        for index in range(4):
+            alone = reference(model("llama").network, prompt(100 + index, wave), 5)
+            outcome = driven.outcomes[f"w{wave} r{index}"]
+            assert_same_or_tied(model("llama").network, prompt(100 + index, wave), outcome.tokens, alone)
+    driven.run()
+    assert driven.beat.kv_bytes == 0

@@ -114,6 +114,18 @@ def test_beats_come_without_being_asked_and_tell_the_load(folder: Path) -> None:
         assert (beat.running, beat.waiting, beat.kv_bytes) == (0, 0, 0)
 
 
+def test_a_rest_gives_the_rows_memory_back(folder: Path) -> None:
+    """Without another message, and after every request anew."""
+    with engine() as (peer, _):
+        peer.send(start(folder))
+        peer.until(wire.Ready)
+        for name in ("x", "y"):
+            peer.send(wire.Submit(request(name, [1, 2, 3], 200)))
+            loads = (message.kv_bytes for message in peer.messages() if isinstance(message, wire.Beat))
+            assert next(held for held in loads if held) > 0
+            assert next(held for held in loads if not held) == 0
+
+
 def test_it_exits_when_the_front_end_is_gone(folder: Path) -> None:
     with engine() as (peer, process):
         peer.send(start(folder))

@@ -138,6 +138,7 @@ class Driver:
                 self.engine.turn()
         else:
             raise AssertionError(f"requests still open after {most_turns} turns")
+        self.engine.rest()
         assert all(outcome.endings == 1 for outcome in self.outcomes.values())
         assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
 
