@@ -21,10 +21,11 @@ from kvarn.engine.link import Inbox
 from kvarn.engine.sequence import Sequence
 from kvarn.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
 from kvarn.model.lanes import Lane
+from kvarn.model.memory import take_ahead
 from kvarn.model.upstream import PromptCache, new_cache
 from kvarn.observe.log import kv
 from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.disk.events import Loaded, SsdEvent
+from kvarn.prefix.disk.events import Loaded, Opened, SsdEvent
 from kvarn.prefix.records import BLOCK, Kind
 from kvarn.schedule.budget import PREFILL_STEP, capacity_bucket
 from kvarn.schedule.scheduler import Scheduler
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+READ_COPIES = 2
+"""What is read from disk exists twice in memory when it is used: as blocks, and in a row."""
 FLUSH_SECONDS = 5.0
 """How long an orderly stop may write."""
 
@@ -85,10 +88,13 @@ class Prefixes:
         cache = self._cache
         if cache is None:
             return PrefixLoad()
+        saving_records, saving_bytes = cache.saving_load
         return PrefixLoad(
             ram_bytes=cache.nbytes,
             ram_blocks=cache.blocks,
             ram_limit=cache.limit_bytes,
+            saving_records=saving_records,
+            saving_bytes=saving_bytes,
             ssd=_figures(self._ssd.stats) if self._ssd is not None else {},
             counters=structs.replace(cache.counters),
         )
@@ -108,6 +114,8 @@ class Prefixes:
         """The SSD tier has something to say."""
         if self._cache is not None:
             self._cache.on_event(event)
+        if isinstance(event, Opened):
+            take_ahead(READ_COPIES * sum(entry.nbytes for entry in event.entries))
         if isinstance(event, Loaded) and self._ssd is not None:
             self._ssd.release(event)
 

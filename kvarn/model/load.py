@@ -106,8 +106,7 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
 
 
 def _in_float32(network: nn.Module) -> nn.Module:
-    floats = sum(int(array.size) for _, array in tree_flatten(network.parameters())) * 4
-    if floats > total_memory() * 0.8:
+    if float_bytes(network) > total_memory() * 0.8:
         return network  # better slow than swapped out; packed weights run as they are
     network.update(
         tree_map(
@@ -116,6 +115,16 @@ def _in_float32(network: nn.Module) -> nn.Module:
         )
     )
     return dequantized(network)  # with float32 scales, so that no value is rounded to half precision on the way
+
+
+def float_bytes(network: nn.Module) -> int:
+    """What the weights take in float32, packed ones unpacked."""
+    count = sum(int(array.size) for _, array in tree_flatten(network.parameters()))
+    for module in network.modules():
+        if "scales" in module:
+            packed, *others = (module[name] for name in ("weight", "scales", "biases") if name in module)
+            count += int(packed.size) * 32 // module.bits - sum(int(array.size) for array in (packed, *others))
+    return 4 * count
 
 
 def _evaluate(network: nn.Module, progress: Callable[[float], None]) -> None:

@@ -15,6 +15,11 @@ LARGEST_KEPT = 32 * 1024 * 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
+AHEAD_BYTES = 256 * 1024 * 1024
+"""Most memory that is taken from the system before anybody needs it."""
+PIECE_BYTES = 8 * 1024 * 1024
+
+
 def total_memory() -> int:
     """Bytes of memory that this process may count on: the machine's, or the container's limit when that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -40,3 +45,20 @@ def keep_freed_memory() -> None:
             (M_ARENA_MAX, 1),  # one heap, or what one thread freed would not serve another
         ):
             library.mallopt(option, value)
+
+
+def take_ahead(nbytes: int) -> None:
+    """Have the system hand out up to so many bytes now, instead of page by page when a request waits for them.
+
+    Only where freed memory is kept (see above): it is freed at once, and the next arrays are made of it. Releases the
+    GIL.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    pieces = [library.malloc(ctypes.c_size_t(PIECE_BYTES)) for _ in range(min(nbytes, AHEAD_BYTES) // PIECE_BYTES)]
+    for piece in filter(None, pieces):
+        ctypes.memset(piece, 0, PIECE_BYTES)
+    for piece in filter(None, pieces):
+        library.free(ctypes.c_void_p(piece))

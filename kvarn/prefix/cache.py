@@ -134,6 +134,7 @@ class PrefixCache:
         if claim.position:
             counted.hits += 1
             from_disk = sum(part.used for part in claim.parts if part.node.key in visit.loaded)
+            counted.disk_hits += from_disk > 0
             counted.disk_tokens += from_disk
             counted.memory_tokens += claim.position - from_disk
             self._touch(claim)
@@ -237,8 +238,8 @@ class PrefixCache:
         match event:
             case Opened(entries, _):
                 self._learn(entries)
-                if entries and self._loader is not None:
-                    self._loader.measure(entries[0])
+                if self._loader is not None:
+                    self._loader.measure(entries)
             case Found(entries):
                 self._learn(entries)
             case Loaded():
@@ -266,6 +267,11 @@ class PrefixCache:
     def saving(self) -> bool:
         """Whether anything is still to be written."""
         return self._saver is not None and self._saver.busy
+
+    @property
+    def saving_load(self) -> tuple[int, int]:
+        """How many records are still to be written, and the bytes that the disk has been given and not yet written."""
+        return (self._saver.records, self._saver.under_way_bytes) if self._saver is not None else (0, 0)
 
     def _fetch(self, visit: Visit, claim: Claim, now: float) -> bool:
         """Whether the request should wait for the disk; starts reading when it should."""

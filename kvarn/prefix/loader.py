@@ -15,6 +15,9 @@ from kvarn.prefix.tree import Node
 
 FIRST_SPEED = 200e6
 """Bytes per second assumed before the first read, which is made at start."""
+TRIALS = 3
+"""The fastest of so many first reads counts. A machine that has just started is busy, and whoever believes a fast disk
+to be slow never finds out; the other mistake costs one wait, which has a deadline."""
 FILE_SECONDS = 0.001
 """What a read costs besides its bytes."""
 MEMORY = 0.8
@@ -41,7 +44,7 @@ class Loader:
         """What is being read, and who waits for it: nobody, if it is only to measure the disk."""
         self._ticket = 0
         self.bytes_per_second = FIRST_SPEED
-        self._measured = False
+        self._observed = 0
 
     def deadline(self, now: float) -> float | None:
         """The first deadline to come of those that wait, or None."""
@@ -55,9 +58,10 @@ class Loader:
         reading = nbytes / self.bytes_per_second + len(needs) * FILE_SECONDS + queued
         return reading < self._prefill_seconds(start, end - start)
 
-    def measure(self, record: Expected) -> None:
-        """Read something to learn how fast the disk is, before anybody has to know."""
-        self._read(record)
+    def measure(self, records: Sequence[Expected]) -> None:
+        """Read a few to learn how fast the disk is, before anybody has to know."""
+        for record in records[:TRIALS]:
+            self._read(record)
 
     def awaited(self, record: RecordId) -> bool:
         """Whether somebody has asked for this record since it began to be read."""
@@ -83,9 +87,12 @@ class Loader:
         """A read has ended, well or badly."""
         if not problem and nbytes > 0 and seconds > 0:
             observed = nbytes / max(seconds - FILE_SECONDS, seconds / 2)
-            known = MEMORY if self._measured else 0.0
-            self.bytes_per_second = known * self.bytes_per_second + (1 - known) * observed
-            self._measured = True
+            if self._observed >= TRIALS:
+                observed = MEMORY * self.bytes_per_second + (1 - MEMORY) * observed
+            elif self._observed:
+                observed = max(observed, self.bytes_per_second)
+            self.bytes_per_second = observed
+            self._observed += 1
         for load in self._reading.pop(record, ()):
             load.waiting.discard(record)
             load.failed = load.failed or bool(problem)

@@ -38,6 +38,7 @@ class Saver:
         self.policy = policy
         self._waiting: OrderedDict[tuple[Node, Kind], None] = OrderedDict()
         self._under_way: dict[RecordId, tuple[Node, int]] = {}
+        self.under_way_bytes = 0
         self._unwanted: set[RecordId] = set()
         """Of those under way: they turned out to be wrong."""
         self.healthy = True
@@ -49,8 +50,9 @@ class Saver:
         return bool(self._waiting or self._under_way)
 
     @property
-    def under_way_bytes(self) -> int:
-        return sum(size for _, size in self._under_way.values())
+    def records(self) -> int:
+        """How many records wait or are being written."""
+        return len(self._waiting) + len(self._under_way)
 
     def want(self, node: Node, kinds: Iterable[Kind]) -> None:
         """Queue those of a node's records that are in memory and not on disk, behind what they depend on."""
@@ -86,6 +88,7 @@ class Saver:
                 continue
             node.pins += 1
             self._under_way[RecordId(node.key, kind)] = node, payload.nbytes
+            self.under_way_bytes += payload.nbytes
             room -= payload.nbytes
             self._disk.write(head_of(node, kind), payload.dump())
 
@@ -97,7 +100,8 @@ class Saver:
 
     def written(self, record: RecordId, nbytes: int, problem: str) -> Node | None:
         """The disk has finished with a record. Returns its node, which is no longer pinned for it."""
-        node, _ = self._under_way.pop(record, (None, 0))
+        node, size = self._under_way.pop(record, (None, 0))
+        self.under_way_bytes -= size
         if node is not None:
             node.pins -= 1
             if record in self._unwanted:

@@ -157,7 +157,8 @@ def settled(server: Server) -> Health:
 
 def figures(server: Server) -> Mapping[str, int]:
     """The counters of the prefix cache once nothing runs."""
-    return settled(server)["prefix_cache"]["counters"]
+    load = settled(server)["prefix_cache"]
+    return {**load, **load["counters"]}
 
 
 def ssd(server: Server) -> dict[str, int]:
