@@ -22,7 +22,7 @@ RUN_STAMP := $(VENV)/.kvarn-run-$(BACKEND)
 DEV_STAMP := $(VENV)/.kvarn-dev-$(BACKEND)
 PACKAGE := pyproject.toml setup.py $(wildcard kvarn/native/*.c kvarn/native/*.h)
 
-.PHONY: setup setup-run serve chat test test-all lint format bench clean
+.PHONY: setup setup-run serve chat test test-all lint format reference bench clean
 
 setup: $(DEV_STAMP)
 
@@ -58,6 +58,11 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/configuration.md, from the settings themselves.
+reference: setup
+	$(BIN)/python -c 'import kvarn.config as config, pathlib; \
+		pathlib.Path("docs/configuration.md").write_text(config.reference(), encoding="utf-8")'
 
 test: lint
 	$(BIN)/pytest -q -m "not slow"

@@ -1,61 +1,41 @@
 """One schema for everything a user can set: it makes the flags, reads the environment and explains itself.
 
-A value comes from the flag, else from the environment variable KVARN_<NAME>, else from the default below. A bad one is
-refused at start with its name, the value and what is allowed.
+A value comes from the flag, else from the environment variable KVARN_<NAME>, else from the TOML file given with
+--config or KVARN_CONFIG, else from the default below. A bad one is refused at start with its name, the value and what
+is allowed. docs/configuration.md is made from here (``make reference``).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import difflib
 import os
-import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
 
 from kvarn.hub.cache import cache_root
 from kvarn.types import GRID
+from kvarn.values import MOST_BYTES, MOST_COUNT, SECONDS, SIZES, Duration, Hosts, Origins, Size, Words, seconds
 
 
 class ConfigError(Exception):
     """A setting that cannot be used; the message names it, its value and what is allowed."""
 
 
-MOST_BYTES = 10**18
-MOST_COUNT = 10**9
-"""Larger numbers are slips, and would not fit into the messages to the engine."""
-SIZE = re.compile(r"\s*(?:[0-9]+|[0-9]*\.[0-9]+\s*(?=[a-z]))\s*(?:[kmgtp]?b?|[kmgtp]ib)\s*", re.IGNORECASE)
-SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-
-
-def seconds(value: object) -> object:
-    """A duration such as 90s, 30m, 12h or 7d in seconds; what is not a text is left for pydantic to judge."""
-    if not isinstance(value, str):
-        return value
-    unit = SECONDS.get(value[-1:])
-    try:
-        found = float(value if unit is None else value[:-1]) * (unit or 1.0)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise ValueError("must be a number of seconds from 0, or such a number with one of s, m, h, d, w behind it")
-    return found
-
-
-def size(value: object) -> object:
-    """Refuses texts that are no size such as 8GB, 512MiB or 0, in words; pydantic reads the others."""
-    if isinstance(value, str) and not SIZE.fullmatch(value):
-        raise ValueError("must be a size such as 8GB, 512MiB or 0")
-    return value
-
-
-Duration = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(seconds)]
-"""Seconds; texts may carry a unit."""
-Size = Annotated[ByteSize, Field(le=MOST_BYTES), BeforeValidator(size)]
-"""Bytes; texts may carry a unit."""
+LEAST_BODY = 1024
 
 
 class ServeConfig(BaseModel):
@@ -119,12 +99,79 @@ class ServeConfig(BaseModel):
         ByteSize(100 * 10**9), description="Most bytes written to the SSD per day; 0: no limit."
     )
     ssd_min_free: Size = Field(ByteSize(5 * 10**9), description="Space that the SSD tier leaves free on its disk.")
-    max_waiting: int = Field(512, ge=1, description="Most requests waiting for the engine; further ones get a 429.")
+    max_waiting: int = Field(
+        512, ge=1, le=MOST_COUNT, description="Most answers waiting for the engine; further ones get a 429."
+    )
+    max_per_client: int = Field(
+        0,
+        ge=0,
+        le=MOST_COUNT,
+        description="Most answers of one client running or waiting, further ones get a 429; 0: no limit. A client is "
+        "an API key, or without keys the user field or else the address.",
+    )
+    queue_timeout: Duration = Field(
+        600.0, description="How long a request may wait before its prompt is begun; 0: for ever."
+    )
+    first_token_timeout: Duration = Field(
+        3600.0, description="How long reading a prompt may take, from its begin to the first token; 0: no limit."
+    )
+    token_timeout: Duration = Field(300.0, description="How long an answer may pause between two tokens; 0: no limit.")
+    request_timeout: Duration = Field(0.0, description="How long a whole request may take; 0: no limit.")
+    body_timeout: Duration = Field(60.0, description="How long a client may take to send a request; 0: no limit.")
+    write_timeout: Duration = Field(
+        60.0, description="How long a client may leave an answer unread before its connection is cut; 0: no limit."
+    )
+    stream_buffer: int = Field(
+        1024,
+        ge=1,
+        le=MOST_COUNT,
+        description="Most steps of a streamed answer kept for a client that reads slowly; beyond it the answer ends "
+        "with an error.",
+    )
+    keepalive: Duration = Field(
+        15.0,
+        description="A stream without text gets a comment after so long, if the engine makes progress; 0: never.",
+    )
+    stall_timeout: Duration = Field(
+        120.0, description="An engine with work that makes no step for so long is killed and restarted; 0: never."
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        le=MOST_COUNT,
+        description="Engine deaths within ten minutes after which the server gives up and exits with an error.",
+    )
+    max_body: Size = Field(
+        ByteSize(8 * 1024 * 1024), ge=LEAST_BODY, description="Most bytes of a request's body, such as 16MB."
+    )
+    max_connections: int = Field(1024, ge=1, le=MOST_COUNT, description="Most open connections; further ones are cut.")
+    api_key: Words = Field(
+        (),
+        repr=False,
+        description="Keys that clients must show one of, separated by commas. A file or KVARN_API_KEY hides them.",
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with one key per line, a name before it if you like. Read again on SIGHUP."
+    )
+    allowed_hosts: Hosts = Field(
+        (),
+        description="Host headers that are served, separated by commas, * for any. Default: this machine's own names "
+        "when listening on loopback, else any.",
+    )
+    cors_origins: Origins = Field(
+        (),
+        description="Web pages that may call the server, separated by commas, such as https://example.org; * for any.",
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file with the certificate chain: serve HTTPS.")
+    tls_key: Path | None = Field(
+        None, validate_default=True, description="PEM file with the certificate's private key."
+    )
     drain_seconds: float = Field(
         10.0, ge=0, le=3600, description="How long running requests may go on after a stop is asked for, in seconds."
     )
-    log_level: str = Field(
-        "info", pattern="^(debug|info|warning|error)$", description="One of debug, info, warning, error."
+    log_format: Literal["text", "json"] = Field("text", description="How log lines look.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Lines from this level up are written."
     )
 
     @property
@@ -132,16 +179,23 @@ class ServeConfig(BaseModel):
         """Where the SSD tier is."""
         return self.cache_dir if self.cache_dir is not None else default_cache_folder()
 
-    @field_validator("cache_dir", mode="before")
+    @field_validator("cache_dir", "api_key_file", "tls_certificate", "tls_key", mode="before")
     @classmethod
-    def _real_folder(cls, value: object) -> object:
+    def _real_path(cls, value: object) -> object:
         if isinstance(value, str):
             if not value.strip() or "\0" in value:
-                raise ValueError("must be the path of a folder")
+                raise ValueError("must be a path")
             try:
                 return Path(value).expanduser()
             except RuntimeError:
-                raise ValueError("must be the path of a folder; there is no such user") from None
+                raise ValueError("must be a path; there is no such user") from None
+        return value
+
+    @field_validator("tls_key")
+    @classmethod
+    def _both_or_none(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if (value is None) != (info.data.get("tls_certificate") is None):
+            raise ValueError("must be given if and only if tls_certificate is")
         return value
 
     @field_validator("prefill_chunk")
@@ -152,6 +206,28 @@ class ServeConfig(BaseModel):
         return value
 
 
+def read_file(path: str) -> dict[str, object]:
+    """The settings in a TOML file, named as in ``ServeConfig``, dashes allowed. Raises ConfigError."""
+    try:
+        found = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+    settings: dict[str, object] = {}
+    for given, value in found.items():
+        name = given.replace("-", "_")
+        if name not in ServeConfig.model_fields:
+            close = difflib.get_close_matches(name, ServeConfig.model_fields, 1)
+            raise ConfigError(f"{path}: {given}: there is no such setting" + (f"; is it {close[0]}?" if close else ""))
+        if name in settings:
+            raise ConfigError(f"{path}: {name}: is there twice")
+        if isinstance(value, bool):  # which Python would take for the numbers 1 and 0
+            raise ConfigError(f"{path}: {name}: no setting is true or false (got {value!r})")
+        settings[name] = value
+    return settings
+
+
 def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where the SSD tier is unless told otherwise."""
     return cache_root(environ) / "prefix"
@@ -159,8 +235,9 @@ def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting; none has a default, so that the environment can speak where the flag is absent."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings, named like the flags.")
     for name, field in ServeConfig.model_fields.items():
-        shown = "" if field.default in ("", None) else f" Default: {_shown(field.default)}."
+        shown = f" Default: {_default(field)}." if _default(field) else ""
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -170,14 +247,68 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _shown(value: object) -> str:
-    return value.human_readable(decimal=True) if isinstance(value, ByteSize) else str(value)
+def _default(field: FieldInfo) -> str:
+    """A default as one would write it; empty where there is none to write."""
+    value: object = field.default
+    if value in ("", None, ()):
+        return ""
+    if isinstance(value, ByteSize):
+        unit = next((unit for unit in SIZES if value and value % SIZES[unit] == 0), "")
+        return f"{value // SIZES.get(unit, 1)}{unit}"
+    if isinstance(value, float):
+        units = SECONDS if any(getattr(part, "func", None) is seconds for part in field.metadata) else {"": 1.0}
+        unit = next((unit for unit in reversed(units) if value and value % units[unit] == 0), "")
+        return f"{value / units.get(unit, 1.0):g}{unit}"
+    return str(value)
 
 
-def read_config(flags: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> ServeConfig:
-    """Merge flags and environment into a checked config. Raises ConfigError."""
-    given: dict[str, str] = {}
-    source: dict[str, str] = {}
+def _allowed(field: FieldInfo) -> str:
+    """The values or the range of a setting, where there is more to say than its kind."""
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(get_args(field.annotation))
+    low = next((part.ge for part in field.metadata if hasattr(part, "ge")), None)
+    high = next((part.le for part in field.metadata if hasattr(part, "le")), None)
+    if high is None or high in (MOST_COUNT, MOST_BYTES):
+        return "" if low is None else f"from {low}"
+    return f"{low} to {high}"
+
+
+def reference() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Settings of `kvarn serve`, as flags (`--max-batch 8`), as environment variables (`KVARN_MAX_BATCH=8`) or in",
+        "a TOML file given with `--config` or `KVARN_CONFIG` (`max_batch = 8`). A flag wins over a variable, and that",
+        "over the file. Sizes take units (`8GB`, `512MiB`), durations too (`90s`, `30m`, `12h`, `7d`), lists are",
+        "separated by commas. A bad value stops the start with a message that names it and what is allowed.",
+        "",
+        "```toml",
+        "port = 9000",
+        "max_batch = 16",
+        'cache_ram = "8GB"',
+        'api_key_file = "~/.config/kvarn/keys"',
+        'allowed_hosts = ["chat.example.org", "localhost"]',
+        "```",
+        "",
+        "API keys, HTTPS, hosts and web pages: [security.md](security.md). Written by `make reference`.",
+        "",
+        "| setting | default | allowed | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, field in ServeConfig.model_fields.items():
+        default = f"`{_default(field)}`" if _default(field) else ""
+        lines.append(f"| `{name}` | {default} | {_allowed(field)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_config(
+    flags: Mapping[str, str | None], environ: Mapping[str, str] = os.environ, file: str | None = None
+) -> ServeConfig:
+    """Merge flags, environment and file into a checked config. Raises ConfigError."""
+    path = environ.get("KVARN_CONFIG") if file is None else file
+    given = read_file(path) if path else {}
+    source = {name: f"{path}: {name}" for name in given}
     for name in ServeConfig.model_fields:
         flag, variable = flags.get(name), f"KVARN_{name.upper()}"
         if flag is not None:
@@ -190,4 +321,8 @@ def read_config(flags: Mapping[str, str | None], environ: Mapping[str, str] = os
         first = error.errors()[0]
         name = str(first["loc"][0])
         wrong = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{source.get(name, name)}: {wrong} (got {given.get(name)!r})") from error
+        field = ServeConfig.model_fields[name]
+        if _allowed(field) and not wrong.startswith("must") and get_origin(field.annotation) is not Literal:
+            wrong += f"; allowed is {_allowed(field)}"
+        got = repr(given.get(name)) if field.repr else "something that is not shown"
+        raise ConfigError(f"{source.get(name, name)}: {wrong} (got {got})") from error

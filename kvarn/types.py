@@ -83,6 +83,13 @@ class ErrorKind(StrEnum):
     """The engine process is gone: 500."""
     UNAVAILABLE = "unavailable"
     """Not ready, restarting or shutting down: 503."""
+    OVERRUN = "slow_reader"
+    """The client did not read its stream fast enough: told in the stream."""
+    QUEUE_TIMEOUT = "queue_timeout"
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 - no password
+    TOKEN_TIMEOUT = "token_timeout"  # noqa: S105
+    REQUEST_TIMEOUT = "request_timeout"
+    """The four time-outs, each named like its setting: 504."""
     INVALID = "invalid_request"
     """The engine refuses the request (for example, it can never fit in memory): 400."""
 
@@ -133,10 +140,39 @@ class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The model's name, for people who look into the folder."""
 
 
+class Distribution(msgspec.Struct, frozen=True, array_like=True):
+    """How often measured values fell where: ``counts[i]`` of them above ``bounds[i - 1]`` and up to ``bounds[i]``."""
+
+    bounds: tuple[float, ...] = ()
+    """Rising."""
+    counts: tuple[int, ...] = (0,)
+    """One more than bounds: the last is of the values above them all."""
+    total: float = 0.0
+    """The sum of all values."""
+
+
+class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine has done since its start."""
+
+    prefill_tokens: int = 0
+    """Prompt tokens computed, again after a preemption included."""
+    drawn_tokens: int = 0
+    """Those that end an answer included."""
+    preemptions: int = 0
+    failed_steps: int = 0
+    step_seconds: Distribution = Distribution()
+    step_rows: Distribution = Distribution()
+    """Rows of each step's decode forward; 0 for a step that only reads prompts."""
+    step_tokens: Distribution = Distribution()
+    """Tokens that each step's forwards take in, of prompts and rows."""
+
+
 class PrefixCounters(msgspec.Struct):
     """What the prefix cache has done since the engine's start. Tokens are prompt tokens."""
 
     hits: int = 0
+    disk_hits: int = 0
+    """Of those, the ones that were restored in part or in whole from the SSD."""
     misses: int = 0
     memory_tokens: int = 0
     disk_tokens: int = 0
@@ -154,6 +190,10 @@ class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
     ram_bytes: int = 0
     ram_blocks: int = 0
     ram_limit: int = 0
+    saving_records: int = 0
+    """Records that wait for the SSD's writer or are being written."""
+    saving_bytes: int = 0
+    """Bytes of those being written, each held as a copy."""
     counters: PrefixCounters = msgspec.field(default_factory=PrefixCounters)
     ssd: dict[str, int] = {}
     """Counters and sizes of the SSD tier by name; empty without one."""
@@ -168,7 +208,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprob] | None = None
     """One per token, when asked for."""
     prefix: PrefixReport | None = None
-    """Which prompt tokens were restored instead of computed; with a request's first delta."""
+    """Which prompt tokens were restored instead of computed; with a request's first delta, which comes when its prompt
+    is begun and has no tokens."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +232,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     fingerprint: str
     """sha256 over the content of weights and config, hex."""
+    weight_bytes: int = 0
+    kv_limit_bytes: int = 0
+    """Most memory for keys and values."""
     prefix_cache: str = ""
     """Kinds of records that the prefix cache keeps of this model, joined by +; empty when it keeps none."""
     prefix_cache_reason: str = ""

@@ -10,9 +10,9 @@ import struct
 
 import msgspec
 
-from kvarn.types import Delta, ErrorKind, ModelInfo, PrefixLoad, PrefixReport, PrefixSettings, Request
+from kvarn.types import Delta, EngineCounters, ErrorKind, ModelInfo, PrefixLoad, PrefixReport, PrefixSettings, Request
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -98,6 +98,9 @@ class Beat(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     waiting: int
     kv_bytes: int
     """Bytes of key and value arrays held, arenas and prefill caches together."""
+    wait_seconds: float = 0.0
+    """Predicted: how long a request that came now would wait for its prompt to be begun."""
+    counters: EngineCounters = EngineCounters()
     prefix: PrefixLoad = PrefixLoad()
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from kvarn.config import Duration, default_cache_folder
+from kvarn.config import default_cache_folder
 from kvarn.hub.progress import TerminalProgress
 from kvarn.prefix.disk import upkeep
 from kvarn.prefix.disk.index import UnusableIndex
 from kvarn.prefix.disk.upkeep import Removed
+from kvarn.values import Duration
 
 
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:

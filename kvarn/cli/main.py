@@ -13,7 +13,7 @@ from typing import Protocol, cast
 
 from kvarn import __version__
 
-COMMANDS = ("serve", "chat", "bench", "pull", "doctor", "cache")
+COMMANDS = ("serve", "chat", "bench", "pull", "doctor", "cache", "service")
 
 
 class Command(Protocol):

@@ -13,6 +13,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvarn import wire
+from kvarn.cli.certificate import BadCertificate, Certificate
 from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
+from kvarn.http.keys import BadKeys, Keys
 from kvarn.observe.log import configure, kv
 from kvarn.types import ModelInfo, PrefixSettings
 
@@ -43,6 +46,10 @@ CLOSE_SECONDS = 2
 """How long connections may take to close once nothing is running."""
 
 
+SPARE_FILES = 256
+"""Open files beyond the connections."""
+
+
 class StartError(Exception):
     """The server cannot start; the message is for the user."""
 
@@ -61,10 +68,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop; returns the exit code."""
     begun = time.monotonic()
+    # Until it is caught, it waits: by default it would end the process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        config = read_config({name: getattr(args, name) for name in ServeConfig.model_fields})
-        configure(config.log_level)
+        config = read_config({name: getattr(args, name) for name in ServeConfig.model_fields}, file=args.config)
+        configure(config.log_level, config.log_format)
+        keys = read_keys(config)
+        certificate = read_certificate(config)
         listener = bind(config)
+        allow_files(config.max_connections + SPARE_FILES)
         from kvarn.hub.errors import SourceError
         from kvarn.hub.progress import TerminalProgress
         from kvarn.hub.source import resolve
@@ -73,11 +85,30 @@ def run(args: argparse.Namespace) -> int:
             model = resolve(args.model, TerminalProgress())
         except SourceError as error:
             raise StartError(str(error)) from error
-        asyncio.run(Front(config, args.model, model.name, model.path, begun).serve(listener))
+        front = Front(config, keys, args.model, model.name, model.path, begun, certificate=certificate)
+        asyncio.run(front.serve(listener))
     except (ConfigError, StartError) as error:
         print(f"kvarn serve: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def read_keys(config: ServeConfig) -> Keys:
+    """The API keys. Raises StartError."""
+    try:
+        return Keys(config.api_key, config.api_key_file)
+    except BadKeys as error:
+        raise StartError(str(error)) from error
+
+
+def read_certificate(config: ServeConfig) -> Certificate | None:
+    """What HTTPS is served with, if it is. Raises StartError."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    try:
+        return Certificate(config.tls_certificate, config.tls_key)
+    except BadCertificate as error:
+        raise StartError(str(error)) from error
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -89,15 +120,30 @@ def bind(config: ServeConfig) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # the latter for names that no DNS could have
+        reason = getattr(error, "strerror", None) or str(error)
         raise StartError(f"--host {config.host} --port {config.port}: cannot listen there: {reason}") from error
-    if not _loopback(str(listener.getsockname()[0])):
+    if not _loopback(listener) and not config.api_key and config.api_key_file is None:
         log.warning("listening beyond this machine, and anybody who can connect is served", extra=kv(host=config.host))
     return listener
 
 
-def _loopback(address: str) -> bool:
+def allow_files(wanted: int) -> None:
+    """Ask the system for so many open files: with fewer, full connections would keep a dead engine from restarting."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    except (OSError, ValueError):  # macOS has a second limit, which nothing tells
+        granted = soft
+    if granted < wanted:
+        log.warning("few open files are allowed; lower --max-connections", extra=kv(allowed=granted, wanted=wanted))
+
+
+def _loopback(listener: socket.socket) -> bool:
+    address = str(listener.getsockname()[0])
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
@@ -107,20 +153,24 @@ class Front:
     def __init__(
         self,
         config: ServeConfig,
+        keys: Keys,
         given: str,
         name: str,
         path: Path,
         begun: float,
         engine_command: Sequence[str] = ENGINE_COMMAND,
         engine_path: str = "",
+        certificate: Certificate | None = None,
     ) -> None:
         """``engine_path`` is the model as the engine is told it; default: ``path``."""
         self._config = config
+        self._keys = keys
         self._begun = begun
         self._path = path
         self._served = config.model_name or name
         self._aliases = frozenset({given, name, path.name})
         self._stop = asyncio.Event()
+        self._certificate = certificate
         start = wire.Start(
             model_path=engine_path or str(path),
             context_length=config.context_length,
@@ -141,8 +191,15 @@ class Front:
                 label=self._served,
             ),
         )
-        environment = {"KVARN_LOG_LEVEL": config.log_level}
-        self._client = EngineClient(start, command=engine_command, environment=environment, on_ready=self._engine_ready)
+        environment = {"KVARN_LOG_LEVEL": config.log_level, "KVARN_LOG_FORMAT": config.log_format}
+        self._client = EngineClient(
+            start,
+            command=engine_command,
+            environment=environment,
+            on_ready=self._engine_ready,
+            stall_seconds=config.stall_timeout,
+            max_restarts=config.max_restarts,
+        )
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve until a stop signal. Raises StartError when the engine or the tokenizer cannot be had."""
@@ -157,11 +214,12 @@ class Front:
             await self._client.stop(ENGINE_STOP_SECONDS)
 
     async def _serve_http(self, listener: socket.socket) -> None:
-        app, service = self._application()
-        server = _server(app)
+        app, service = self._application(listener)
+        server = _server(app, self._config, self._certificate)
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
         host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"{'https' if self._certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        listener.listen()  # who connects from now on waits until the server is up, instead of being refused
         log.info("listening", extra=kv(url=url, model=self._served))
         loading = asyncio.create_task(self._load(service, url), name="load")
         try:
@@ -197,13 +255,15 @@ class Front:
             stop.cancel()
             gone.cancel()
 
-    def _application(self) -> tuple[Starlette, Service]:
+    def _application(self, listener: socket.socket) -> tuple[Starlette, Service]:
         from kvarn.http.app import create_app
+        from kvarn.http.gate import served_hosts
         from kvarn.http.service import ModelNames
         from kvarn.text.tokenizer import Tokenizer
 
         names = ModelNames(self._served, self._aliases)
-        return create_app(self._config, names, lambda: Tokenizer.load(self._path), self._client)
+        hosts = served_hosts(self._config.allowed_hosts, self._config.host, _loopback(listener))
+        return create_app(self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts)
 
     async def _load(self, service: Service, url: str) -> None:
         from kvarn.text.tokenizer import TokenizerError
@@ -235,6 +295,8 @@ class Front:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
@@ -243,19 +305,34 @@ class Front:
             os._exit(128 + number)
         self._stop.set()
 
+    def _reload(self) -> None:
+        """SIGHUP: read keys and certificate again. If either cannot be used, both stay as they were."""
+        try:
+            context = self._certificate.read() if self._certificate is not None else None
+            count = self._keys.reload()
+        except (BadCertificate, BadKeys) as error:
+            log.error("nothing was read again", extra=kv(reason=error))
+            return
+        if self._certificate is not None and context is not None:
+            self._certificate.use(context)
+        log.info("read again", extra=kv(keys=count, certificate=context is not None))
 
-def _server(app: Starlette) -> Server:
+
+def _server(app: Starlette, config: ServeConfig, certificate: Certificate | None) -> Server:
     """uvicorn without its own signal handling, logging and extras."""
     import uvicorn
+
+    from kvarn.http.connection import protocol
 
     class QuietServer(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    config = uvicorn.Config(
+    settings = uvicorn.Config(
         app,
-        http="h11",
+        ssl_context_factory=(lambda _config, _default: certificate.context) if certificate is not None else None,
+        http=protocol(config.max_connections, config.body_timeout, config.write_timeout),  # type: ignore[arg-type]
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -264,4 +341,4 @@ def _server(app: Starlette) -> Server:
         server_header=False,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
-    return QuietServer(config)
+    return QuietServer(settings)

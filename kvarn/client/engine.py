@@ -13,12 +13,14 @@ import logging
 import sys
 import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from kvarn import wire
 from kvarn.client.process import EngineProcess
 from kvarn.client.stream import EngineError, EngineUnavailable, Stream
+from kvarn.client.watchdog import Watchdog
 from kvarn.observe.log import kv
 from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request
 
@@ -28,6 +30,9 @@ ENGINE_COMMAND = (sys.executable, "-m", "kvarn.engine")
 FIRST_DELAY = 0.2
 LONGEST_DELAY = 10.0
 MOST_FAILURES = 5
+RESTART_WINDOW = 600.0
+"""Seconds in which engines that had been ready may die so many times."""
+WATCH_SECONDS = 0.1
 CRASH_PATIENCE = 0.5
 """Seconds given to an engine that closed its socket before it is terminated."""
 
@@ -45,17 +50,26 @@ class Counts:
 
     def __init__(self) -> None:
         self.submitted = 0
-        self.finished = 0
-        self.failed = 0
+        self.by_finish: Counter[Finish] = Counter()
+        self.by_error: Counter[ErrorKind] = Counter()
         self.cancelled = 0
         self.restarts = 0
+
+    @property
+    def finished(self) -> int:
+        return self.by_finish.total()
+
+    @property
+    def failed(self) -> int:
+        return self.by_error.total()
 
 
 class EngineClient:
     """The engine as the front end sees it.
 
     ``command`` is what to run, without its ``--fd N``; ``environment`` is added to ours; ``on_ready`` is called each
-    time an engine gets ready.
+    time an engine gets ready. An engine with work that makes no step for ``stall_seconds`` (0: no limit) is killed;
+    after ``max_restarts`` deaths within RESTART_WINDOW no other is started.
     """
 
     def __init__(
@@ -65,11 +79,18 @@ class EngineClient:
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
         on_ready: Callable[[ModelInfo], None] | None = None,
+        stall_seconds: float = 0.0,
+        max_restarts: int = MOST_FAILURES,
     ) -> None:
         self._start = start
         self._command = tuple(command)
         self._environment = dict(environment or {})
         self._on_ready = on_ready
+        self._stall_seconds = stall_seconds
+        self._max_restarts = max_restarts
+        self._deaths: deque[float] = deque()
+        """When the engines died that had been ready; seconds, monotonic."""
+        self.watchdog = Watchdog(stall_seconds)
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
         self._open: dict[str, Stream] = {}
@@ -105,6 +126,11 @@ class EngineClient:
     def beat_age(self) -> float | None:
         """Seconds since the engine's last heartbeat; None before the first of this process."""
         return time.monotonic() - self._beat_time if self.beat is not None else None
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes whenever the engine makes a step."""
+        return self.counts.restarts, self.beat.step if self.beat is not None else 0
 
     @property
     def open_requests(self) -> int:
@@ -164,7 +190,7 @@ class EngineClient:
         if request.id in self._open:
             raise ValueError(f"request id {request.id!r} is in use")
         self._process.send(wire.Submit(request))
-        stream = Stream(request.id, self._cancel)
+        stream = Stream(request.id, self._leave)
         self._open[request.id] = stream
         self.counts.submitted += 1
         return stream
@@ -200,11 +226,12 @@ class EngineClient:
             return f"the engine is restarting: {self.reason}"
         return f"the engine failed: {self.reason}"
 
-    def _cancel(self, request_id: str) -> None:
+    def _leave(self, request_id: str, why: Finish | EngineError) -> None:
+        """Nobody reads this request any more."""
         if request_id in self._open:
             if self._process is not None:
                 self._process.send(wire.Cancel(request_id))
-            self._finish(request_id, Finish.CANCELLED)
+            self._finish(request_id, why)
 
     def _end_all(self, error: EngineError) -> None:
         for request_id in list(self._open):
@@ -219,13 +246,13 @@ class EngineClient:
         if stream is None:
             return
         if isinstance(how, EngineError):
-            self.counts.failed += 1
+            self.counts.by_error[how.kind] += 1
             stream.end(how)
             return
         if how is Finish.CANCELLED:
             self.counts.cancelled += 1
         else:
-            self.counts.finished += 1
+            self.counts.by_finish[how] += 1
         stream.end()
 
     # --- supervision --------------------------------------------------------------------------------------------
@@ -252,6 +279,9 @@ class EngineClient:
             if failures >= MOST_FAILURES:
                 self._give_up(f"{self.reason} ({failures} starts in a row)")
                 return
+            if failures == 0 and self._dies_too_often():
+                self._give_up(f"{self.reason} ({len(self._deaths)} deaths within {RESTART_WINDOW:g} s)")
+                return
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** max(0, failures - 1))
             log.warning("engine lost, starting another", extra=kv(reason=self.reason, delay_s=delay))
             self._set_state(EngineState.RESTARTING)
@@ -264,6 +294,13 @@ class EngineClient:
             except OSError as error:
                 self.reason = f"it could not be started: {error.strerror}"
                 process = None
+
+    def _dies_too_often(self) -> bool:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW:
+            self._deaths.popleft()
+        return len(self._deaths) > self._max_restarts
 
     async def _spawn(self) -> EngineProcess:
         self._fatal = ""
@@ -282,6 +319,7 @@ class EngineClient:
             return False
         was_ready = False
         wrong = ""
+        watch = asyncio.create_task(self._watch(process), name="engine-watchdog")
         try:
             while (message := await process.receive()) is not None:
                 self._apply(message)
@@ -290,13 +328,29 @@ class EngineClient:
             wrong = f"it sent a message that cannot be read: {error}"
             process.kill()
         finally:
+            watch.cancel()
             if self._state is EngineState.READY:
                 self._set_state(EngineState.RESTARTING)
             self._end_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
             ending = await process.end(CRASH_PATIENCE)
             self._process = None
-            self.reason = self._fatal or wrong or f"the engine process {ending}"
+            stalled = watch.result() if watch.done() and not watch.cancelled() else ""
+            self.reason = self._fatal or wrong or stalled or f"the engine process {ending}"
         return was_ready
+
+    async def _watch(self, process: EngineProcess) -> str:
+        """Kill the process when it hangs; returns what was wrong."""
+        pause = max(WATCH_SECONDS, self._stall_seconds / 10)
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(pause)
+            if time.monotonic() - before > 2 * pause:
+                self.watchdog.pardon()
+            wrong = self.watchdog.verdict() if self._state is EngineState.READY else ""
+            if wrong:
+                log.error("engine stalled, killing it", extra=kv(reason=wrong))
+                process.kill()
+                return wrong
 
     def _apply(self, message: wire.FromEngine) -> None:
         match message:
@@ -305,6 +359,7 @@ class EngineClient:
                     self._deliver(delta)
             case wire.Beat():
                 self.beat = message
+                self.watchdog.beat(message, len(self._open))
                 self._beat_time = time.monotonic()
             case wire.Failed(request_id, kind, text):
                 self._finish(request_id, EngineError(kind, text))
@@ -336,6 +391,7 @@ class EngineClient:
         self.stage = None
         self.reason = ""
         self._been_ready = True
+        self.watchdog = Watchdog(self._stall_seconds)
         self._set_state(EngineState.READY)
         if self._on_ready is not None:
             self._on_ready(info)

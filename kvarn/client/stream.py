@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from kvarn.types import Delta, ErrorKind
+from kvarn.types import Delta, ErrorKind, Finish
 
 
 class EngineError(Exception):
@@ -29,15 +29,17 @@ class EngineUnavailable(Exception):  # noqa: N818 - it names a state, not a mist
 
 
 class Stream:
-    """Deltas of one request in order. Iterate it inside ``async with``: leaving early cancels the request.
+    """Deltas of one request in order. Iterate it inside ``async with``: leaving early cancels the request, leaving with
+    an EngineError fails it.
 
     Iteration stops after the delta with a finish, or without one if ``cancel`` was called, and raises EngineError when
     the request failed. Made by EngineClient.submit.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, leave: Callable[[str, Finish | EngineError], None]) -> None:
+        """``leave`` is told the id and why its reader gives the request up."""
         self.id = request_id
-        self._cancel = cancel
+        self._leave = leave
         self._items: deque[Delta] = deque()
         self._error: EngineError | None = None
         self._ended = False
@@ -61,8 +63,15 @@ class Stream:
 
     def cancel(self) -> None:
         """Give the request up; unread deltas are dropped. Harmless when repeated or when it has ended."""
+        self._give_up(Finish.CANCELLED)
+
+    def complete(self) -> None:
+        """The reader has all that it wants, before the engine's own end: the request counts as finished."""
+        self._give_up(Finish.STOP)
+
+    def _give_up(self, why: Finish | EngineError) -> None:
         self._items.clear()
-        self._cancel(self.id)
+        self._leave(self.id, why)
 
     async def __anext__(self) -> Delta:
         while not self._items:
@@ -87,4 +96,4 @@ class Stream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cancel()
+        self._give_up(error if isinstance(error, EngineError) else Finish.CANCELLED)

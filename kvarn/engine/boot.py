@@ -95,6 +95,8 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
                 kv_bytes_per_token=budget.kv_bytes_per_token,
                 max_rows=start.max_rows,
                 fingerprint=content,
+                weight_bytes=model.weight_bytes,
+                kv_limit_bytes=budget.limit_bytes,
                 prefix_cache="" if uncached else "+".join(prefixes.kinds),
                 prefix_cache_reason=uncached,
             )

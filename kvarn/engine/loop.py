@@ -19,6 +19,7 @@ import numpy as np
 from kvarn.engine.link import Inbox, Outbox
 from kvarn.engine.prefixes import Cut, Prefixes
 from kvarn.engine.sequence import Sequence
+from kvarn.engine.tally import Tally
 from kvarn.model.forwards import decode, prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 TRIM_SHARE = 0.5
 """Above this share of the memory limit, the arena is cut to what its rows need before more prompts are read."""
+NO_MEMORY = ("Unable to allocate", "bad_alloc", "out of memory", "Insufficient Memory")
+"""How MLX says on its back ends that there is no more memory."""
 REST_SECONDS = 3.0
 """An engine without requests for this long gives its rows' memory back. The next ones often come sooner."""
 
@@ -47,8 +50,9 @@ class Flight:
     cuts: list[Cut]
     """Blocks that the step fills."""
     context_tokens: int
+    begun: float
+    """When the execution of its plan began; seconds, monotonic."""
     dispatched: float
-    """Seconds, monotonic."""
 
 
 class Engine:
@@ -80,6 +84,7 @@ class Engine:
         self._sampler: tuple[tuple[str, ...], BatchSampler] | None = None
         self._last_read = 0.0
         self._steps = 0
+        self._tally = Tally()
         self._stalled = False
         """Nobody could do anything in the last turn: everybody waits for the disk."""
         self._idle_since: float | None = None
@@ -102,7 +107,10 @@ class Engine:
 
     def turn(self) -> None:
         """One round of the loop: at most one step is planned, dispatched and read."""
+        idle = self._scheduler.idle
         self._receive()
+        if idle and not self._scheduler.idle:
+            self._report()  # now: should the very first step hang, it must be known that there is work
         if self._leaving:
             self._settle()
             self._free_leavers()
@@ -205,6 +213,8 @@ class Engine:
 
     def _execute(self, plan: StepPlan) -> None:
         ahead, self._flight = self._flight, None
+        begun = time.monotonic()
+        self._tally.preempted(len(plan.preempt))
         rows = list(self._scheduler.rows)
         for name in plan.preempt:
             if name in rows:
@@ -221,7 +231,7 @@ class Engine:
         batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
         failure: Exception | None = None
         try:
-            self._flight = self._dispatch(batch, ahead) if batch else None
+            self._flight = self._dispatch(batch, ahead, begun) if batch else None
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, _recover logs
             failure = error
         self._scheduler.commit(plan)
@@ -230,9 +240,12 @@ class Engine:
             self._recover(batch, failure)
         elif ahead is not None:
             self._read(ahead)
+        elif not batch:
+            self._tally.step(time.monotonic() - begun, 0, 0)
 
     def _begin(self, chunks: tuple[PrefillChunk, ...]) -> None:
         """Give every prompt that starts in this step its cache, restored up to its first chunk."""
+        begun = []
         for chunk in chunks:
             sequence = self._sequences[chunk.id]
             if sequence.cache is None and not sequence.ended:
@@ -241,6 +254,12 @@ class Engine:
                 except Exception as error:  # model code raises what it likes; only this request needs what failed
                     log.exception("restoring the prefix of request %s failed", chunk.id)
                     self._end(chunk.id, error)
+                else:
+                    if not sequence.begun:
+                        sequence.begun = True
+                        begun.append(Delta(chunk.id, [], prefix=sequence.report))
+        if begun:
+            self._outbox.send(Deltas(begun))
 
     def _prefill(self, chunk: PrefillChunk) -> bool:
         """Run one chunk, adopting the prompt after its last. False: it failed, and the client has been told."""
@@ -261,12 +280,13 @@ class Engine:
             log.exception("prefill of request %s failed", chunk.id)
             self._end(chunk.id, error)
             return False
+        self._tally.chunk(chunk)
         if chunk.end > chunk.start:
             elapsed = (time.monotonic() - started) * 1000
             self._costs.observe_prefill(chunk.start, chunk.end - chunk.start, elapsed)
         return True
 
-    def _dispatch(self, rows: tuple[str, ...], ahead: Flight | None) -> Flight:
+    def _dispatch(self, rows: tuple[str, ...], ahead: Flight | None, begun: float) -> Flight:
         sequences = [self._sequences[name] for name in rows]
         sampler = self._sampler_for(rows)
         context_tokens = sum(self._lane.lengths)
@@ -284,7 +304,7 @@ class Engine:
         )
         cuts = self._prefixes.cuts(rows, self._lane)
         mx.async_eval(*picks.arrays(), *self._lane.arrays(), *(array for cut in cuts for array in cut.arrays()))
-        return Flight(rows, picks, cuts, context_tokens, dispatched)
+        return Flight(rows, picks, cuts, context_tokens, begun, dispatched)
 
     def _sampler_for(self, rows: tuple[str, ...]) -> BatchSampler:
         if self._sampler is None or self._sampler[0] != rows:
@@ -308,6 +328,7 @@ class Engine:
             self._recover(flight.rows, error)
             return
         now = time.monotonic()
+        seconds = now - max(flight.begun, self._last_read)
         milliseconds = (now - max(flight.dispatched, self._last_read)) * 1000
         self._last_read = now
         self._costs.observe_decode(len(flight.rows), flight.context_tokens, milliseconds)
@@ -325,11 +346,13 @@ class Engine:
             logprob = self._logprob(flight.picks, row, sequence)
             kept, finish = sequence.commit(tokens[row])
             told = [logprob] if kept and logprob is not None else None
-            deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told, sequence.news()))
+            deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told))
+            sequence.told = True
             if finish is not None:
                 self._leave(name)
         if deltas:
             self._outbox.send(Deltas(deltas))
+        self._tally.step(seconds, len(flight.rows), len(deltas))
         self._prefixes.step_read(flight.cuts, self._sequences)
 
     def _logprob(self, picks: Picks, row: int, sequence: Sequence) -> TokenLogprob | None:
@@ -346,7 +369,7 @@ class Engine:
         if isinstance(why, Finish):
             self._outbox.send(Deltas([Delta(name, [], why)]))
         else:
-            self._outbox.send(Failed(name, ErrorKind.ENGINE, f"the engine could not go on with this request: {why}"))
+            self._outbox.send(failure(name, why))
         self._leave(name)
 
     def _leave(self, name: str) -> None:
@@ -378,6 +401,7 @@ class Engine:
         and join again one by one, on probation until a step has succeeded with them.
         """
         log.error("decode step with %d rows failed", len(rows), exc_info=error)
+        self._tally.failed()
         suspects = [name for name in rows if name in self._scheduler.suspects]
         guilty = rows[0] if len(rows) == 1 else suspects[0] if len(suspects) == 1 else None
         self._flight = self._sampler = None
@@ -402,6 +426,15 @@ class Engine:
                 running=self._scheduler.running,
                 waiting=self._scheduler.waiting,
                 kv_bytes=self._held_bytes(),
+                wait_seconds=self._scheduler.wait_seconds(),
+                counters=self._tally.counters(),
                 prefix=self._prefixes.load(),
             )
         )
+
+
+def failure(name: str, error: Exception) -> Failed:
+    """What the client is told of an exception."""
+    if isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY):
+        return Failed(name, ErrorKind.UNAVAILABLE, "the machine is short of memory; try again later")
+    return Failed(name, ErrorKind.ENGINE, f"the engine could not go on with this request: {error}")

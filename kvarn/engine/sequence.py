@@ -21,8 +21,10 @@ class Sequence:
     """Its dealings with the prefix cache; None where there is none."""
     report: PrefixReport | None = None
     """What the cache did for its prompt, once it is known."""
+    begun: bool = False
+    """Whether the client knows it, and with it that its prompt has been begun."""
     told: bool = False
-    """Whether the client knows it."""
+    """Whether the client has had a first token."""
     snapshot_at: int = 0
     """Where the last snapshot of recurrent layers was taken or restored."""
     branch: int = 0
@@ -50,11 +52,6 @@ class Sequence:
     def processed(self) -> list[int]:
         """Every token that may be in its row: a step may already have read the one that ended the answer."""
         return self.tokens if self.stop_token is None else [*self.tokens, self.stop_token]
-
-    def news(self) -> PrefixReport | None:
-        """What the cache did, the first time it is asked for."""
-        told, self.told = self.told, True
-        return None if told else self.report
 
     def commit(self, token: int) -> tuple[bool, Finish | None]:
         """Take a drawn token. Returns (whether the client gets it, why the answer ends here or None)."""

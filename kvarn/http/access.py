@@ -10,17 +10,20 @@ import asyncio
 import logging
 import time
 import uuid
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvarn.http.errors import ApiError
+from kvarn.client import EngineError
+from kvarn.http.errors import ERROR, ApiError
+from kvarn.http.service import Service
 from kvarn.observe.log import kv
 
 log = logging.getLogger("kvarn.http")
 
 LONGEST_ID = 128
-QUIET = ("/livez", "/readyz", "/health")
+QUIET = ("/livez", "/readyz", "/health", "/metrics")
 
 
 class AccessLayer:
@@ -33,6 +36,7 @@ class AccessLayer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _leave_out_the_host(scope)
         request_id = _request_id(scope)
         scope["kvarn.request_id"] = request_id
         fields: dict[str, object] = scope.setdefault("kvarn.log", {})
@@ -49,7 +53,7 @@ class AccessLayer:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            fields["client"] = "gone"
+            fields.setdefault("client", "gone")
         except asyncio.CancelledError:
             fields["client"] = "cut off"
             raise
@@ -58,12 +62,28 @@ class AccessLayer:
             log.exception("unexpected error", extra=kv(request=request_id))
             if not status:
                 error = ApiError(500, "internal error; the server's log says more", code="internal_error")
+                scope[ERROR] = error
                 await error.response()(scope, receive, send_with_id)
         finally:
+            _count(scope)
             level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
             base = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status or None}
             elapsed = round(time.monotonic() - start, 4)
             log.log(level, "request", extra=kv(**base, seconds=elapsed, **fields))
+
+
+def _count(scope: Scope) -> None:
+    """Count a refusal. What the engine failed was submitted, and is counted there."""
+    error = scope.get(ERROR)
+    if isinstance(error, ApiError) and not isinstance(error.__cause__, EngineError):
+        service: Service = scope["app"].state.service
+        service.meters.refused(error.status, error.code or "other")
+
+
+def _leave_out_the_host(scope: Scope) -> None:
+    """A client may ask for a whole URI, as it would ask a proxy (RFC 9112, 3.2.2)."""
+    if scope["path"].lower().startswith(("http://", "https://")):
+        scope["path"] = urlsplit(scope["path"]).path or "/"
 
 
 def _request_id(scope: Scope) -> str:

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+from starlette.types import Send
 
 from kvarn.client import EngineError, EngineUnavailable
-from kvarn.http.body import read_json
 from kvarn.http.errors import from_engine, unavailable
-from kvarn.http.prompts import chat_prompt, check_limits, completion_prompts
+from kvarn.http.prompts import Prompt, chat_prompt, check_limits, completion_prompts
+from kvarn.http.respond import client_name
 from kvarn.http.schemas import ChatRequest, CompletionRequest, parse
 from kvarn.http.service import Service
-from kvarn.types import PrefixReport
+from kvarn.http.sse import WatchedResponse, send_json
+from kvarn.types import ErrorKind, PrefixReport
 
 
 async def explain(request: Request) -> Response:
     """Takes the body of a chat or a plain completion and answers with one entry per prompt. Raises ApiError."""
     service: Service = request.app.state.service
-    body = await read_json(request)
+    body = await service.read_json(request)
     asked = parse(ChatRequest, body) if body.get("messages") is not None else parse(CompletionRequest, body)
     service.names.check(asked.model)
+    count = 1 if isinstance(asked, ChatRequest) else len(asked.prompt)
+
+    async def work(send: Send) -> None:
+        with service.permit(count, client_name(request, asked)):
+            prompts = await _prompts(service, asked)
+            try:
+                async with asyncio.timeout(service.config.queue_timeout or None):
+                    reports = [await service.client.explain(prompt.tokens, asked.cache_salt) for prompt in prompts]
+            except TimeoutError:
+                kind = ErrorKind.QUEUE_TIMEOUT
+                raise from_engine(EngineError(kind, f"{kind.value}: the engine did not get round to it")) from None
+            except EngineUnavailable as error:
+                raise unavailable(str(error)) from error
+            except EngineError as error:
+                raise from_engine(error) from error
+        entries = [_entry(len(prompt.tokens), report) for prompt, report in zip(prompts, reports, strict=True)]
+        await send_json(send, {"object": "list", "data": entries})
+
+    return WatchedResponse(work)
+
+
+async def _prompts(service: Service, asked: ChatRequest | CompletionRequest) -> list[Prompt]:
     tokenizer, info = service.ready()
     check_limits(asked, info)
-    prompts = await service.in_text_thread(
+    return await service.in_text_thread(
         lambda: (
             chat_prompt(asked, tokenizer, info)
             if isinstance(asked, ChatRequest)
             else completion_prompts(asked, tokenizer, info)
         )
     )
-    try:
-        reports = [await service.client.explain(prompt.tokens, asked.cache_salt) for prompt in prompts]
-    except EngineUnavailable as error:
-        raise unavailable(str(error)) from error
-    except EngineError as error:
-        raise from_engine(error) from error
-    entries = [_entry(len(prompt.tokens), report) for prompt, report in zip(prompts, reports, strict=True)]
-    return JSONResponse({"object": "list", "data": entries})
 
 
 def _entry(prompt_tokens: int, report: PrefixReport) -> dict[str, object]:

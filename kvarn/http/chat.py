@@ -7,7 +7,6 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kvarn.http.body import read_json
 from kvarn.http.generation import Piece, Usage
 from kvarn.http.logprobs import chat_logprobs
 from kvarn.http.prompts import Prompt, chat_prompt
@@ -65,7 +64,7 @@ class ChatRendering:
 async def chat(request: Request) -> Response:
     """The route. Raises ApiError."""
     service: Service = request.app.state.service
-    asked = parse(ChatRequest, await read_json(request))
+    asked = parse(ChatRequest, await service.read_json(request))
     service.names.check(asked.model)
     service.unknown_fields += len(unknown_fields(asked))
 

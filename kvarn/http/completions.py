@@ -7,7 +7,6 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kvarn.http.body import read_json
 from kvarn.http.generation import Piece, Usage
 from kvarn.http.logprobs import CompletionLogprobs
 from kvarn.http.prompts import Prompt, completion_prompts
@@ -73,7 +72,7 @@ class CompletionRendering:
 async def completions(request: Request) -> Response:
     """The route. Raises ApiError."""
     service: Service = request.app.state.service
-    asked = parse(CompletionRequest, await read_json(request))
+    asked = parse(CompletionRequest, await service.read_json(request))
     service.names.check(asked.model)
     service.unknown_fields += len(unknown_fields(asked))
 

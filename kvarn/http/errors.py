@@ -19,6 +19,8 @@ from kvarn.client import EngineError
 from kvarn.types import ErrorKind
 
 RETRY_AFTER = {"Retry-After": "1"}
+ERROR = "kvarn.error"
+"""Key of the scope under which the access layer finds the ApiError that a request was answered with."""
 LONGEST_SHOWN = 80
 _PATH = re.compile(r"(?<![\w/])(?:/[\w.@+-]+){2,}/?")
 
@@ -87,6 +89,11 @@ def unavailable(reason: str) -> ApiError:
     return ApiError(503, reason, code="unavailable", headers=RETRY_AFTER)
 
 
+def too_many(message: str, code: str, wait_seconds: float) -> ApiError:
+    """429: later, when about so much of the work has been done."""
+    return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, min(60, round(wait_seconds))))})
+
+
 def from_engine(error: EngineError) -> ApiError:
     """The status for a request that the engine did not answer."""
     match error.kind:
@@ -94,6 +101,15 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(400, public(error.message), code=error.kind.value)
         case ErrorKind.UNAVAILABLE:
             return unavailable(public(error.message))
+        case (
+            ErrorKind.QUEUE_TIMEOUT
+            | ErrorKind.FIRST_TOKEN_TIMEOUT
+            | ErrorKind.TOKEN_TIMEOUT
+            | ErrorKind.REQUEST_TIMEOUT
+        ):
+            return ApiError(504, public(error.message), code=error.kind.value)
+        case ErrorKind.OVERRUN:
+            return ApiError(429, public(error.message), code=error.kind.value)
         case ErrorKind.ENGINE | ErrorKind.DIED:
             return ApiError(500, public(error.message), code=error.kind.value)
 
@@ -105,20 +121,25 @@ def public(message: str) -> str:
     return _PATH.sub("…", first)[:300]
 
 
-async def on_api_error(_request: Request, error: Exception) -> Response:
+async def on_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for ApiError."""
     assert isinstance(error, ApiError)
+    request.scope[ERROR] = error
     return error.response()
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for its own errors: unknown paths and methods."""
     assert isinstance(error, HTTPException)
+    return await on_api_error(request, _from_starlette(request, error))
+
+
+def _from_starlette(request: Request, error: HTTPException) -> ApiError:
     path = shown(request.url.path)
     if error.status_code == 404:
-        return ApiError(404, f"there is nothing at {path}", code="not_found").response()
+        return ApiError(404, f"there is nothing at {path}", code="not_found")
     if error.status_code == 405:
         allow = (error.headers or {}).get("Allow", "")
-        message = f"{request.method} is not allowed at {path}; allowed is {allow}"
-        return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+        message = f"{shown(request.method)} is not allowed at {path}; allowed is {allow}"
+        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    return ApiError(error.status_code, str(error.detail), headers=error.headers)

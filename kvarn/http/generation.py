@@ -1,20 +1,22 @@
 """All answers of one HTTP request: submitted together, read as one sequence of pieces, given up together.
 
-Detokenising and stop strings happen here, on the event loop: they cost microseconds per token.
+Detokenising and stop strings happen here, on the event loop: they cost microseconds per token. So do the time-outs, on
+what comes from the engine: a client that reads slowly is not the engine's delay.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from kvarn.client import EngineClient, EngineError, EngineUnavailable, Stream
+from kvarn.client import EngineError, EngineUnavailable, Stream
+from kvarn.http.clock import Clock, Phase
 from kvarn.http.errors import unavailable
+from kvarn.http.service import Service
 from kvarn.text.answer import Answer
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob
@@ -40,9 +42,14 @@ class _Choice:
     prefix: PrefixReport = field(default_factory=PrefixReport)
     pending: deque[TokenLogprob] = field(default_factory=deque)
     """Log-probabilities of tokens whose text is still held back, perhaps to be cut by a stop string."""
+    begun: float = 0.0
+    """When its prompt was begun, by the loop's clock."""
+    first: float = 0.0
+    """When its first token came."""
+    ended: bool = False
+    """All of it is there."""
 
     def take(self, delta: Delta) -> Piece:
-        self.prefix = delta.prefix or self.prefix
         self.pending.extend(delta.logprobs or ())
         part = self.answer.add(delta.tokens)
         text, settled, stopped = part.text, part.tokens, part.stopped
@@ -74,14 +81,22 @@ class Usage:
 class Generation:
     """Iterate inside ``async with``: every way out cancels what still runs.
 
-    ``requests`` holds ``n`` of them per prompt, next to each other. Iteration raises EngineError as soon as any choice
-    fails.
+    ``start`` is when the HTTP request was let in, by the loop's clock: waiting counts from there. ``requests`` holds
+    ``n`` of them per prompt, next to each other. Iteration raises EngineError as soon as any choice fails.
     """
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], stops: Sequence[str], n: int
+        self,
+        service: Service,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        stops: Sequence[str],
+        n: int,
+        start: float,
     ) -> None:
-        self._client = client
+        self._client = service.client
+        self._config = service.config
+        self._meters = service.meters
         self._n = n
         self._choices = [
             _Choice(index, request, Answer(tokenizer.detokenizer(), stops)) for index, request in enumerate(requests)
@@ -90,9 +105,11 @@ class Generation:
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._running = len(self._choices)
-        self._start = time.monotonic()
+        self._hungry = False
+        """The reader waits for a piece: whatever the queue holds, it has not been given the time to take it."""
+        self._start = start
         self.first_seconds: float | None = None
-        """From submission to the first token of any choice."""
+        """From ``start`` to the first token of any choice."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -118,32 +135,100 @@ class Generation:
         for pump in self._pumps:
             pump.cancel()
 
-    def __aiter__(self) -> Self:
-        return self
+    async def pieces(self, patience: float = 0.0) -> AsyncIterator[Piece | None]:
+        """What comes, in order; None whenever nothing to show has come for ``patience`` seconds (0: never)."""
+        now = asyncio.get_running_loop().time
+        shown = now()
+        while self._running:
+            item = await self._next(shown + patience if patience else None)
+            if isinstance(item, Exception):
+                raise item
+            if item is not None and item.finish is not None:
+                self._running -= 1
+            yield item
+            if item is None or item.text or item.logprobs or item.finish:
+                shown = now()
 
-    async def __anext__(self) -> Piece:
-        if not self._running:
-            raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        if self.first_seconds is None:
-            self.first_seconds = time.monotonic() - self._start
-        if item.finish is not None:
-            self._running -= 1
-        return item
+    async def _next(self, deadline: float | None) -> Piece | Exception | None:
+        self._hungry = True
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
+        finally:
+            self._hungry = False
 
     async def _pump(self, choice: _Choice, stream: Stream) -> None:
+        """Read one choice's deltas into the queue, within the time-outs, until it ends."""
         try:
             async with stream:
-                async for delta in stream:
-                    piece = choice.take(delta)
-                    self._queue.put_nowait(piece)
-                    if piece.finish is not None:
-                        return
-            self._queue.put_nowait(EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled"))
+                await self._read(choice, stream)
         except Exception as error:  # noqa: BLE001 - the reader waits on the queue: it gets it, and raises it there
             self._queue.put_nowait(error)
+
+    async def _read(self, choice: _Choice, stream: Stream) -> None:
+        clock = Clock(self._config, self._start)
+        while True:
+            try:
+                async with asyncio.timeout_at(clock.deadline):
+                    delta = await anext(stream, None)
+            except TimeoutError:
+                if clock.overslept():
+                    continue
+                raise clock.late() from None
+            if delta is None:
+                raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
+            choice.prefix = delta.prefix or choice.prefix
+            self._clocked(choice, clock, delta)
+            if not delta.tokens and delta.finish is None:
+                continue
+            if self._queue.qsize() >= self._config.stream_buffer and not self._hungry:
+                most = self._config.stream_buffer
+                raise EngineError(ErrorKind.OVERRUN, f"the answer was read too slowly: {most} steps of it were waiting")
+            piece = choice.take(delta)
+            self._queue.put_nowait(piece)
+            if piece.finish is not None:
+                if delta.finish is None:  # a stop string: the engine would go on
+                    stream.complete()
+                self._ended(choice, clock.now)
+                return
+
+    def _clocked(self, choice: _Choice, clock: Clock, delta: Delta) -> None:
+        """Take the times and counts that a delta tells."""
+        tokens = bool(delta.tokens) or delta.finish is not None
+        since = clock.turn(tokens)
+        if since.phase is Phase.QUEUE:
+            self._meters.queued(since.seconds)
+            choice.begun = clock.now
+        if tokens:
+            if since.phase is Phase.DECODE:
+                self._meters.token_gap(since.seconds)
+            else:
+                self._came_first(choice, clock.now)
+            self._meters.generated(len(delta.tokens))
+
+    def _came_first(self, choice: _Choice, now: float) -> None:
+        """A choice's first token is there."""
+        choice.first = now
+        first = now - self._start
+        self._meters.first_token(first, now - choice.begun, len(choice.request.tokens), choice.prefix.cached)
+        self.first_seconds = first if self.first_seconds is None else self.first_seconds
+
+    def _ended(self, choice: _Choice, now: float) -> None:
+        """A choice has its whole answer."""
+        choice.ended = True
+        self._meters.finished(
+            len(choice.request.tokens),
+            choice.answer.completion_tokens,
+            now - self._start,
+            now - choice.begun,
+            now - choice.first,
+        )
+        before = choice.index // self._n * self._n
+        answers = self._choices[before : before + self._n]
+        if all(answer.ended for answer in answers):
+            self._meters.all_finished(max(each.answer.completion_tokens for each in answers))
 
     def usage(self) -> Usage:
         """Counts so far; exact once iteration has ended."""

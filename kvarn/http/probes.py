@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -35,6 +38,7 @@ async def health(request: Request) -> Response:
         "reasons": service.not_ready(),
         "engine": _engine(service),
         "requests": _requests(service),
+        "process": {"tasks": len(asyncio.all_tasks()), "threads": threading.active_count()},
         "prefix_cache": msgspec.to_builtins(service.client.beat.prefix) if service.client.beat else None,
     }
     return JSONResponse(body, 200 if serving else 503, None if serving else RETRY_AFTER)
@@ -55,6 +59,8 @@ def _engine(service: Service) -> dict[str, object]:
         "restarts": client.counts.restarts,
         "beat_age_seconds": round(age, 3) if age is not None else None,
         "step": beat.step if beat else None,
+        "stuck_seconds": round(client.watchdog.stuck_seconds, 3) if beat else None,
+        "wait_seconds": round(beat.wait_seconds, 3) if beat else None,
         "running": beat.running if beat else None,
         "waiting": beat.waiting if beat else None,
         "kv_bytes": beat.kv_bytes if beat else None,

@@ -5,6 +5,7 @@ The routes differ in how they read prompts and how they render answers; both com
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Send
 
 from kvarn.client import EngineError
+from kvarn.http.clock import Clock
 from kvarn.http.errors import from_engine
+from kvarn.http.gate import client_of
 from kvarn.http.generation import Generation, Piece, Usage
 from kvarn.http.prompts import Prompt, check_limits
 from kvarn.http.schemas import GenerationRequest
@@ -65,17 +68,25 @@ def respond(
     """Answer a checked request. ``count`` is how many answers it asks for in all."""
 
     async def work(send: Send) -> None:
+        clock = Clock(service.config, asyncio.get_running_loop().time())
         tokenizer, info = service.ready()
         check_limits(asked, info)
-        with service.permit(count):
-            prompts = await service.in_text_thread(lambda: read_prompts(tokenizer, info))
+        client = client_name(http, asked)
+        with service.permit(count, client):
+            try:
+                async with asyncio.timeout_at(clock.deadline):
+                    prompts = await service.in_text_thread(lambda: read_prompts(tokenizer, info))
+            except TimeoutError:
+                raise from_engine(clock.late()) from None
             base = uuid.uuid4().hex
-            requests = _requests(base, asked, prompts, sorted(tokenizer.eos_token_ids), _client_name(http, asked))
+            requests = _requests(base, asked, prompts, sorted(tokenizer.eos_token_ids), client)
             rendering = rendering_of(base, tokenizer, info, prompts)
-            async with Generation(service.client, tokenizer, requests, asked.stop, asked.n) as generation:
+            for prompt in prompts:
+                service.meters.asked(asked.n, prompt.max_tokens)
+            async with Generation(service, tokenizer, requests, asked.stop, asked.n, clock.start) as generation:
                 try:
                     if asked.stream:
-                        await _stream(send, generation, rendering, asked.include_usage)
+                        await _stream(send, service, generation, rendering, asked.include_usage)
                     else:
                         await _collect(send, generation, rendering, count)
                 finally:
@@ -92,6 +103,7 @@ def _requests(
             id=f"{base}-{number * asked.n + choice}",
             tokens=prompt.tokens,
             params=asked.sampling(prompt.max_tokens, choice, ends),
+            priority=-asked.priority,
             client=client,
             cache_salt=asked.cache_salt,
         )
@@ -100,15 +112,18 @@ def _requests(
     ]
 
 
-def _client_name(http: HttpRequest, asked: GenerationRequest) -> str:
-    return asked.user or (http.client.host if http.client is not None else "")
+def client_name(http: HttpRequest, asked: GenerationRequest) -> str:
+    """Whose request this is, for fair sharing: with keys nobody can claim to be somebody else."""
+    return client_of(http) or asked.user or (http.client.host if http.client is not None else "")
 
 
 async def _collect(send: Send, generation: Generation, rendering: Rendering, count: int) -> None:
     choices = [Collected() for _ in range(count)]
     texts: list[list[str]] = [[] for _ in range(count)]
     try:
-        async for piece in generation:
+        async for piece in generation.pieces():
+            if piece is None:
+                continue
             texts[piece.choice].append(piece.text)
             choices[piece.choice].logprobs.extend(piece.logprobs)
             choices[piece.choice].finish = piece.finish
@@ -119,11 +134,20 @@ async def _collect(send: Send, generation: Generation, rendering: Rendering, cou
     await send_json(send, rendering.whole(choices, generation.usage()), prefix_headers(generation))
 
 
-async def _stream(send: Send, generation: Generation, rendering: Rendering, include_usage: bool) -> None:
+async def _stream(
+    send: Send, service: Service, generation: Generation, rendering: Rendering, include_usage: bool
+) -> None:
     events = EventStream(send, lambda: prefix_headers(generation))
     opened: set[int] = set()
+    seen = service.client.progress
     try:
-        async for piece in generation:
+        async for piece in generation.pieces(service.config.keepalive):
+            if piece is None:
+                # An engine that hangs must not look alive: proxies and clients have their own patience with silence.
+                if service.client.progress != seen:
+                    seen = service.client.progress
+                    await events.comment()
+                continue
             if piece.choice not in opened:
                 opened.add(piece.choice)
                 if (opening := rendering.opening(piece.choice)) is not None:

@@ -112,6 +112,7 @@ class GenerationRequest(BaseModel):
     stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
     user: str = Field("", description="a string")
     ignore_eos: bool = Field(False, description="true or false")
+    priority: int = Field(0, ge=-100, le=100, description="an integer from -100 to 100; the lowest goes first")
     cache_salt: str = Field("", max_length=256, description="a string of at most 256 characters")
 
     @field_validator("stop", mode="before")

@@ -9,14 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from starlette.requests import Request
+
 from kvarn.client import EngineClient, EngineError, EngineState
 from kvarn.config import ServeConfig
-from kvarn.http.errors import RETRY_AFTER, ApiError, shown, unavailable
+from kvarn.http.body import read_json
+from kvarn.http.errors import ApiError, shown, too_many, unavailable
+from kvarn.http.meters import Meters
+from kvarn.http.threads import Threads
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import ErrorKind, ModelInfo
 
@@ -25,6 +30,8 @@ T = TypeVar("T")
 TEXT_THREADS = 2
 STALE_BEAT_SECONDS = 5.0
 """A heartbeat comes twice a second; after this long without one something is wrong."""
+STUCK_SECONDS = 30.0
+"""A step takes less than this, or people should know."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,15 @@ class Service:
         self.config = config
         self.names = names
         self.client = client
+        self.meters = Meters()
         self.created = int(time.time())
         self.unknown_fields = 0
         self.draining = False
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
-        self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._pool = Threads(TEXT_THREADS, "text")
         self._held = 0
+        self._held_by: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -70,10 +79,14 @@ class Service:
 
     async def in_text_thread(self, work: Callable[[], T]) -> T:
         """Run templating or tokenising off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.wrap_future(self._pool.submit(work))
+
+    async def read_json(self, request: Request) -> dict[str, object]:
+        """The request's body, within the limits. Raises ApiError, ClientDisconnect."""
+        return await read_json(request, int(self.config.max_body), self.config.body_timeout)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     # --- readiness ----------------------------------------------------------------------------------------------
 
@@ -104,37 +117,57 @@ class Service:
         if self.not_ready():
             return "starting"
         age = self.client.beat_age
-        if age is not None and age > STALE_BEAT_SECONDS:
+        if (age is not None and age > STALE_BEAT_SECONDS) or self.client.watchdog.stuck_seconds > STUCK_SECONDS:
             return "degraded"
-        return "overloaded" if self._held >= self._most_held() else "ok"
+        return "overloaded" if self._held >= self.most_held else "ok"
 
     # --- admission ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def permit(self, choices: int) -> Iterator[None]:
-        """Hold the places of ``choices`` answers. Raises ApiError 429 when the queue is full."""
-        most = self._most_held()
-        if choices > most:
-            message = f"n: prompts times n must be at most {most} here, got {choices}"
-            raise ApiError(400, message, param="n", code="invalid_value")
-        if self._held + choices > most:
-            message = f"{self._held} answers are running or waiting, at most {most} may; {choices} more do not fit"
-            raise ApiError(429, message, code="queue_full", headers=RETRY_AFTER)
+    def permit(self, choices: int, client: str) -> Iterator[None]:
+        """Hold the places of ``choices`` answers for a client. Raises ApiError 429 when there are none, or when the
+        wait is predicted to be longer than the queue's time-out."""
+        self._admit(choices, client)
         self._held += choices
+        self._held_by[client] += choices
         self._idle.clear()
         try:
             yield
         finally:
             self._held -= choices
+            self._held_by[client] -= choices
+            if not self._held_by[client]:
+                del self._held_by[client]
             if not self._held:
                 self._idle.set()
+
+    def _admit(self, choices: int, client: str) -> None:
+        most, own_most = self.most_held, self.config.max_per_client
+        least = min(most, own_most or most)
+        if choices > least:
+            message = f"n: prompts times n must be at most {least} here, got {choices}"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        wait = self.client.beat.wait_seconds if self.client.beat is not None else 0.0
+        if self._held + choices > most:
+            message = f"{self._held} answers are running or waiting, at most {most} may; {choices} more do not fit"
+            raise too_many(message, "queue_full", wait)
+        own = self._held_by.get(client, 0)
+        if own_most and own + choices > own_most:
+            message = f"{own} answers of this client are running or waiting, at most {own_most} may"
+            raise too_many(message, "client_limit", wait)
+        patience = self.config.queue_timeout
+        if patience and wait > patience:
+            message = f"a request would wait for about {wait:.0f} s, and may for {patience:g} s"
+            raise too_many(message, "queue_too_long", wait - patience)
 
     @property
     def held(self) -> int:
         """Answers that hold a place."""
         return self._held
 
-    def _most_held(self) -> int:
+    @property
+    def most_held(self) -> int:
+        """How many may."""
         rows = self.client.info.max_rows if self.client.info is not None else 0
         return rows + self.config.max_waiting
 

@@ -24,10 +24,14 @@ HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": working\n\n"
 
 
 class WatchedResponse(Response):
-    """Runs ``work(send)`` until it is done or the client is gone; then the work is cancelled."""
+    """Runs ``work(send)`` until it is done or the client is gone; then the work is cancelled.
+
+    A client that reads nothing is gone as well, after a while: see connection.py.
+    """
 
     def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
         super().__init__()
@@ -41,7 +45,7 @@ class WatchedResponse(Response):
             if work.done():
                 work.result()
             else:
-                scope.setdefault("kvarn.log", {})["client"] = "gone"
+                scope.setdefault("kvarn.log", {}).setdefault("client", "gone")
         finally:
             for task in (work, watch):
                 task.cancel()
@@ -66,6 +70,10 @@ class EventStream:
     async def event(self, payload: object) -> None:
         """Write one JSON event now."""
         await self._write(b"data: " + msgspec.json.encode(payload) + b"\n\n")
+
+    async def comment(self) -> None:
+        """Write a line that clients ignore: the connection is in use."""
+        await self._write(COMMENT)
 
     async def error(self, error: ApiError) -> None:
         """Write an error event, which ends the stream without [DONE]."""

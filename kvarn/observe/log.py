@@ -22,8 +22,7 @@ class LineFormatter(logging.Formatter):
     """``2026-01-31T12:00:00.123Z info kvarn.http: request id=abc tokens=12``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = f"{moment}.{int(record.msecs):03d}Z {record.levelname.lower()} {record.name}: {record.getMessage()}"
+        line = f"{_moment(record)} {record.levelname.lower()} {record.name}: {record.getMessage()}"
         fields = getattr(record, "fields", None)
         if isinstance(fields, Mapping):
             line += "".join(f" {key}={_shown(value)}" for key, value in fields.items() if value is not None)
@@ -32,14 +31,38 @@ class LineFormatter(logging.Formatter):
         return line
 
 
-def configure(level: str) -> None:
-    """Send Kvarn's and the HTTP server's lines to standard error from ``level`` (debug, info, warning, error) up."""
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time, level, logger, message, and the fields beside them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", None)
+        line: dict[str, object] = {
+            "time": _moment(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if isinstance(fields, Mapping):
+            line |= {key: value for key, value in fields.items() if value is not None and key not in line}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(level: str, form: str = "text") -> None:
+    """Send Kvarn's and the HTTP server's lines to standard error from ``level`` (debug, info, warning, error) up, as
+    ``text`` or ``json``."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(JsonFormatter() if form == "json" else LineFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("kvarn").setLevel(level.upper())
+
+
+def _moment(record: logging.LogRecord) -> str:
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{moment}.{int(record.msecs):03d}Z"
 
 
 def _shown(value: object) -> str:

@@ -27,6 +27,8 @@ class Entry:
     """Seconds; survives a requeue."""
     number: int
     """Order of arrival, decides ties."""
+    prompt: int
+    """Tokens that the client sent."""
     done: int = 0
     """Tokens in its own prefill cache."""
     in_row: bool = False

@@ -19,6 +19,7 @@ The round of one step, and who may change what when:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from kvarn.schedule.admission import Holdings, choose_victims
@@ -31,6 +32,16 @@ from kvarn.types import GRID, StepPlan
 HEAD_START = 0.5
 """Share of the remaining prefill time that counts for a request already begun: only work less than half as long as
 what is left of it goes before it."""
+
+
+LEAST_SHARE = 0.1
+"""Share of the time that prefill gets at least beside decoding, as far as predictions go."""
+FIRST_ANSWER = 256.0
+"""Tokens that an answer is expected to have before any was seen."""
+ANSWER_WEIGHT = 0.1
+"""Share of the latest answer's length in what is expected of the next ones."""
+FAIR_SECONDS = 2.0
+"""With several clients waiting, each answer that a client has before this one counts like so many seconds of work."""
 
 
 class NeverFits(Exception):  # noqa: N818 - reads as the fact it states
@@ -68,6 +79,10 @@ class Scheduler:
         self._rows: list[Entry] = []
         self._step = 0
         self._added = 0
+        self._answer = FIRST_ANSWER
+        """Tokens of a typical answer, learnt: most end long before their max_tokens."""
+        self._left: str | None = None
+        """The client whose answer left a row last."""
 
     # --- requests come and go ---------------------------------------------------------------------------------
 
@@ -88,13 +103,15 @@ class Scheduler:
                 f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) need {peak} bytes of key-value memory, "
                 f"the limit is {self._budget.limit_bytes} bytes"
             )
-        self._entries[name] = Entry(name, prompt_tokens, total, priority, client, now, self._added)
+        self._entries[name] = Entry(name, prompt_tokens, total, priority, client, now, self._added, prompt_tokens)
         self._added += 1
 
     def remove(self, name: str) -> None:
         """Forget a request that finished, failed or was cancelled. An unknown name is fine."""
         entry = self._entries.pop(name, None)
         if entry is not None and entry.in_row:
+            self._answer += ANSWER_WEIGHT * (entry.length - entry.prompt - self._answer)
+            self._left = entry.client
             _release(self._rows, entry)
 
     def requeue(self, name: str, tokens: int, now: float, probation: bool = False) -> None:
@@ -152,6 +169,38 @@ class Scheduler:
     def running(self) -> int:
         """How many requests hold a row."""
         return len(self._rows)
+
+    def wait_seconds(self) -> float:
+        """Predicted: how long a request added now would wait for its prefill, if it went last."""
+        entries = self._entries.values()
+        queued = [entry for entry in entries if not entry.in_row]
+        if not queued:
+            return 0.0
+        limits, costs = self._limits, self._costs
+        reading = sum(costs.prefill_ms(entry.computed, entry.prefill - entry.computed) for entry in queued)
+        context = sum(entry.length for entry in self._rows)
+        step = costs.decode_ms(len(self._rows), context)
+        beside = reading / max(LEAST_SHARE, 1.0 - step / limits.max_itl_ms)
+        places = self._places()
+        ahead = len(entries) + 1 - places
+        if ahead <= 0:
+            return beside / 1000.0
+        left = sum(min(entry.total - max(entry.length, entry.prefill), self._answer) for entry in entries)
+        step = costs.decode_ms(places, context * places // max(1, len(self._rows)))
+        leaving = ahead * left / len(entries) * step / places
+        return max(beside, reading + leaving) / 1000.0
+
+    def _places(self) -> int:
+        """How many requests can be under way at once: as many as there are rows, or as memory lets begin."""
+        holdings = Holdings(self._budget, [entry for entry in self._entries.values() if entry.holds])
+        for entry in self._entries.values():
+            if holdings.count >= self._limits.max_rows:
+                break
+            if not entry.holds:
+                if not holdings.has_room_for(entry, self._limits.grid):
+                    return holdings.count
+                holdings.add(entry)
+        return self._limits.max_rows
 
     @property
     def idle(self) -> bool:
@@ -270,16 +319,37 @@ class Scheduler:
         return packer
 
     def _ordered(self, waiting: list[Entry], now: float) -> list[Entry]:
-        """Best first: priority, then little work left, where every second of waiting makes work count for less."""
-        age_weight, prefill_ms = self._limits.age_weight, self._costs.prefill_ms
+        """Best first: priority, then little work left, where every second of waiting makes work count for less, and
+        every answer that its client has already, running or earlier in the queue, makes it count for more.
 
-        def key(entry: Entry) -> tuple[int, float, int]:
+        Waiting makes up for work, never for a client's other answers: however long a flood has waited, somebody else's
+        request need not wait for all of it.
+        """
+        age_weight, prefill_ms = self._limits.age_weight, self._costs.prefill_ms
+        ahead = self._ahead(waiting)
+
+        def key(entry: Entry) -> tuple[int, float, float, int]:
             seconds = prefill_ms(entry.computed, entry.prefill - entry.computed) / 1000.0
             if entry.done > 0 or entry.preempted > 0:
                 seconds *= HEAD_START
-            return -entry.priority, seconds - age_weight * (now - entry.arrival), entry.number
+            seconds -= age_weight * (now - entry.arrival)
+            fair = FAIR_SECONDS * ahead[entry.id] + max(0.0, seconds) if ahead else 0.0
+            return -entry.priority, fair, seconds, entry.number
 
         return sorted(waiting, key=key)
+
+    def _ahead(self, waiting: list[Entry]) -> dict[str, int]:
+        """How many answers each waiting one's client has before it; nothing when a single client waits."""
+        if len({entry.client for entry in waiting}) < 2:
+            return {}
+        counts = Counter(entry.client for entry in self._rows)
+        if not self._rows and self._left is not None:
+            counts[self._left] += 1  # with a single row, whoever has just had it would always seem to have had nothing
+        found = {}
+        for entry in sorted(waiting, key=lambda entry: entry.number):
+            found[entry.id] = counts[entry.client]
+            counts[entry.client] += 1
+        return found
 
     def _admits(self, holdings: Holdings, entry: Entry) -> bool:
         return holdings.count < self._limits.max_rows and holdings.has_room_for(entry, self._limits.grid)

@@ -5,11 +5,16 @@ The model path of the Start message selects the script, as words joined by comma
 - ``slow=S``: seconds between two tokens (default 0.002); ``load=S``: seconds before Ready;
 - ``fatal``: refuse to start with a Fatal message; ``crash``: exit with status 3 before Ready;
 - ``crash_after=N``: exit hard once N tokens have been produced in all;
+- ``queue=S``: tell that a prompt is begun S seconds after its arrival (without the word: never told);
+- ``prefill=S``: seconds between that and the first token; ``pause=N:S``: S seconds more before the N-th token;
+- ``wait=S``: beats predict a wait of S seconds as long as anything runs; ``mute``: beats say that nothing runs;
+- ``figures``: beats tell made-up numbers of the engine's own work, all of them so many times as requests have ended;
 - ``rows=N``: report max_rows N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM.
 
 A request is answered by its prompt's tokens repeated from the start until max_tokens; ids from 900 on in the prompt are
 commands: 900 fails the request with an engine error, 901 ends it with ``stop`` there, 902 refuses it as invalid, 903
-never answers, 904 kills the process, 905 sends a frame of nonsense.
+never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does. A prompt
+that begins with 907 is never begun.
 """
 
 from __future__ import annotations
@@ -21,8 +26,23 @@ import os
 import signal
 import socket
 
+import msgspec
+
 from kvarn import wire
-from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request, TokenLogprob
+from kvarn.prefix.disk.stats import SsdStats
+from kvarn.types import (
+    Delta,
+    Distribution,
+    EngineCounters,
+    ErrorKind,
+    Finish,
+    ModelInfo,
+    PrefixCounters,
+    PrefixLoad,
+    PrefixReport,
+    Request,
+    TokenLogprob,
+)
 
 
 class Script:
@@ -40,6 +60,7 @@ class Engine:
         self.script = script
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.produced = 0
+        self.ended = 0
 
     def send(self, message: wire.FromEngine) -> None:
         self.writer.write(wire.encode(message))
@@ -67,12 +88,16 @@ class Engine:
             blas="none",
             kv_bytes_per_token=64,
             max_rows=int(self.script.number("rows", 8)),
+            kv_limit_bytes=4096,
             fingerprint="ab" * 32,
         )
 
     async def beat(self) -> None:
         while True:
-            self.send(wire.Beat(step=self.produced, running=len(self.tasks), waiting=0, kv_bytes=0))
+            running = 0 if "mute" in self.script.words else len(self.tasks)
+            wait = self.script.number("wait", 0.0) if self.tasks else 0.0
+            beat = wire.Beat(step=self.produced, running=running, waiting=0, kv_bytes=0, wait_seconds=wait)
+            self.send(figures(beat, self.ended) if "figures" in self.script.words else beat)
             await asyncio.sleep(0.05)
 
     async def answer(self, request: Request) -> None:
@@ -80,12 +105,15 @@ class Engine:
             await self.produce(request)
         finally:
             self.tasks.pop(request.id, None)
+            self.ended += 1
 
     async def produce(self, request: Request) -> None:
         params = request.params
         count = 0
+        await self.begin(request)
+        pause_at, _, pause = self.script.words.get("pause", "0:0").partition(":")
         while True:
-            await asyncio.sleep(self.script.number("slow", 0.002))
+            await asyncio.sleep(self.script.number("slow", 0.002) + (float(pause) if count + 1 == int(pause_at) else 0))
             token = request.tokens[count % len(request.tokens)]
             if token >= 900 and self.command(token, request):
                 return
@@ -109,6 +137,14 @@ class Engine:
             if last:
                 return
 
+    async def begin(self, request: Request) -> None:
+        if request.tokens[0] == 907:
+            await asyncio.sleep(3600)
+        if "queue" in self.script.words:
+            await asyncio.sleep(self.script.number("queue", 0.0))
+            self.send(wire.Deltas([Delta(request.id, [], prefix=PrefixReport())]))
+        await asyncio.sleep(self.script.number("prefill", 0.0))
+
     def command(self, token: int, request: Request) -> bool:
         match token:
             case 900:
@@ -121,6 +157,8 @@ class Engine:
                 os.kill(os.getpid(), signal.SIGKILL)
             case 905:
                 self.writer.write(wire.HEADER.pack(3) + b"\xc1\xc1\xc1")
+            case 906:
+                os.kill(os.getpid(), signal.SIGSTOP)
             case _:
                 return False
         return True
@@ -136,11 +174,52 @@ class Engine:
                         if task := self.tasks.get(request_id):
                             task.cancel()
                             self.send(wire.Deltas([Delta(request_id, [], Finish.CANCELLED)]))
+                    case wire.Explain(name, tokens, _):
+                        self.send(wire.Explained(name, PrefixReport(min(3, len(tokens) - 1))))
                     case wire.Stop() if "deaf" not in self.script.words:
                         return
         del tasks
         if "deaf" in self.script.words:
             await asyncio.sleep(3600)
+
+
+def figures(beat: wire.Beat, n: int) -> wire.Beat:
+    """Numbers that tell each other apart, n times."""
+    return msgspec.structs.replace(
+        beat,
+        waiting=3 * n,
+        kv_bytes=64 * n,
+        wait_seconds=0.5 * n,
+        counters=EngineCounters(
+            prefill_tokens=7 * n,
+            drawn_tokens=11 * n,
+            preemptions=2 * n,
+            failed_steps=3 * n,
+            step_seconds=Distribution((0.01, 0.1), (5 * n, 3 * n, n), 0.75 * n),
+            step_rows=Distribution((1, 8), (4 * n, 2 * n, 0), 20 * n),
+            step_tokens=Distribution((16,), (6 * n, n), 130 * n),
+        ),
+        prefix=PrefixLoad(
+            ram_bytes=1000 * n,
+            ram_blocks=10 * n,
+            ram_limit=4096,
+            saving_records=12 * n,
+            saving_bytes=640 * n,
+            counters=PrefixCounters(
+                hits=9 * n,
+                disk_hits=4 * n,
+                misses=5 * n,
+                memory_tokens=600 * n,
+                disk_tokens=400 * n,
+                computed_tokens=900 * n,
+                evicted=13 * n,
+                unsaved=6 * n,
+                checked=8 * n,
+                mismatches=n,
+            ),
+            ssd={name: number * n for number, name in enumerate(SsdStats.__struct_fields__, 1)},
+        ),
+    )
 
 
 async def receive(reader: asyncio.StreamReader) -> wire.ToEngine:

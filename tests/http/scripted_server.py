@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvarn.cli.serve import Front, StartError, bind
+from kvarn.cli.serve import Front, StartError, bind, read_certificate, read_keys
 from kvarn.config import read_config
 from kvarn.observe.log import configure
 
@@ -19,8 +19,11 @@ class ScriptedFront(Front):
 
     def __init__(self, script: str, folder: Path, flags: dict[str, str | None]) -> None:
         config = read_config({"port": "0", **flags}, {})
-        configure(config.log_level)
-        super().__init__(config, "org/test-model", "test-model", folder, time.monotonic(), ENGINE, script)
+        configure(config.log_level, config.log_format)
+        names = ("org/test-model", "test-model")
+        super().__init__(
+            config, read_keys(config), *names, folder, time.monotonic(), ENGINE, script, read_certificate(config)
+        )
         self.listener = bind(config)
 
 

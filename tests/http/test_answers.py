@@ -146,10 +146,10 @@ def test_stop_strings_cut_text_and_usage_streamed_or_not(
 
 
 def test_a_stop_string_cancels_the_work(server: Server, ai: openai.OpenAI) -> None:
-    before = server.health()["requests"]["cancelled"]
+    before = server.health()["requests"]["finished"]
     ai.chat.completions.create(model="test-model", messages=HELLO, stop=":")
     after = server.wait_until(lambda health: health["engine"]["running"] == 0)
-    assert after["requests"]["cancelled"] == before + 1
+    assert after["requests"]["finished"] == before + 1
 
 
 def test_end_of_sequence_is_a_stop(ai: openai.OpenAI) -> None:

@@ -294,6 +294,17 @@ def test_explain_refuses_what_is_no_object(plain: Server, content: bytes) -> Non
     assert response.json()["error"]["code"] == "invalid_json"
 
 
+def test_explaining_takes_places_like_answering(plain: Server) -> None:
+    """(B9) Nobody can have more prompts explained at once than could wait for answers; who leaves is forgotten."""
+    answer = httpx.post(f"{plain.url}/v1/cache/explain", json={"prompt": ["a"] * 5000}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    connection = http.client.HTTPConnection(plain.url.removeprefix("http://"))
+    body = json.dumps({"prompt": ["a " * 50] * 500})
+    connection.request("POST", "/v1/cache/explain", body, {"content-type": "application/json"})
+    connection.close()
+    assert settled(plain)["requests"]["held"] == 0
+
+
 def test_a_null_field_is_an_absent_one(plain: Server) -> None:
     """(B1) Also for the field that tells a chat from a plain completion."""
     assert explain(plain, messages=None, prompt="a")[0]["prompt_tokens"] == 1

@@ -1,0 +1,143 @@
+"""kvarn doctor as a process: the machine, the installation and models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny_models
+from doctor_report import doctor
+from mlx.utils import tree_flatten
+
+from kvarn.cli.doctor import machine
+from kvarn.cli.doctor.weights import weight_bytes
+from kvarn.hub.cache import cache_root
+from kvarn.model.load import load
+
+# --- the machine and the installation ---------------------------------------------------------------------------
+
+
+def test_a_low_limit_of_open_files() -> None:
+    """The soft one is raised by serve itself."""
+    report = doctor("--max-connections", "300", before=("sh", "-c", 'ulimit -S -n 256; exec "$@"', "sh"))
+    assert report.state["files"] == "ok"
+    report = doctor("--max-connections", "300", before=("sh", "-c", 'ulimit -n 256; exec "$@"', "sh"))
+    assert report.state["files"] == "warn"
+    assert "hard limit" in report.remedy["files"]
+    assert doctor("--max-connections", "10").state["files"] == "ok"
+
+
+def test_a_containers_limit(tmp_path: Path) -> None:
+    limit, used, statistics = (tmp_path / name for name in ("memory.max", "memory.current", "memory.stat"))
+    limit.write_text("1000\n")
+    used.write_text("700\n")
+    statistics.write_text("anon 400\ninactive_file 250\n")
+    assert machine._left(limit, used) == 550
+    limit.write_text("max\n")
+    assert machine._left(limit, used) is None
+    assert machine._left(tmp_path / "none", used) is None
+
+
+def test_packages_of_another_version_and_missing_ones(tmp_path: Path) -> None:
+    for name, version in (("mlx_lm", "0.1"), ("numpy", "1.0")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    report = doctor(PYTHONPATH=str(tmp_path))
+    assert report.state["mlx-lm"] == report.state["packages"] == "warn"
+    assert "0.1" in report.text["mlx-lm"]
+    assert "pip install 'mlx-lm" in report.remedy["mlx-lm"]
+    assert "numpy 1.0" in report.text["packages"]
+
+
+def test_a_broken_mlx(tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('no such symbol')\n")
+    report = doctor(PYTHONPATH=str(tmp_path))
+    assert report.failed == {"device"}
+    assert "no such symbol" in report.text["device"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux CPUs need one")
+def test_no_compiler(tmp_path: Path) -> None:
+    report = doctor(PATH=str(tmp_path))
+    assert report.state["compiler"] == "warn"
+    assert "g++" in report.remedy["compiler"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux CPUs use it")
+def test_no_c_part(tmp_path: Path) -> None:
+    """A copy of the package without the library."""
+    source = Path(machine.__file__).parents[2]
+    shutil.copytree(source, tmp_path / "kvarn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    report = doctor(cwd=tmp_path)
+    assert report.state["C part"] == "warn"
+    assert "compiler" in report.remedy["C part"]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert not (tmp_path / "kvarn" / "native" / f"_rowblas{suffix}").exists()
+
+
+# --- models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_and_the_room_it_leaves(tmp_path: Path) -> None:
+    folder = tiny_models.save("llama", tmp_path / "tiny")
+    report = doctor(str(folder), "--kv-memory-mb", "64", KVARN_CACHE=str(cache_root()))
+    assert not report.failed
+    assert report.state["model"] == report.state["tokens"] == report.state["batching"] == "ok"
+    # Keys and values of 4 layers, 2 heads of 16 numbers in float32.
+    assert "1 KiB per token" in report.text["tokens"]
+    assert "64 MiB hold 65536 tokens, 128 full contexts" in report.text["tokens"]
+    assert "float32, context 512" in report.text["model"]
+
+
+def test_more_memory_for_keys_and_values_than_there_is(tmp_path: Path) -> None:
+    folder = tiny_models.save("llama", tmp_path / "tiny")
+    report = doctor(str(folder), "--kv-memory-mb", "1000000", "--cache-ram", "0")
+    assert report.state["tokens"] == "warn"
+    assert "--kv-memory-mb" in report.remedy["tokens"]
+    assert report.state["prefixes"] == "warn"
+    assert "--cache-ram" in report.remedy["prefixes"]
+
+
+def test_models_that_cannot_be_served(tmp_path: Path) -> None:
+    assert "no-such-model" in doctor("no-such-model").text["model"]
+    folder = tiny_models.save("llama", tmp_path / "tiny")
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    report = doctor(str(folder))
+    assert report.failed == {"model"}
+    assert "nonsense" in report.text["model"]
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert "not a safetensors file" in doctor(str(folder)).text["model"]
+
+
+def test_a_model_that_is_too_large_is_not_loaded(tmp_path: Path) -> None:
+    """Its files are missing all but their heads: loading it would fail in another way."""
+    size = 10**15
+    head = json.dumps({"a.weight": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    (tmp_path / "config.json").write_text("{}")
+    report = doctor(str(tmp_path))
+    assert report.failed == {"model"}
+    assert "weights take" in report.text["model"]
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_the_estimate_of_the_weights_is_what_they_take(bits: int | None, tmp_path: Path) -> None:
+    folder = tiny_models.save("llama", tmp_path / "tiny")
+    if bits is not None:
+        network = tiny_models.build("llama")
+        nn.quantize(network, group_size=32, bits=bits)
+        mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(network.parameters())))
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization"] = {"group_size": 32, "bits": bits}
+        (folder / "config.json").write_text(json.dumps(config))
+    on_cpu = mx.default_device() == mx.cpu
+    assert weight_bytes(folder, on_cpu, 2**40) == load(folder, 0, lambda _: None).weight_bytes

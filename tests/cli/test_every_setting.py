@@ -1,0 +1,122 @@
+"""(J1) No setting is dead: each names the tests that show it changing what the server does, and those tests exist."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from kvarn.config import ServeConfig
+
+TESTS = Path(__file__).resolve().parents[1]
+
+PROOFS: dict[str, tuple[str, ...]] = {
+    "host": ("http/test_access.py::test_beyond_loopback_any_host_is_served_and_a_missing_key_is_warned_about",),
+    "port": ("http/test_lifecycle.py::test_a_port_in_use_is_said_before_anything_loads",),
+    "model_name": ("http/test_engine_flags.py::test_settings_from_all_sources_reach_the_engine",),
+    "context_length": (
+        "http/test_engine_flags.py::test_settings_from_all_sources_reach_the_engine",
+        "engine/test_process.py::test_a_context_beyond_the_models_is_refused",
+    ),
+    "max_batch": ("http/test_engine_flags.py::test_settings_from_all_sources_reach_the_engine",),
+    "max_itl_ms": (
+        "http/test_engine_flags.py::test_the_pace_reaches_the_scheduler",
+        "schedule/test_scheduler.py::test_rows_decoding_leave_only_their_spare_time",
+        "schedule/test_scheduler.py::test_slow_decoding_still_lets_one_block_through",
+    ),
+    "prefill_chunk": ("http/test_engine_flags.py::test_prefill_chunk_cuts_prompts",),
+    "kv_memory_mb": (
+        "http/test_engine_flags.py::test_little_kv_memory_means_a_shorter_context",
+        "engine/test_process.py::test_no_memory_for_any_request_is_said_at_start",
+    ),
+    "cache_ram": (
+        "http/test_prefix_flags.py::test_cache_ram_bounds_memory",
+        "http/test_prefix_cache.py::test_no_cache_says_so",
+    ),
+    "cache_selfcheck": ("http/test_prefix_flags.py::test_selfcheck_compares_every_hit",),
+    "cache_dir": ("http/test_prefix_flags.py::test_a_folder_that_cannot_be_made",),
+    "cache_ssd": ("http/test_prefix_flags.py::test_cache_ssd_bounds_the_files",),
+    "ssd_policy": (
+        "http/test_prefix_cache.py::test_policy_all_survives_kill_9",
+        "http/test_prefix_cache.py::test_policy_second_use_survives_kill_9_for_what_was_used_twice",
+        "http/test_prefix_cache.py::test_policy_evicted_keeps_everything_at_an_orderly_stop",
+        "http/test_prefix_cache.py::test_policy_off_reads_and_changes_nothing",
+    ),
+    "ssd_durability": ("http/test_prefix_flags.py::test_ssd_durability_syncs_every_file_or_none",),
+    "ssd_ttl": ("http/test_prefix_flags.py::test_ssd_ttl_removes_what_was_not_used",),
+    "ssd_daily_writes": ("http/test_prefix_flags.py::test_ssd_daily_writes_stop_for_the_day",),
+    "ssd_min_free": ("http/test_prefix_flags.py::test_ssd_min_free_is_left_free",),
+    "max_waiting": (
+        "http/test_limits.py::test_the_65th_stream_of_64_waits_outside",
+        "http/test_lifecycle.py::test_a_full_queue_is_a_429",
+    ),
+    "max_per_client": (
+        "http/test_limits.py::test_places_per_client_without_keys",
+        "http/test_limits.py::test_places_per_key",
+    ),
+    "keepalive": ("http/test_watchdog.py::test_comments_come_while_steps_do",),
+    "stall_timeout": (
+        "http/test_watchdog.py::test_an_engine_that_hangs_is_killed_and_everybody_is_told",
+        "http/test_watchdog.py::test_a_slow_engine_is_left_alone",
+    ),
+    "max_restarts": (
+        "http/test_watchdog.py::test_too_many_deaths_end_the_server_and_it_says_why",
+        "http/test_watchdog.py::test_no_restart_at_all_may_be_asked_for",
+    ),
+    "queue_timeout": ("http/test_timeouts.py::test_each_timeout_names_itself_and_cancels_the_work",),
+    "first_token_timeout": ("http/test_timeouts.py::test_each_timeout_names_itself_and_cancels_the_work",),
+    "token_timeout": ("http/test_timeouts.py::test_each_timeout_names_itself_and_cancels_the_work",),
+    "request_timeout": ("http/test_timeouts.py::test_each_timeout_names_itself_and_cancels_the_work",),
+    "write_timeout": ("http/test_slow_readers.py::test_one_that_never_reads_is_cut_and_everything_is_given_back",),
+    "stream_buffer": (
+        "http/test_slow_readers.py::test_a_slow_reader_gets_what_was_kept_and_then_an_error_and_others_keep_their_pace",
+    ),
+    "body_timeout": (
+        "http/test_limits.py::test_half_a_head_is_cut",
+        "http/test_limits.py::test_a_slow_body_is_a_408",
+    ),
+    "max_body": ("http/test_body_size.py::test_the_limit_is_on_real_bytes",),
+    "max_connections": ("http/test_limits.py::test_one_connection_too_many_is_cut_and_the_others_live",),
+    "api_key": ("http/test_keys.py::test_each_key_opens",),
+    "api_key_file": (
+        "http/test_keys.py::test_each_key_opens",
+        "http/test_keys.py::test_sighup_reads_keys_again_and_disturbs_nobody",
+    ),
+    "allowed_hosts": ("http/test_access.py::test_allowed_hosts_are_the_only_ones",),
+    "cors_origins": (
+        "http/test_access.py::test_cors_for_the_page_that_may",
+        "http/test_access.py::test_cors_for_everybody",
+    ),
+    "tls_certificate": ("http/test_tls.py::test_the_official_client_over_https",),
+    "tls_key": ("http/test_tls.py::test_a_bad_pair_is_refused_with_what_is_wrong",),
+    "drain_seconds": (
+        "http/test_lifecycle.py::test_drain_deadline_ends_the_rest_with_an_error",
+        "http/test_lifecycle.py::test_a_second_signal_forces_exit",
+    ),
+    "log_format": ("http/test_log_lines.py::test_every_line_parses_and_none_has_text_of_a_prompt",),
+    "log_level": ("http/test_log_lines.py::test_log_levels",),
+}
+"""Setting → tests, as path below tests/ and name."""
+
+
+def functions_in(path: Path) -> set[str]:
+    """Names of the test functions of a file."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, kinds)}
+
+
+def test_every_setting_is_in_the_table() -> None:
+    assert set(PROOFS) == set(ServeConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_the_proof_exists(name: str) -> None:
+    assert PROOFS[name], "a setting without a test"
+    for proof in PROOFS[name]:
+        path, _, function = proof.partition("::")
+        assert (TESTS / path).is_file(), f"no file {path}"
+        assert function in functions_in(TESTS / path), f"no test {proof}"
+        # The setting is at least spoken of where it is said to be proved: by its name, as a flag, or in a fixture.
+        text = (TESTS / path).read_text(encoding="utf-8")
+        assert name in text or name.replace("_", "-") in text, f"{proof} has never heard of {name}"
