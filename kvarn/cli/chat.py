@@ -303,7 +303,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _talk(url: str, args: argparse.Namespace) -> int:
-    key = os.environ.get("OPENAI_API_KEY", "")
+    key = os.environ.get("KVARN_API_KEY", "").partition(",")[0].strip() or os.environ.get("OPENAI_API_KEY", "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(None, connect=10.0)
     base = url.rstrip("/").removesuffix("/v1")

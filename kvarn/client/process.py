@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 
 from kvarn import wire
 
+SECRET = "KVARN_API_KEY"  # noqa: S105 - a name
+"""The engine has no business with it, and whoever may read its environment neither."""
+
 
 class EngineProcess:
     """A running engine. ``spawn`` one, ``send`` and ``receive`` frames, then always ``end`` it."""
@@ -42,7 +45,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env={**os.environ, **environment},
+                env={**{name: os.environ[name] for name in os.environ if name != SECRET}, **environment},
             )
         except BaseException:
             ours.close()

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvarn.engine.link import Inbox, Outbox
 from kvarn.engine.prefixes import Cut, Prefixes
+from kvarn.engine.refusals import failure, impossible
 from kvarn.engine.sequence import Sequence
 from kvarn.engine.tally import Tally
 from kvarn.model.forwards import decode, prefill
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 
 TRIM_SHARE = 0.5
 """Above this share of the memory limit, the arena is cut to what its rows need before more prompts are read."""
-NO_MEMORY = ("Unable to allocate", "bad_alloc", "out of memory", "Insufficient Memory")
-"""How MLX says on its back ends that there is no more memory."""
 REST_SECONDS = 3.0
 """An engine without requests for this long gives its rows' memory back. The next ones often come sooner."""
 
@@ -170,31 +169,20 @@ class Engine:
         self._idle_since = None
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id!r} is already in use")
-        params = request.params
-        if not request.tokens or params.max_tokens < 1:
-            self._refuse(request.id, "a request needs at least one prompt token and max_tokens of at least 1")
-        elif len(request.tokens) + params.max_tokens > self._model.context_length:
-            self._refuse(request.id, f"prompt and max_tokens exceed the context of {self._model.context_length} tokens")
-        elif not all(0 <= token < self._model.vocab_size for token in request.tokens):
-            self._refuse(request.id, f"prompt has a token id outside 0..{self._model.vocab_size - 1}")
-        else:
+        wrong = impossible(request, self._model)
+        if not wrong:
+            tokens, params = len(request.tokens), request.params
             try:
                 self._scheduler.add(
-                    request.id,
-                    len(request.tokens),
-                    params.max_tokens,
-                    request.priority,
-                    request.client,
-                    time.monotonic(),
+                    request.id, tokens, params.max_tokens, request.priority, request.client, time.monotonic()
                 )
             except NeverFits as error:
-                self._refuse(request.id, str(error))
-            else:
-                sequence = self._sequences[request.id] = Sequence(request)
-                self._prefixes.arrive(sequence)
-
-    def _refuse(self, name: str, message: str) -> None:
-        self._outbox.send(Failed(name, ErrorKind.INVALID, message))
+                wrong = str(error)
+        if wrong:
+            self._outbox.send(Failed(request.id, ErrorKind.INVALID, wrong))
+            return
+        sequence = self._sequences[request.id] = Sequence(request)
+        self._prefixes.arrive(sequence)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -343,7 +331,12 @@ class Engine:
             if bad[row]:
                 self._end(name, ArithmeticError("the model produced logits that are not finite"))
                 continue
-            logprob = self._logprob(flight.picks, row, sequence)
+            try:
+                logprob = self._logprob(flight.picks, row, sequence)
+            except Exception as error:  # whatever it is, it is about this request alone
+                log.exception("log-probabilities of request %s failed", name)
+                self._end(name, error)
+                continue
             kept, finish = sequence.commit(tokens[row])
             told = [logprob] if kept and logprob is not None else None
             deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told))
@@ -431,10 +424,3 @@ class Engine:
                 prefix=self._prefixes.load(),
             )
         )
-
-
-def failure(name: str, error: Exception) -> Failed:
-    """What the client is told of an exception."""
-    if isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY):
-        return Failed(name, ErrorKind.UNAVAILABLE, "the machine is short of memory; try again later")
-    return Failed(name, ErrorKind.ENGINE, f"the engine could not go on with this request: {error}")

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
@@ -83,7 +84,8 @@ def _count(scope: Scope) -> None:
 def _leave_out_the_host(scope: Scope) -> None:
     """A client may ask for a whole URI, as it would ask a proxy (RFC 9112, 3.2.2)."""
     if scope["path"].lower().startswith(("http://", "https://")):
-        scope["path"] = urlsplit(scope["path"]).path or "/"
+        with suppress(ValueError):  # brackets that do not match: nothing is found there
+            scope["path"] = urlsplit(scope["path"]).path or "/"
 
 
 def _request_id(scope: Scope) -> str:

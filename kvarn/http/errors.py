@@ -135,7 +135,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def _from_starlette(request: Request, error: HTTPException) -> ApiError:
-    path = shown(request.url.path)
+    path = shown(request.scope["path"])
     if error.status_code == 404:
         return ApiError(404, f"there is nothing at {path}", code="not_found")
     if error.status_code == 405:

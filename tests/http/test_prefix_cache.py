@@ -154,7 +154,10 @@ def test_hits_and_misses_answer_alike(plain: Server) -> None:
     before = figures(plain)
     sampled = complete(plain, prompt, "alike", **options)
     after = figures(plain)
-    assert after["computed_tokens"] - before["computed_tokens"] == sampled.prompt_tokens + 2
+    # One whose request reached the engine after the others' prompt was read computes the rest of its last block again.
+    tail = (sampled.prompt_tokens - 1) % BLOCK
+    more = after["computed_tokens"] - before["computed_tokens"] - (sampled.prompt_tokens + 2)
+    assert more in (0, tail, 2 * tail)
     assert sampled.cached == 0
     assert len(set(sampled.texts)) > 1
     again = complete(plain, prompt, "alike", **options)

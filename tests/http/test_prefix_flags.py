@@ -107,8 +107,8 @@ def test_bad_durations_are_refused(text: str) -> None:
         ("cache_selfcheck", "99999999999999999999999", "less than or equal to 1000000000"),
         ("kv_memory_mb", "99999999999999999999999", "less than or equal to 1000000000"),
         ("context_length", "99999999999999999999999", "less than or equal to 1000000000"),
-        ("cache_dir", "", "the path of a folder"),
-        ("cache_dir", "a\0b", "the path of a folder"),
+        ("cache_dir", "", "must be a path"),
+        ("cache_dir", "a\0b", "must be a path"),
         ("cache_dir", "~nobody-of-this-name/cache", "no such user"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from prefix_client import MODEL, explain, story, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -316,3 +317,41 @@ def test_a_slow_line_gets_a_whole_answer_however_long_it_takes(strict: Server) -
     body = json.loads(bytes(got).partition(b"\r\n\r\n")[2])
     assert body["choices"][0]["text"].startswith(BIG["prompt"])
     free(strict)
+
+
+# --- clients that leave while a real prompt is read ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(launch: Launch, smollm2_folder: Path) -> Iterator[Server]:
+    """The demo model, which reads a long prompt in many short steps."""
+    arguments = ["serve", str(smollm2_folder), "--port", "0", "--model-name", MODEL, "--prefill-chunk", "64"]
+    with launch([sys.executable, "-m", "kvarn.cli.main", *arguments]) as server:
+        yield server
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_while_the_prompt_is_read_ends_the_work_within_a_step(real: Server, stream: bool) -> None:
+    """(B11) Nobody is told anything before the first token, and yet: no further step, memory back, prefix kept."""
+    wait_until(real, lambda health: health["engine"]["kv_bytes"] == 0)
+    prompt = story(f"Yawl {stream}", 500)
+    start = real.health()["engine"]["step"]
+    connection = post(real, prompt=prompt, max_tokens=50, stream=stream, temperature=0)
+    with connection:
+        seen = wait_until(real, lambda health: health["engine"]["step"] >= start + 5)["engine"]
+        assert (seen["waiting"], seen["running"]) == (1, 0)
+        assert seen["kv_bytes"] > 0
+        asked = time.monotonic()
+    gone = wait_until(real, lambda health: health["engine"]["waiting"] == 0)
+    took = time.monotonic() - asked
+    wait_until(real, lambda health: health["engine"]["kv_bytes"] == 0)
+    last = real.health()["engine"]["step"]
+    assert last == gone["engine"]["step"], "no step after it"
+    # The last beat before it left may be half a second old, and so may be the first one after it.
+    print(f"left at step {seen['step'] - start}, the last was {last - start}, {took:.2f} s later")
+    assert last - start < 6000 // 64 // 2, "most of the prompt was never read"
+    assert gone["requests"]["held"] == 0
+    known = explain(real, prompt=prompt)[0]["known_tokens"]
+    assert isinstance(known, int)
+    assert 64 * 4 <= known <= 64 * (last - start + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING
 import httpx
 import openai
 import pytest
+from prefix_client import MODEL, complete, story, wait_until
 
 from kvarn.client.watchdog import LEAST_SILENCE, Watchdog
 from kvarn.wire import Beat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from conftest import Server, StartServer
+    from conftest import Launch, Server, StartServer
 
 A, B = 64, 65
 SILENT, KILLED, STOPPED = 903, 904, 906
@@ -315,3 +318,33 @@ def test_a_second_signal_takes_the_engine_along(busy: Server, second: signal.Sig
         except ProcessLookupError:
             return
     pytest.fail("the engine outlived its server")
+
+
+@pytest.mark.models
+def test_a_stop_with_work_and_writes_under_way_loses_no_block(
+    launch: Launch, smollm2_folder: Path, tmp_path: Path
+) -> None:
+    """(A3; L: stop with work queued, running, disk writes pending) Exit code 0 in time, everybody has got an answer
+    or an error, and what was computed is on disk: the next server finds the whole prompt."""
+    flags = ["--cache-dir", str(tmp_path), "--cache-ssd", "2GB", "--ssd-min-free", "0", "--ssd-policy", "all"]
+    command = [sys.executable, "-m", "kvarn.cli.main", "serve", str(smollm2_folder), "--port", "0", "--model-name"]
+    command += [MODEL, "--max-batch", "1", "--ssd-durability", "durable", "--drain-seconds", "1", *flags]
+    prompt = story("Ketch", 60)
+    body = {"prompt": prompt, "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
+    with launch(command) as server, ThreadPoolExecutor(3) as pool:
+        running = pool.submit(post, server, **body, stream=True)
+        wait_until(server, lambda health: health["engine"]["running"] == 1)
+        queued = [pool.submit(post, server, **body | {"prompt": word}, stream=word == "b") for word in "ab"]
+        wait_until(server, lambda health: health["engine"]["waiting"] == 2)
+        status, seconds = stopped_within(server, signal.SIGTERM)
+        assert '"unavailable"' in running.result().text
+        assert "[DONE]" not in running.result().text
+        for answer in queued:
+            assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (503, "unavailable")
+    print(f"exit {seconds:.2f} s after SIGTERM with a drain of 1 s")
+    assert status == 0
+    assert seconds < 1 + 10
+    with launch(command) as server:
+        again = complete(server, prompt)
+    assert again.prompt_tokens > 600
+    assert again.disk >= again.prompt_tokens // 64 * 64 - 64

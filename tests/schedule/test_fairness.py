@@ -6,13 +6,15 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
 
+QUICK = settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+"""Without shrinking, which would take minutes here."""
 PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
 LONGEST = 4000
 
@@ -101,7 +103,7 @@ class World:
 # --- fair shares ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@QUICK
 @given(
     rows=st.integers(1, 12),
     late=st.floats(0, 60),
@@ -112,7 +114,7 @@ class World:
 def test_a_flood_delays_another_client_by_few_answers(
     rows: int, late: float, prompt: int, flood: int, size: int
 ) -> None:
-    """(D3) Whenever it comes, however long the flood has waited: at most the answers that run, and one for each two
+    """(D3) Whenever it comes, however long the flood has waited: at most as many as there are rows, and one for two
     seconds that its own prompt takes, go before it."""
     world = World(rows)
     for _ in range(flood):
@@ -120,7 +122,7 @@ def test_a_flood_delays_another_client_by_few_answers(
     single = world.add(Job("single", late, prompt=prompt))
     world.finish()
     waited = world.begun_between("flood", late, world.begun[single])
-    assert waited <= 2 + LONGEST / 2000
+    assert waited <= rows + 1 + LONGEST / 2000
 
 
 def test_age_does_not_buy_a_flood_its_way_past_others() -> None:
@@ -176,7 +178,7 @@ def test_the_oldest_of_a_client_is_not_passed_by_its_own_small_ones_for_ever() -
     world.finish()
 
 
-@settings(max_examples=25, deadline=None)
+@QUICK
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 3000), st.integers(1, 60)), min_size=2, max_size=40))
 def test_with_one_client_the_rule_changes_nothing(jobs: list[tuple[float, int, int]]) -> None:
     """Whatever its name is: the order of one client's requests is that of a server that knows no clients; and so is
@@ -199,7 +201,7 @@ def test_with_one_client_the_rule_changes_nothing(jobs: list[tuple[float, int, i
     assert begun("somebody", aware=True) == plain
 
 
-@settings(max_examples=25, deadline=None)
+@QUICK
 @given(st.lists(st.tuples(st.floats(0, 90), st.integers(1, 3000)), min_size=2, max_size=30))
 def test_among_clients_with_one_request_each_the_rule_changes_nothing(jobs: list[tuple[float, int]]) -> None:
     """Work against age decides, as without the rule, however old everybody is."""
@@ -240,7 +242,7 @@ def test_nobody_waits_for_an_idle_engine() -> None:
     assert world.scheduler.wait_seconds() == 0.0
 
 
-@settings(max_examples=40, deadline=None)
+@QUICK
 @given(
     jobs=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 2000)), min_size=1, max_size=60),
     steps=st.integers(0, 40),
