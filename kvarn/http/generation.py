@@ -230,6 +230,11 @@ class Generation:
         if all(answer.ended for answer in answers):
             self._meters.all_finished(max(each.answer.completion_tokens for each in answers))
 
+    @property
+    def begun(self) -> bool:
+        """Whether the engine has begun any prompt: before that, the prefix cache has not been asked."""
+        return any(choice.begun for choice in self._choices)
+
     def usage(self) -> Usage:
         """Counts so far; exact once iteration has ended."""
         firsts = self._choices[:: self._n]

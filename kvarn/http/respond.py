@@ -165,7 +165,12 @@ async def _stream(
 
 
 def prefix_headers(generation: Generation) -> Headers:
-    """What the prefix cache did for the request, as a structured field: tokens by tier and why no more were cached."""
+    """What the prefix cache did for the request, as a structured field: tokens by tier and why no more were cached.
+
+    Nothing when a stream's headers go out, with a comment, before that is known.
+    """
+    if not generation.begun:
+        return []
     report = generation.prefix()
     shown = f"memory={report.memory}, disk={report.disk}, known={report.known}, end={report.end}"
     return [(b"x-kvarn-prefix-cache", shown.encode())]

@@ -38,7 +38,7 @@ def capabilities(kind: str) -> Capabilities:
 
 
 def driver(kind: str = "llama", **options: int) -> Driver:
-    return Driver(model(kind), capabilities=capabilities(kind), **options)
+    return Driver(model(kind), capabilities=capabilities(kind), **options)  # type: ignore[arg-type]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -123,7 +123,7 @@ class Starved:
     def __call__(self, tokens: mx.array, cache: object) -> mx.array:
         if self.short and (self._where == "prefill") == (tokens.shape[1] > 1):
             raise RuntimeError("[malloc] Unable to allocate 123456789 bytes.")
-        logits: mx.array = self._network(tokens, cache=cache)
+        logits: mx.array = self._network(tokens, cache=cache)  # type: ignore[operator]
         return logits
 
 

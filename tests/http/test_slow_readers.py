@@ -133,6 +133,16 @@ def descriptors(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
+def resting(server: Server) -> int:
+    """How many it has when nobody is connected: the questions of before may still be on their way out."""
+    return min(_after(0.02, server) for _ in range(15))
+
+
+def _after(seconds: float, server: Server) -> int:
+    time.sleep(seconds)
+    return descriptors(server)
+
+
 def until(condition: Callable[[], bool], limit: float = 60.0) -> None:
     """Ask again and again; for what no process tells by itself."""
     deadline = time.monotonic() + limit
@@ -265,10 +275,9 @@ def test_a_burst_is_not_a_slow_reader(launch: Launch, byte_tokenizer: Path) -> N
 def test_one_that_never_reads_is_cut_and_everything_is_given_back(strict: Server) -> None:
     """(B9, B12) Permits, engine requests and file descriptors, for streams of all kinds."""
     free(strict)
-    before, tasks = descriptors(strict), strict.health()["process"]["tasks"]
+    before, tasks = resting(strict), strict.health()["process"]["tasks"]
     connections = [post(strict, **endless(n=2)) for _ in range(5)]
-    until(lambda: descriptors(strict) >= before + 5)
-    strict.wait_for_line("client=stalled")
+    until(lambda: sum("client=stalled" in line for line in strict.lines) >= 5)
     free(strict)
     until(lambda: descriptors(strict) <= before)
     for connection in connections:
@@ -287,7 +296,7 @@ BIG: dict[str, Any] = {"prompt": "all work and no play " * 40_000, "echo": True,
 def test_a_whole_answer_left_unread_does_not_keep_its_connection_for_ever(strict: Server, header: str) -> None:
     """The request is over, its permit is back, and the connection goes too: nobody may collect dead ones here."""
     free(strict)
-    before = descriptors(strict)
+    before = resting(strict)
     with post(strict, header, **BIG):
         until(lambda: descriptors(strict) > before)
         until(lambda: descriptors(strict) <= before)
@@ -296,7 +305,7 @@ def test_a_whole_answer_left_unread_does_not_keep_its_connection_for_ever(strict
 
 def test_questions_without_reading_the_answers_end_too(strict: Server) -> None:
     """A client may put thousands of requests into one connection; not reading ends it like any other."""
-    before = descriptors(strict)
+    before = resting(strict)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
         connection.connect(address(strict))
@@ -335,7 +344,7 @@ def real(launch: Launch, smollm2_folder: Path) -> Iterator[Server]:
 def test_leaving_while_the_prompt_is_read_ends_the_work_within_a_step(real: Server, stream: bool) -> None:
     """(B11) Nobody is told anything before the first token, and yet: no further step, memory back, prefix kept."""
     wait_until(real, lambda health: health["engine"]["kv_bytes"] == 0)
-    prompt = story(f"Yawl {stream}", 500)
+    prompt = story("Yawl" if stream else "Wherry", 420)
     start = real.health()["engine"]["step"]
     connection = post(real, prompt=prompt, max_tokens=50, stream=stream, temperature=0)
     with connection:

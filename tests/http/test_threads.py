@@ -15,6 +15,7 @@ from kvarn import wire
 from kvarn.client import EngineClient
 from kvarn.config import ServeConfig
 from kvarn.http.app import create_app
+from kvarn.http.keys import Keys
 from kvarn.http.service import ModelNames
 from kvarn.text.tokenizer import Message, Tokenizer
 
@@ -53,7 +54,7 @@ def test_the_event_loop_answers_while_a_prompt_is_read(tokenizer: WatchedTokeniz
         client = EngineClient(wire.Start(model_path="plain", max_rows=8, max_itl_ms=400), command=ENGINE)
         await client.start()
         names = ModelNames("test", frozenset())
-        app, service = create_app(ServeConfig(), names, lambda: tokenizer, client)
+        app, service = create_app(ServeConfig(), names, lambda: tokenizer, client, Keys((), None), ())
         await asyncio.gather(service.load(), client.settled())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
             body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}

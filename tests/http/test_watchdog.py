@@ -230,6 +230,17 @@ def test_comments_come_while_steps_do(start_server: StartServer, prompt: list[in
         assert "engine_died" in silent.end()
 
 
+def test_headers_that_go_out_with_a_comment_claim_nothing(start_server: StartServer) -> None:
+    """The prompt has not been begun: what the prefix cache will do for it is not known."""
+    with start_server("slow=0.02,queue=0", "keepalive", "0.2") as server, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(post, server, prompt=[A], max_tokens=100)
+        body = {"prompt": [907], "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            assert next(answer.iter_lines()).startswith(":")
+            assert "x-kvarn-prefix-cache" not in answer.headers
+        assert "x-kvarn-prefix-cache" in other.result().headers
+
+
 def test_too_many_deaths_end_the_server_and_it_says_why(start_server: StartServer) -> None:
     """(A2) Two restarts are allowed; the third death ends it with a status and a reason, and nobody is left waiting."""
     with start_server("slow=0.01", "max_restarts", "2") as server:
