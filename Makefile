@@ -65,10 +65,10 @@ reference: setup
 		pathlib.Path("docs/configuration.md").write_text(config.reference(), encoding="utf-8")'
 
 test: lint
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest -q -m "slow or not slow"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 bench: setup
 	$(BIN)/kvarn bench $(ARGS)

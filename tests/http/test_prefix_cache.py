@@ -470,6 +470,7 @@ def test_policy_off_reads_and_changes_nothing(reader: Server, cache: Path) -> No
     assert {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in records(cache)} == before
 
 
+@pytest.mark.slow
 def test_conversations_outlive_their_servers(smollm2_folder: Path, launch: Launch, tmp_path: Path) -> None:
     """(A2, F1, F6, L) second-use saves live conversations at a stop, with all writes pending, although used once.
 

@@ -128,6 +128,7 @@ def test_a_client_that_pauses_is_not_the_engines_delay(hasty: Server) -> None:
     assert text == "ab" * 10
 
 
+@pytest.mark.slow
 def test_zero_turns_them_off(start_server: StartServer) -> None:
     """The same delays that end a request elsewhere; the server's own limits are all 0."""
     zeros = [word for name in CASES for word in (name, "0")]

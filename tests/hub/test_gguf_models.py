@@ -88,6 +88,7 @@ def test_smollm2_knows_paris(smollm2_folder: Path, smollm2_tokenizer: PreTrained
     assert smollm2_tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
+@pytest.mark.slow
 def test_gemma3_goes_on_sensibly(gemma3_folder: Path, gemma3_tokenizer: PreTrainedTokenizerBase) -> None:
     answer = greedy(gemma3_folder, gemma3_tokenizer.encode("One, two, three, four, five,"), 5)
     assert gemma3_tokenizer.decode(answer).startswith(" six, seven,")
