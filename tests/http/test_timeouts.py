@@ -231,7 +231,7 @@ def test_a_clock_that_jumps_moves_nothing(
     monkeypatch.setenv("KVARN_TEST_CLOCK", str(shift))
     program = str(Path(__file__).with_name("scripted_server.py"))
     limits = [word for name in ("queue_timeout", "first_token_timeout", "token_timeout") for word in (name, "4")]
-    flags = (*limits, "request_timeout", "60", "stall_timeout", "4", "write_timeout", "4", "keepalive", "1")
+    flags = (*limits, "request_timeout", "60", "stall_timeout", "15", "write_timeout", "4", "keepalive", "1")
     with launch([sys.executable, program, "slow=0.01,queue=0", str(byte_tokenizer), *flags]) as server:
         created = httpx.get(f"{server.url}/v1/models").json()["data"][0]["created"]
         assert abs(created - time.time()) < DAY / 2
