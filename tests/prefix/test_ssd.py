@@ -33,7 +33,7 @@ from kvarn.prefix.disk.block_file import file_bytes
 from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
 from kvarn.prefix.disk.files import Files, Space
 from kvarn.prefix.disk.index import DiskIndex
-from kvarn.prefix.disk.reader import BUFFERS
+from kvarn.prefix.disk.reader import BUFFERS, Fault
 from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.records import Kind
 
@@ -534,6 +534,19 @@ def test_a_file_removed_by_another_is_a_miss(tmp_path: Path) -> None:
         assert tier.tier.stats.missing == 1
         assert tier.load(heads[0]).problem == ""
         assert set(tier.save(*heads[1:]).values()) == {""}
+
+
+def test_a_missing_file_that_another_has_written_since_stays(tmp_path: Path) -> None:
+    """A reader was there first, and its report comes when the record and what depends on it are in the folder."""
+    heads = chain(3)
+    with running(tmp_path) as tier:
+        tier.save(*heads)
+        tier.swept()
+        tier.tier._inbox.report(Fault(heads[0].id, missing=True))
+        tier.save(*chain(1, salt=1))
+        assert not tier.listener.gone()
+        assert {file_of(tmp_path, record) for record in heads} <= set(record_files(tmp_path))
+        assert tier.load(heads[2]).problem == ""
 
 
 def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

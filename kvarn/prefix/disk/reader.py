@@ -30,7 +30,9 @@ class Fault(NamedTuple):
 
     id: RecordId
     damaged: bool = False
-    """Its file is to be set aside; False when it is missing or not wanted."""
+    """Its file is to be set aside."""
+    missing: bool = False
+    """Its file was not there; otherwise it is not wanted, or cannot be read."""
 
 
 class BufferPool:
@@ -152,7 +154,7 @@ class DiskReader:
             buffer, head, payload = self._load(record_path(self._folder, self._namespace, record), expected, buffer)
         except FileNotFoundError:
             self._tally.add(missing=1)
-            self._report(Fault(record))
+            self._report(Fault(record, missing=True))
             problem = "the file is missing"
         except DamagedRecord as error:
             self._tally.add_damaged(error.damage)

@@ -252,9 +252,12 @@ class DiskWriter:
     def _drop_faults(self) -> None:
         if not self._faults:
             return
-        for fault in self._faults.values():
+        for fault in list(self._faults.values()):
+            path = record_path(self._pool.folder, self._namespace, fault.id)
             if fault.damaged:
-                self._pool.quarantine(record_path(self._pool.folder, self._namespace, fault.id))
+                self._pool.quarantine(path)
+            elif fault.missing and self._pool.files.identity(path):
+                del self._faults[fault.id]  # another server has written it since
         rows = self._pool.drop(self._faults, self._namespace)
         self._gone({*self._faults, *(row.id for row in rows if row.namespace == self._namespace)})
         self._faults.clear()
