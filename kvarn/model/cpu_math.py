@@ -39,7 +39,7 @@ def attention(
     if queries.dtype != mx.float32 or sinks is not None or hasattr(cache, "bits"):
         return upstream_attention(queries, keys, values, cache, scale, mask, sinks)
     n, heads, length, _ = queries.shape
-    if length >= TILED_QUERIES and tiled(mask):
+    if length >= TILED_QUERIES and tiled(mask, queries, keys, values):
         return tiled_attention(queries, keys, values, scale * LOG2_E, mask)
     groups = keys.shape[1]
     # Queries that share a key head go into one product: fewer and larger ones.

@@ -37,10 +37,10 @@ class Attention(ctypes.Structure):
     )
 
 
-def tiled(mask: Mask) -> bool:
-    """Whether attention with this mask can be computed here."""
+def tiled(mask: Mask, *arrays: mx.array) -> bool:
+    """Whether attention with this mask over these arrays can be computed here: C reads float32 and nothing else."""
     plain = mask is None or isinstance(mask, str) or mask.dtype == mx.bool_
-    return plain and blas.prepared() is not None
+    return plain and all(array.dtype == mx.float32 for array in arrays) and blas.prepared() is not None
 
 
 def tiled_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:

@@ -92,3 +92,12 @@ def test_a_mask_that_is_added_and_short_queries_go_the_other_way() -> None:
     queries, keys, values = drawn(3, 2, 2, 2, TILED_QUERIES - 1, 40)
     ours = attention(queries, keys, values, None, 1.0, "causal")
     assert mx.allclose(ours, tiled_attention(queries, keys, values, LOG2_E, "causal"), rtol=1e-5, atol=1e-5)
+
+
+def test_other_types_go_the_other_way() -> None:
+    """Keys in half precision beside float32 queries: C would read them as something else."""
+    queries, keys, values = drawn(4, 1, 2, 1, 20, 40)
+    half = keys.astype(mx.float16)
+    assert not tiled(None, queries, half, values)
+    ours = attention(queries, half, values, None, 0.3, None)
+    assert mx.allclose(ours, upstream_attention(queries, half.astype(mx.float32), values, None, 0.3, None), atol=1e-4)
