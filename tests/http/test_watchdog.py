@@ -218,9 +218,8 @@ def test_comments_come_while_steps_do(start_server: StartServer, prompt: list[in
         silent = Comments(server, prompt)
         assert post(server, prompt=[A], max_tokens=100).status_code == 200
         silent.wait_for(3)
-        steps = server.health()["engine"]["step"]
-        time.sleep(1.0)  # the comment that the last steps earned may still come
-        after = silent.count
+        time.sleep(1.0)  # the beat and the comment that the last steps earned may still come
+        steps, after = server.health()["engine"]["step"], silent.count
         time.sleep(1.5)  # many keepalive times
         assert silent.count == after
         assert server.health()["engine"]["step"] == steps

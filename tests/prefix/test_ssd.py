@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -33,7 +31,7 @@ from kvarn.prefix.disk.block_file import file_bytes
 from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
 from kvarn.prefix.disk.files import Files, Space
 from kvarn.prefix.disk.index import DiskIndex
-from kvarn.prefix.disk.reader import BUFFERS, Fault
+from kvarn.prefix.disk.reader import BUFFERS
 from kvarn.prefix.disk.tier import SsdTier
 from kvarn.prefix.records import Kind
 
@@ -488,65 +486,6 @@ def test_any_order_of_writes_and_uses_keeps_the_limits(
         for salt in set(salts):
             present = [file_of(folder, record).name in left for record in chain(3, salt=salt)]
             assert present == sorted(present, reverse=True), "a child without its parent"
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from ssd_support import NO_LIMITS, chain, running
-from kvarn.prefix.disk.events import SsdLimits
-limits = SsdLimits(cap_bytes=int(sys.argv[3]))
-with running(Path(sys.argv[1]), limits) as tier:
-    for salt in range(int(sys.argv[2]), 12, 2):
-        tier.save(*chain(4, salt=salt))
-        for record in chain(4, salt=salt - 1 if salt else 0):
-            tier.load(record)
-    assert tier.tier.stats.write_errors == 0, tier.tier.stats
-    assert not tier.tier.stats.damaged, tier.tier.stats
-"""
-
-
-@pytest.mark.parametrize("room", [1000, 10])
-def test_two_processes_share_a_folder(tmp_path: Path, room: int) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    processes = [
-        subprocess.Popen([*command, str(first), str(room * SIZE)], cwd=Path(__file__).parent.parent / "support")
-        for first in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    with running(tmp_path, cap(room)) as tier:
-        tier.swept()
-        files = record_files(tmp_path)
-        assert bytes_on_disk(tmp_path) <= room * SIZE
-        assert {file_of(tmp_path, entry) for entry in tier.opened.entries} == set(files)
-        assert len(files) == min(48, room)
-        assert not tier.listener.of(Found)
-
-
-def test_a_file_removed_by_another_is_a_miss(tmp_path: Path) -> None:
-    heads = chain(3)
-    with running(tmp_path) as tier:
-        tier.save(*heads)
-        file_of(tmp_path, heads[1]).unlink()
-        assert tier.load(heads[1]).problem == "the file is missing"
-        tier.listener.wait(lambda: len(tier.listener.gone()) == 2)
-        assert tier.listener.gone() == {heads[1].id, heads[2].id}
-        assert tier.tier.stats.missing == 1
-        assert tier.load(heads[0]).problem == ""
-        assert set(tier.save(*heads[1:]).values()) == {""}
-
-
-def test_a_missing_file_that_another_has_written_since_stays(tmp_path: Path) -> None:
-    """A reader was there first, and its report comes when the record and what depends on it are in the folder."""
-    heads = chain(3)
-    with running(tmp_path) as tier:
-        tier.save(*heads)
-        tier.swept()
-        tier.tier._inbox.report(Fault(heads[0].id, missing=True))
-        tier.save(*chain(1, salt=1))
-        assert not tier.listener.gone()
-        assert {file_of(tmp_path, record) for record in heads} <= set(record_files(tmp_path))
-        assert tier.load(heads[2]).problem == ""
 
 
 def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

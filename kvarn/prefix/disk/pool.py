@@ -1,7 +1,9 @@
 """The records on disk: files and index together, and the order in which both change. One thread; may block.
 
 A record is published file first, then row; it is removed row first, then file. So a process that dies at any point
-leaves at most files that the index does not know and temporary files, which ``sweep`` takes in or removes.
+leaves at most files that the index does not know and temporary files, which ``sweep`` takes in or removes. Among
+several processes the index's write lock decides: a row is entered only while its file is seen, a file removed only
+while it has no row.
 What raises is sqlite3.Error, UnusableIndex and OSError; any method can be called again after that.
 """
 
@@ -116,6 +118,9 @@ class DiskPool:
     def path(self, row: Row) -> Path:
         return record_path(self.folder, row.namespace, row.id)
 
+    def has_file(self, namespace: str, record: RecordId) -> bool:
+        return self.files.identity(record_path(self.folder, namespace, record)) is not None
+
     def namespace_folders(self) -> list[str]:
         """Names of the folders that hold records."""
         return [name for name in self.files.folders(self.folder) if len(name) == _NAMESPACE_DIGITS]
@@ -193,14 +198,13 @@ class DiskPool:
         Dying in between leaves rows without a file, which are misses until the sweep removes them.
         """
         chosen: list[Row] = []
-        for row in self.index.oldest_leaves(limit=EVICT_AT_ONCE):
-            if nbytes <= 0:
-                break
-            chosen.append(row)
-            nbytes -= row.entry.nbytes
-        self._remove_files(chosen)
         with self.index.transaction():
-            for row in chosen:
+            for row in self.index.oldest_leaves(limit=EVICT_AT_ONCE):
+                if nbytes <= 0:
+                    break
+                chosen.append(row)
+                nbytes -= row.entry.nbytes
+                self.files.remove(self.path(row))
                 self.index.delete(row.id)
         return chosen
 
@@ -217,20 +221,18 @@ class DiskPool:
             if not rows:
                 return removed
 
-    def drop(self, ids: Iterable[RecordId], namespace: str = "") -> list[Row]:
-        """Remove records and all that depend on them; files too that have no row, when their namespace is given."""
+    def drop(self, ids: Iterable[RecordId]) -> list[Row]:
+        """Remove the rows of records that have no file, and all that depends on them."""
         rows: dict[RecordId, Row] = {}
-        ids = list(ids)
         with self.index.transaction():
             for record in ids:
-                if record not in rows:
-                    rows |= {row.id: row for row in self.index.with_dependents(record)}
-            for record in rows:
-                self.index.delete(record)
+                known = self.index.get(record)
+                if known is not None and self.has_file(known.namespace, known.id):
+                    continue  # another process has written it since
+                for row in self.index.with_dependents(record):
+                    rows[row.id] = row
+                    self.index.delete(row.id)
         self._remove_files(list(rows.values()))
-        if namespace:
-            for record in ids:
-                self.files.remove(record_path(self.folder, namespace, record))
         return list(rows.values())
 
     def remove(self, rows: Sequence[Row]) -> None:
@@ -248,8 +250,14 @@ class DiskPool:
         return [folder / info.name for info in self.files.listing(folder)]
 
     def _remove_files(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            self.files.remove(self.path(row))
+        if not rows:
+            return
+        # Another process may have published one of them anew. While we hold the index it cannot enter a row, so a file
+        # without one may go: whoever wants to enter it then looks for the file first.
+        with self.index.transaction():
+            for row in rows:
+                if self.index.get(row.id) is None:
+                    self.files.remove(self.path(row))
 
     def quarantine(self, path: Path) -> None:
         """Set a damaged file aside for a look, and let the oldest of those there go."""

@@ -94,18 +94,21 @@ def _sweep_shard(pool: DiskPool, folders: list[str], first: int, started: float)
                     if not pool.read_only:
                         pool.quarantine(path)
     # A row may be younger than the listing: ask again before it goes.
-    lost += [row for path, row in missing.items() if pool.files.identity(path) is None]
+    lost += [row for row in missing.values() if not pool.has_file(row.namespace, row.id)]
     if not pool.read_only:
-        lost = _store(pool, adopted, lost)
+        adopted, lost = _store(pool, adopted, lost)
     return Swept(adopted, lost, leftovers, damaged)
 
 
-def _store(pool: DiskPool, adopted: list[Row], lost: list[Row]) -> list[Row]:
+def _store(pool: DiskPool, adopted: list[Row], lost: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Change the index; returns what was in fact taken in and removed."""
+    entered: list[Row] = []
     if adopted:
         with pool.index.transaction():
-            for row in adopted:
+            entered = [row for row in adopted if pool.has_file(row.namespace, row.id)]
+            for row in entered:
                 pool.index.adopt(*row)
-    return pool.drop([row.id for row in lost]) if lost else []
+    return entered, pool.drop([row.id for row in lost]) if lost else []
 
 
 def _inspect(pool: DiskPool, path: Path, info: FileInfo) -> Row:

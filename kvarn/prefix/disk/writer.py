@@ -39,6 +39,7 @@ TOUCH_SECONDS = 1.0
 """How long uses are gathered before they are stored."""
 CLOSING = "the tier is closing"
 READ_ONLY = "the folder cannot be written to"
+REMOVED = "another server removed its file at once"
 MOST_FAULTS = 10_000
 """Removals remembered while nothing can be removed; a later read or the sweep finds the rest again."""
 
@@ -252,14 +253,15 @@ class DiskWriter:
     def _drop_faults(self) -> None:
         if not self._faults:
             return
-        for fault in list(self._faults.values()):
+        for fault in self._faults.values():
             path = record_path(self._pool.folder, self._namespace, fault.id)
             if fault.damaged:
                 self._pool.quarantine(path)
-            elif fault.missing and self._pool.files.identity(path):
-                del self._faults[fault.id]  # another server has written it since
-        rows = self._pool.drop(self._faults, self._namespace)
-        self._gone({*self._faults, *(row.id for row in rows if row.namespace == self._namespace)})
+            elif not fault.missing:
+                self._pool.files.remove(path)
+        # What has a file now was written by another server since.
+        rows = [row.id for row in self._pool.drop(self._faults) if row.namespace == self._namespace]
+        self._gone({*rows, *(record for record in self._faults if not self._pool.has_file(self._namespace, record))})
         self._faults.clear()
 
     def _store_touches(self) -> None:
@@ -293,7 +295,7 @@ class DiskWriter:
     def _write(self, job: WriteJob) -> None:
         """Write one record's file, unless there is no room for it or it is there already."""
         pool = self._pool
-        if (known := pool.index.get(job.head.id)) and pool.files.identity(pool.path(known)):
+        if (known := pool.index.get(job.head.id)) and pool.has_file(self._namespace, known.id):
             self._rows.append(_Published(known.entry, 0))
             return
         size = file_bytes(job.head, self._namespace)
@@ -325,18 +327,21 @@ class DiskWriter:
         if not self._rows:
             return
         index, clock = self._pool.index, self._pool.clock
+        entered: set[RecordId] = set()
         with index.transaction():
             index.name(self._namespace, self._label)
             for entry, _ in self._rows:
-                index.put(self._namespace, entry, clock.now())
+                if self._pool.has_file(self._namespace, entry.id):
+                    index.put(self._namespace, entry, clock.now())
+                    entered.add(entry.id)
             written = self._under_way()
             if written:
                 index.add_written(clock.day(), written)
         self._pause.succeeded()
         self._tally.add(writes=sum(published.written > 0 for published in self._rows), written_bytes=written)
         done, self._rows = self._rows, []
-        for published in done:
-            self._say(Saved(published.entry.id, published.entry.nbytes))
+        for entry, _ in done:
+            self._say(Saved(entry.id, entry.nbytes) if entry.id in entered else Saved(entry.id, 0, REMOVED))
         # Another process may have used the same room.
         self._keeper.hold_cap()
 
