@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from kvarn.hub.cache import cache_root
-from kvarn.types import GRID
+from kvarn.types import GRID, GROUP_SIZES, KvPacking
 from kvarn.values import MOST_BYTES, MOST_COUNT, SECONDS, SIZES, Duration, Hosts, Origins, Size, Words, seconds
 
 
@@ -64,6 +64,22 @@ class ServeConfig(BaseModel):
         ge=0,
         le=MOST_COUNT,
         description="Most memory for keys and values, in MiB; 0: chosen from the machine's memory.",
+    )
+    kv_bits: int = Field(
+        0,
+        description="Keep keys and values of what has been read in so many bits, 8 or 4: two to seven times as many "
+        "tokens fit into memory and on the SSD. 0: as computed.",
+    )
+    kv_group_size: int = Field(
+        64,
+        description="With kv_bits: numbers that share a scale, 32, 64 or 128. Smaller groups are more exact and larger "
+        "in memory; must divide the model's head dimension.",
+    )
+    kv_quant_start: int = Field(
+        0,
+        ge=0,
+        le=MOST_COUNT,
+        description="With kv_bits: tokens from the start of a sequence that are kept as computed, a multiple of 64.",
     )
     cache_ram: Size | None = Field(
         None,
@@ -198,12 +214,25 @@ class ServeConfig(BaseModel):
             raise ValueError("must be given if and only if tls_certificate is")
         return value
 
-    @field_validator("prefill_chunk")
+    @field_validator("prefill_chunk", "kv_quant_start")
     @classmethod
     def _whole_blocks(cls, value: int) -> int:
         if value % GRID:
             raise ValueError(f"must be 0 or a multiple of {GRID}")
         return value
+
+    @field_validator("kv_bits", "kv_group_size")
+    @classmethod
+    def _one_of(cls, value: int, info: ValidationInfo) -> int:
+        allowed = (0, 4, 8) if info.field_name == "kv_bits" else GROUP_SIZES
+        if value not in allowed:
+            raise ValueError(f"must be {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+        return value
+
+    @property
+    def packing(self) -> KvPacking:
+        """How keys and values are kept."""
+        return KvPacking(bits=self.kv_bits, group_size=self.kv_group_size, start=self.kv_quant_start)
 
 
 def read_file(path: str) -> dict[str, object]:

@@ -120,6 +120,29 @@ class PrefixReport(msgspec.Struct, frozen=True, array_like=True):
         return self.memory + self.disk
 
 
+GROUP_SIZES = (32, 64, 128)
+
+
+class KvPacking(msgspec.Struct, frozen=True, kw_only=True):
+    """How keys and values are packed once a prompt has been read."""
+
+    bits: int = 0
+    """8 or 4; 0: they are kept as computed."""
+    group_size: int = 64
+    """Neighbouring numbers that share a scale and a bias."""
+    start: int = 0
+    """Tokens from the start of a sequence that are kept as computed, whole blocks of them."""
+
+    def described(self, dtype: str) -> str:
+        """In words; ``dtype`` is the element type of what is computed."""
+        if not self.bits:
+            return dtype
+        return f"int{self.bits} in groups of {self.group_size}" + (f" from token {self.start}" if self.start else "")
+
+
+UNPACKED = KvPacking()
+
+
 class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How the prefix cache is set up; see config.py for what each means to the user."""
 
@@ -229,12 +252,15 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     blas: str
     """Which matrix library a CPU run uses; empty on a GPU."""
     kv_bytes_per_token: int
+    """Of keys and values in a row, in a cached block and on the SSD, in layers whose cache grows with the context."""
     max_rows: int
     fingerprint: str
     """sha256 over the content of weights and config, hex."""
     weight_bytes: int = 0
     kv_limit_bytes: int = 0
     """Most memory for keys and values."""
+    kv_format: str = ""
+    """How they are kept: an element type, or bits and group size."""
     prefix_cache: str = ""
     """Kinds of records that the prefix cache keeps of this model, joined by +; empty when it keeps none."""
     prefix_cache_reason: str = ""

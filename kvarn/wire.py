@@ -10,9 +10,20 @@ import struct
 
 import msgspec
 
-from kvarn.types import Delta, EngineCounters, ErrorKind, ModelInfo, PrefixLoad, PrefixReport, PrefixSettings, Request
+from kvarn.types import (
+    UNPACKED,
+    Delta,
+    EngineCounters,
+    ErrorKind,
+    KvPacking,
+    ModelInfo,
+    PrefixLoad,
+    PrefixReport,
+    PrefixSettings,
+    Request,
+)
 
-VERSION = 4
+VERSION = 5
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -37,6 +48,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Most prompt tokens in one forward; 0: chosen by device."""
     kv_budget_bytes: int = 0
     """0: chosen from the machine's memory."""
+    packing: KvPacking = UNPACKED
     prefix: PrefixSettings = PrefixSettings()
 
 

@@ -178,6 +178,7 @@ class Front:
             max_itl_ms=config.max_itl_ms,
             prefill_chunk=config.prefill_chunk,
             kv_budget_bytes=config.kv_memory_mb * 2**20,
+            packing=config.packing,
             prefix=PrefixSettings(
                 ram_bytes=None if config.cache_ram is None else int(config.cache_ram),
                 selfcheck=config.cache_selfcheck,

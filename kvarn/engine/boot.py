@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -57,10 +58,11 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     folder = Path(start.model_path)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(folder_fingerprint, folder, SilentProgress())  # reads files only: runs beside the load
-        model = load(folder, start.context_length, _percent_by_percent(link))
+        model = load(folder, start.context_length, _percent_by_percent(link), start.packing)
         content = digest.result()
         link.send(Loading("probe", 1.0))
         capabilities = remembered_probe(model, content)
+        model = capabilities.fitted(model)
         warm_up(model, capabilities)
     chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
     budget = _budget(model, start.kv_budget_bytes, chunk)
@@ -68,7 +70,7 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=chunk)
     costs = CostModel()
     uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.ram_bytes == 0 else "")
-    prefixes = Prefixes(model.network, None, None)
+    prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
         prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, link)
     scheduler = Scheduler(limits, budget, costs)
@@ -97,6 +99,7 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
                 fingerprint=content,
                 weight_bytes=model.weight_bytes,
                 kv_limit_bytes=budget.limit_bytes,
+                kv_format=model.form.packing.described(model.dtype),
                 prefix_cache="" if uncached else "+".join(prefixes.kinds),
                 prefix_cache_reason=uncached,
             )
@@ -114,11 +117,11 @@ def _prefixes(
     costs: CostModel,
     link: Link,
 ) -> Prefixes:
-    namespace = Namespace(weights=content, kv_format=blocks.dtype, layers=list(blocks.layers)).digest
+    namespace = Namespace(weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers)).digest
     limit = budget.limit_bytes // 2 if settings.ram_bytes is None else min(settings.ram_bytes, budget.limit_bytes)
-    cache = PrefixCache(namespace, blocks.layout, limit, stored, agree, settings.selfcheck)
+    cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), settings.selfcheck)
     if not settings.ssd_bytes:
-        return Prefixes(model.network, blocks, cache)
+        return Prefixes(model.network, model.form, blocks, cache)
     limits = SsdLimits(
         cap_bytes=settings.ssd_bytes,
         least_free_bytes=settings.least_free_bytes,
@@ -130,7 +133,7 @@ def _prefixes(
     ssd = SsdTier(Path(settings.folder), namespace, settings.label, limits, link.inbox.put)
     cache.attach(ssd, SavePolicy(settings.ssd_policy), lambda start, tokens: costs.prefill_ms(start, tokens) / 1000)
     ssd.start()
-    prefixes = Prefixes(model.network, blocks, cache, ssd)
+    prefixes = Prefixes(model.network, model.form, blocks, cache, ssd)
     _wait_until_open(prefixes, link)
     return prefixes
 
@@ -172,6 +175,9 @@ def _budget(model: LoadedModel, asked: int, chunk: int) -> MemoryBudget:
         window_bytes_per_row=model.row_bytes,
         limit_bytes=asked or max(limit, LEAST_KV_BYTES),
         chunk_window_bytes=model.chunk_token_bytes * chunk,
+        exact_bytes_per_token=model.exact_bytes if model.form.packs else 0,
+        exact_window_bytes=model.exact_row_bytes if model.form.packs else 0,
+        exact_tokens=model.form.packing.start if model.form.packs else 0,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -24,7 +25,6 @@ from kvarn.engine.tally import Tally
 from kvarn.model.forwards import decode, prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
-from kvarn.model.upstream import cache_bytes
 from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
 from kvarn.sample.sampler import BatchSampler, Picks
 from kvarn.schedule.costs import CostModel
@@ -236,9 +236,9 @@ class Engine:
         begun = []
         for chunk in chunks:
             sequence = self._sequences[chunk.id]
-            if sequence.cache is None and not sequence.ended:
+            if sequence.prompt is None and not sequence.ended:
                 try:
-                    sequence.cache = self._prefixes.begin(sequence, chunk.start, alone=not self._lane.lengths)
+                    sequence.prompt = self._prefixes.begin(sequence, chunk.start, alone=not self._lane.lengths)
                 except Exception as error:  # model code raises what it likes; only this request needs what failed
                     log.exception("restoring the prefix of request %s failed", chunk.id)
                     self._end(chunk.id, error)
@@ -254,16 +254,16 @@ class Engine:
         sequence = self._sequences[chunk.id]
         if sequence.ended:  # an earlier chunk of this very step failed
             return False
-        assert sequence.cache is not None
+        assert sequence.prompt is not None
         started = time.monotonic()
         try:
-            prefill(self._model.network, sequence.cache, sequence.tokens[chunk.start : chunk.end])
+            prefill(self._model.network, sequence.prompt, sequence.tokens[chunk.start : chunk.end])
             self._prefixes.chunk_done(sequence, chunk.start, chunk.end)
             self._lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
             if chunk.last:
                 self._prefixes.prompt_done(sequence, chunk.end)
-                self._lane.adopt(sequence.cache, chunk.end)
-                sequence.cache = None
+                self._lane.adopt(sequence.prompt)
+                sequence.prompt = None
         except Exception as error:  # model code raises what it likes; only this request needs what failed
             log.exception("prefill of request %s failed", chunk.id)
             self._end(chunk.id, error)
@@ -346,7 +346,7 @@ class Engine:
         if deltas:
             self._outbox.send(Deltas(deltas))
         self._tally.step(seconds, len(flight.rows), len(deltas))
-        self._prefixes.step_read(flight.cuts, self._sequences)
+        self._prefixes.step_read(flight.cuts, self._sequences, self._lane)
 
     def _logprob(self, picks: Picks, row: int, sequence: Sequence) -> TokenLogprob | None:
         asked = sequence.request.params.logprobs
@@ -383,8 +383,8 @@ class Engine:
 
     def _drop_prompt(self, sequence: Sequence) -> None:
         """Give up what has been read of a prompt that has no row yet, and the room that was made for it."""
-        if sequence.cache is not None:
-            sequence.cache = None
+        if sequence.prompt is not None:
+            sequence.prompt = None
             self._lane.unreserve()
 
     def _recover(self, rows: tuple[str, ...], error: Exception) -> None:
@@ -395,6 +395,8 @@ class Engine:
         """
         log.error("decode step with %d rows failed", len(rows), exc_info=error)
         self._tally.failed()
+        with suppress(Exception):  # told already
+            mx.synchronize()  # an earlier step may still be writing into the rows that are given up here
         suspects = [name for name in rows if name in self._scheduler.suspects]
         guilty = rows[0] if len(rows) == 1 else suspects[0] if len(suspects) == 1 else None
         self._flight = self._sampler = None
@@ -410,7 +412,7 @@ class Engine:
     # --- load -------------------------------------------------------------------------------------------------
 
     def _held_bytes(self) -> int:
-        return self._lane.nbytes + sum(cache_bytes(s.cache) for s in self._sequences.values() if s.cache is not None)
+        return self._lane.nbytes + sum(s.prompt.nbytes for s in self._sequences.values() if s.prompt is not None)
 
     def _report(self) -> None:
         self._outbox.report(

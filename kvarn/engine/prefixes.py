@@ -19,10 +19,11 @@ from msgspec import structs
 
 from kvarn.engine.link import Inbox
 from kvarn.engine.sequence import Sequence
+from kvarn.kv.format import KvFormat
 from kvarn.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
 from kvarn.model.lanes import Lane
 from kvarn.model.memory import take_ahead
-from kvarn.model.upstream import PromptCache, new_cache
+from kvarn.model.prompt import Prompt, new_prompt
 from kvarn.observe.log import kv
 from kvarn.prefix.cache import PrefixCache
 from kvarn.prefix.disk.events import Loaded, Opened, SsdEvent
@@ -54,8 +55,10 @@ class Cut(NamedTuple):
     """A block that a decode step fills: scheduled with the step, kept once the step has been read."""
 
     name: str
+    row: int
     end: int
     records: dict[Kind, Stored]
+    """Empty where they can be taken only then."""
     sound: mx.array
     """Whether all of it is finite."""
 
@@ -67,9 +70,15 @@ class Prefixes:
     """What the engine loop calls. Without a format nothing is cached and every method does the plain thing."""
 
     def __init__(
-        self, network: nn.Module, form: BlockFormat | None, cache: PrefixCache | None, ssd: SsdTier | None = None
+        self,
+        network: nn.Module,
+        kept_as: KvFormat,
+        form: BlockFormat | None,
+        cache: PrefixCache | None,
+        ssd: SsdTier | None = None,
     ) -> None:
         self._network = network
+        self._kept_as = kept_as
         self._form = form
         self._cache = cache
         self._ssd = ssd
@@ -150,7 +159,7 @@ class Prefixes:
 
     def lost(self, sequence: Sequence) -> None:
         """What was computed of it is gone; it begins again with all its tokens."""
-        sequence.cache, sequence.snapshot_at, sequence.branch = None, 0, 0
+        sequence.prompt, sequence.snapshot_at, sequence.branch = None, 0, 0
         if sequence.visit is not None:
             sequence.visit.restart(sequence.tokens)
             if self._cache is not None:
@@ -178,11 +187,11 @@ class Prefixes:
 
     # --- reading a prompt -------------------------------------------------------------------------------------
 
-    def begin(self, sequence: Sequence, position: int, alone: bool) -> PromptCache:
-        """The cache with which the prefill begins: ``position`` tokens restored, lazily. ``alone``: there is no row."""
+    def begin(self, sequence: Sequence, position: int, alone: bool) -> Prompt:
+        """The prompt to go on with, ``position`` of its tokens restored, lazily. ``alone``: there is no row."""
         if self._cache is None or self._form is None or sequence.visit is None:
             sequence.report = sequence.report or PrefixReport()
-            return new_cache(self._network)
+            return new_prompt(self._network, self._kept_as)
         end, known = self._cache.explain(sequence.visit, position)
         claim = self._cache.take(sequence.visit, position)
         if sequence.report is None:
@@ -190,13 +199,13 @@ class Prefixes:
             sequence.report = PrefixReport(position - disk, disk, end.value, known)
         sequence.snapshot_at = position
         if position == 0:
-            return new_cache(self._network)
+            return new_prompt(self._network, self._kept_as)
         total = len(sequence.tokens) - 1
         if position < total:
             capacity = -(-total // PREFILL_STEP) * PREFILL_STEP
         else:
             capacity = capacity_bucket(total + 1) if alone else 0  # becomes the arena as it is, or is copied into it
-        return self._form.restored(self._network, claim, capacity)
+        return self._form.restored(self._network, claim, capacity, whole=position == total)
 
     def fit(self, room_bytes: int) -> None:
         """Keep at most this many bytes of blocks: rows and prompts come first."""
@@ -206,23 +215,23 @@ class Prefixes:
     def chunk_done(self, sequence: Sequence, start: int, end: int) -> None:
         """Keep the blocks that a chunk has completed."""
         cache, form, visit = self._cache, self._form, sequence.visit
-        if cache is None or form is None or visit is None or sequence.cache is None:
+        if cache is None or form is None or visit is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += end - start
         for begin, stop in block_grid(start, end):
             kinds = cache.missing(
                 visit, begin, stop, tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
             )
-            records = {kind: cut_prompt(form, sequence.cache, begin, stop, kind) for kind in kinds}
+            records = {kind: cut_prompt(form, sequence.prompt, begin, stop, kind) for kind in kinds}
             if form.layout.state and stop == end and self._snapshot_due(sequence, end):
-                records[Kind.STATE] = form.snapshot(sequence.cache)
+                records[Kind.STATE] = form.snapshot(sequence.prompt)
                 sequence.snapshot_at = end
             self._keep(sequence, begin, stop, records)
 
     def prompt_done(self, sequence: Sequence, end: int) -> None:
         """The prompt is about to be adopted: keep its tail, and a snapshot at its end."""
         cache, form, visit = self._cache, self._form, sequence.visit
-        if cache is None or form is None or visit is None or sequence.cache is None:
+        if cache is None or form is None or visit is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += 1  # the last token, in the coming step
         if end == 0:
@@ -231,7 +240,7 @@ class Prefixes:
         if form.layout.exact or self._ends[visit.last_key] > 1:
             # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
             kinds = cache.missing(visit, begin, end, form.layout.kinds)
-            records = {kind: cut_prompt(form, sequence.cache, begin, end, kind) for kind in kinds}
+            records = {kind: cut_prompt(form, sequence.prompt, begin, end, kind) for kind in kinds}
             self._keep(sequence, begin, end, records)
         cache.end_at(visit, end, last=False)
 
@@ -265,8 +274,8 @@ class Prefixes:
         made = []
         for row, (name, length) in enumerate(zip(rows, lane.lengths, strict=True)):
             if length % BLOCK == 0:
-                records = self._cut_row(lane, row, length - BLOCK, length)
-                made.append(Cut(name, length, records, finite(records)))
+                records = {} if lane.deferred else self._cut_row(lane, row, length - BLOCK, length)
+                made.append(Cut(name, row, length, records, finite(records)))
         return made
 
     def _cut_row(self, lane: Lane, row: int, begin: int, end: int) -> dict[Kind, Stored]:
@@ -277,12 +286,16 @@ class Prefixes:
             records[Kind.WINDOW] = self._form.spans(lane.spans(row, first, end, sliding=True), Kind.WINDOW)
         return records
 
-    def step_read(self, cuts: Many[Cut], sequences: dict[str, Sequence]) -> None:
+    def step_read(self, cuts: Many[Cut], sequences: dict[str, Sequence], lane: Lane) -> None:
         """The step that filled these blocks has been read; those of rows that went wrong are thrown away."""
         for cut in cuts:
             sequence = sequences[cut.name]
-            if not sequence.poisoned and len(sequence.processed) >= cut.end:
+            if sequence.poisoned or len(sequence.processed) < cut.end:
+                continue
+            if cut.records:
                 self._keep(sequence, cut.end - BLOCK, cut.end, cut.records, cut.sound)
+            else:
+                self._keep(sequence, cut.end - BLOCK, cut.end, self._cut_row(lane, cut.row, cut.end - BLOCK, cut.end))
 
     def answer_done(self, sequence: Sequence, lane: Lane, row: int) -> None:
         """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvarn.model.upstream import PromptCache
+from kvarn.model.prompt import Prompt
 from kvarn.prefix.visit import Visit
 from kvarn.types import Finish, PrefixReport, Request
 
@@ -15,7 +15,7 @@ class Sequence:
 
     request: Request
     tokens: list[int] = field(default_factory=list)
-    cache: PromptCache | None = None
+    prompt: Prompt | None = None
     """Filled chunk by chunk; given away at adoption."""
     visit: Visit | None = None
     """Its dealings with the prefix cache; None where there is none."""

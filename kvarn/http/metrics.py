@@ -232,6 +232,13 @@ def _engine(to: Families, service: Service, beat: Beat) -> None:
     )
     to.gauge("kvarn_kv_bytes", "Bytes of keys and values held for answers and prompts.", beat.kv_bytes)
     to.gauge("kvarn_kv_limit_bytes", "Most bytes of keys and values.", limit)
+    if client.info is not None:
+        to.gauges(
+            "kvarn_kv_bytes_per_token",
+            "Bytes of one token's keys and values in a row, a cached block or a file.",
+            ("kv_format",),
+            [(client.info.kv_format, client.info.kv_bytes_per_token)],
+        )
     to.counter("kvarn_engine_steps", "Steps.", beat.step)
     to.counter("kvarn_engine_failed_steps", "Steps whose decode forward failed.", counted.failed_steps)
     to.counter(

@@ -40,6 +40,7 @@ def _model(service: Service) -> dict[str, object]:
             "blas": info.blas,
             "max_rows": info.max_rows,
             "kv_bytes_per_token": info.kv_bytes_per_token,
+            "kv_format": info.kv_format,
             "fingerprint": info.fingerprint,
             "prefix_cache": info.prefix_cache,
             "prefix_cache_reason": info.prefix_cache_reason,

@@ -9,52 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from kvarn.kv.rows import Rows
-from kvarn.kv.slots import Slot
+from kvarn.kv.slots import LayerRow, LayerSpec, Slot, empty_slot
+from kvarn.kv.stretch import Stretch
 from kvarn.schedule.budget import capacity_bucket, row_bucket
-
-RING_SLACK = 32
-"""Columns of a ring beyond its window: the most tokens one forward may write, so that a rollback never lost a key."""
-
-
-class LayerSpec(NamedTuple):
-    """What one layer stores per position and row."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
-    dtype: mx.Dtype
-    window: int | None
-    """Sliding-window size in tokens, or None for a plain layer."""
-
-    @property
-    def capacity(self) -> int | None:
-        """Columns of a sliding layer's ring; None for a plain layer, which grows."""
-        return None if self.window is None else self.window + RING_SLACK
-
-    @property
-    def token_bytes(self) -> int:
-        return self.heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
-
-
-class LayerRow(NamedTuple):
-    """One layer of a finished prompt: the last m positions, in order, [1, heads, m + spare, dim] each."""
-
-    keys: mx.array
-    values: mx.array
-    spare: int = 0
-    """Unused positions behind them."""
-
-    @property
-    def used(self) -> tuple[mx.array, mx.array]:
-        """Both without the unused positions."""
-        if self.spare == 0:
-            return self.keys, self.values
-        return self.keys[:, :, : -self.spare], self.values[:, :, : -self.spare]
 
 
 class Arena:
@@ -90,8 +51,8 @@ class Arena:
             return row
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
         for slot, layer in zip(self.slots, layers, strict=length > 0):
-            slot.put(row, *layer.used, length)
-            mx.eval(slot.keys, slot.values)
+            slot.put(row, layer, length)
+            mx.eval(slot.arrays)
         self.lengths.append(length)
         return row
 
@@ -101,16 +62,13 @@ class Arena:
         slots: list[Slot] = []
         rows: Iterable[LayerRow | None] = layers if length else [None] * len(self._specs)
         for spec, layer in zip(self._specs, rows, strict=True):
-            if layer is None or spec.window is not None:
-                slot = _empty_slot(self.rows, spec, 1, capacity)
-                if layer is not None:
-                    slot.put(0, *layer.used, length)
-            elif layer.spare and layer.keys.shape[2] == capacity:
-                slot = Slot(self.rows, layer.keys, layer.values)
+            if layer is not None and layer.spare and layer.arrays[0].shape[2] == capacity and spec.window is None:
+                slot = Slot(self.rows, spec, [Stretch([mx.contiguous(array) for array in layer.arrays])])
             else:
-                keys, values = layer.used
-                slot = Slot(self.rows, _padded(keys, capacity), _padded(values, capacity))
-            mx.eval(slot.keys, slot.values)
+                slot = empty_slot(self.rows, spec, 1, capacity)
+                if layer is not None:
+                    slot.put(0, layer, length)
+            mx.eval(slot.arrays)
             slots.append(slot)
         return slots
 
@@ -125,14 +83,14 @@ class Arena:
                 lifted = slot.lift(last, self.lengths[last])
                 mx.eval(lifted)
                 slot.drop(row, lifted)
-                mx.eval(slot.keys, slot.values)
+                mx.eval(slot.arrays)
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
     def spans(self, row: int, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
         """Positions [start, end) of a row, lazily, one entry per layer; None for layers of the other sort."""
         return [
-            LayerRow(*slot.span(row, start, end)) if (slot.window is not None) == sliding else None
+            LayerRow(slot.span(row, start, end)) if (slot.window is not None) == sliding else None
             for slot in self.slots
         ]
 
@@ -183,18 +141,4 @@ class Arena:
 
     def arrays(self) -> list[mx.array]:
         """Every array a step must evaluate so that no lazy graph survives it."""
-        return [array for slot in self.slots for array in (slot.keys, slot.values)]
-
-
-def _empty_slot(rows: Rows, spec: LayerSpec, row_count: int, capacity: int) -> Slot:
-    keys, values = (
-        mx.zeros((row_count, spec.heads, spec.capacity or capacity, dim), dtype=spec.dtype)
-        for dim in (spec.key_dim, spec.value_dim)
-    )
-    return Slot(rows, keys, values, spec.window)
-
-
-def _padded(array: mx.array, capacity: int) -> mx.array:
-    """[1, heads, n, dim] with unused positions up to ``capacity``, in a buffer of its own."""
-    _, heads, used, dim = array.shape
-    return mx.concatenate([array, mx.zeros((1, heads, capacity - used, dim), dtype=array.dtype)], axis=2)
+        return [array for slot in self.slots for array in slot.arrays]

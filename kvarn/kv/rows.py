@@ -6,6 +6,7 @@ in place, so nothing small and lazy lives longer than a step. Engine thread only
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -39,6 +40,26 @@ class Forward:
     def positions(self) -> mx.array:
         """Absolute positions written by this forward, int32 [n, columns]."""
         return self.offset[:, None] + mx.arange(self.columns, dtype=mx.int32)[None]
+
+    @cached_property
+    def packed_lengths(self) -> bytes:
+        """Tokens of each row before this forward, int64."""
+        return array("q", self._lengths).tobytes()
+
+    def within(self, first: int, end: int) -> bool:
+        """Whether all positions written by this forward are in [first, end)."""
+        return first <= min(self._lengths) and self.longest + self.columns <= end
+
+    def places(self, first: int, end: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Of what this forward writes into [first, end): row, place among the new tokens, and column; int32 each."""
+        found = [
+            (row, place, length + place - first)
+            for row, length in enumerate(self._lengths)
+            for place in range(self.columns)
+            if first <= length + place < end
+        ]
+        row, place, column = (mx.array([one[i] for one in found], dtype=mx.int32) for i in range(3))
+        return row, place, column
 
     def width(self, capacity: int) -> int:
         """Columns of a slot that can hold anything a query of this forward may see."""

@@ -12,18 +12,17 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
 import msgspec
 
 from kvarn.hub.cache import cache_root
+from kvarn.native.library import needed, shim_path
 
 SPIN_US = 50
 """How long a worker thread stays awake after a product: long enough for the next one of a layer, and no longer, as the
@@ -36,8 +35,6 @@ MEASURED_TRIES = 5
 MEASURED_ROUNDS = 3
 MARGIN = 1.1
 """Our own product may be this much slower: its results do not depend on the number of rows, OpenBLAS's do."""
-
-GPU_PACKAGES = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
 
 
 class OpenBlas(msgspec.Struct, frozen=True):
@@ -91,19 +88,6 @@ def prepare() -> str:
     return f"{openblas.origin} {openblas.version}{own}, {threads} threads"
 
 
-def needed() -> bool:
-    """Whether this MLX computes on a Linux CPU."""
-    if sys.platform != "linux":
-        return False
-    for package in GPU_PACKAGES:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return False
-    return True
-
-
 def find_openblas() -> OpenBlas | None:
     """The OpenBLAS of the scipy-openblas32 package, else the system's, else None."""
     spec = importlib.util.find_spec("scipy_openblas32")
@@ -121,12 +105,6 @@ def find_openblas() -> OpenBlas | None:
     return OpenBlas(library, "", "system") if hasattr(library, "cblas_sgemm") else None
 
 
-def shim_path() -> Path:
-    """Where the compiled rowblas.c lies when it was built."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
-    return Path(__file__).parent.parent / "native" / f"_rowblas{suffix}"
-
-
 def load_shim(openblas: OpenBlas, threads: int) -> ctypes.CDLL | None:
     """Load rowblas.c for every library loaded later, passing on to ``openblas``. None when it was not built."""
     path = shim_path()
@@ -140,16 +118,6 @@ def load_shim(openblas: OpenBlas, threads: int) -> ctypes.CDLL | None:
     gemms = [openblas.address(f"cblas_{kind}gemm") for kind in "sdc"]
     shim.kvarn_rowblas_init(*gemms, ctypes.c_int(threads), ctypes.c_long(SPIN_US))
     return shim
-
-
-@functools.cache
-def prepared() -> ctypes.CDLL | None:
-    """Our library, if ``prepare`` has put it in MLX's way. Ask after mlx has been imported."""
-    path = shim_path()
-    if not needed() or not path.is_file():
-        return None
-    shim = ctypes.CDLL(str(path))
-    return shim if shim.kvarn_rowblas_ready() else None
 
 
 def thread_count() -> int:

@@ -4,17 +4,14 @@ On x86 MLX computes exp, softmax and sigmoid one element at a time, about 65 mil
 step of 16 rows and most of a long prefill. Its power of two runs 2.5 times as fast, so both functions are written with
 that one; results agree with MLX's within float32 rounding (docs/decisions/0009-cpu-attention.md has the figures).
 
-mlx-lm's model files import these functions by name; ``install`` puts ours in their place, in this process, for the
-model at hand. On a GPU, and for what they do not cover, MLX's own stay. Engine thread only.
+On a GPU, and for what they do not cover, MLX's own are used; see model/attention.py. Engine thread only.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from kvarn.model.tiled_attention import TILED_QUERIES, tiled, tiled_attention
 from kvarn.model.upstream import LayerCache, Mask, upstream_attention, upstream_swiglu
@@ -70,13 +67,3 @@ def gated(gate: mx.array, x: mx.array) -> mx.array:
         return upstream_swiglu(gate, x)
     product: mx.array = gate / (1.0 + mx.power(TWO, gate * -LOG2_E)) * x
     return product
-
-
-def install(network: nn.Module) -> None:
-    """Make the model files that ``network`` is built from use the functions above."""
-    names = {type(module).__module__ for module in network.modules()}
-    for name in sorted(name for name in names if name.startswith("mlx_lm.models.")):
-        module = sys.modules[name]
-        for function, ours in (("scaled_dot_product_attention", attention), ("swiglu", gated)):
-            if hasattr(module, function):
-                setattr(module, function, ours)

@@ -12,14 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kvarn.model.lanes import Lane
-from kvarn.model.upstream import PromptCache, cache_arrays
+from kvarn.model.prompt import Prompt
+from kvarn.model.upstream import cache_arrays
 
 
-def prefill(network: nn.Module, cache: PromptCache, tokens: Sequence[int]) -> None:
-    """Append ``tokens`` to a prompt's caches and wait for it. No tokens: nothing happens."""
+def prefill(network: nn.Module, prompt: Prompt, tokens: Sequence[int]) -> None:
+    """Append ``tokens`` to a prompt, and wait for it. No tokens: nothing happens."""
     if tokens:
-        network(mx.array([tokens], dtype=mx.int32), cache=cache)
-        mx.eval(cache_arrays(cache))
+        network(mx.array([tokens], dtype=mx.int32), cache=prompt.caches)
+        mx.eval(cache_arrays(prompt.caches))
+        prompt.packed_after(prompt.length, len(tokens))
 
 
 def decode(network: nn.Module, lane: Lane, tokens: mx.array) -> mx.array:

@@ -12,8 +12,10 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from kvarn.kv.arena import Arena, LayerRow, LayerSpec
-from kvarn.model.upstream import PromptCache, cache_arrays, cache_bytes, spans_of, take_rows
+from kvarn.kv.arena import Arena
+from kvarn.kv.slots import LayerRow, LayerSpec
+from kvarn.model.prompt import Prompt
+from kvarn.model.upstream import cache_arrays
 
 
 class Lane(Protocol):
@@ -27,8 +29,12 @@ class Lane(Protocol):
     def nbytes(self) -> int:
         """Bytes of keys, values and states held."""
 
-    def adopt(self, cache: PromptCache, length: int) -> None:
-        """Take over a prompt of ``length`` computed tokens as the last row."""
+    @property
+    def deferred(self) -> bool:
+        """Spans of what a step writes can be taken only once the step has been read."""
+
+    def adopt(self, prompt: Prompt) -> None:
+        """Take over a prompt that has been read as the last row."""
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
         """Run tokens [n, L] and return logits [n, L, vocab], lazily. Ends with advance()."""
@@ -51,7 +57,7 @@ class Lane(Protocol):
     def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
         """Positions [start, end) of a row's plain or sliding layers, lazily, one entry per cache; None for others."""
 
-    def prompt(self, row: int) -> PromptCache | None:
+    def prompt(self, row: int) -> Prompt | None:
         """The row's own caches where it has such; they go on changing."""
 
     def arrays(self) -> list[mx.array]:
@@ -63,6 +69,7 @@ class SlotsLane:
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         self._arena = Arena(specs)
+        self._native = specs[0].format.native
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -72,8 +79,12 @@ class SlotsLane:
     def nbytes(self) -> int:
         return self._arena.nbytes
 
-    def adopt(self, cache: PromptCache, length: int) -> None:
-        self._arena.adopt(take_rows(cache) if length else (), length)
+    @property
+    def deferred(self) -> bool:
+        return self._native  # C writes behind MLX's back, and no array says when
+
+    def adopt(self, prompt: Prompt) -> None:
+        self._arena.adopt(prompt.rows() if prompt.length else (), prompt.length)
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
         logits: mx.array = model(tokens, cache=self._arena.begin(tokens.shape[1]))
@@ -97,7 +108,7 @@ class SlotsLane:
     def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
         return self._arena.spans(row, start, end, sliding)
 
-    def prompt(self, row: int) -> PromptCache | None:  # noqa: ARG002 - rows share the arena
+    def prompt(self, row: int) -> Prompt | None:  # noqa: ARG002 - rows share the arena
         return None
 
     def arrays(self) -> list[mx.array]:
@@ -108,34 +119,36 @@ class SoloLane:
     """Each row in its own forward, for caches that slots cannot hold. One token per row and step only."""
 
     def __init__(self) -> None:
-        self._caches: list[PromptCache] = []
-        self._lengths: list[int] = []
+        self._prompts: list[Prompt] = []
 
     @property
     def lengths(self) -> Sequence[int]:
-        return self._lengths
+        return [prompt.length for prompt in self._prompts]
 
     @property
     def nbytes(self) -> int:
-        return sum(cache_bytes(cache) for cache in self._caches)
+        return sum(prompt.nbytes for prompt in self._prompts)
 
-    def adopt(self, cache: PromptCache, length: int) -> None:
-        self._caches.append(cache)
-        self._lengths.append(length)
+    @property
+    def deferred(self) -> bool:
+        return False
+
+    def adopt(self, prompt: Prompt) -> None:
+        self._prompts.append(prompt)
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        rows = [model(tokens[row : row + 1], cache=cache) for row, cache in enumerate(self._caches)]
+        rows = [model(tokens[row : row + 1], cache=prompt.caches) for row, prompt in enumerate(self._prompts)]
         return mx.concatenate(rows, axis=0)
 
     def advance(self, counts: Sequence[int]) -> None:
         if any(count != 1 for count in counts):
             raise ValueError(f"solo rows cannot roll back: advance({list(counts)})")
-        self._lengths = [length + 1 for length in self._lengths]
+        for prompt in self._prompts:
+            prompt.length += 1
 
     def release(self, row: int, scrub: bool = False) -> None:  # noqa: ARG002 - the row's arrays go with it
-        self._caches[row], self._lengths[row] = self._caches[-1], self._lengths[-1]
-        self._caches.pop()
-        self._lengths.pop()
+        self._prompts[row] = self._prompts[-1]
+        self._prompts.pop()
 
     def reserve(self, length: int, share: float) -> None:
         """Nothing to make: a row brings its own arrays."""
@@ -147,10 +160,10 @@ class SoloLane:
         """Nothing to give: each row holds its own."""
 
     def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
-        return spans_of(self._caches[row], start, end, sliding)
+        return self._prompts[row].spans(start, end, sliding)
 
-    def prompt(self, row: int) -> PromptCache | None:
-        return self._caches[row]
+    def prompt(self, row: int) -> Prompt | None:
+        return self._prompts[row]
 
     def arrays(self) -> list[mx.array]:
-        return [array for cache in self._caches for array in cache_arrays(cache)]
+        return [array for prompt in self._prompts for array in cache_arrays(prompt.caches)]

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from kvarn.kv.arena import LayerSpec
-from kvarn.model import cpu_math
+from kvarn.kv.format import KvFormat
+from kvarn.kv.slots import LayerSpec
+from kvarn.model import attention
 from kvarn.model.blocks import BlockFormat, block_format
 from kvarn.model.memory import total_memory
 from kvarn.model.rotary import share_angles
@@ -30,6 +31,8 @@ from kvarn.model.upstream import (
     load_weights,
     new_cache,
 )
+from kvarn.native import decode
+from kvarn.types import GROUP_SIZES, UNPACKED, KvPacking
 
 CACHE_STEP = 256
 """Tokens by which mlx-lm's caches grow."""
@@ -56,10 +59,16 @@ class LoadedModel:
     """Cache kind of each layer; see upstream.cache_kind."""
     specs: list[LayerSpec]
     """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
+    form: KvFormat
+    """How slots and cached blocks keep keys and values."""
     token_bytes: int
     """Bytes that one token adds to the caches that grow."""
+    exact_bytes: int
+    """The same for tokens that are not packed: those of a prompt that is being read, and the first ones."""
     row_bytes: int
     """Bytes of what does not grow: windows and recurrent states of one request."""
+    exact_row_bytes: int
+    """The same for windows that are not packed."""
     chunk_token_bytes: int
     """Bytes that one token of a prompt chunk adds to the windows while the chunk is being read."""
     weight_bytes: int
@@ -67,7 +76,9 @@ class LoadedModel:
     """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
 
 
-def load(folder: Path, context_length: int, progress: Callable[[float], None]) -> LoadedModel:
+def load(
+    folder: Path, context_length: int, progress: Callable[[float], None], packing: KvPacking = UNPACKED
+) -> LoadedModel:
     """Load ``folder``; ``context_length`` 0 means the model's own. ``progress`` gets a fraction in [0, 1].
 
     Raises ModelError when the folder is not a model that mlx-lm can run.
@@ -80,29 +91,32 @@ def load(folder: Path, context_length: int, progress: Callable[[float], None]) -
     if on_cpu:
         network = _in_float32(network)
         share_angles(network)
-        cpu_math.install(network)
         if shutil.which(COMPILER) is None:
             mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
+    attention.install(network, on_cpu)
     _evaluate(network, progress)
     own_context = _own_context(config)
     if context_length > own_context:
         raise ModelError(f"context_length: {context_length} is more than the model's own {own_context}")
-    specs, blocks, vocab_size, dtype = _measure(network)
-    token_bytes, row_bytes = _sizes(specs) if specs else _measured_sizes(network)
-    return LoadedModel(
+    logits = network(mx.array([[0]]), cache=new_cache(network))
+    model = LoadedModel(
         network=network,
         context_length=context_length or own_context,
-        vocab_size=vocab_size,
-        dtype=str(dtype).removeprefix("mlx.core."),
+        vocab_size=int(logits.shape[-1]),
+        dtype=str(logits.dtype).removeprefix("mlx.core."),
         on_cpu=on_cpu,
         kinds=[cache_kind(leaf) for leaf in leaves(new_cache(network))],
-        specs=specs,
-        token_bytes=token_bytes,
-        row_bytes=row_bytes,
-        chunk_token_bytes=sum(spec.token_bytes for spec in specs if spec.capacity is not None),
+        specs=[],
+        form=KvFormat(),
+        token_bytes=0,
+        exact_bytes=0,
+        row_bytes=0,
+        exact_row_bytes=0,
+        chunk_token_bytes=0,
         weight_bytes=_bytes(network),
-        blocks=blocks,
+        blocks="",
     )
+    return kept_as(model, KvFormat(packing, native=decode.available()))
 
 
 def _in_float32(network: nn.Module) -> nn.Module:
@@ -150,21 +164,47 @@ def _own_context(config: dict[str, object]) -> int:
     return DEFAULT_CONTEXT
 
 
-def _measure(network: nn.Module) -> tuple[list[LayerSpec], BlockFormat | str, int, mx.Dtype]:
-    """Run one token to learn what the layers store and how wide the logits are; config files lie more often."""
-    cache = new_cache(network)
-    logits = network(mx.array([[0]]), cache=cache)
-    mx.eval(logits, cache_arrays(cache))
+def kept_as(model: LoadedModel, form: KvFormat) -> LoadedModel:
+    """The same model with its keys and values kept in another way. Raises ModelError when that cannot be."""
+    cache = new_cache(model.network)
+    # Run one token to learn what the layers store; config files lie more often.
+    mx.eval(model.network(mx.array([[0]]), cache=cache), cache_arrays(cache))
     try:
-        specs = layer_specs(cache)
+        specs = layer_specs(cache, KvFormat())
     except TypeError:
         specs = []
-    return specs, block_format(cache), int(logits.shape[-1]), logits.dtype
+    if any(spec.dtype != mx.float32 for spec in specs) or not specs:
+        form = replace(form, native=False)
+    if form.packs:
+        _check_packing(specs, form.packing)
+    specs = [spec._replace(format=form) for spec in specs]
+    model = replace(model, specs=specs, form=form, blocks=block_format(cache, form))
+    if not specs:
+        token_bytes, row_bytes = _measured_sizes(model.network)
+        return replace(model, token_bytes=token_bytes, exact_bytes=token_bytes, row_bytes=row_bytes)
+    growing = [spec for spec in specs if spec.capacity is None]
+    sliding = [spec for spec in specs if spec.capacity is not None]
+    return replace(
+        model,
+        token_bytes=sum(spec.token_bytes for spec in growing),
+        exact_bytes=sum(spec.exact_bytes for spec in growing),
+        row_bytes=sum(spec.token_bytes * (spec.capacity or 0) for spec in sliding),
+        exact_row_bytes=sum(spec.exact_bytes * (spec.capacity or 0) for spec in sliding),
+        chunk_token_bytes=sum(spec.exact_bytes for spec in sliding),
+    )
 
 
-def _sizes(specs: list[LayerSpec]) -> tuple[int, int]:
-    growing = sum(spec.token_bytes for spec in specs if spec.capacity is None)
-    return growing, sum(spec.token_bytes * spec.capacity for spec in specs if spec.capacity is not None)
+def _check_packing(specs: list[LayerSpec], packing: KvPacking) -> None:
+    if not specs:
+        raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: its caches do not fit slots")
+    dims = sorted({dim for spec in specs for dim in (spec.key_dim, spec.value_dim)})
+    fitting = [size for size in GROUP_SIZES if not any(dim % size for dim in dims)]
+    if packing.group_size not in fitting:
+        allowed = f"allowed: {', '.join(map(str, fitting))}" if fitting else "its keys and values cannot be packed"
+        raise ModelError(
+            f"kv_group_size: {packing.group_size} does not divide this model's head dimensions "
+            f"({', '.join(map(str, dims))}); {allowed}"
+        )
 
 
 def _measured_sizes(network: nn.Module) -> tuple[int, int]:

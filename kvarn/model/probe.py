@@ -10,20 +10,22 @@ import hashlib
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import msgspec
 
 from kvarn import __version__
 from kvarn.hub.cache import cache_root
+from kvarn.kv.format import KvFormat
 from kvarn.model.blocks import BlockFormat, cut_prompt
 from kvarn.model.forwards import decode, prefill
 from kvarn.model.lanes import Lane, SlotsLane, SoloLane
-from kvarn.model.load import LoadedModel
-from kvarn.model.upstream import cache_arrays, new_cache
+from kvarn.model.load import LoadedModel, ModelError, kept_as
+from kvarn.model.prompt import Prompt, new_prompt
+from kvarn.model.upstream import cache_arrays, new_cache, rounded
 from kvarn.prefix.keys import pack
 from kvarn.prefix.match import Claim, Part
 from kvarn.prefix.records import BLOCK
@@ -49,22 +51,33 @@ class Capabilities(msgspec.Struct, frozen=True):
     """Writes stay in place while a step is in flight; otherwise every step must be waited for."""
     uncached: str
     """Why prefixes of this model cannot be cached; empty when they can."""
+    native: bool = False
+    """Attention over its slots is computed in C."""
 
     def lane(self, model: LoadedModel) -> Lane:
         """A fresh lane of the right kind."""
         return SlotsLane(model.specs) if self.slots else SoloLane()
 
+    def fitted(self, model: LoadedModel) -> LoadedModel:
+        """The model as the probe ran it. Raises ModelError when it was to be packed and cannot be."""
+        if not self.slots and model.form.packs:
+            raise ModelError(
+                f"kv_bits: {model.form.packing.bits} cannot be used with this model: {self.reason}. "
+                "Leave kv_bits out to serve it"
+            )
+        return model if self.native == model.form.native else kept_as(model, replace(model.form, native=self.native))
+
 
 def probe(model: LoadedModel) -> Capabilities:
     """Run the probe. Never raises for what the model does: an exception in it is an answer."""
-    uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
     misfits = sorted(set(model.kinds) - {"kv", "window"})
-    if misfits:
-        return Capabilities(False, f"its layers keep {', '.join(misfits)}, which slots cannot hold", True, uncached)
-    reason = _attempt(lambda: _parity(model))
-    if reason:
-        return Capabilities(False, reason, True, uncached)
-    return Capabilities(True, "", donates(model), uncached)
+    reason = f"its layers keep {', '.join(misfits)}, which slots cannot hold" if misfits else ""
+    reason = reason or _attempt(lambda: _parity(model))
+    if reason and model.form.native:
+        return probe(kept_as(model, replace(model.form, native=False)))
+    uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
+    pipelined = bool(reason) or donates(model)
+    return Capabilities(not reason, reason, pipelined, uncached, model.form.native)
 
 
 def _attempt(check: Callable[[], str]) -> str:
@@ -77,7 +90,7 @@ def _attempt(check: Callable[[], str]) -> str:
 def remembered_probe(model: LoadedModel, fingerprint: str) -> Capabilities:
     """The probe's result, taken from the cache folder if this very model was probed by these very versions before."""
     versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
-    identity = "|".join([fingerprint, __version__, *versions, str(mx.default_device()), model.dtype])
+    identity = "|".join([fingerprint, __version__, *versions, str(mx.default_device()), model.dtype, repr(model.form)])
     path = cache_root() / "probes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=Capabilities)
@@ -101,7 +114,7 @@ def _remember(path: Path, found: Capabilities) -> None:
 def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:
     """Run one token through the lane: what is compiled or paged in on first use happens before the first request."""
     lane = capabilities.lane(model)
-    lane.adopt(new_cache(model.network), 0)
+    lane.adopt(new_prompt(model.network, model.form))
     mx.eval(decode(model.network, lane, mx.zeros((1,), dtype=mx.int32)), lane.arrays())
 
 
@@ -110,12 +123,12 @@ def _parity(model: LoadedModel) -> str:
     chooser = random.Random(0)  # noqa: S311 - any tokens do
     prompts = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
     answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
-    expected = [_upstream(model.network, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    expected = [_upstream(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     lane = SlotsLane(model.specs)
-    for prompt in prompts:
-        cache = new_cache(model.network)
-        prefill(model.network, cache, prompt)
-        lane.adopt(cache, len(prompt))
+    for tokens in prompts:
+        prompt = new_prompt(model.network, model.form)
+        prefill(model.network, prompt, tokens)
+        lane.adopt(prompt)
     rows = list(range(len(prompts)))
 
     # A forward of several columns whose tokens are then all refused: what it wrote must never be seen again.
@@ -135,11 +148,12 @@ def _parity(model: LoadedModel) -> str:
     return ""
 
 
-def _upstream(network: nn.Module, prompt: list[int], answer: list[int]) -> list[mx.array]:
-    cache, logits = new_cache(network), []
-    prefill(network, cache, prompt)
+def _upstream(model: LoadedModel, tokens: list[int], answer: list[int]) -> list[mx.array]:
+    prompt, logits = Prompt(new_cache(model.network), KvFormat()), []
+    prefill(model.network, prompt, tokens)
+    caches = rounded(prompt.caches, model.form)
     for token in answer:
-        logits.append(network(mx.array([[token]]), cache=cache)[0, -1])
+        logits.append(model.network(mx.array([[token]]), cache=caches)[0, -1])
         mx.eval(logits[-1])
     return logits
 
@@ -151,7 +165,8 @@ def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
     length = min(RESTORED, model.context_length - 1)
     prompt = [chooser.randrange(model.vocab_size) for _ in range(length)]
     tree = Tree("")
-    original, node, ends = new_cache(model.network), tree.root(""), [*range(BLOCK, length, BLOCK), length]
+    original, node = new_prompt(model.network, model.form), tree.root("")
+    ends = [*range(BLOCK, length, BLOCK), length]
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
         prefill(model.network, original, prompt[start:end])
@@ -159,11 +174,13 @@ def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
         for kind in blocks.layout.kinds:
             node.records[kind] = cut_prompt(blocks, original, start, end, kind)
         parts.append(Part(node, end - start))
-    copy = blocks.restored(model.network, Claim(length, tuple(parts), ()), length + 2)
+    restored = blocks.restored(model.network, Claim(length, tuple(parts), ()), length + 2)
+    caches = rounded(original.caches, model.form)
+    copy = rounded(restored.caches, model.form, done=length)
     for step in range(2):
         token = mx.array([[chooser.randrange(model.vocab_size)]])
-        logits = [model.network(token, cache=cache)[0, -1] for cache in (original, copy)]
-        mx.eval(logits, cache_arrays(original), cache_arrays(copy))
+        logits = [model.network(token, cache=cache)[0, -1] for cache in (caches, copy)]
+        mx.eval(logits, cache_arrays(original.caches), cache_arrays(restored.caches))
         if differs(logits[1], logits[0]):
             return f"logits differ after a restored prefix (step {step})"
     return ""
@@ -182,7 +199,7 @@ def donates(model: LoadedModel) -> bool:
     token_bytes = sum(spec.token_bytes for spec in model.specs)
     length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
     lane = SlotsLane(model.specs)
-    lane.adopt(new_cache(model.network), 0)
+    lane.adopt(new_prompt(model.network, model.form))
     lane.advance([length])  # positions that were never written are zeros: the canary looks at memory, not at values
     tokens = mx.zeros((1,), dtype=mx.int32)
     for warm in (True, False):

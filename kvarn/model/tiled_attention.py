@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.model import blas
 from kvarn.model.upstream import Mask
+from kvarn.native.library import prepared
 
 TILED_QUERIES = 16
 """Fewer are left to MLX: decode steps, and drafts being verified, stay lazy."""
@@ -40,12 +40,12 @@ class Attention(ctypes.Structure):
 def tiled(mask: Mask, *arrays: mx.array) -> bool:
     """Whether attention with this mask over these arrays can be computed here: C reads float32 and nothing else."""
     plain = mask is None or isinstance(mask, str) or mask.dtype == mx.bool_
-    return plain and all(array.dtype == mx.float32 for array in arrays) and blas.prepared() is not None
+    return plain and all(array.dtype == mx.float32 for array in arrays) and prepared() is not None
 
 
 def tiled_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
     """Softmax to the base of 2 of scale * queries . keys, times values; shapes as for ``cpu_math.attention``."""
-    library = blas.prepared()
+    library = prepared()
     assert library is not None
     n, heads, length, dims = queries.shape
     groups, width = keys.shape[1:3]

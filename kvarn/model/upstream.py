@@ -17,7 +17,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model
 
-from kvarn.kv.arena import LayerRow, LayerSpec
+from kvarn.kv.format import KvFormat
+from kvarn.kv.slots import LayerRow, LayerSpec
 
 
 class LayerCache(Protocol):
@@ -102,7 +103,7 @@ def cache_bytes(cache: PromptCache) -> int:
     return sum(array.nbytes for array in cache_arrays(cache))
 
 
-def layer_specs(cache: PromptCache) -> list[LayerSpec]:
+def layer_specs(cache: PromptCache, form: KvFormat) -> list[LayerSpec]:
     """What each layer stores, read off caches that a forward has filled. Raises TypeError for other kinds."""
     specs = []
     for index, layer in enumerate(cache):
@@ -110,38 +111,83 @@ def layer_specs(cache: PromptCache) -> list[LayerSpec]:
             raise TypeError(f"layer {index} keeps a {type(layer).__name__}")
         keys, values = layer.keys, layer.values
         window = layer.max_size if isinstance(layer, RotatingKVCache) else None
-        specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, window))
+        specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, window, form))
     return specs
+
+
+def nothing() -> LayerCache:
+    """What stands in for a layer that has been given away."""
+    return cast(LayerCache, KVCache())
 
 
 def take_rows(cache: PromptCache) -> Iterator[LayerRow]:
     """Yield each layer of a finished prompt for adoption, dropping it from ``cache`` once it is copied."""
     for index, layer in enumerate(cache):
         if isinstance(layer, RotatingKVCache):
-            # Between chunks the ring may be stored rotated; only its own method knows the order.
-            keys, values = layer._temporal_order(layer.keys), layer._temporal_order(layer.values)
+            keys, values = in_order(layer)
             kept = min(layer.offset, keys.shape[2], layer.max_size)
-            yield LayerRow(keys[:, :, -kept:], values[:, :, -kept:])
+            yield LayerRow((keys[:, :, -kept:], values[:, :, -kept:]))
         elif isinstance(layer, KVCache):
-            yield LayerRow(layer.keys, layer.values, layer.keys.shape[2] - layer.offset)
+            yield LayerRow((layer.keys, layer.values), layer.keys.shape[2] - layer.offset)
         else:
             raise TypeError(f"layer {index}: {type(layer).__name__} has no rows to adopt")
-        cache[index] = KVCache()
+        cache[index] = nothing()
+
+
+class Rounded:
+    """A cache that packs and unpacks whatever it is given: what slots of that format hold, in a single sequence."""
+
+    def __init__(self, leaf: LayerCache, form: KvFormat, done: int = 0) -> None:
+        """``leaf``: a plain or sliding cache; what it holds behind the first ``done`` tokens is rounded at once."""
+        assert isinstance(leaf, KVCache | RotatingKVCache)
+        self._leaf = leaf
+        self._form = form
+        self._exact = form.packing.start if isinstance(leaf, KVCache) else 0
+        end = leaf.offset
+        held = end - in_order(leaf)[0].shape[2]
+        first = max(held, done, min(self._exact, end))
+        if first < end:
+            packed = form.unpack(form.pack(*spans(leaf, first, end).arrays))
+            sides = zip(spans(leaf, held, first).arrays, packed, strict=True)
+            keys, values = (mx.concatenate(list(side), axis=2) for side in sides)
+            put_span(leaf, keys, values, end)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As mlx-lm's, one token at a time."""
+        if self._leaf.offset >= self._exact:
+            keys, values = self._form.unpack(self._form.pack(keys, values))
+        return cast(tuple[mx.array, mx.array], self._leaf.update_and_fetch(keys, values))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._leaf, name)
+
+
+def rounded(caches: PromptCache, form: KvFormat, done: int = 0) -> PromptCache:
+    """Caches that go on as slots of that format would; the same ones where nothing is packed. See ``Rounded``."""
+    return [cast(LayerCache, Rounded(leaf, form, done)) for leaf in caches] if form.packs else caches
 
 
 # --- parts of a cache, for the prefix cache ---------------------------------------------------------------------
 
 
+def in_order(leaf: KVCache | RotatingKVCache) -> tuple[mx.array, mx.array]:
+    """Keys and values of all positions held, in order."""
+    if isinstance(leaf, KVCache):
+        return leaf.keys[:, :, : leaf.offset], leaf.values[:, :, : leaf.offset]
+    # Between chunks the ring may be stored rotated; only its own method knows the order.
+    return leaf._temporal_order(leaf.keys), leaf._temporal_order(leaf.values)
+
+
 def spans(leaf: LayerCache, start: int, end: int) -> LayerRow:
     """Keys and values of positions [start, end) as lazy views; a window must still hold them."""
     if isinstance(leaf, RotatingKVCache):
-        keys, values = leaf._temporal_order(leaf.keys), leaf._temporal_order(leaf.values)
+        keys, values = in_order(leaf)
         first = leaf.offset - keys.shape[2]
         if start < first:
             raise ValueError(f"position {start} has left the window, which begins at {first}")
-        return LayerRow(keys[:, :, start - first : end - first], values[:, :, start - first : end - first])
+        return LayerRow((keys[:, :, start - first : end - first], values[:, :, start - first : end - first]))
     assert isinstance(leaf, KVCache)
-    return LayerRow(leaf.keys[:, :, start:end], leaf.values[:, :, start:end])
+    return LayerRow((leaf.keys[:, :, start:end], leaf.values[:, :, start:end]))
 
 
 def spans_of(cache: PromptCache, start: int, end: int, sliding: bool) -> list[LayerRow | None]:

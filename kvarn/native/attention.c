@@ -35,10 +35,6 @@ struct attention {
     int32_t causal;
 };
 
-struct running {
-    float largest, sum;
-};
-
 #define WIDTH 4
 #define TARGET
 #define NAME(base) base##_portable
@@ -56,9 +52,7 @@ struct running {
 #include "softmax.h"
 #endif
 
-static float (*softmax_row)(float *, long, struct running *) = softmax_row_portable;
-
-enum { WIDEST = 16 }; /* rows are padded to a multiple of this */
+float (*softmax_row)(float *, long, struct running *) = softmax_row_portable;
 
 void attention_for(int bits)
 {
@@ -67,21 +61,6 @@ void attention_for(int bits)
 #else
     (void)bits;
 #endif
-}
-
-static long smaller(long a, long b) { return a < b ? a : b; }
-
-/* Memory of this thread, at least so many floats; NULL when there is none. */
-static float *scratch(size_t floats)
-{
-    static _Thread_local float *memory;
-    static _Thread_local size_t size;
-    if (size < floats) {
-        free(memory);
-        memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        size = memory ? floats : 0;
-    }
-    return memory;
 }
 
 struct tile {

@@ -136,6 +136,18 @@ void pool_run(piece_function piece, const void *its_job, long pieces, int rouse)
     atomic_flag_clear(&pool_busy);
 }
 
+float *scratch(size_t floats)
+{
+    static _Thread_local float *memory;
+    static _Thread_local size_t size;
+    if (size < floats) {
+        free(memory);
+        memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        size = memory ? floats : 0;
+    }
+    return memory;
+}
+
 void pool_init(int threads, long spin_us)
 {
     wanted_threads = threads < 1 ? 1 : threads > MAX_WORKERS + 1 ? MAX_WORKERS + 1 : threads;

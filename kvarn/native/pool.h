@@ -8,6 +8,8 @@
 #ifndef KVARN_POOL_H
 #define KVARN_POOL_H
 
+#include <stddef.h>
+
 typedef void (*piece_function)(const void *job, long number);
 
 /* Once, before anything else. */
@@ -20,6 +22,9 @@ int pool_claim(void);
 
 /* Run pieces 0 to ``pieces`` - 1 and return when all are done; ``rouse`` sleeping workers too. */
 void pool_run(piece_function piece, const void *job, long pieces, int rouse);
+
+/* Memory of the calling thread, at least so many floats, for the work on one piece; NULL when there is none. */
+float *scratch(size_t floats);
 
 /* Monotonic. */
 long now_ns(void);

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "packed.h"
 #include "pool.h"
 
 enum { MAX_ROWS = 32 };
@@ -22,7 +23,6 @@ typedef void (*double_gemm)(int, int, int, int, int, int, double, const double *
                             double *, int);
 typedef void (*complex_gemm)(int, int, int, int, int, int, const void *, const void *, int, const void *, int,
                              const void *, void *, int);
-typedef void (*product)(long m, long n, long k, const float *a, long lda, const float *b, long ldb, float *c, long ldc);
 
 /* --- kernels by instruction set ------------------------------------------------------------------------------- */
 
@@ -45,8 +45,8 @@ typedef float quarter __attribute__((vector_size(16)));
 #include "kernels.h"
 #endif
 
-static product dot_rows = dot_rows_portable;
-static product mix_rows = mix_rows_portable;
+product dot_rows = dot_rows_portable;
+product mix_rows = mix_rows_portable;
 static const char *instructions = "portable";
 
 static void choose_kernels(void)
@@ -58,11 +58,13 @@ static void choose_kernels(void)
         mix_rows = mix_rows_avx512;
         instructions = "avx512";
         attention_for(512);
+        packed_for(512);
     } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         dot_rows = dot_rows_avx2;
         mix_rows = mix_rows_avx2;
         instructions = "avx2";
         attention_for(256);
+        packed_for(256);
     }
 #elif defined(__aarch64__)
     instructions = "neon";
@@ -78,10 +80,8 @@ enum {
     SHARE_BYTES = 2 * CHUNK_BYTES,
     /* Below this a sleeping worker would wake too late to help. */
     WAKE_BYTES = 256 * 1024,
-    /* The same three for products passed on, in multiply-adds. */
+    /* Multiply-adds a thread takes at a time of products passed on. */
     PIECE_MACS = 2 << 20,
-    SHARE_MACS = 1 << 20,
-    WAKE_MACS = 4 << 20,
     /* Pieces are multiples of this many rows or columns, to suit every kernel's tile. */
     PIECE_STEP = 48,
 };
@@ -172,12 +172,17 @@ static double_gemm next_dgemm;
 static complex_gemm next_cgemm;
 static unsigned char own[MAX_ROWS + 1];
 static _Atomic uint64_t own_calls, passed_calls;
+static int carrying;
 
 EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                         const float *b, int ldb, float beta, float *c, int ldc)
 {
     if (order != ROW_MAJOR || m <= 0 || n <= 0 || k <= 0) {
         next_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return;
+    }
+    if (carrying && m == k && m >= CARRIED_SIDE && lda == k && carries(a)) {
+        run_carried(a, b, c);
         return;
     }
     struct gemm g = {trans_a, trans_b, m, n, k, alpha, beta, a, b, c, lda, ldb, ldc};
@@ -222,6 +227,7 @@ EXPORT void kvarn_rowblas_init(void *sgemm, void *dgemm, void *cgemm, int thread
     next_dgemm = (double_gemm)dgemm;
     next_cgemm = (complex_gemm)cgemm;
     choose_kernels();
+    carrying = carried_init();
     pool_init(threads, spin_us);
 }
 

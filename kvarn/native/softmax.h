@@ -30,8 +30,6 @@ TARGET static inline __attribute__((always_inline)) NAME(vec) NAME(larger)(NAME(
     return (NAME(vec))(((NAME(ints))a & first) | ((NAME(ints))b & ~first));
 }
 
-/* Turn a row of scores into weights 2^(score - largest so far), in place; see struct running. Returns by how much what
- * was summed up with an earlier, smaller maximum has to be multiplied. ``cols`` is a multiple of WIDTH. */
 TARGET static float NAME(softmax_row)(float *scores, long cols, struct running *running)
 {
     NAME(vec) most = (NAME(vec)){0} + running->largest;

@@ -32,23 +32,32 @@ class MemoryBudget:
     """Byte costs of a model's cache and the most it may use. ``limit_bytes`` covers arena and prefill caches."""
 
     kv_bytes_per_token: int
-    """Keys and values of one token in the layers whose cache grows with the context."""
+    """Keys and values of one token of a row, in the layers whose cache grows with the context."""
     window_bytes_per_row: int
     """Fixed part of a row: sliding-window rings and recurrent state."""
     limit_bytes: int
     chunk_window_bytes: int = 0
     """What a sliding-window cache holds beyond the window while a chunk of a prompt is being read."""
+    exact_bytes_per_token: int = 0
+    """Of rows that are packed: what a token takes as computed, beside that, while its prompt is being read."""
+    exact_window_bytes: int = 0
+    """The same for the windows of one prompt."""
+    exact_tokens: int = 0
+    """Tokens of a packed row that stay as computed."""
 
     def arena_bytes(self, rows: int, longest: int) -> int:
         """Bytes of an arena that holds ``rows`` rows, the longest with ``longest`` tokens."""
-        return row_bucket(rows) * (capacity_bucket(longest) * self.kv_bytes_per_token + self.window_bytes_per_row)
+        capacity = capacity_bucket(longest)
+        exact = min(self.exact_tokens, capacity)
+        growing = (capacity - exact) * self.kv_bytes_per_token + exact * self.exact_bytes_per_token
+        return row_bucket(rows) * (growing + self.window_bytes_per_row)
 
     def prefill_bytes(self, tokens: int) -> int:
         """Upper bound for the cache of a request that has ``tokens`` computed and no row yet; 0 for none."""
         if tokens <= 0:
             return 0
-        fixed = self.window_bytes_per_row + self.chunk_window_bytes
-        return (tokens + PREFILL_STEP - 1) * self.kv_bytes_per_token + fixed
+        fixed = self.window_bytes_per_row + self.chunk_window_bytes + self.exact_window_bytes
+        return (tokens + PREFILL_STEP - 1) * (self.kv_bytes_per_token + self.exact_bytes_per_token) + fixed
 
     def alone_bytes(self, tokens: int) -> int:
         """Peak of a request of ``tokens`` with nothing beside it: recomputed whole, then adopted into a row."""

@@ -30,6 +30,12 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_engine_flags.py::test_little_kv_memory_means_a_shorter_context",
         "engine/test_process.py::test_no_memory_for_any_request_is_said_at_start",
     ),
+    "kv_bits": ("http/test_packed_server.py::test_bits_groups_and_exact_tokens",),
+    "kv_group_size": (
+        "http/test_packed_server.py::test_bits_groups_and_exact_tokens",
+        "http/test_packed_server.py::test_what_cannot_be_packed_is_an_error_at_start",
+    ),
+    "kv_quant_start": ("http/test_packed_server.py::test_bits_groups_and_exact_tokens",),
     "cache_ram": (
         "http/test_prefix_flags.py::test_cache_ram_bounds_memory",
         "http/test_prefix_cache.py::test_no_cache_says_so",

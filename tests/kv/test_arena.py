@@ -4,32 +4,70 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvarn.kv.arena import RING_SLACK, Arena, LayerRow, LayerSpec
+from kvarn.kv.arena import Arena
+from kvarn.kv.format import Arrays, KvFormat
+from kvarn.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot
+from kvarn.types import KvPacking
 
 HEADS, KEY_DIM, VALUE_DIM, WINDOW = 2, 3, 5, 8
 SPECS = [
     LayerSpec(HEADS, KEY_DIM, VALUE_DIM, mx.float32, None),
     LayerSpec(HEADS, KEY_DIM, VALUE_DIM, mx.float32, WINDOW),
 ]
+RAMP = 0.25
+
+
+def packed_specs(bits: int, start: int = 0) -> list[LayerSpec]:
+    form = KvFormat(KvPacking(bits=bits, group_size=32, start=start))
+    return [LayerSpec(HEADS, 32, 64, mx.float32, window, form) for window in (None, WINDOW)]
 
 
 def entries(marks: list[int], dim: int) -> mx.array:
     """[1, heads, len(marks), dim] whose numbers tell mark, head and component apart."""
     mark = np.array(marks, dtype=np.float32).reshape(1, 1, -1, 1)
     head = np.arange(HEADS, dtype=np.float32).reshape(1, -1, 1, 1)
-    return mx.array(mark * 100 + head * 10 + np.arange(dim, dtype=np.float32))
+    return mx.array(mark * 100 + head * 20 + np.arange(dim, dtype=np.float32) * np.float32(RAMP))
+
+
+def layer_row(spec: LayerSpec, marks: list[int]) -> LayerRow:
+    """A finished prompt, as the slots of a layer take it."""
+    behind = marks[-spec.window :] if spec.window else marks[spec.exact :]
+    before = marks[: spec.exact]
+    arrays: Arrays = (entries(behind, spec.key_dim), entries(behind, spec.value_dim))
+    if spec.format.packs:
+        arrays = spec.format.pack(*arrays) if behind else ()
+    return LayerRow(arrays, exact=(entries(before, spec.key_dim), entries(before, spec.value_dim)) if before else ())
+
+
+def seen_by(slot: Slot) -> list[npt.NDArray[np.float32]]:
+    """Keys and values [n, heads, width, dim] of all stretches, unpacked."""
+    sides: list[list[mx.array]] = [[], []]
+    for stretch in slot.sides():
+        for found, arrays in zip(sides, stretch, strict=True):
+            if len(arrays) == 3 and arrays[0].size:
+                packing = slot.spec.format.packing
+                found.append(mx.dequantize(*arrays, group_size=packing.group_size, bits=packing.bits))
+            elif len(arrays) == 1:
+                found.append(arrays[0])
+    return [np.array(mx.concatenate(parts, axis=2)) for parts in sides]
 
 
 class ArenaMachine(RuleBasedStateMachine):
     """``model`` holds, per row, the marks of its positions: what a dict of lists would hold."""
 
+    specs = SPECS
+    tolerance = 0.0
+    """By how much packing may change a number; a mark is 100 apart from the next."""
+
     @initialize()
     def start(self) -> None:
-        self.arena = Arena(SPECS)
+        self.arena = Arena(self.specs)
         self.model: list[list[int]] = []
         self.mark = 0
 
@@ -41,10 +79,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model) < 6)
     def adopt(self, length: int) -> None:
         marks = self.fresh(length)
-        layers = [
-            LayerRow(entries(marks, KEY_DIM), entries(marks, VALUE_DIM)),
-            LayerRow(entries(marks[-WINDOW:], KEY_DIM), entries(marks[-WINDOW:], VALUE_DIM)),
-        ]
+        layers = [layer_row(spec, marks) for spec in self.specs]
         assert self.arena.adopt(layers if length else (), length) == len(self.model)
         self.model.append(marks)
 
@@ -64,8 +99,8 @@ class ArenaMachine(RuleBasedStateMachine):
         cache = self.arena.begin(columns)
         for slot in cache:
             slot.update_and_fetch(
-                mx.concatenate([entries(row, KEY_DIM) for row in marks]),
-                mx.concatenate([entries(row, VALUE_DIM) for row in marks]),
+                mx.concatenate([entries(row, slot.spec.key_dim) for row in marks]),
+                mx.concatenate([entries(row, slot.spec.value_dim) for row in marks]),
             )
         self.check_views(marks, columns)
         kept = [min(keep[row], columns) for row in range(len(self.model))]
@@ -86,38 +121,91 @@ class ArenaMachine(RuleBasedStateMachine):
         self.arena.unreserve()
         self.arena.trim()
         if self.model:
-            assert self.arena.slots[0].keys.shape[0] < 2 * len(self.model)
+            assert self.arena.slots[0].row_count < 2 * len(self.model)
         else:
             assert self.arena.nbytes == 0
 
     def check_views(self, written: list[list[int]], columns: int) -> None:
         """Each query sees exactly the marks it should, through the mask, in every layer."""
-        for spec, slot in zip(SPECS, self.arena.slots, strict=True):
-            keys, values = slot.keys_and_values()
+        for spec, slot in zip(self.specs, self.arena.slots, strict=True):
             mask = slot.make_mask(columns)
-            seen_keys, seen_values = np.array(keys), np.array(values)
-            for row, marks in enumerate(self.model):
-                history = marks + written[row]
-                for query in range(columns):
-                    visible = history[: len(marks) + query + 1]
-                    if spec.window is not None:
-                        visible = visible[-spec.window :]
-                    shown = np.ones(keys.shape[2], bool) if mask is None else np.array(mask)[row, 0, query]
-                    assert sorted(seen_keys[row, 0, shown, 0] // 100) == visible
-                    assert sorted(seen_values[row, 1, shown, 4] - 14) == [mark * 100 for mark in visible]
+            for side in seen_by(slot):
+                for row, marks in enumerate(self.model):
+                    history = marks + written[row]
+                    for query in range(columns):
+                        visible = history[: len(marks) + query + 1]
+                        if spec.window is not None:
+                            visible = visible[-spec.window :]
+                        shown = np.ones(side.shape[2], bool) if mask is None else np.array(mask)[row, 0, query]
+                        found = side[row][:, shown]
+                        found = found[:, np.argsort(found[0, :, 0])]
+                        expected = np.array(entries(visible, side.shape[3]))[0]
+                        assert found.shape == expected.shape
+                        assert np.abs(found - expected).max() <= self.tolerance
 
     @invariant()
     def lengths_agree(self) -> None:
         assert list(self.arena.lengths) == [len(marks) for marks in self.model]
         assert self.arena.slots or not self.model
-        for spec, slot in zip(SPECS, self.arena.slots, strict=False):
-            assert slot.keys.shape[0] >= len(self.model)
+        for spec, slot in zip(self.specs, self.arena.slots, strict=False):
+            assert slot.arrays[0].shape[0] >= len(self.model)
             if spec.window is not None:
                 assert slot.capacity == WINDOW + RING_SLACK
 
 
+class Int8Machine(ArenaMachine):
+    specs = packed_specs(8)
+    tolerance = 0.2
+
+
+class Int4Machine(ArenaMachine):
+    specs = packed_specs(4)
+    tolerance = 0.5
+
+
+class ExactStartMachine(ArenaMachine):
+    specs = packed_specs(8, start=20)
+    tolerance = 0.2
+
+
+class LateStartMachine(ArenaMachine):
+    """Nothing is packed before the arena has grown once."""
+
+    specs = packed_specs(8, start=270)
+    tolerance = 0.2
+
+
 TestArena = ArenaMachine.TestCase
+TestInt8 = Int8Machine.TestCase
+TestInt4 = Int4Machine.TestCase
+TestExactStart = ExactStartMachine.TestCase
+TestLateStart = LateStartMachine.TestCase
 TestArena.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+FEWER = settings(max_examples=20, stateful_step_count=25, deadline=None)
+TestInt8.settings = TestInt4.settings = TestExactStart.settings = TestLateStart.settings = FEWER
+
+
+@pytest.mark.parametrize("start", [20, 270])
+def test_exact_positions_are_not_packed(start: int) -> None:
+    """Not even those that a forward adds, nor after the row has moved and the arena has grown."""
+    (spec, _), rng = packed_specs(4, start), np.random.default_rng(0)
+    arena = Arena([spec])
+    keys, values = (rng.standard_normal((2, HEADS, 300, dim)).astype(np.float32) for dim in (32, 64))
+    for length in (1, start - 2):
+        exact = mx.array(keys[1:, :, :length]), mx.array(values[1:, :, :length])
+        arena.adopt([LayerRow((), exact=exact)], length)
+    for counts in ([4, 0], [4, 1], [4, 3]):  # what is refused is written again
+        done = arena.lengths[1]
+        (slot,) = arena.begin(4)
+        slot.update_and_fetch(mx.array(keys[:, :, done : done + 4]), mx.array(values[:, :, done : done + 4]))
+        arena.advance(counts)
+        mx.eval(arena.arrays())
+    arena.release(0)
+    arena.begin(300)
+    for side, found in zip((keys, values), seen_by(arena.slots[0]), strict=True):
+        assert np.array_equal(found[0, :, :start], side[1, :, :start])
+        behind = np.abs(found[0, :, start : start + 2] - side[1, :, start : start + 2])
+        assert 0 < behind.max() < 0.4
 
 
 def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
@@ -130,16 +218,16 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
         arena.begin(1)
         arena.advance([1])
         assert [slot.capacity for slot in arena.slots] == [2048] * quarter + [256] * (4 - quarter)
-    arrays = [slot.keys for slot in arena.slots]
-    layer = LayerRow(mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4)))
+    arrays = [slot.arrays[0] for slot in arena.slots]
+    layer = LayerRow((mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4))))
     arena.adopt([layer] * 4, 2000)
-    assert [slot.keys.shape for slot in arena.slots] == [array.shape for array in arrays]
+    assert [slot.arrays[0].shape for slot in arena.slots] == [array.shape for array in arrays]
 
 
 def test_aligned_rows_need_no_mask() -> None:
     arena = Arena(SPECS[:1])
     for _ in range(2):
-        arena.adopt([LayerRow(entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM))], 3)
+        arena.adopt([LayerRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
     (slot,) = arena.begin(1)
     assert slot.make_mask(1) is None
 
@@ -147,8 +235,8 @@ def test_aligned_rows_need_no_mask() -> None:
 def test_scrub_removes_non_finite_numbers() -> None:
     arena = Arena(SPECS[:1])
     poison = mx.full((1, HEADS, 4, KEY_DIM), float("nan")), mx.full((1, HEADS, 4, VALUE_DIM), float("nan"))
-    arena.adopt([LayerRow(entries([1], KEY_DIM), entries([1], VALUE_DIM))], 1)
-    arena.adopt([LayerRow(*poison)], 4)
+    arena.adopt([LayerRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
+    arena.adopt([LayerRow(poison)], 4)
     arena.release(1, scrub=True)
     assert all(bool(mx.isfinite(array).all()) for array in arena.arrays())
 
@@ -167,6 +255,8 @@ def test_arrays_are_written_in_place() -> None:
     for _ in range(10):
         for slot in arena.begin(1):
             keys, values = slot.update_and_fetch(one, one)
+            assert isinstance(keys, mx.array)
+            assert isinstance(values, mx.array)
             mx.eval((keys[..., -1:, :] * values[..., -1:, :]).sum())
             del keys, values
         arena.advance([1])

@@ -7,7 +7,8 @@ import pytest
 from engine_driver import upstream_math
 from tiny_models import build
 
-from kvarn.model.cpu_math import attention, gated, install
+from kvarn.model.attention import install
+from kvarn.model.cpu_math import attention, gated
 from kvarn.model.upstream import upstream_attention, upstream_swiglu
 
 
@@ -61,7 +62,7 @@ def test_gated_equals_mlx() -> None:
 def test_a_networks_logits_stay_the_same(kind: str) -> None:
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 5])
     network = build(kind)
-    install(network)
+    install(network, on_cpu=True)
     ours = network(tokens)
     with upstream_math():
         reference = network(tokens)

@@ -12,7 +12,8 @@ import pytest
 from engine_driver import Driver, assert_same_or_tied, reference, request
 from tiny_models import SLOT_KINDS, SOLO_KINDS, VOCAB, save
 
-from kvarn.model.load import LoadedModel, load
+from kvarn.kv.format import AS_COMPUTED
+from kvarn.model.load import LoadedModel, kept_as, load
 from kvarn.model.probe import probe
 
 
@@ -54,7 +55,7 @@ class DependsOnNeighbours(Altered):
 class KeepsReferences(Altered):
     def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
         if hasattr(cache[0], "rows"):
-            self.kept += [layer.keys_and_values()[0] for layer in cache]  # type: ignore[attr-defined]
+            self.kept += [layer.sides()[0][0][0] for layer in cache]  # type: ignore[attr-defined]
         return logits
 
 
@@ -88,7 +89,8 @@ def test_a_model_that_breaks_an_assumption_runs_solo_and_right(case: type[Altere
 
 
 def test_the_canary_finds_a_kept_reference() -> None:
-    keeping = dataclasses.replace(model("llama"), network=KeepsReferences(model("llama").network))  # type: ignore[arg-type]
+    plain = kept_as(model("llama"), AS_COMPUTED)
+    keeping = dataclasses.replace(plain, network=KeepsReferences(plain.network))  # type: ignore[arg-type]
     found = probe(keeping)
     assert found.slots
     assert not found.pipelined

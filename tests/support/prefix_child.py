@@ -16,12 +16,14 @@ from engine_driver import Driver, disk_cache, request  # noqa: E402
 
 from kvarn.model.load import load  # noqa: E402
 from kvarn.prefix.disk.events import Opened  # noqa: E402
+from kvarn.types import KvPacking  # noqa: E402
 
 
 def main() -> None:
-    """``FOLDER CACHE PROMPTS ANSWER``: a model folder, the cache's folder, a JSON list of prompts, tokens to draw."""
+    """``FOLDER CACHE PROMPTS ANSWER BITS``: a model folder, the cache's folder, a JSON list of prompts, tokens to draw,
+    bits of keys and values."""
     folder, where, prompts, answer = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
-    model = load(folder, 0, lambda fraction: None)
+    model = load(folder, 0, lambda fraction: None, KvPacking(bits=int(sys.argv[5])))
     cache, ssd, inbox = disk_cache(model, where)
     opened = inbox.get(timeout=30)
     assert isinstance(opened, Opened)

@@ -116,14 +116,26 @@ CONFIGS: dict[str, dict[str, object]] = {
     },
 }
 
+WIDE = {
+    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "qwen3": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "sliding_window": 80},
+}
+"""Heads as wide as real models have them, whose keys and values can be packed."""
+CONFIGS_WIDE = {f"wide_{kind}": {**CONFIGS[kind], **wide} for kind, wide in WIDE.items()}
+
 SLOT_KINDS = ("llama", "qwen3", "gemma3_text", "deepseek_v2")
 SOLO_KINDS = ("mamba", "lfm2", "qwen3_next")
 
 
+def config_of(kind: str) -> dict[str, object]:
+    return {**CONFIGS, **CONFIGS_WIDE}[kind]
+
+
 def build(kind: str, seed: int = 0) -> nn.Module:
     """A model of ``kind`` in float32, with weights large enough that its next token depends on the whole context."""
-    config = CONFIGS[kind]
-    module = import_module(f"mlx_lm.models.{kind}")
+    config = config_of(kind)
+    module = import_module(f"mlx_lm.models.{config['model_type']}")
     network = module.Model(module.ModelArgs.from_dict(config))
     mx.random.seed(seed)
     network.update(
@@ -145,5 +157,5 @@ def save(kind: str, folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(tree_flatten(build(kind, seed).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
+    (folder / "config.json").write_text(json.dumps(config_of(kind)))
     return folder

@@ -66,7 +66,8 @@ def _room(info: ModelInfo, free: int | None) -> Finding:
         return ok("tokens", f"{shown(limit)} for states that do not grow with the prompt")
     count = limit // each
     text = (
-        f"{shown(each)} per token; {shown(limit)} hold {count} tokens, {count / info.context_length:.3g} full contexts"
+        f"{shown(each)} per token ({info.kv_format}); {shown(limit)} hold {count} tokens, "
+        f"{count / info.context_length:.3g} full contexts"
     )
     if free is not None and info.weight_bytes + limit > free:
         most = max(0, free - info.weight_bytes) * 9 // 10 >> 20
@@ -84,6 +85,7 @@ def _start(path: str, config: ServeConfig) -> wire.Start:
         max_itl_ms=config.max_itl_ms,
         prefill_chunk=config.prefill_chunk,
         kv_budget_bytes=config.kv_memory_mb * 2**20,
+        packing=config.packing,
         prefix=PrefixSettings(ram_bytes=None if config.cache_ram is None else int(config.cache_ram)),
     )
 
