@@ -76,7 +76,7 @@ def servers_from(args: argparse.Namespace) -> list[Server]:
         found.append(Server("kvarn", command, ""))
     if args.mlx_lm:
         command = f"{args.mlx_lm} -m mlx_lm server --model {float_model} --port {{port}} --log-level WARNING"
-        found.append(Server("mlx-lm", command, float_model, fast_blas()))
+        found.append(Server("mlx-lm", f"{command} {args.mlx_lm_args}", float_model, fast_blas()))
     if args.rapid_mlx:
         command = f"{args.rapid_mlx} serve {float_model} --port {{port}} --log-level WARNING"
         found.append(Server("rapid-mlx", command, "", {**fast_blas(), "HF_HUB_OFFLINE": "1"}))
@@ -216,6 +216,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kvarn-args", default="", help="more arguments of kvarn serve")
     parser.add_argument("--no-kvarn", action="store_true", help="measure only the others")
     parser.add_argument("--mlx-lm", default="", metavar="PYTHON", help="interpreter that has mlx-lm")
+    parser.add_argument("--mlx-lm-args", default="", help="more arguments of mlx_lm.server")
     parser.add_argument("--rapid-mlx", default="", metavar="PROGRAM", help="the rapid-mlx program")
     parser.add_argument("--vllm-mlx", default="", metavar="PROGRAM", help="the vllm-mlx program")
     parser.add_argument(

@@ -76,7 +76,7 @@ class Engine:
         self._prefixes = prefixes
         self._inbox = inbox
         self._outbox = outbox
-        self._lane = capabilities.lane(model)
+        self._lane = capabilities.lane(model, limit_bytes)
         self._sequences: dict[str, Sequence] = {}
         self._leaving: list[str] = []
         self._flight: Flight | None = None
@@ -400,7 +400,7 @@ class Engine:
         suspects = [name for name in rows if name in self._scheduler.suspects]
         guilty = rows[0] if len(rows) == 1 else suspects[0] if len(suspects) == 1 else None
         self._flight = self._sampler = None
-        self._lane = self._capabilities.lane(self._model)
+        self._lane = self._capabilities.lane(self._model, self._limit_bytes)
         now = time.monotonic()
         for name in rows:
             sequence = self._sequences[name]

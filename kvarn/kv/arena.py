@@ -15,13 +15,16 @@ import mlx.core as mx
 from kvarn.kv.rows import Rows
 from kvarn.kv.slots import LayerRow, LayerSpec, Slot, empty_slot
 from kvarn.kv.stretch import Stretch
-from kvarn.schedule.budget import capacity_bucket, row_bucket
+from kvarn.schedule.budget import capacity_bucket, rows_allocated
+
+NO_LIMIT = 1 << 62
 
 
 class Arena:
     """The running batch's keys and values."""
 
-    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], limit_bytes: int = NO_LIMIT) -> None:
+        self._limit_bytes = limit_bytes
         self.rows = Rows()
         self.slots: list[Slot] = []
         self._specs = specs
@@ -126,18 +129,24 @@ class Arena:
         if not self.lengths and self._reserved == (0, 0):
             self.slots.clear()
         else:
-            rows = max(len(self.lengths), self._reserved[0])
             longest = max([*(length + 1 for length in self.lengths), self._reserved[1]])
+            capacity = capacity_bucket(longest)
+            rows = self._row_target(max(len(self.lengths), self._reserved[0]), capacity)
             for slot in self.slots:
-                slot.resize(min(slot.row_count, row_bucket(rows)), min(slot.capacity, capacity_bucket(longest)))
+                slot.resize(min(slot.row_count, rows), min(slot.capacity, capacity))
 
     def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
         """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""
-        least_rows, least_capacity = row_bucket(rows), capacity_bucket(longest)
-        target = max(least_rows, row_bucket(self._reserved[0])), max(least_capacity, capacity_bucket(self._reserved[1]))
+        least_capacity = capacity_bucket(longest)
+        capacity = max(least_capacity, capacity_bucket(self._reserved[1]))
+        target = self._row_target(max(rows, self._reserved[0]), capacity)
         for slot in slots:
-            if slot.row_count < least_rows or (slot.window is None and slot.capacity < least_capacity):
-                slot.resize(*target)
+            if slot.row_count < rows or (slot.window is None and slot.capacity < least_capacity):
+                slot.resize(max(target, rows), capacity)
+
+    def _row_target(self, rows: int, capacity: int) -> int:
+        row_bytes = sum(spec.row_bytes(capacity) for spec in self._specs)
+        return rows_allocated(rows, row_bytes, self._limit_bytes)
 
     def arrays(self) -> list[mx.array]:
         """Every array a step must evaluate so that no lazy graph survives it."""

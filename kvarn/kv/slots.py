@@ -52,6 +52,13 @@ class LayerSpec(NamedTuple):
         """Bytes of a position as it was computed."""
         return self.heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
 
+    def row_bytes(self, capacity: int) -> int:
+        """Bytes of one row with room for ``capacity`` positions."""
+        if self.capacity is not None:
+            return self.capacity * self.token_bytes
+        exact = min(self.exact, capacity)
+        return exact * self.exact_bytes + (capacity - exact) * self.token_bytes
+
 
 class LayerRow(NamedTuple):
     """One layer of one row, [1, heads, m + spare, x] each: the last m positions, in order."""

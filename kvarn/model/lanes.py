@@ -12,7 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from kvarn.kv.arena import Arena
+from kvarn.kv.arena import NO_LIMIT, Arena
 from kvarn.kv.slots import LayerRow, LayerSpec
 from kvarn.model.prompt import Prompt
 from kvarn.model.upstream import cache_arrays
@@ -67,8 +67,8 @@ class Lane(Protocol):
 class SlotsLane:
     """All rows in one batched forward."""
 
-    def __init__(self, specs: Sequence[LayerSpec]) -> None:
-        self._arena = Arena(specs)
+    def __init__(self, specs: Sequence[LayerSpec], limit_bytes: int = NO_LIMIT) -> None:
+        self._arena = Arena(specs, limit_bytes)
         self._native = specs[0].format.native
 
     @property

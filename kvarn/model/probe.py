@@ -19,6 +19,7 @@ import msgspec
 
 from kvarn import __version__
 from kvarn.hub.cache import cache_root
+from kvarn.kv.arena import NO_LIMIT
 from kvarn.kv.format import KvFormat
 from kvarn.model.blocks import BlockFormat, cut_prompt
 from kvarn.model.forwards import decode, prefill
@@ -54,9 +55,9 @@ class Capabilities(msgspec.Struct, frozen=True):
     native: bool = False
     """Attention over its slots is computed in C."""
 
-    def lane(self, model: LoadedModel) -> Lane:
-        """A fresh lane of the right kind."""
-        return SlotsLane(model.specs) if self.slots else SoloLane()
+    def lane(self, model: LoadedModel, limit_bytes: int = NO_LIMIT) -> Lane:
+        """A fresh lane of the right kind, whose rows and prompts together may take so many bytes."""
+        return SlotsLane(model.specs, limit_bytes) if self.slots else SoloLane()
 
     def fitted(self, model: LoadedModel) -> LoadedModel:
         """The model as the probe ran it. Raises ModelError when it was to be packed and cannot be."""

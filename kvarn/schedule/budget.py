@@ -22,6 +22,13 @@ def row_bucket(rows: int) -> int:
     return _doubled(rows, 1) if rows > 0 else 0
 
 
+def rows_allocated(rows: int, row_bytes: int, limit_bytes: int) -> int:
+    """Rows the arena has for ``rows`` of them, of ``row_bytes`` each: a bucket, or as many as there are once a bucket
+    would take more than half of the limit, because there the room that doubling wastes is somebody's place."""
+    bucket = row_bucket(rows)
+    return bucket if bucket * row_bytes * 2 <= limit_bytes else rows
+
+
 def capacity_bucket(tokens: int) -> int:
     """Positions per row the arena allocates for a longest row of ``tokens``: 256, 512, 1024, ..."""
     return _doubled(tokens, SMALLEST_CAPACITY)
@@ -50,7 +57,8 @@ class MemoryBudget:
         capacity = capacity_bucket(longest)
         exact = min(self.exact_tokens, capacity)
         growing = (capacity - exact) * self.kv_bytes_per_token + exact * self.exact_bytes_per_token
-        return row_bucket(rows) * (growing + self.window_bytes_per_row)
+        row_bytes = growing + self.window_bytes_per_row
+        return rows_allocated(rows, row_bytes, self.limit_bytes) * row_bytes
 
     def prefill_bytes(self, tokens: int) -> int:
         """Upper bound for the cache of a request that has ``tokens`` computed and no row yet; 0 for none."""

@@ -244,6 +244,25 @@ def test_bytes_are_those_of_the_format(packing: str, tmp_path: Path) -> None:
         assert 2 * share <= {8: 0.54, 4: 0.29}[bits]  # of float16
 
 
+@pytest.mark.slow
+def test_more_conversations_run_at_once() -> None:
+    """In the memory in which float16 holds so many, 8 bits hold at least 1.8 times as many (I1). Here everything is
+    computed in float32, so float16 is what float32 does with twice the memory. The exact form of the prompt that is
+    being read counts too; it matters less the more conversations there are."""
+    most = {}
+    limit = 80 * 256 * model("wide_llama").exact_bytes // 2
+    for packing, memory in (("exact", 2 * limit), ("int8", limit)):
+        loaded = model("wide_llama") if packing == "int8" else kept_as(model("wide_llama"), KvFormat(native=True))
+        driven = Driver(loaded, max_rows=160, max_chunk=128, limit_bytes=memory)
+        for number in range(150):
+            driven.submit(request(f"r{number}", prompt(100, seed=number), 150))
+        running: list[int] = []
+        driven.run(lambda turn, driven=driven, running=running: running.append(len(driven.scheduler.rows)))
+        assert driven.beat.counters.preemptions == 0
+        most[packing] = max(running)
+    assert most["int8"] >= 1.8 * most["exact"], most
+
+
 @pytest.mark.parametrize(("kind", "word"), [("deepseek_v2", "kv_"), ("mamba", "slots"), ("qwen3_next", "slots")])
 def test_models_that_cannot_be_packed_say_so(kind: str, word: str) -> None:
     """Latent and recurrent caches: an error that names the setting, not a silent fall-back."""

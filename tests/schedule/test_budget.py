@@ -20,12 +20,43 @@ def test_capacity_bucket(tokens: int, bucket: int) -> None:
 
 
 def test_bytes() -> None:
-    budget = MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=7, limit_bytes=0)
+    budget = MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=7, limit_bytes=8 * (512 * 10 + 7))
     assert budget.arena_bytes(0, 5000) == 0
     assert budget.arena_bytes(3, 300) == 4 * (512 * 10 + 7)
+    assert budget.arena_bytes(5, 300) == 5 * (512 * 10 + 7), "room for eight would take more than half of the limit"
     assert budget.prefill_bytes(0) == 0
     assert budget.prefill_bytes(1) == 256 * 10 + 7
     assert budget.alone_bytes(1) == 256 * 10 + 7
+
+
+def test_packed_bytes() -> None:
+    """(I1) Rows are packed but for their first tokens; a prompt that is being read has its exact form beside it."""
+    budget = MemoryBudget(
+        kv_bytes_per_token=10,
+        window_bytes_per_row=7,
+        limit_bytes=1 << 40,
+        chunk_window_bytes=3,
+        exact_bytes_per_token=40,
+        exact_window_bytes=28,
+        exact_tokens=128,
+    )
+    assert budget.arena_bytes(2, 300) == 2 * (128 * 40 + 384 * 10 + 7)
+    assert budget.arena_bytes(1, 100) == 128 * 40 + 128 * 10 + 7
+    assert budget.prefill_bytes(1) == 256 * (10 + 40) + 7 + 28 + 3
+
+
+@pytest.mark.parametrize("limit", [700 << 20, 1 << 30, 2 << 30, 20 << 30])
+def test_conversations_that_fit(limit: int) -> None:
+    """(I1) 2k tokens each, of a model with SmolLM2's shape: 8 bits hold at least 1.8 times as many as float16."""
+    counts = {}
+    for name, token_bytes in {"float16": 30 * 2 * 3 * 64 * 2, "int8": 30 * 2 * 3 * (64 + 4)}.items():
+        whole = 30 * 2 * 3 * 64 * 2 if name == "int8" else 0
+        budget = MemoryBudget(token_bytes, 0, limit, exact_bytes_per_token=whole)
+        count = 0
+        while budget.arena_bytes(count + 1, 2048) + budget.prefill_bytes(2047) <= budget.limit_bytes:
+            count += 1
+        counts[name] = count
+    assert counts["int8"] >= 1.8 * counts["float16"], counts
 
 
 @given(st.integers(1, 300), st.integers(1, 200_000))

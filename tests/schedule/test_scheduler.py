@@ -234,14 +234,14 @@ def test_nobody_starts_that_would_not_fit_and_nobody_passes_the_first_that_waits
 
 
 def test_growth_preempts_the_youngest_row() -> None:
-    scheduler = make(budget=tight(1600))
+    scheduler = make(budget=tight(1535))
     for number, name in enumerate(("old", "young", "urgent")):
         add(scheduler, name, 150, answer=300, now=float(number), priority=int(name == "urgent"))
     while len(scheduler.rows) < 3:
         step(scheduler, 3.0)
     while not (plan := scheduler.plan(3.0)).preempt:
         step(scheduler, 3.0)
-    assert plan.preempt == ("young",)  # four rows of 512 would need 2048
+    assert plan.preempt == ("young",)  # three rows of 512 would need 1536
     assert set(plan.rows) == {"old", "urgent"}
     assert plan.prefill == ()
     step(scheduler, 3.0)
@@ -281,7 +281,7 @@ def test_who_was_preempted_returns_only_with_more_room_around_it() -> None:
 
 
 def test_preempted_requests_may_be_requeued_before_the_commit() -> None:
-    scheduler = make(budget=tight(1600))
+    scheduler = make(budget=tight(1535))
     running(scheduler, "a", "b", "c", prompt=150, answer=300)
     while not (plan := scheduler.plan(0.0)).preempt:
         step(scheduler)

@@ -1,0 +1,57 @@
+"""Attention of models over slots of which a part is packed by MLX: what machines with a GPU run, against float64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvarn.kv.arena import Arena
+from kvarn.kv.format import KvFormat
+from kvarn.kv.slots import LayerRow, LayerSpec
+from kvarn.model.attention import over
+from kvarn.model.cpu_math import attention
+from kvarn.types import KvPacking
+
+HEADS, GROUPS, DIM, SCALE = 6, 2, 64, 0.2
+Floats = npt.NDArray[np.float32]
+
+
+def rounded(form: KvFormat, start: int, *sides: Floats) -> list[Floats]:
+    """[G, m, dim] each: packed and unpacked from ``start`` on."""
+    packed = form.unpack(form.pack(*(mx.array(side[None, :, start:]) for side in sides)))
+    return [np.concatenate([s[:, :start], np.array(p)[0]], axis=1) for s, p in zip(sides, packed, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [[100, 100], [100, 3, 63, 64, 300]])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize(("start", "window"), [(0, None), (64, None), (320, None), (0, 40), (64, 40)])
+def test_it_sees_what_the_slots_hold(start: int, window: int | None, columns: int, lengths: list[int]) -> None:
+    form, rng = KvFormat(KvPacking(bits=8, group_size=32, start=start)), np.random.default_rng(0)
+    value_dim = 32 if start and not window else DIM  # mlx-lm's attention, taken when all is packed, knows one size
+    spec = LayerSpec(GROUPS, DIM, value_dim, mx.float32, window, form)
+    arena, pasts = Arena([spec]), []
+    for length in lengths:
+        whole = [rng.standard_normal((GROUPS, length + columns, dim)).astype(np.float32) for dim in (DIM, value_dim)]
+        exact = min(spec.exact, length)
+        first = max(0, length - window) if window else exact
+        before, behind = ([mx.array(side[None, :, a:b]) for side in whole] for a, b in ((0, exact), (first, length)))
+        arrays = form.pack(*behind) if first < length else ()
+        arena.adopt([LayerRow(arrays, exact=tuple(before) if exact else ())], length)
+        pasts.append(whole)
+    (slot,) = arena.begin(columns)
+    mask = slot.make_mask(columns)
+    new = (mx.array(np.stack([past[side][:, -columns:] for past in pasts])) for side in (0, 1))
+    queries = rng.standard_normal((len(lengths), HEADS, columns, DIM)).astype(np.float32)
+    keys, values = slot.update_and_fetch(*new)
+    result = np.array(over(attention)(mx.array(queries), keys, values, slot, SCALE, mask))
+    for row, (length, past) in enumerate(zip(lengths, pasts, strict=True)):
+        held = rounded(form, spec.exact, *past) if length + columns > spec.exact else past
+        seen_keys, seen_values = (np.repeat(side.astype(np.float64), HEADS // GROUPS, axis=0) for side in held)
+        scores = SCALE * queries[row] @ seen_keys.transpose(0, 2, 1)
+        column, own = np.arange(length + columns)[None], length + np.arange(columns)[:, None]
+        visible = (column <= own) & (column > own - (window or length + columns))
+        weights = np.exp(np.where(visible, scores, -np.inf))
+        expected = (weights / weights.sum(axis=-1, keepdims=True)) @ seen_values
+        assert np.abs(result[row] - expected).max() < 1e-5

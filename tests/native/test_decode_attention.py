@@ -1,0 +1,372 @@
+"""Attention over slots in C: any story of rows that join, are rolled back, grow, move and leave, against float64."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvarn.native.library import prepared
+
+if prepared() is None:
+    pytest.skip("only where MLX computes on a Linux CPU and the C part is built", allow_module_level=True)
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from slot_story import Floats, Layer, Past, adopt, alone, drawn, expected, forward, queries_of
+
+from kvarn.kv.arena import Arena
+from kvarn.kv.slots import RING_SLACK
+from kvarn.native import decode
+from kvarn.types import KvPacking
+
+INT8 = KvPacking(bits=8, group_size=32)
+INT4 = KvPacking(bits=4, group_size=32)
+LAYERS = {
+    "float32": Layer(),
+    "float32, window": Layer(window=40),
+    "int8": Layer(INT8),
+    "int8, window": Layer(INT8, window=40, sharing=4),
+    "int4": Layer(INT4, sharing=1, key_dim=32, value_dim=96),
+    "int4, window beyond a piece": Layer(INT4, window=700, groups=1),
+    "int8, exact start": Layer(KvPacking(bits=8, group_size=32, start=64), sharing=4),
+    "int8, exact start beyond the first capacity": Layer(KvPacking(bits=8, group_size=32, start=320), groups=1),
+    "int8, exact window": Layer(KvPacking(bits=8, group_size=32, start=64), window=100),
+    "odd sizes": Layer(groups=3, key_dim=20, value_dim=13),
+    "int8 in groups of a head": Layer(KvPacking(bits=8, group_size=128), key_dim=128, value_dim=128, groups=1),
+}
+LENGTHS = [0, 1, 5, 38, 39, 40, 62, 63, 64, 65, 127, 128, 250, 255, 256, 318, 510, 511, 512, 513, 700, 1021, 1210]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_c() -> None:
+    assert decode.available(), "it has to be what is tested"
+
+
+def assert_close(ours: Floats, reference: npt.NDArray[np.float64]) -> None:
+    assert np.abs(ours - reference).max() < 2e-5
+
+
+class Story(RuleBasedStateMachine):
+    """``pasts`` holds, per row, what a dict of lists would hold."""
+
+    layer: Layer
+
+    @initialize(seed=st.integers(0, 99))
+    def start(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.arena = Arena([self.layer.spec])
+        self.pasts: list[Past] = []
+
+    @rule(length=st.sampled_from(LENGTHS))
+    @precondition(lambda self: len(self.pasts) < 5)
+    def adopt(self, length: int) -> None:
+        self.pasts.append(drawn(self.layer, self.rng, length))
+        adopt(self.arena, self.layer, self.pasts[-1])
+
+    @rule(
+        columns=st.integers(1, 5), refused=st.lists(st.integers(0, 5), min_size=5, max_size=5), times=st.integers(1, 3)
+    )
+    @precondition(lambda self: self.pasts)
+    def write(self, columns: int, refused: list[int], times: int) -> None:
+        """Forwards of some columns, of which each row keeps some: the rest is rolled back."""
+        for _ in range(times):
+            new = [drawn(self.layer, self.rng, columns) for _ in self.pasts]
+            queries = queries_of(self.layer, self.rng, len(new), columns)
+            result = np.array(forward(self.arena, new, queries))
+            assert result.shape == (len(new), self.layer.heads, columns, self.layer.value_dim)
+            for row, past in enumerate(self.pasts):
+                assert_close(result[row], expected(self.layer, past.followed_by(new[row]), queries[row]))
+            row = int(self.rng.integers(len(new)))
+            assert np.array_equal(result[row], alone(self.layer, self.pasts[row], new[row], queries[row]))
+            counts = [max(0, columns - refused[row]) for row in range(len(new))]
+            self.arena.advance(counts)
+            self.pasts = [
+                past.followed_by(added.cut(0, count))
+                for past, added, count in zip(self.pasts, new, counts, strict=True)
+            ]
+            assert self.arena.lengths == [past.length for past in self.pasts]
+
+    @rule(choice=st.integers(0, 4), scrub=st.booleans())
+    @precondition(lambda self: self.pasts)
+    def release(self, choice: int, scrub: bool) -> None:
+        row = choice % len(self.pasts)
+        self.arena.release(row, scrub)
+        self.pasts[row] = self.pasts[-1]
+        self.pasts.pop()
+
+    @rule(length=st.sampled_from([5, 300, 1500]), share=st.sampled_from([0.0, 1.0]))
+    def reserve(self, length: int, share: float) -> None:
+        self.arena.reserve(length, share)
+
+    @rule()
+    def trim(self) -> None:
+        self.arena.unreserve()
+        self.arena.trim()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_any_story(name: str) -> None:
+    class OfLayer(Story):
+        layer = LAYERS[name]
+
+    steps = settings(max_examples=25, stateful_step_count=20, deadline=None)
+    run_state_machine_as_test(OfLayer, settings=steps)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_ragged_rows_at_every_border(name: str, columns: int) -> None:
+    """All lengths in one forward, and every row with the bits that it has alone."""
+    layer, rng = LAYERS[name], np.random.default_rng(1)
+    pasts = [drawn(layer, rng, length) for length in LENGTHS]
+    arena = Arena([layer.spec])
+    for past in pasts:
+        adopt(arena, layer, past)
+    new = [drawn(layer, rng, columns) for _ in pasts]
+    queries = queries_of(layer, rng, len(pasts), columns)
+    result = np.array(forward(arena, new, queries))
+    for row, past in enumerate(pasts):
+        assert_close(result[row], expected(layer, past.followed_by(new[row]), queries[row]))
+        assert np.array_equal(result[row], alone(layer, past, new[row], queries[row])), past.length
+
+
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.window])
+def test_a_ring_goes_round_several_times(name: str) -> None:
+    layer, rng = LAYERS[name], np.random.default_rng(2)
+    arena, pasts = Arena([layer.spec]), [drawn(layer, rng, length) for length in (0, 17)]
+    for past in pasts:
+        adopt(arena, layer, past)
+    assert layer.window is not None
+    while pasts[0].length < 3 * (layer.window + RING_SLACK):
+        new = [drawn(layer, rng, RING_SLACK) for _ in pasts]
+        queries = queries_of(layer, rng, 2, RING_SLACK)
+        result = np.array(forward(arena, new, queries))
+        for row, past in enumerate(pasts):
+            assert_close(result[row], expected(layer, past.followed_by(new[row]), queries[row]))
+        counts = [RING_SLACK - 1, RING_SLACK - 5]
+        arena.advance(counts)
+        pasts = [pasts[row].followed_by(new[row].cut(0, counts[row])) for row in range(2)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_without_keys_of_its_own_attends_to_what_is_there(name: str) -> None:
+    """Layers that share the keys of an earlier one (Gemma 3n) write nothing, and so does a second look."""
+    layer, rng = LAYERS[name], np.random.default_rng(3)
+    arena, pasts = Arena([layer.spec]), [drawn(layer, rng, length) for length in (70, 600)]
+    for past in pasts:
+        adopt(arena, layer, past)
+    new, queries = [drawn(layer, rng, 2) for _ in pasts], queries_of(layer, rng, 2, 2)
+    first = forward(arena, new, queries)
+    second = arena.slots[0].attend(mx.array(queries), 0.25 / np.log(2))
+    mx.eval(first)
+    assert mx.array_equal(first, second)
+
+
+def filled(layer: Layer, *lengths: int) -> tuple[Arena, list[Past], Floats]:
+    """An arena, one new token for every row, and its queries."""
+    rng, arena = np.random.default_rng(4), Arena([layer.spec])
+    for length in lengths:
+        adopt(arena, layer, drawn(layer, rng, length))
+    return arena, [drawn(layer, rng, 1) for _ in lengths], queries_of(layer, rng, len(lengths), 1)
+
+
+@pytest.mark.parametrize("name", ["float32", "int8, window", "int8, exact start"])
+def test_a_call_stays_lazy_until_it_is_evaluated(name: str) -> None:
+    arena, new, queries = filled(LAYERS[name], 30, 63, 64, 300)
+    before = [np.array(array) for array in arena.arrays()]
+    result = forward(arena, new, queries)
+    assert all(np.array_equal(was, array) for was, array in zip(before, arena.arrays(), strict=True))
+    mx.eval(result)
+    changed = [not np.array_equal(was, array) for was, array in zip(before, arena.arrays(), strict=True)]
+    assert all(changed), "keys and values of every stretch"
+    (slot,) = arena.slots
+    for row, length in enumerate((30, 63, 64, 300)):
+        arrays = slot.span(row, length, length + 1)
+        exact = len(arrays) == 2
+        written = arrays if exact else slot.spec.format.unpack(tuple(mx.contiguous(array) for array in arrays))
+        for side, past in zip(written, (new[row].keys, new[row].values), strict=True):
+            assert np.abs(np.array(side)[0] - past).max() <= (0.0 if exact else 0.02)
+
+
+def test_nothing_but_the_new_positions_is_written() -> None:
+    arena, new, queries = filled(LAYERS["int8"], 10, 90)
+    before = [np.array(array) for array in arena.arrays()]
+    mx.eval(forward(arena, new, queries))
+    for was, array in zip(before, arena.arrays(), strict=True):
+        now = np.array(array)
+        for row, length in enumerate((10, 90)):
+            now[row, :, length] = was[row, :, length]
+        assert np.array_equal(now, was)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_not_a_number_stays_in_its_row(name: str, bad: float) -> None:
+    """A sick row has to reach the logits, where the engine looks for it, and nobody else's."""
+    layer = LAYERS[name]
+    arena, new, queries = filled(layer, 100, 100, 600)
+    sound = np.array(forward(arena, new, queries))
+    arena.advance([0, 0, 0])
+    new[1].keys[0, 0, 3] = bad
+    new[1].values[0, 0, 3] = bad
+    sick = np.array(forward(arena, new, queries))
+    assert np.array_equal(sick[[0, 2]], sound[[0, 2]])
+    assert not np.isfinite(sick[1, : layer.sharing]).all(axis=-1).any(), "every query that shares the key head"
+    assert np.array_equal(sick[1, layer.sharing :], sound[1, layer.sharing :])
+    arena.advance([1, 1, 1])
+    arena.release(1, scrub=True)
+    rng = np.random.default_rng(5)
+    past, third, again = drawn(layer, rng, 3), drawn(layer, rng, 1), queries_of(layer, rng, 3, 1)
+    adopt(arena, layer, past)
+    healthy = np.array(forward(arena, [*new[:1], *new[2:], third], again))
+    assert_close(healthy[2], expected(layer, past.followed_by(third), again[2]))
+    assert np.isfinite(healthy).all()
+
+
+# --- what is a job, and what merely a product ----------------------------------------------------------------------
+
+
+def job_matrix(arena: Arena, layer: Layer) -> Floats:
+    """The left matrix that asks for one token in each row of an arena."""
+    (slot,) = arena.begin(1)
+    asked = slot._job((len(arena.lengths), layer.heads, layer.groups, 1), 1.0, True)
+    room = decode.SIDE * decode.SIDE * 4
+    return np.frombuffer((asked + slot.rows.forward.packed_lengths).ljust(room, b"\0"), np.float32).reshape(32, 32)
+
+
+def arguments(new: list[Past], queries: Floats, result: int) -> Floats:
+    """The right matrix, columns enough for the result too."""
+    flat = np.concatenate([queries.ravel(), *(p.keys.ravel() for p in new), *(p.values.ravel() for p in new)])
+    columns = -(-max(flat.size, result) // 32)
+    return np.concatenate([flat, np.zeros(32 * columns - flat.size, np.float32)]).reshape(32, columns)
+
+
+def multiplied(left: mx.array, right: mx.array) -> npt.NDArray[np.float64]:
+    product: npt.NDArray[np.float64] = np.array(left).astype(np.float64) @ np.array(right).astype(np.float64)
+    return product
+
+
+def test_the_job_matrix_is_a_job() -> None:
+    """Else the tests below would prove nothing."""
+    layer = LAYERS["float32"]
+    arena, new, queries = filled(layer, 30, 63)
+    right = arguments(new, queries, 2 * layer.heads * layer.value_dim)
+    by_hand = mx.array(job_matrix(arena, layer)) @ mx.array(right)
+    mx.eval(by_hand)
+    assert np.array_equal(np.array(arena.slots[0].span(1, 63, 64)[0])[0], new[1].keys)
+
+
+@pytest.mark.parametrize("byte", [0, 1, 15, 31])
+def test_a_wrong_password_is_a_product(byte: int) -> None:
+    layer = LAYERS["float32"]
+    arena, new, queries = filled(layer, 30, 63)
+    raw = bytearray(job_matrix(arena, layer).tobytes())
+    raw[byte] ^= 1
+    left = mx.array(np.frombuffer(bytes(raw), np.float32).reshape(32, 32))
+    right = mx.array(arguments(new, queries, 2 * layer.heads * layer.value_dim))
+    before = [np.array(array) for array in arena.arrays()]
+    product = np.array(left @ right)
+    assert all(np.array_equal(was, array) for was, array in zip(before, arena.arrays(), strict=True))
+    # The first rows are made of addresses and chance, and may be anything; those of zeros tell.
+    assert np.array_equal(product[16:], np.zeros_like(product[16:]))
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (8, 8), (1, 32)])
+def test_other_shapes_are_products_whatever_they_begin_with(shape: tuple[int, int]) -> None:
+    layer, rng = LAYERS["float32"], np.random.default_rng(6)
+    arena, _, _ = filled(layer, 30)
+    left = rng.standard_normal(shape).astype(np.float32)
+    left.ravel()[:8] = job_matrix(arena, layer).ravel()[:8]
+    right = rng.standard_normal((shape[1], 12)).astype(np.float32)
+    product = np.array(mx.array(left) @ mx.array(right))
+    assert np.allclose(product[1:], left[1:] @ right, atol=1e-4)
+    assert product.shape == (shape[0], 12)
+
+
+def test_a_part_of_a_wider_matrix_is_a_product() -> None:
+    """MLX never passes one on, others might."""
+    layer, rng = LAYERS["float32"], np.random.default_rng(6)
+    arena, _, _ = filled(layer, 30)
+    left, right = (rng.standard_normal((32, columns)).astype(np.float32) for columns in (64, 12))
+    left[0, :8] = job_matrix(arena, layer).ravel()[:8]
+    product, library = np.zeros((32, 12), np.float32), prepared()
+    assert library is not None
+    library.cblas_sgemm(
+        *(101, 111, 111, 32, 12, 32, ctypes.c_float(1.0), ctypes.c_void_p(left.ctypes.data), 64),
+        *(ctypes.c_void_p(right.ctypes.data), 12, ctypes.c_float(0.0), ctypes.c_void_p(product.ctypes.data), 12),
+    )
+    assert np.allclose(product[1:], left[1:, :32] @ right, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64])
+@pytest.mark.parametrize("columns", [1, 5, 32, 300])
+def test_square_matrices_are_products(side: int, columns: int) -> None:
+    rng = np.random.default_rng(7)
+    left, right = (mx.array(rng.standard_normal((side, n)).astype(np.float32)) for n in (side, columns))
+    assert np.allclose(np.array(left @ right), multiplied(left, right), atol=1e-4)
+    assert np.allclose(np.array(left.T @ right), multiplied(left.T, right), atol=1e-4)
+
+
+def test_many_rows_need_a_larger_matrix() -> None:
+    """Their lengths have to fit in it: 600 rows do not fit in the smallest."""
+    layer = Layer(groups=1, sharing=1, key_dim=8, value_dim=8)
+    arena, new, queries = filled(layer, *([1] * 600))
+    result = np.array(forward(arena, new, queries))
+    rng = np.random.default_rng(4)
+    for row, past in enumerate([drawn(layer, rng, 1) for _ in range(600)]):
+        assert_close(result[row], expected(layer, past.followed_by(new[row]), queries[row]))
+
+
+def test_slots_with_gaps_are_refused() -> None:
+    whole = mx.zeros((2, 3, 8, 16))
+    gaps = [whole[:, :, :4], whole[:, :2], whole[:1, :, 1:5], whole.swapaxes(1, 2), whole[..., :8]]
+    for array in [*gaps, mx.broadcast_to(mx.zeros((1, 3, 8, 16)), (2, 3, 8, 16))]:
+        with pytest.raises(ValueError, match="without gaps"):
+            decode.store([array], decode.FLOAT_BITS, 0)
+    arena, new, queries = filled(LAYERS["float32"], 3, 4)
+    stretch = arena.slots[0].stretches[0]
+    stretch.arrays[1] = mx.concatenate([stretch.arrays[1]] * 2, axis=3)[..., ::2]
+    arena.slots[0]._asked_for = None
+    with pytest.raises(ValueError, match="without gaps"):
+        forward(arena, new, queries)
+
+
+DIGEST = """
+import hashlib, sys
+from kvarn.model import blas
+blas.prepare()
+import numpy as np
+from slot_story import *
+found = hashlib.sha256()
+for packing in (KvPacking(), KvPacking(bits=8, group_size=32)):
+    layer, rng = Layer(packing, groups=4), np.random.default_rng(1)
+    pasts = [drawn(layer, rng, length) for length in (0, 300, 1000, 2100)]
+    arena = Arena([layer.spec])
+    for past in pasts:
+        adopt(arena, layer, past)
+    for columns in (1, 4):
+        new = [drawn(layer, rng, columns) for _ in pasts]
+        found.update(np.array(forward(arena, new, queries_of(layer, rng, 4, columns))).tobytes())
+        arena.advance([columns] * 4)
+print(found.hexdigest())
+"""
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
+    found = set()
+    for threads in ("1", "2", "5"):
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "PYTHONPATH": paths}
+        command = [sys.executable, "-c", DIGEST]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert ran.returncode == 0, ran.stderr
+        found.add(ran.stdout)
+    assert len(found) == 1
