@@ -75,8 +75,9 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
         prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, link)
     scheduler = Scheduler(limits, budget, costs)
     engine = Engine(model, capabilities, scheduler, costs, budget.limit_bytes, prefixes, link.inbox, link)
-    lane = "slots" if capabilities.slots else "solo"
-    log.info("model loaded", extra=kv(folder=folder.name, seconds=round(time.monotonic() - began, 2)))
+    lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
+    loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
+    log.info("model loaded", extra=loaded)
     if capabilities.reason:
         log.warning("this model runs without a batched forward", extra=kv(reason=capabilities.reason))
     if uncached:

@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 import mlx.core as mx
 import msgspec
 import pytest
-from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, prefix_cache, reference, request
+from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, prefix_cache, reference, request, settle
 from prefix_support import check_memory, check_tree
 from tiny_models import CONFIGS, SOLO_KINDS, VOCAB, save
 
@@ -141,10 +141,7 @@ class Tiers:
 
     def settle(self) -> None:
         """Until everything that should be on disk is."""
-        self.cache.housekeep()
-        while self.cache.saving:
-            self.cache.on_event(self.inbox.get(timeout=30))  # type: ignore[arg-type]
-            self.cache.housekeep()
+        settle(self.cache, self.inbox)
 
     def forget(self) -> None:
         """Memory is cleared; the disk keeps what it has."""

@@ -186,7 +186,7 @@ def test_the_parts_of_a_requests_time_add_up(start_server: StartServer) -> None:
     )
     assert queue >= 2 * 0.05
     assert prefill >= 2 * 0.1
-    assert decode >= 2 * 4 * 0.02
+    assert decode >= 0.9 * 2 * 4 * 0.02  # two clocks
     assert first == pytest.approx(queue + prefill)
     assert inference == pytest.approx(prefill + decode)
     assert whole == pytest.approx(queue + prefill + decode)

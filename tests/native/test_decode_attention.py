@@ -9,7 +9,6 @@ from kvarn.native.library import prepared
 if prepared() is None:
     pytest.skip("only where MLX computes on a Linux CPU and the C part is built", allow_module_level=True)
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -20,10 +19,11 @@ import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from slot_story import Floats, Layer, Past, adopt, alone, drawn, expected, forward, queries_of
+from slot_story import SCALE, Floats, Layer, Past, adopt, alone, drawn, expected, filled, forward, queries_of
 
 from kvarn.kv.arena import Arena
 from kvarn.kv.slots import RING_SLACK
+from kvarn.model.cpu_math import LOG2_E
 from kvarn.native import decode
 from kvarn.types import KvPacking
 
@@ -121,6 +121,27 @@ def test_any_story(name: str) -> None:
     run_state_machine_as_test(OfLayer, settings=steps)
 
 
+@pytest.mark.parametrize("change", ["put", "drop", "scrub"])
+def test_slots_that_had_to_move_are_found_again(change: str) -> None:
+    """Whoever holds an array makes MLX copy it when a row changes: what C is told of before is the old one."""
+    layer = LAYERS["float32"]
+    arena, new, queries = filled(layer, 30, 63, 90)
+    mx.eval(forward(arena, new, queries))
+    arena.advance([0, 0, 0])
+    held = [array[:1] for array in arena.arrays()]
+    mx.eval(held)
+    arena.release(0 if change == "drop" else 2, scrub=change == "scrub")
+    if change == "put":
+        adopt(arena, layer, new[0])
+    else:
+        arena.adopt((), 0)
+    again = [drawn(layer, np.random.default_rng(row), 1) for row in range(len(arena.lengths))]
+    mx.eval(forward(arena, again, queries_of(layer, np.random.default_rng(3), len(again), 1)))
+    for row, length in enumerate(arena.lengths):
+        assert np.array_equal(np.array(arena.slots[0].span(row, length, length + 1)[0])[0], again[row].keys)
+    assert held
+
+
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
 def test_ragged_rows_at_every_border(name: str, columns: int) -> None:
@@ -165,17 +186,9 @@ def test_a_layer_without_keys_of_its_own_attends_to_what_is_there(name: str) -> 
         adopt(arena, layer, past)
     new, queries = [drawn(layer, rng, 2) for _ in pasts], queries_of(layer, rng, 2, 2)
     first = forward(arena, new, queries)
-    second = arena.slots[0].attend(mx.array(queries), 0.25 / np.log(2))
+    second = arena.slots[0].attend(mx.array(queries), SCALE * LOG2_E)
     mx.eval(first)
     assert mx.array_equal(first, second)
-
-
-def filled(layer: Layer, *lengths: int) -> tuple[Arena, list[Past], Floats]:
-    """An arena, one new token for every row, and its queries."""
-    rng, arena = np.random.default_rng(4), Arena([layer.spec])
-    for length in lengths:
-        adopt(arena, layer, drawn(layer, rng, length))
-    return arena, [drawn(layer, rng, 1) for _ in lengths], queries_of(layer, rng, len(lengths), 1)
 
 
 @pytest.mark.parametrize("name", ["float32", "int8, window", "int8, exact start"])
@@ -207,6 +220,24 @@ def test_nothing_but_the_new_positions_is_written() -> None:
         assert np.array_equal(now, was)
 
 
+@pytest.mark.parametrize("peak", [0, 63, 64, 511, 512, 699, 700])
+@pytest.mark.parametrize("level", [-3000.0, 3000.0])
+@pytest.mark.parametrize("name", ["float32", "int8", "int8, exact start"])
+def test_extreme_scores_stay_finite(name: str, level: float, peak: int) -> None:
+    """All far from zero, and wherever the largest is, the pieces before and behind it count for nothing."""
+    layer, rng = LAYERS[name], np.random.default_rng(8)
+    whole = drawn(layer, rng, 701)
+    whole.keys[:] = 0
+    whole.keys[:, :, 0] = level
+    whole.keys[:, peak, 0] += 500
+    queries = np.zeros((1, layer.heads, 1, layer.key_dim), np.float32)
+    queries[..., 0] = 1 / SCALE
+    arena = Arena([layer.spec])
+    adopt(arena, layer, whole.cut(0, 700))
+    result = np.array(forward(arena, [whole.cut(700, 701)], queries))[0]
+    assert_close(result, expected(layer, whole, queries[0]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_not_a_number_stays_in_its_row(name: str, bad: float) -> None:
@@ -229,114 +260,6 @@ def test_what_is_not_a_number_stays_in_its_row(name: str, bad: float) -> None:
     healthy = np.array(forward(arena, [*new[:1], *new[2:], third], again))
     assert_close(healthy[2], expected(layer, past.followed_by(third), again[2]))
     assert np.isfinite(healthy).all()
-
-
-# --- what is a job, and what merely a product ----------------------------------------------------------------------
-
-
-def job_matrix(arena: Arena, layer: Layer) -> Floats:
-    """The left matrix that asks for one token in each row of an arena."""
-    (slot,) = arena.begin(1)
-    asked = slot._job((len(arena.lengths), layer.heads, layer.groups, 1), 1.0, True)
-    room = decode.SIDE * decode.SIDE * 4
-    return np.frombuffer((asked + slot.rows.forward.packed_lengths).ljust(room, b"\0"), np.float32).reshape(32, 32)
-
-
-def arguments(new: list[Past], queries: Floats, result: int) -> Floats:
-    """The right matrix, columns enough for the result too."""
-    flat = np.concatenate([queries.ravel(), *(p.keys.ravel() for p in new), *(p.values.ravel() for p in new)])
-    columns = -(-max(flat.size, result) // 32)
-    return np.concatenate([flat, np.zeros(32 * columns - flat.size, np.float32)]).reshape(32, columns)
-
-
-def multiplied(left: mx.array, right: mx.array) -> npt.NDArray[np.float64]:
-    product: npt.NDArray[np.float64] = np.array(left).astype(np.float64) @ np.array(right).astype(np.float64)
-    return product
-
-
-def test_the_job_matrix_is_a_job() -> None:
-    """Else the tests below would prove nothing."""
-    layer = LAYERS["float32"]
-    arena, new, queries = filled(layer, 30, 63)
-    right = arguments(new, queries, 2 * layer.heads * layer.value_dim)
-    by_hand = mx.array(job_matrix(arena, layer)) @ mx.array(right)
-    mx.eval(by_hand)
-    assert np.array_equal(np.array(arena.slots[0].span(1, 63, 64)[0])[0], new[1].keys)
-
-
-@pytest.mark.parametrize("byte", [0, 1, 15, 31])
-def test_a_wrong_password_is_a_product(byte: int) -> None:
-    layer = LAYERS["float32"]
-    arena, new, queries = filled(layer, 30, 63)
-    raw = bytearray(job_matrix(arena, layer).tobytes())
-    raw[byte] ^= 1
-    left = mx.array(np.frombuffer(bytes(raw), np.float32).reshape(32, 32))
-    right = mx.array(arguments(new, queries, 2 * layer.heads * layer.value_dim))
-    before = [np.array(array) for array in arena.arrays()]
-    product = np.array(left @ right)
-    assert all(np.array_equal(was, array) for was, array in zip(before, arena.arrays(), strict=True))
-    # The first rows are made of addresses and chance, and may be anything; those of zeros tell.
-    assert np.array_equal(product[16:], np.zeros_like(product[16:]))
-
-
-@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (8, 8), (1, 32)])
-def test_other_shapes_are_products_whatever_they_begin_with(shape: tuple[int, int]) -> None:
-    layer, rng = LAYERS["float32"], np.random.default_rng(6)
-    arena, _, _ = filled(layer, 30)
-    left = rng.standard_normal(shape).astype(np.float32)
-    left.ravel()[:8] = job_matrix(arena, layer).ravel()[:8]
-    right = rng.standard_normal((shape[1], 12)).astype(np.float32)
-    product = np.array(mx.array(left) @ mx.array(right))
-    assert np.allclose(product[1:], left[1:] @ right, atol=1e-4)
-    assert product.shape == (shape[0], 12)
-
-
-def test_a_part_of_a_wider_matrix_is_a_product() -> None:
-    """MLX never passes one on, others might."""
-    layer, rng = LAYERS["float32"], np.random.default_rng(6)
-    arena, _, _ = filled(layer, 30)
-    left, right = (rng.standard_normal((32, columns)).astype(np.float32) for columns in (64, 12))
-    left[0, :8] = job_matrix(arena, layer).ravel()[:8]
-    product, library = np.zeros((32, 12), np.float32), prepared()
-    assert library is not None
-    library.cblas_sgemm(
-        *(101, 111, 111, 32, 12, 32, ctypes.c_float(1.0), ctypes.c_void_p(left.ctypes.data), 64),
-        *(ctypes.c_void_p(right.ctypes.data), 12, ctypes.c_float(0.0), ctypes.c_void_p(product.ctypes.data), 12),
-    )
-    assert np.allclose(product[1:], left[1:, :32] @ right, atol=1e-4)
-
-
-@pytest.mark.parametrize("side", [16, 32, 64])
-@pytest.mark.parametrize("columns", [1, 5, 32, 300])
-def test_square_matrices_are_products(side: int, columns: int) -> None:
-    rng = np.random.default_rng(7)
-    left, right = (mx.array(rng.standard_normal((side, n)).astype(np.float32)) for n in (side, columns))
-    assert np.allclose(np.array(left @ right), multiplied(left, right), atol=1e-4)
-    assert np.allclose(np.array(left.T @ right), multiplied(left.T, right), atol=1e-4)
-
-
-def test_many_rows_need_a_larger_matrix() -> None:
-    """Their lengths have to fit in it: 600 rows do not fit in the smallest."""
-    layer = Layer(groups=1, sharing=1, key_dim=8, value_dim=8)
-    arena, new, queries = filled(layer, *([1] * 600))
-    result = np.array(forward(arena, new, queries))
-    rng = np.random.default_rng(4)
-    for row, past in enumerate([drawn(layer, rng, 1) for _ in range(600)]):
-        assert_close(result[row], expected(layer, past.followed_by(new[row]), queries[row]))
-
-
-def test_slots_with_gaps_are_refused() -> None:
-    whole = mx.zeros((2, 3, 8, 16))
-    gaps = [whole[:, :, :4], whole[:, :2], whole[:1, :, 1:5], whole.swapaxes(1, 2), whole[..., :8]]
-    for array in [*gaps, mx.broadcast_to(mx.zeros((1, 3, 8, 16)), (2, 3, 8, 16))]:
-        with pytest.raises(ValueError, match="without gaps"):
-            decode.store([array], decode.FLOAT_BITS, 0)
-    arena, new, queries = filled(LAYERS["float32"], 3, 4)
-    stretch = arena.slots[0].stretches[0]
-    stretch.arrays[1] = mx.concatenate([stretch.arrays[1]] * 2, axis=3)[..., ::2]
-    arena.slots[0]._asked_for = None
-    with pytest.raises(ValueError, match="without gaps"):
-        forward(arena, new, queries)
 
 
 DIGEST = """

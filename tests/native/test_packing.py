@@ -47,6 +47,7 @@ GROUPS: dict[str, Callable[[np.random.Generator, int], npt.NDArray[np.floating]]
     ),
     "subnormal floats": lambda rng, size: rng.standard_normal(size) * 1e-40,
     "the largest halves": lambda rng, size: rng.uniform(-LARGEST, LARGEST, size),
+    "a little beyond halves": lambda rng, size: rng.uniform(-90000, 90000, size),
     "huge": lambda rng, size: rng.standard_normal(size) * 1e30,
     "huge and positive": lambda rng, size: np.abs(rng.standard_normal(size)) * 1e30,
     "the largest floats": lambda rng, size: rng.choice([-3.4e38, 3.4e38], size),

@@ -116,6 +116,14 @@ def queries_of(layer: Layer, rng: np.random.Generator, rows: int, length: int) -
     return rng.standard_normal((rows, layer.heads, length, layer.key_dim)).astype(np.float32) * np.float32(0.5)
 
 
+def filled(layer: Layer, *lengths: int) -> tuple[Arena, list[Past], Floats]:
+    """An arena, one new token for every row, and its queries."""
+    rng, arena = np.random.default_rng(4), Arena([layer.spec])
+    for length in lengths:
+        adopt(arena, layer, drawn(layer, rng, length))
+    return arena, [drawn(layer, rng, 1) for _ in lengths], queries_of(layer, rng, len(lengths), 1)
+
+
 def forward(arena: Arena, new: list[Past], queries: Floats) -> mx.array:
     """Write new tokens into every row and attend, lazily, as a model's layer does. Ends with ``arena.advance``."""
     (slot,) = arena.begin(queries.shape[2])

@@ -16,14 +16,15 @@ from kvarn.cli.doctor.packages import PIP
 PROGRAM = """
 import ctypes, json
 from kvarn.model import blas
-found = {"needed": blas.needed(), "built": blas.shim_path().is_file()}
+from kvarn.native.library import needed, prepared, shim_path
+found = {"needed": needed(), "built": shim_path().is_file()}
 print(json.dumps(found), flush=True)
 found["blas"] = blas.prepare()
 import mlx.core as mx
 mx.eval(mx.ones((8, 8)) @ mx.ones((8, 8)))
 found["device"] = str(mx.default_device())
 found["on_cpu"] = mx.default_device() == mx.cpu
-shim = blas.prepared()
+shim = prepared()
 if shim is not None:
     shim.kvarn_rowblas_instructions.restype = ctypes.c_char_p
     found["instructions"] = shim.kvarn_rowblas_instructions().decode()
