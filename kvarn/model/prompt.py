@@ -1,7 +1,7 @@
 """A prompt while it is being read: mlx-lm's own caches, and what of them is packed already.
 
 Within a prompt attention sees keys and values as they were computed, or restored: packing them before the prompt is
-read would cost much more quality than packing them afterwards (docs/decisions/0014-packed-keys-and-values.md). Each
+read would cost more quality than packing them afterwards (docs/decisions/0014-packed-keys-and-values.md). Each
 position is packed once, right after the chunk that computed it; what was restored is never packed again. Engine thread
 only.
 """

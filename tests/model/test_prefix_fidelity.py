@@ -116,7 +116,8 @@ def test_gemma3_past_its_window(gemma3_folder: Path, tmp_path: Path, batch: int)
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3, 8])
 def test_smollm2_packed(smollm2_folder: Path, tmp_path: Path, batch: int) -> None:
     """(I1) Against one sequence whose keys and values are packed at the same places."""
     real(smollm2_folder, 300, INT8).check(tmp_path, batch)
