@@ -15,19 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from kvarn.hub.cache import cache_root
-from kvarn.types import GRID, GROUP_SIZES, KvPacking
+from kvarn.types import GRID, GROUP_SIZES, MOST_DRAFT_TOKENS, KvPacking, SpecMode, SpecSettings, Speculation
 from kvarn.values import MOST_BYTES, MOST_COUNT, SECONDS, SIZES, Duration, Hosts, Origins, Size, Words, seconds
 
 
@@ -115,6 +107,32 @@ class ServeConfig(BaseModel):
         ByteSize(100 * 10**9), description="Most bytes written to the SSD per day; 0: no limit."
     )
     ssd_min_free: Size = Field(ByteSize(5 * 10**9), description="Space that the SSD tier leaves free on its disk.")
+    spec: Literal["off", "ngram", "draft"] = Field(
+        "ngram",
+        description="How tokens are guessed ahead, which makes answers come faster and never changes them: from the "
+        "text so far (ngram), with draft_model (draft), or not at all (off). A request may choose for itself.",
+    )
+    spec_tokens: int = Field(
+        0,
+        ge=0,
+        le=MOST_DRAFT_TOKENS,
+        description="Most tokens guessed ahead for each answer in a step; 0: chosen by device.",
+    )
+    spec_adaptive: Literal["on", "off"] = Field(
+        "on",
+        description="on: guess only as much as pays, by what has been measured; off: always as much as allowed.",
+    )
+    spec_shared: Literal["on", "off"] = Field(
+        "off",
+        description="on: guesses may also come from past answers, to requests with the same cache_salt. How fast an "
+        "answer comes may then tell what others were answered.",
+    )
+    draft_model: str = Field(
+        "",
+        validate_default=True,
+        description="A smaller model with the same tokens that guesses ahead: named like MODEL. Needed where spec is "
+        "draft; with another spec, requests may ask for it.",
+    )
     max_waiting: int = Field(
         512, ge=1, le=MOST_COUNT, description="Most answers waiting for the engine; further ones get a 429."
     )
@@ -228,6 +246,24 @@ class ServeConfig(BaseModel):
         if value not in allowed:
             raise ValueError(f"must be {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
         return value
+
+    @field_validator("draft_model")
+    @classmethod
+    def _something_to_guess_with(cls, value: str, info: ValidationInfo) -> str:
+        if not value.strip() and (value or info.data.get("spec") == SpecMode.DRAFT):
+            raise ValueError(
+                "must name a model when spec is draft" if not value else "must be a model, named like MODEL"
+            )
+        return value
+
+    @property
+    def speculation(self) -> Speculation:
+        """How tokens are guessed ahead for requests that do not say."""
+        return Speculation(mode=SpecMode(self.spec), tokens=self.spec_tokens, adaptive=self.spec_adaptive == "on")
+
+    def guessing(self, draft_path: str) -> SpecSettings:
+        """What the engine is told about it; ``draft_path`` is the folder of the draft model, if there is one."""
+        return SpecSettings(default=self.speculation, draft_path=draft_path, shared=self.spec_shared == "on")
 
     @property
     def packing(self) -> KvPacking:

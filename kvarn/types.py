@@ -52,6 +52,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+class SpecMode(StrEnum):
+    """Where guesses of the coming tokens come from."""
+
+    OFF = "off"
+    NGRAM = "ngram"
+    """What followed the last tokens earlier in the prompt, in the answer or in the client's prediction."""
+    DRAFT = "draft"
+    """A second, smaller model."""
+
+
+MOST_DRAFT_TOKENS = 31
+"""Draft tokens that one step can confirm for a row: with the row's newest token they fill a ring's slack."""
+
+
+class Speculation(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of answers are guessed ahead; what is guessed never changes what is drawn."""
+
+    mode: SpecMode = SpecMode.OFF
+    tokens: int = 0
+    """Most draft tokens per row and step; 0: chosen by device."""
+    adaptive: bool = True
+    """Guess only as much as pays; False: always as much as allowed."""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. ``tokens`` is the whole prompt, at least one id, special tokens included."""
 
@@ -64,6 +88,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Whose request this is, for fair sharing."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    speculation: Speculation | None = None
+    """None: as the engine was started with."""
+    prediction: list[int] = []
+    """What the client expects of the answer, for guessing."""
 
 
 class Finish(StrEnum):
@@ -163,6 +191,16 @@ class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The model's name, for people who look into the folder."""
 
 
+class SpecSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How speculative decoding is set up; see config.py for what each means to the user."""
+
+    default: Speculation = Speculation()
+    draft_path: str = ""
+    """Folder of the draft model; empty without one."""
+    shared: bool = False
+    """Guesses may come from past answers, too."""
+
+
 class Distribution(msgspec.Struct, frozen=True, array_like=True):
     """How often measured values fell where: ``counts[i]`` of them above ``bounds[i - 1]`` and up to ``bounds[i]``."""
 
@@ -172,6 +210,30 @@ class Distribution(msgspec.Struct, frozen=True, array_like=True):
     """One more than bounds: the last is of the values above them all."""
     total: float = 0.0
     """The sum of all values."""
+
+
+class SpecCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What guessing has done since the engine's start."""
+
+    steps: int = 0
+    """Steps that verified draft tokens."""
+    rows: int = 0
+    """Rows that had draft tokens in them, a row counted once per step."""
+    proposed: int = 0
+    """Draft tokens verified."""
+    accepted: int = 0
+    """Those of them that were drawn."""
+    bonus: int = 0
+    """Tokens drawn behind draft tokens that were all accepted."""
+    drawn: int = 0
+    """All tokens drawn for rows that had draft tokens."""
+    fallbacks: int = 0
+    """Steps without draft tokens although some could have been had: they would not have paid."""
+    proposed_at: tuple[int, ...] = ()
+    """By place: the first draft token of a step, the second, ..."""
+    accepted_at: tuple[int, ...] = ()
+    depth: float = 0.0
+    """Draft tokens per row in the latest step."""
 
 
 class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +250,7 @@ class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of each step's decode forward; 0 for a step that only reads prompts."""
     step_tokens: Distribution = Distribution()
     """Tokens that each step's forwards take in, of prompts and rows."""
+    spec: SpecCounters = SpecCounters()
 
 
 class PrefixCounters(msgspec.Struct):
@@ -222,6 +285,14 @@ class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Counters and sizes of the SSD tier by name; empty without one."""
 
 
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """What became of one request's draft tokens in one step."""
+
+    accepted: int
+    """The first so many tokens of the step had been guessed."""
+    rejected: int
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. ``tokens`` never contains an end-of-sequence id that ended it."""
 
@@ -233,6 +304,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     prefix: PrefixReport | None = None
     """Which prompt tokens were restored instead of computed; with a request's first delta, which comes when its prompt
     is begun and has no tokens."""
+    verdict: Verdict | None = None
+    """Where the step had draft tokens."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,6 +338,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Kinds of records that the prefix cache keeps of this model, joined by +; empty when it keeps none."""
     prefix_cache_reason: str = ""
     """Why it keeps none; empty when it does."""
+    speculation: list[str] = []
+    """Modes that requests may use besides off."""
+    speculation_reason: str = ""
+    """Why there are none; empty when there are."""
 
 
 # --- step plans -------------------------------------------------------------------------------------------------
@@ -296,6 +373,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     prefill: tuple[PrefillChunk, ...] = ()
     rows: tuple[str, ...] = ()
     """Requests that hold a row once the preemptions are done, in row order."""
+    drafts: tuple[tuple[int, ...], ...] = ()
+    """Draft tokens of each of ``rows`` to be verified in the forward; nothing at all when there are none."""
 
     @property
     def empty(self) -> bool:

@@ -21,9 +21,10 @@ from kvarn.types import (
     PrefixReport,
     PrefixSettings,
     Request,
+    SpecSettings,
 )
 
-VERSION = 5
+VERSION = 6
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -50,6 +51,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """0: chosen from the machine's memory."""
     packing: KvPacking = UNPACKED
     prefix: PrefixSettings = PrefixSettings()
+    spec: SpecSettings = SpecSettings()
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
     from kvarn.http.service import Service
+    from kvarn.hub.source import ResolvedModel
 
 log = logging.getLogger("kvarn.serve")
 
@@ -77,20 +78,38 @@ def run(args: argparse.Namespace) -> int:
         certificate = read_certificate(config)
         listener = bind(config)
         allow_files(config.max_connections + SPARE_FILES)
-        from kvarn.hub.errors import SourceError
-        from kvarn.hub.progress import TerminalProgress
-        from kvarn.hub.source import resolve
-
-        try:
-            model = resolve(args.model, TerminalProgress())
-        except SourceError as error:
-            raise StartError(str(error)) from error
-        front = Front(config, keys, args.model, model.name, model.path, begun, certificate=certificate)
+        model = find_model(args.model)
+        draft = find_draft(config)
+        front = Front(
+            config, keys, args.model, model.name, model.path, begun, certificate=certificate, draft_path=draft
+        )
         asyncio.run(front.serve(listener))
     except (ConfigError, StartError) as error:
         print(f"kvarn serve: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def find_model(name: str) -> ResolvedModel:
+    """The model on this machine, fetched if need be. Raises StartError."""
+    from kvarn.hub.errors import SourceError
+    from kvarn.hub.progress import TerminalProgress
+    from kvarn.hub.source import resolve
+
+    try:
+        return resolve(name, TerminalProgress())
+    except SourceError as error:
+        raise StartError(str(error)) from error
+
+
+def find_draft(config: ServeConfig) -> str:
+    """The folder of the draft model; empty where none is given. Raises StartError."""
+    if not config.draft_model:
+        return ""
+    try:
+        return str(find_model(config.draft_model).path)
+    except StartError as error:
+        raise StartError(f"--draft-model {config.draft_model}: {error}") from error
 
 
 def read_keys(config: ServeConfig) -> Keys:
@@ -161,6 +180,7 @@ class Front:
         engine_command: Sequence[str] = ENGINE_COMMAND,
         engine_path: str = "",
         certificate: Certificate | None = None,
+        draft_path: str = "",
     ) -> None:
         """``engine_path`` is the model as the engine is told it; default: ``path``."""
         self._config = config
@@ -191,6 +211,7 @@ class Front:
                 least_free_bytes=int(config.ssd_min_free),
                 label=self._served,
             ),
+            spec=config.guessing(draft_path),
         )
         environment = {"KVARN_LOG_LEVEL": config.log_level, "KVARN_LOG_FORMAT": config.log_format}
         self._client = EngineClient(
@@ -289,6 +310,8 @@ class Front:
             fingerprint=info.fingerprint[:12],
             prefix_cache=info.prefix_cache or None,
             prefix_cache_reason=info.prefix_cache_reason or None,
+            speculation="+".join(info.speculation) or None,
+            speculation_reason=info.speculation_reason or None,
         )
         log.info("engine ready", extra=fields)
 

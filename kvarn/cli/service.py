@@ -91,12 +91,15 @@ def planned(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -
     config = read_config({name: getattr(args, name) for name in ServeConfig.model_fields}, {}, args.config)
     _check_importable()
     model = _model(args.model)
-    flags, read = [f"--config={_absolute(args.config)}"] if args.config else [], [Path(sys.executable), Path(model)]
+    draft = _model(args.draft_model) if args.draft_model else ""
+    flags = [f"--config={_absolute(args.config)}"] if args.config else []
+    read = [Path(place) for place in (sys.executable, model, draft) if place]
     for name in ServeConfig.model_fields:
         given: str | None = getattr(args, name)
         if given is not None:
             value = getattr(config, name)
-            flags.append(f"--{name.replace('_', '-')}={_absolute(given) if isinstance(value, Path) else given}")
+            placed = _absolute(given) if isinstance(value, Path) else draft if name == "draft_model" else given
+            flags.append(f"--{name.replace('_', '-')}={placed}")
     read += [
         _absolute(given) for given in (args.config, args.api_key_file, args.tls_certificate, args.tls_key) if given
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from kvarn.engine.boot_guessing import LoadedDraft, guessing
 from kvarn.engine.link import Link
 from kvarn.engine.loop import Engine
 from kvarn.engine.prefixes import Prefixes
@@ -32,7 +33,7 @@ from kvarn.prefix.policy import SavePolicy
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
-from kvarn.types import ModelInfo, PrefixSettings
+from kvarn.types import ModelInfo, PrefixSettings, SpecMode
 from kvarn.wire import Loading, Ready, Start
 
 log = logging.getLogger(__name__)
@@ -58,14 +59,19 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     folder = Path(start.model_path)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(folder_fingerprint, folder, SilentProgress())  # reads files only: runs beside the load
+        drafter = Path(start.spec.draft_path) if start.spec.draft_path else None
+        draft_digest = pool.submit(folder_fingerprint, drafter, SilentProgress()) if drafter is not None else None
         model = load(folder, start.context_length, _percent_by_percent(link), start.packing)
         content = digest.result()
         link.send(Loading("probe", 1.0))
         capabilities = remembered_probe(model, content)
         model = capabilities.fitted(model)
         warm_up(model, capabilities)
+        draft = None
+        if drafter is not None and draft_digest is not None and capabilities.slots:
+            draft = LoadedDraft(drafter, folder, draft_digest.result())
     chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
-    budget = _budget(model, start.kv_budget_bytes, chunk)
+    budget, draft_bytes = _budget(model, start.kv_budget_bytes, chunk, draft)
     model = _within_memory(model, budget)
     limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=chunk)
     costs = CostModel()
@@ -74,7 +80,8 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
     if not uncached and isinstance(model.blocks, BlockFormat):
         prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, link)
     scheduler = Scheduler(limits, budget, costs)
-    engine = Engine(model, capabilities, scheduler, costs, budget.limit_bytes, prefixes, link.inbox, link)
+    guesses, modes = guessing(start.spec, model, capabilities, costs, content, draft, draft_bytes)
+    engine = Engine(model, capabilities, scheduler, costs, budget.limit_bytes, prefixes, guesses, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
@@ -84,6 +91,8 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
         log.warning("prefixes of this model are not cached", extra=kv(reason=uncached))
     if not capabilities.pipelined:
         log.warning("cache writes are copied while a step is in flight; steps run one by one")
+    if not modes and start.spec.default.mode is not SpecMode.OFF:
+        log.warning("tokens of this model are not guessed ahead", extra=kv(reason=capabilities.reason))
     link.send(
         Ready(
             ModelInfo(
@@ -103,6 +112,8 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
                 kv_format=model.form.packing.described(model.dtype),
                 prefix_cache="" if uncached else "+".join(prefixes.kinds),
                 prefix_cache_reason=uncached,
+                speculation=[mode.value for mode in modes],
+                speculation_reason="" if modes else capabilities.reason,
             )
         )
     )
@@ -168,18 +179,23 @@ def _percent_by_percent(link: Link) -> Callable[[float], None]:
     return tell
 
 
-def _budget(model: LoadedModel, asked: int, chunk: int) -> MemoryBudget:
+def _budget(model: LoadedModel, asked: int, chunk: int, draft: LoadedDraft | None) -> tuple[MemoryBudget, int]:
+    """That of the served model, and how many bytes the draft model may use besides."""
     usable = mx.device_info().get("max_recommended_working_set_size") if not model.on_cpu else None
-    limit = int(usable * 0.9 if isinstance(usable, int) else total_memory() * 0.7) - model.weight_bytes
-    return MemoryBudget(
+    weights = model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0)
+    limit = int(usable * 0.9 if isinstance(usable, int) else total_memory() * 0.7) - weights
+    limit = asked or max(limit, LEAST_KV_BYTES)
+    draft_bytes = draft.share_of(limit, model) if draft is not None else 0
+    budget = MemoryBudget(
         kv_bytes_per_token=model.token_bytes,
         window_bytes_per_row=model.row_bytes,
-        limit_bytes=asked or max(limit, LEAST_KV_BYTES),
+        limit_bytes=limit - draft_bytes,
         chunk_window_bytes=model.chunk_token_bytes * chunk,
         exact_bytes_per_token=model.exact_bytes if model.form.packs else 0,
         exact_window_bytes=model.exact_row_bytes if model.form.packs else 0,
         exact_tokens=model.form.packing.start if model.form.packs else 0,
     )
+    return budget, draft_bytes
 
 
 def _within_memory(model: LoadedModel, budget: MemoryBudget) -> LoadedModel:

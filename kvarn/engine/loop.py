@@ -1,8 +1,9 @@
 """The engine loop: take messages, plan a step, read prompts, draw tokens, tell the clients. One thread owns it all.
 
-A decode step is dispatched before the one ahead of it has been read ("in flight"), which hides Python behind the
-device. Rows join and leave only when nothing is in flight; a step whose draw depends on earlier tokens (penalties)
-waits for them. Every request ends in exactly one place, ``_end``.
+A decode step is built before the one ahead of it has been read ("in flight"), which hides Python behind the device. A
+GPU gets it at once, too; a CPU, whose queue holds the caller up, only when the tokens ahead are out. Rows join and
+leave only when nothing is in flight; a step whose draw depends on earlier tokens (penalties, or draft tokens that go on
+from them) waits for them. Every request ends in exactly one place, ``_end``.
 """
 
 from __future__ import annotations
@@ -11,47 +12,46 @@ import logging
 import queue
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
-import msgspec
-import numpy as np
+from msgspec.structs import replace
 
+from kvarn.engine.flight import Drawn, Flight, Steps
+from kvarn.engine.guessing import Guessing
 from kvarn.engine.link import Inbox, Outbox
-from kvarn.engine.prefixes import Cut, Prefixes
+from kvarn.engine.prefixes import Prefixes
 from kvarn.engine.refusals import failure, impossible
 from kvarn.engine.sequence import Sequence
 from kvarn.engine.tally import Tally
-from kvarn.model.forwards import decode, prefill
+from kvarn.model.forwards import prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
 from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
-from kvarn.sample.sampler import BatchSampler, Picks
+from kvarn.sample.sampler import Picks
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import NeverFits, Scheduler
-from kvarn.types import Delta, ErrorKind, Finish, PrefillChunk, Request, StepPlan, TokenLogprob
+from kvarn.types import (
+    MOST_DRAFT_TOKENS,
+    Delta,
+    ErrorKind,
+    Finish,
+    PrefillChunk,
+    Request,
+    StepPlan,
+    TokenLogprob,
+    Verdict,
+)
 from kvarn.wire import Beat, Cancel, Deltas, Explain, Explained, Failed, Start, Stop, Submit
 
 log = logging.getLogger(__name__)
 
+MOST_VERIFIED = 256
+"""Rows times columns of a forward with draft tokens: sampling needs a few numbers per column and token that exists."""
 TRIM_SHARE = 0.5
 """Above this share of the memory limit, the arena is cut to what its rows need before more prompts are read."""
 REST_SECONDS = 3.0
 """An engine without requests for this long gives its rows' memory back. The next ones often come sooner."""
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A dispatched decode step whose tokens have not been read yet."""
-
-    rows: tuple[str, ...]
-    picks: Picks
-    cuts: list[Cut]
-    """Blocks that the step fills."""
-    context_tokens: int
-    begun: float
-    """When the execution of its plan began; seconds, monotonic."""
-    dispatched: float
 
 
 class Engine:
@@ -65,6 +65,7 @@ class Engine:
         costs: CostModel,
         limit_bytes: int,
         prefixes: Prefixes,
+        guessing: Guessing,
         inbox: Inbox,
         outbox: Outbox,
     ) -> None:
@@ -74,15 +75,17 @@ class Engine:
         self._costs = costs
         self._limit_bytes = limit_bytes
         self._prefixes = prefixes
+        self._guessing = guessing
         self._inbox = inbox
         self._outbox = outbox
         self._lane = capabilities.lane(model, limit_bytes)
         self._sequences: dict[str, Sequence] = {}
         self._leaving: list[str] = []
         self._flight: Flight | None = None
-        self._sampler: tuple[tuple[str, ...], BatchSampler] | None = None
         self._last_read = 0.0
-        self._steps = 0
+        self._steps = Steps(model.network, model.vocab_size)
+        self._done = 0
+        """Steps."""
         self._tally = Tally()
         self._stalled = False
         """Nobody could do anything in the last turn: everybody waits for the disk."""
@@ -120,7 +123,7 @@ class Engine:
         if self._flight is not None and not self._can_follow(self._flight, plan):
             self._settle()
         elif not plan.empty:
-            self._execute(plan)
+            self._execute(plan if self._flight is not None else self._with_drafts(plan))
         self._report()
 
     def _receive(self) -> None:
@@ -148,7 +151,7 @@ class Engine:
     def _patience(self) -> float | None:
         """How long to wait for a message when there is nothing else to do; None: for ever."""
         now = time.monotonic()
-        if not self._scheduler.idle or self._lane.nbytes == 0:
+        if not self._scheduler.idle or self._lane.nbytes + self._guessing.nbytes == 0:
             self._idle_since = None
             return self._prefixes.patience(now)
         if self._idle_since is None:
@@ -163,6 +166,7 @@ class Engine:
         """Give back the memory that rows leave behind. Call it when there are none."""
         self._idle_since = None
         self._lane.trim()
+        self._guessing.rest()
         self._report()
 
     def _submit(self, request: Request) -> None:
@@ -183,21 +187,36 @@ class Engine:
             return
         sequence = self._sequences[request.id] = Sequence(request)
         self._prefixes.arrive(sequence)
+        self._guessing.arrive(sequence)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
     def _can_follow(self, flight: Flight, plan: StepPlan) -> bool:
         """Whether ``plan`` may be dispatched while ``flight`` is unread: same rows, none about to end, none that still
-        waits for its first token, which would come a step later."""
+        waits for its first token, which would come a step later, and no draft tokens before or behind."""
         return (
             self._capabilities.pipelined
+            and not flight.drafts
             and plan.rows == flight.rows
             and not plan.prefill
             and not plan.preempt
-            and not self._sampler_for(plan.rows).needs_history
+            and not self._steps.needs_history([self._sequences[name] for name in plan.rows])
             and not self._scheduler.suspects
             and all(self._sequences[name].told and self._sequences[name].remaining > 1 for name in plan.rows)
+            and not self._guessing.wants(plan.rows, self._sequences)
         )
+
+    def _with_drafts(self, plan: StepPlan) -> StepPlan:
+        """The plan with what can be guessed for its rows, as far as memory and context reach."""
+        joining = [chunk.id for chunk in plan.prefill if chunk.last]
+        if not plan.rows or self._scheduler.suspected([*plan.rows, *joining]):
+            return plan
+        batch = [self._sequences[name] for name in (*plan.rows, *joining)]
+        # Short rows of a forward are filled up to its longest, and no position may lie beyond the model's own.
+        columns = self._model.context_length - max(len(sequence.tokens) for sequence in batch) + 1
+        columns = min(columns, MOST_DRAFT_TOKENS + 1, max(1, MOST_VERIFIED // len(batch)))
+        room = self._scheduler.columns(plan, columns) - 1
+        return replace(plan, drafts=self._guessing.drafts(plan.rows, self._sequences, room, len(joining)))
 
     def _execute(self, plan: StepPlan) -> None:
         ahead, self._flight = self._flight, None
@@ -215,21 +234,40 @@ class Engine:
         if plan.prefill and self._held_bytes() > self._limit_bytes * TRIM_SHARE:
             self._lane.trim()  # the scheduler counts what the rows need, not what the arena still has from before
         self._prefixes.fit(self._limit_bytes - max(self._held_bytes(), self._scheduler.promised_bytes(plan)))
-        plan = msgspec.structs.replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
+        plan = replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
         batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
+        drafts = plan.drafts and plan.drafts + ((),) * (len(batch) - len(plan.rows))
         failure: Exception | None = None
         try:
-            self._flight = self._dispatch(batch, ahead, begun) if batch else None
+            sequences = [self._sequences[name] for name in batch]
+            if drafts:
+                self._flight = self._steps.verifying(self._lane, sequences, drafts, begun)
+            elif batch:
+                cuts = partial(self._prefixes.cuts, lane=self._lane)
+                self._flight = self._steps.plain(self._lane, sequences, ahead, begun, cuts)
+            if self._flight is not None and not (ahead is not None and self._model.on_cpu):
+                self._flight.launch()
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, _recover logs
             failure = error
         self._scheduler.commit(plan)
-        self._steps += 1
+        self._done += 1
         if failure is not None:
-            self._recover(batch, failure)
+            self._recover(batch, failure, guessed=bool(drafts))
         elif ahead is not None:
             self._read(ahead)
+            self._launch()
         elif not batch:
             self._tally.step(time.monotonic() - begun, 0, 0)
+
+    def _launch(self) -> None:
+        """Launch the step that was built meanwhile, unless reading the one ahead of it has ended it."""
+        flight = self._flight
+        if flight is None or not flight.waiting:
+            return
+        try:
+            flight.launch()
+        except Exception as error:  # noqa: BLE001 - model code raises what it likes; _recover logs it
+            self._recover(flight.rows, error)
 
     def _begin(self, chunks: tuple[PrefillChunk, ...]) -> None:
         """Give every prompt that starts in this step its cache, restored up to its first chunk."""
@@ -259,6 +297,7 @@ class Engine:
         try:
             prefill(self._model.network, sequence.prompt, sequence.tokens[chunk.start : chunk.end])
             self._prefixes.chunk_done(sequence, chunk.start, chunk.end)
+            self._guessing.chunk_read(sequence, chunk.end - chunk.start)
             self._lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
             if chunk.last:
                 self._prefixes.prompt_done(sequence, chunk.end)
@@ -274,32 +313,6 @@ class Engine:
             self._costs.observe_prefill(chunk.start, chunk.end - chunk.start, elapsed)
         return True
 
-    def _dispatch(self, rows: tuple[str, ...], ahead: Flight | None, begun: float) -> Flight:
-        sequences = [self._sequences[name] for name in rows]
-        sampler = self._sampler_for(rows)
-        context_tokens = sum(self._lane.lengths)
-        dispatched = time.monotonic()
-        if ahead is not None:
-            tokens, unread = ahead.picks.tokens, 1
-        else:
-            tokens, unread = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.int32), 0
-        logits = decode(self._model.network, self._lane, tokens)
-        picks = sampler(
-            logits,
-            [len(sequence.tokens) + unread for sequence in sequences],
-            [sequence.tokens for sequence in sequences] if sampler.needs_history else None,
-            [sequence.prompt_length for sequence in sequences],
-        )
-        cuts = self._prefixes.cuts(rows, self._lane)
-        mx.async_eval(*picks.arrays(), *self._lane.arrays(), *(array for cut in cuts for array in cut.arrays()))
-        return Flight(rows, picks, cuts, context_tokens, begun, dispatched)
-
-    def _sampler_for(self, rows: tuple[str, ...]) -> BatchSampler:
-        if self._sampler is None or self._sampler[0] != rows:
-            params = [self._sequences[name].request.params for name in rows]
-            self._sampler = (rows, BatchSampler(params, self._model.vocab_size))
-        return self._sampler[1]
-
     # --- results ----------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -310,47 +323,78 @@ class Engine:
 
     def _read(self, flight: Flight) -> None:
         try:
-            mx.eval(flight.picks.arrays())
+            drawn = flight.drawn()
         except Exception as error:  # noqa: BLE001 - a lazy forward raises when it is evaluated; _recover logs it
             self._flight = None
-            self._recover(flight.rows, error)
+            self._recover(flight.rows, error, guessed=bool(flight.drafts))
             return
         now = time.monotonic()
         seconds = now - max(flight.begun, self._last_read)
         milliseconds = (now - max(flight.dispatched, self._last_read)) * 1000
         self._last_read = now
-        self._costs.observe_decode(len(flight.rows), flight.context_tokens, milliseconds)
-        tokens, bad = np.array(flight.picks.tokens).tolist(), np.array(flight.picks.bad).tolist()
-        deltas = []
-        for row, name in enumerate(flight.rows):
-            sequence = self._sequences[name]
-            sequence.poisoned = sequence.poisoned or bad[row]
-            if sequence.ended:
-                continue
-            self._scheduler.proven(name)
-            if bad[row]:
-                self._end(name, ArithmeticError("the model produced logits that are not finite"))
-                continue
-            try:
-                logprob = self._logprob(flight.picks, row, sequence)
-            except Exception as error:  # whatever it is, it is about this request alone
-                log.exception("log-probabilities of request %s failed", name)
-                self._end(name, error)
-                continue
-            kept, finish = sequence.commit(tokens[row])
-            told = [logprob] if kept and logprob is not None else None
-            deltas.append(Delta(name, [tokens[row]] if kept else [], finish, told))
-            sequence.told = True
-            if finish is not None:
-                self._leave(name)
+        deltas: list[Delta] = []
+        held = [self._take(flight, row, deltas) for row in drawn]
         if deltas:
             self._outbox.send(Deltas(deltas))
-        self._tally.step(seconds, len(flight.rows), len(deltas))
-        self._prefixes.step_read(flight.cuts, self._sequences, self._lane)
+        tokens = sum(len(delta.tokens) + (delta.finish is Finish.STOP) for delta in deltas)
+        self._tally.step(seconds, len(drawn), tokens, flight.draft_tokens)
+        if flight.drafts:
+            before = list(self._lane.lengths)
+            self._lane.advance([max(1, count) for count in held])
+            self._guessing.verified(drawn, held, flight.context_tokens, milliseconds)
+            self._scheduler.stretch = self._guessing.stretch(len(drawn), flight.columns)
+            cuts = self._prefixes.filled(flight.rows, before, self._lane)
+        else:
+            self._costs.observe_decode(len(drawn), flight.context_tokens, milliseconds)
+            self._guessing.plain()
+            self._scheduler.stretch = 1.0
+            cuts = flight.cuts
+        self._prefixes.step_read(cuts, self._sequences, self._lane)
+        for name in [name for name in flight.rows if self._sequences[name].spoilt]:
+            self._compute_again(name)
 
-    def _logprob(self, picks: Picks, row: int, sequence: Sequence) -> TokenLogprob | None:
+    def _take(self, flight: Flight, drawn: Drawn, deltas: list[Delta]) -> int:
+        """Commit what a row has drawn, as far as its answer goes, and tell it. Returns how many of the drawn tokens."""
+        sequence = self._sequences[drawn.name]
+        if drawn.bad or drawn.spoilt:
+            # Draft tokens may be to blame, and so may the padding of rows that have fewer.
+            sequence.spoilt = bool(flight.drafts) and not sequence.again
+            sequence.poisoned = not sequence.spoilt
+        if sequence.ended:
+            return 0
+        self._scheduler.proven(drawn.name)
+        if sequence.spoilt:
+            return 0
+        if sequence.poisoned:
+            self._end(drawn.name, ArithmeticError("the model produced logits that are not finite"))
+            return 0
+        tokens: list[int] = []
+        told: list[TokenLogprob] = []
+        finish, count = None, 0
+        while finish is None and count < len(drawn.tokens):
+            try:
+                logprob = self._logprob(flight.picks, drawn.first + count, sequence)
+            except Exception as error:  # whatever it is, it is about this request alone
+                log.exception("log-probabilities of request %s failed", drawn.name)
+                self._end(drawn.name, error)
+                return 0
+            kept, finish = sequence.commit(drawn.tokens[count])
+            count += 1
+            if kept:
+                tokens.append(drawn.tokens[count - 1])
+                told += [logprob] if logprob is not None else []
+        right = min(len(tokens), drawn.agreed)
+        verdict = Verdict(right, drawn.drafts - right) if drawn.drafts else None
+        deltas.append(Delta(drawn.name, tokens, finish, told or None, verdict=verdict))
+        self._scheduler.grew(drawn.name, count)
+        sequence.told = True
+        if finish is not None:
+            self._leave(drawn.name)
+        return count
+
+    def _logprob(self, picks: Picks, place: int, sequence: Sequence) -> TokenLogprob | None:
         asked = sequence.request.params.logprobs
-        return None if asked is None else picks.logprobs_of(row, asked)
+        return None if asked is None else picks.logprobs_of(place, asked)
 
     # --- endings ----------------------------------------------------------------------------------------------
 
@@ -372,14 +416,27 @@ class Engine:
     def _free_leavers(self) -> None:
         """Give back everything that ended requests hold. Nothing may be in flight."""
         leaving, self._leaving = self._leaving, []
-        for name in leaving:
+        for name in sorted(leaving, key=lambda name: not self._sequences[name].dirty):
             sequence = self._sequences.pop(name)
             self._drop_prompt(sequence)
             if name in self._scheduler.rows:
                 row = self._scheduler.rows.index(name)
                 self._prefixes.answer_done(sequence, self._lane, row)
-                self._lane.release(row, scrub=sequence.poisoned)
+                self._lane.release(row, scrub=sequence.dirty)
+            self._guessing.answer_done(sequence)
             self._scheduler.remove(name)
+
+    def _compute_again(self, name: str) -> None:
+        """A step with draft tokens left numbers in a row that are not finite, which plain decoding might never meet."""
+        sequence = self._sequences[name]
+        self._guessing.stop(name)
+        if sequence.ended:
+            return  # its row is zeroed when it is freed
+        log.warning("a step with draft tokens gave numbers that are not finite; request %s goes on without", name)
+        sequence.spoilt, sequence.again = False, True
+        self._lane.release(self._scheduler.rows.index(name), scrub=True)
+        self._scheduler.requeue(name, len(sequence.tokens), time.monotonic())
+        self._prefixes.lost(sequence)
 
     def _drop_prompt(self, sequence: Sequence) -> None:
         """Give up what has been read of a prompt that has no row yet, and the room that was made for it."""
@@ -387,11 +444,12 @@ class Engine:
             sequence.prompt = None
             self._lane.unreserve()
 
-    def _recover(self, rows: tuple[str, ...], error: Exception) -> None:
+    def _recover(self, rows: tuple[str, ...], error: Exception, *, guessed: bool = False) -> None:
         """A decode step failed: rebuild the batch, and let the request that is to blame pay, not its neighbours.
 
         A lone row is to blame, and so is a row on probation. Otherwise nobody is known to be: all rows are recomputed
-        and join again one by one, on probation until a step has succeeded with them.
+        and join again one by one, on probation until a step has succeeded with them. With draft tokens in it the step
+        may have failed because of those: its rows go on without.
         """
         log.error("decode step with %d rows failed", len(rows), exc_info=error)
         self._tally.failed()
@@ -399,12 +457,16 @@ class Engine:
             mx.synchronize()  # an earlier step may still be writing into the rows that are given up here
         suspects = [name for name in rows if name in self._scheduler.suspects]
         guilty = rows[0] if len(rows) == 1 else suspects[0] if len(suspects) == 1 else None
-        self._flight = self._sampler = None
+        if guessed:
+            guilty = None
+            self._guessing.failed(rows)
+        self._flight = None
+        self._steps.forget()
         self._lane = self._capabilities.lane(self._model, self._limit_bytes)
         now = time.monotonic()
         for name in rows:
             sequence = self._sequences[name]
-            self._scheduler.requeue(name, len(sequence.tokens), now, probation=guilty is None)
+            self._scheduler.requeue(name, len(sequence.tokens), now, probation=guilty is None and not guessed)
             self._prefixes.lost(sequence)
             if name == guilty:
                 self._end(name, error)
@@ -417,12 +479,12 @@ class Engine:
     def _report(self) -> None:
         self._outbox.report(
             Beat(
-                step=self._steps,
+                step=self._done,
                 running=self._scheduler.running,
                 waiting=self._scheduler.waiting,
-                kv_bytes=self._held_bytes(),
+                kv_bytes=self._held_bytes() + self._guessing.nbytes,
                 wait_seconds=self._scheduler.wait_seconds(),
-                counters=self._tally.counters(),
+                counters=self._tally.counters(self._guessing.counters()),
                 prefix=self._prefixes.load(),
             )
         )

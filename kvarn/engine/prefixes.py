@@ -278,6 +278,15 @@ class Prefixes:
                 made.append(Cut(name, row, length, records, finite(records)))
         return made
 
+    def filled(self, rows: Many[str], before: Many[int], lane: Lane) -> list[Cut]:
+        """The blocks that rows have filled since they had the lengths ``before``, at most one each; nothing may be in
+        flight, and they are cut when ``step_read`` is told of them."""
+        if self._form is None:
+            return []
+        ends = [length // BLOCK * BLOCK for length in lane.lengths]
+        grown = [(row, name) for row, (name, end) in enumerate(zip(rows, ends, strict=True)) if end > before[row]]
+        return [Cut(name, row, ends[row], {}, finite({})) for row, name in grown]
+
     def _cut_row(self, lane: Lane, row: int, begin: int, end: int) -> dict[Kind, Stored]:
         assert self._form is not None
         records = {Kind.KV: self._form.spans(lane.spans(row, begin, end), Kind.KV)}

@@ -33,11 +33,20 @@ class Sequence:
     """The drawn token that ended the answer; it is not part of ``tokens``."""
     ended: bool = False
     """Its ending has been told to the client. What it still holds is freed at the next quiet point."""
+    spoilt: bool = False
+    """A step with draft tokens left what is not finite in its row; it is computed again, without drafts."""
+    again: bool = False
+    """That has happened before."""
     poisoned: bool = False
     """Its row holds non-finite numbers and must be zeroed when freed."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether its row must be zeroed when it is freed."""
+        return self.poisoned or self.spoilt
 
     @property
     def prompt_length(self) -> int:

@@ -7,7 +7,7 @@ tokens are read.
 from __future__ import annotations
 
 from kvarn.observe.histogram import ROWS, SECONDS, STEP_TOKENS, Histogram
-from kvarn.types import EngineCounters, PrefillChunk
+from kvarn.types import EngineCounters, PrefillChunk, SpecCounters
 
 
 class Tally:
@@ -34,12 +34,13 @@ class Tally:
         self._read_in_step += chunk.end - chunk.start
         self._prefill_tokens += chunk.end - chunk.start + chunk.last
 
-    def step(self, seconds: float, rows: int, drawn: int) -> None:
-        """A step is over; ``rows`` were in its decode forward, which drew ``drawn`` tokens for requests still there."""
+    def step(self, seconds: float, rows: int, drawn: int, drafts: int = 0) -> None:
+        """A step is over; ``rows`` were in its decode forward, with so many ``drafts`` to verify, which drew ``drawn``
+        tokens for requests still there."""
         self._drawn_tokens += drawn
         self._seconds.observe(seconds)
         self._rows.observe(rows)
-        self._tokens.observe(self._read_in_step + rows)
+        self._tokens.observe(self._read_in_step + rows + drafts)
         self._read_in_step = 0
 
     def failed(self) -> None:
@@ -47,8 +48,8 @@ class Tally:
         self._failed_steps += 1
         self._read_in_step = 0
 
-    def counters(self) -> EngineCounters:
-        """What has been counted so far; later events do not change it."""
+    def counters(self, spec: SpecCounters) -> EngineCounters:
+        """What has been counted so far, with what guessing did; later events do not change it."""
         return EngineCounters(
             prefill_tokens=self._prefill_tokens,
             drawn_tokens=self._drawn_tokens,
@@ -57,4 +58,5 @@ class Tally:
             step_seconds=self._seconds.distribution(),
             step_rows=self._rows.distribution(),
             step_tokens=self._tokens.distribution(),
+            spec=spec,
         )

@@ -19,7 +19,7 @@ from kvarn.http.errors import unavailable
 from kvarn.http.service import Service
 from kvarn.text.answer import Answer
 from kvarn.text.tokenizer import Tokenizer
-from kvarn.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob
+from kvarn.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,48 @@ class _Choice:
     """When its first token came."""
     ended: bool = False
     """All of it is there."""
+    rejected: int = 0
+    """Tokens guessed ahead that were not drawn."""
+    _accepted: int = 0
+    """Tokens guessed ahead that surely belong to the answer."""
+    _spans: deque[tuple[int, int]] = field(default_factory=deque)
+    """From where to where further tokens were guessed ahead: a stop string may yet cut the answer before their end."""
+    _settled: int = 0
+    """Tokens that surely belong to the answer."""
 
     def take(self, delta: Delta) -> Piece:
         self.pending.extend(delta.logprobs or ())
+        if delta.verdict is not None:
+            self._judged(delta.verdict)
         part = self.answer.add(delta.tokens)
         text, settled, stopped = part.text, part.tokens, part.stopped
         if delta.finish is not None and not stopped:
             rest = self.answer.finish()
             text, settled, stopped = text + rest.text, settled + rest.tokens, rest.stopped
+        self._settle(settled)
         finish = Finish.STOP if stopped else delta.finish
         logprobs = [self.pending.popleft() for _ in range(min(settled, len(self.pending)))]
         return Piece(self.index, text, logprobs, finish.value if finish is not None else None)
+
+    def _judged(self, verdict: Verdict) -> None:
+        """Note which of the next tokens were guessed."""
+        begin = self.answer.completion_tokens
+        self.rejected += verdict.rejected
+        if verdict.accepted:
+            self._spans.append((begin, begin + verdict.accepted))
+
+    def _settle(self, tokens: int) -> None:
+        """So many more tokens surely belong to the answer."""
+        self._settled += tokens
+        while self._spans and self._spans[0][1] <= self._settled:
+            begin, end = self._spans.popleft()
+            self._accepted += end - begin
+
+    @property
+    def accepted(self) -> int:
+        """Tokens of the answer that had been guessed ahead: neither what a stop string cut nor the end itself."""
+        count = self.answer.completion_tokens
+        return self._accepted + sum(max(0, min(end, count) - begin) for begin, end in self._spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +99,10 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    accepted_tokens: int = 0
+    """Those of the answers that had been guessed ahead."""
+    rejected_tokens: int = 0
+    """Those guessed ahead in vain."""
 
     def payload(self) -> dict[str, object]:
         return {
@@ -75,6 +110,10 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted_tokens,
+                "rejected_prediction_tokens": self.rejected_tokens,
+            },
         }
 
 
@@ -242,6 +281,8 @@ class Generation:
             sum(len(choice.request.tokens) for choice in firsts),
             sum(choice.answer.completion_tokens for choice in self._choices),
             sum(choice.prefix.cached for choice in firsts),
+            sum(choice.accepted for choice in self._choices),
+            sum(choice.rejected for choice in self._choices),
         )
 
     def prefix(self) -> PrefixReport:

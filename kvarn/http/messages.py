@@ -29,7 +29,7 @@ def _message(value: object, where: str) -> Message:
     for name in ("tool_calls", "function_call", "audio", "refusal"):
         if value.get(name):
             raise unsupported(f"{where}.{name}", value[name], "none")
-    message: Message = {"role": role, "content": _content(value.get("content"), f"{where}.content")}
+    message: Message = {"role": role, "content": read_content(value.get("content"), f"{where}.content")}
     for name in ("name", "tool_call_id"):
         extra = value.get(name)
         if isinstance(extra, str):
@@ -39,7 +39,8 @@ def _message(value: object, where: str) -> Message:
     return message
 
 
-def _content(value: object, where: str) -> str:
+def read_content(value: object, where: str) -> str:
+    """Check a content: a text, or a list of text parts, which are put together. Raises ApiError 400."""
     allowed = "a string or a list of text parts"
     if value is None:
         raise missing(where, allowed)

@@ -24,7 +24,7 @@ from kvarn.client import EngineState
 from kvarn.http.connection import CONNECTIONS
 from kvarn.http.families import Families
 from kvarn.http.service import Service
-from kvarn.types import ErrorKind, Finish, PrefixLoad
+from kvarn.types import ErrorKind, Finish, PrefixLoad, SpecCounters
 from kvarn.wire import Beat
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
@@ -88,6 +88,7 @@ class ServerCollector(Collector):
         _tokens(families, service)
         _times(families, service)
         _engine(families, service, beat)
+        _speculation(families, beat.counters.spec)
         _prefix_cache(families, beat.prefix)
         _ssd(families, beat.prefix)
         return families.made
@@ -255,6 +256,29 @@ def _engine(to: Families, service: Service, beat: Beat) -> None:
     to.histogram(
         "vllm:iteration_tokens_total", "Tokens that a step took in, of prompts and answers.", counted.step_tokens
     )
+
+
+def _speculation(to: Families, counted: SpecCounters) -> None:
+    to.counter("vllm:spec_decode_num_drafts", "Times tokens were guessed ahead for an answer.", counted.rows)
+    to.counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead.", counted.proposed)
+    to.counter("vllm:spec_decode_num_accepted_tokens", "Those of them that were drawn.", counted.accepted)
+    to.counters(
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "The same by place: 0 is the first token guessed in a step.",
+        ("position",),
+        [(str(place), count) for place, count in enumerate(counted.accepted_at)],
+    )
+    to.counters(
+        "kvarn_spec_draft_tokens_per_pos",
+        "Tokens guessed ahead by place.",
+        ("position",),
+        [(str(place), count) for place, count in enumerate(counted.proposed_at)],
+    )
+    to.counter("kvarn_spec_steps", "Steps that checked guesses.", counted.steps)
+    to.counter("kvarn_spec_fallback_steps", "Steps without guesses, which would not have paid.", counted.fallbacks)
+    to.counter("kvarn_spec_drawn_tokens", "Tokens drawn for answers that had guesses in the step.", counted.drawn)
+    to.counter("kvarn_spec_bonus_tokens", "Those of them drawn behind guesses that were all right.", counted.bonus)
+    to.gauge("kvarn_spec_depth", "Tokens guessed ahead per answer in the latest step.", counted.depth)
 
 
 def _prefix_cache(to: Families, load: PrefixLoad) -> None:

@@ -44,5 +44,7 @@ def _model(service: Service) -> dict[str, object]:
             "fingerprint": info.fingerprint,
             "prefix_cache": info.prefix_cache,
             "prefix_cache_reason": info.prefix_cache_reason,
+            "speculation": info.speculation,
+            "speculation_reason": info.speculation_reason,
         }
     return model

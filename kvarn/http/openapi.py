@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from kvarn import __version__
 from kvarn.http.gate import ANY_HOST, OPEN
+from kvarn.http.guesses import SpeculativeOptions
 from kvarn.http.messages import ROLES
 from kvarn.http.openapi_answers import (
     FAILURES,
@@ -48,11 +49,12 @@ _TEXT_PART: Schema = {
     "properties": {"type": {"type": "string", "const": "text"}, "text": STRING},
     "required": ["type", "text"],
 }
+_CONTENT: Schema = {"anyOf": [STRING, {**listed(_TEXT_PART), "minItems": 1}]}
 _MESSAGE: Schema = {
     "type": "object",
     "properties": {
         "role": {"type": "string", "enum": list(ROLES)},
-        "content": {"anyOf": [STRING, {**listed(_TEXT_PART), "minItems": 1}]},
+        "content": _CONTENT,
         "name": nullable(STRING),
         "tool_call_id": nullable(STRING),
     },
@@ -69,6 +71,12 @@ READ_BY_HAND: Mapping[str, Schema] = {
         "type": "object",
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    "speculative": ref(SpeculativeOptions.__name__),
+    "prediction": {
+        "type": "object",
+        "properties": {"type": constant("content"), "content": _CONTENT},
+        "required": ["type", "content"],
     },
 }
 """Fields whose validators say more than their types: what pydantic cannot know."""
@@ -234,7 +242,9 @@ def _event(chunk: Schema) -> Schema:
 
 
 def _request_schemas() -> dict[str, Schema]:
-    schemas: dict[str, Schema] = {StreamOptions.__name__: StreamOptions.model_json_schema()}
+    schemas: dict[str, Schema] = {
+        each.__name__: each.model_json_schema() for each in (StreamOptions, SpeculativeOptions)
+    }
     for model in REQUESTS:
         schema: Schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema.pop("$defs", None)

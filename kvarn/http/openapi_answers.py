@@ -105,6 +105,12 @@ SCHEMAS: dict[str, Schema] = {
             "completion_tokens": COUNT,
             "total_tokens": COUNT,
             "prompt_tokens_details": record({"cached_tokens": COUNT}),
+            "completion_tokens_details": record(
+                {
+                    "accepted_prediction_tokens": {**COUNT, "description": "Of the answer, those guessed ahead."},
+                    "rejected_prediction_tokens": {**COUNT, "description": "Wrong guesses."},
+                }
+            ),
         }
     ),
     "ChatCompletion": _chat("chat.completion", {"message": _MESSAGE}, _FINISH, ref("Usage")),

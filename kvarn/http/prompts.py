@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvarn.http.errors import ApiError, bad_value, public
+from kvarn.http.guesses import check_mode
 from kvarn.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from kvarn.text.tokenizer import TemplateError, Tokenizer
 from kvarn.types import ModelInfo
@@ -39,6 +40,7 @@ def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
     for token in asked.logit_bias:
         if token >= info.vocab_size:
             raise bad_value("logit_bias", str(token), f"token ids below {info.vocab_size}")
+    check_mode(asked.speculative, info)
 
 
 def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
@@ -56,6 +58,16 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> li
 def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
     """Tokenise what is text, check what is token ids. Raises ApiError 400."""
     return [_completion_prompt(asked, prompt, tokenizer, info) for prompt in asked.prompt]
+
+
+def prediction_tokens(text: str, tokenizer: Tokenizer, most: int) -> list[int]:
+    """The tokens that a client expects of its answer; a text that is far too long is read only so far."""
+    tokens: list[int] = []
+    for piece in [text] if len(text) <= CHARACTERS_PER_TOKEN * most else _pieces([text]):
+        tokens += tokenizer.text_tokens(piece)
+        if len(tokens) >= most:
+            break
+    return tokens[:most]
 
 
 def _completion_prompt(

@@ -19,12 +19,13 @@ from kvarn.http.clock import Clock
 from kvarn.http.errors import from_engine
 from kvarn.http.gate import client_of
 from kvarn.http.generation import Generation, Piece, Usage
-from kvarn.http.prompts import Prompt, check_limits
+from kvarn.http.guesses import speculation
+from kvarn.http.prompts import Prompt, check_limits, prediction_tokens
 from kvarn.http.schemas import GenerationRequest
 from kvarn.http.service import Service
 from kvarn.http.sse import EventStream, Headers, WatchedResponse, send_json
 from kvarn.text.tokenizer import Tokenizer
-from kvarn.types import ModelInfo, Request, TokenLogprob
+from kvarn.types import ModelInfo, Request, Speculation, TokenLogprob
 
 ReadPrompts = Callable[[Tokenizer, ModelInfo], list[Prompt]]
 
@@ -72,14 +73,20 @@ def respond(
         tokenizer, info = service.ready()
         check_limits(asked, info)
         client = client_name(http, asked)
+        guessing = speculation(asked.speculative, service.config.speculation, info.speculation)
+
+        def read() -> tuple[list[Prompt], list[int]]:
+            return read_prompts(tokenizer, info), _prediction(asked, guessing, service, tokenizer, info)
+
         with service.permit(count, client):
             try:
                 async with asyncio.timeout_at(clock.deadline):
-                    prompts = await service.in_text_thread(lambda: read_prompts(tokenizer, info))
+                    prompts, prediction = await service.in_text_thread(read)
             except TimeoutError:
                 raise from_engine(clock.late()) from None
             base = uuid.uuid4().hex
-            requests = _requests(base, asked, prompts, sorted(tokenizer.eos_token_ids), client)
+            ends = sorted(tokenizer.eos_token_ids)
+            requests = _requests(base, asked, prompts, ends, client, guessing, prediction)
             rendering = rendering_of(base, tokenizer, info, prompts)
             for prompt in prompts:
                 service.meters.asked(asked.n, prompt.max_tokens)
@@ -95,8 +102,24 @@ def respond(
     return WatchedResponse(work)
 
 
+def _prediction(
+    asked: GenerationRequest, guessing: Speculation | None, service: Service, tokenizer: Tokenizer, info: ModelInfo
+) -> list[int]:
+    """What the client expects of the answer, where anything is made of it."""
+    mode = (guessing or service.config.speculation).mode
+    if not asked.prediction or mode not in info.speculation:
+        return []
+    return prediction_tokens(asked.prediction, tokenizer, info.context_length)
+
+
 def _requests(
-    base: str, asked: GenerationRequest, prompts: list[Prompt], ends: list[int], client: str
+    base: str,
+    asked: GenerationRequest,
+    prompts: list[Prompt],
+    ends: list[int],
+    client: str,
+    guessing: Speculation | None,
+    prediction: list[int],
 ) -> list[Request]:
     return [
         Request(
@@ -106,6 +129,8 @@ def _requests(
             priority=-asked.priority,
             client=client,
             cache_salt=asked.cache_salt,
+            speculation=guessing,
+            prediction=prediction,
         )
         for number, prompt in enumerate(prompts)
         for choice in range(asked.n)
@@ -193,6 +218,8 @@ def _note(
         known_tokens=prefix.known,
         cache_end=prefix.end,
         completion_tokens=usage.completion_tokens,
+        accepted_draft_tokens=usage.accepted_tokens,
+        rejected_draft_tokens=usage.rejected_tokens,
         ttft=round(first, 4) if first is not None else None,
         seed=requests[0].params.seed,
     )

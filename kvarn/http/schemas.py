@@ -13,6 +13,7 @@ from typing import Annotated, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvarn.http.errors import ApiError, bad_value, missing, unsupported
+from kvarn.http.guesses import PREDICTION, SPECULATIVE, SpeculativeOptions, read_prediction, read_speculative
 from kvarn.http.messages import Message, read_messages
 from kvarn.types import SamplingParams
 
@@ -47,7 +48,6 @@ NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
     "response_format": (_plain_text_format, '{"type": "text"}'),
     "audio": (_empty, "no audio"),
     "modalities": (lambda value: value == ["text"], '["text"]'),
-    "prediction": (_empty, "no prediction"),
     "web_search_options": (_never, "no web search"),
     "reasoning_effort": (_one_of("none"), '"none"'),
     "verbosity": (_one_of("medium"), '"medium"'),
@@ -114,6 +114,8 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool = Field(False, description="true or false")
     priority: int = Field(0, ge=-100, le=100, description="an integer from -100 to 100; the lowest goes first")
     cache_salt: str = Field("", max_length=256, description="a string of at most 256 characters")
+    speculative: SpeculativeOptions | None = Field(None, description=SPECULATIVE)
+    prediction: str | None = Field(None, description=PREDICTION)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -138,6 +140,16 @@ class GenerationRequest(BaseModel):
                 raise bad_value(f"logit_bias.{key}", bias, "a number from -100 to 100")
             biases[int(key)] = float(bias)
         return biases
+
+    @field_validator("speculative", mode="plain")
+    @classmethod
+    def _speculative(cls, value: object) -> SpeculativeOptions:
+        return read_speculative(value)
+
+    @field_validator("prediction", mode="plain")
+    @classmethod
+    def _prediction(cls, value: object) -> str:
+        return read_prediction(value)
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 
 from kvarn.kv.rows import Rows
-from kvarn.kv.slots import LayerRow, LayerSpec, Slot, empty_slot
+from kvarn.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot, empty_slot
 from kvarn.kv.stretch import Stretch
 from kvarn.schedule.budget import capacity_bucket, rows_allocated
 
@@ -76,7 +76,10 @@ class Arena:
         return slots
 
     def release(self, row: int, scrub: bool = False) -> None:
-        """Free a row; the last row moves into its place. ``scrub`` zeroes what the row held (non-finite numbers)."""
+        """Free a row; the last row moves into its place. ``scrub`` zeroes what the row held (non-finite numbers).
+
+        Of several rows those to be scrubbed go first: where a row has been moved away from, its numbers stay.
+        """
         last = len(self.lengths) - 1
         if scrub:
             for slot in self.slots:
@@ -86,6 +89,8 @@ class Arena:
                 lifted = slot.lift(last, self.lengths[last])
                 mx.eval(lifted)
                 slot.drop(row, lifted)
+                if scrub:  # perhaps that one is to be scrubbed next
+                    slot.scrub(last)
                 mx.eval(slot.arrays)
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
@@ -106,6 +111,16 @@ class Arena:
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
         self.rows.advance(counts)
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Take the last ``counts[i]`` tokens of row i back: such as forwards have written. No forward is under way.
+
+        Where there are rings, no position more than RING_SLACK behind the last one ever written may be the next one:
+        what its window needs is gone. Raises ValueError for counts that go beyond that by themselves.
+        """
+        if max(counts, default=0) > RING_SLACK and any(spec.window is not None for spec in self._specs):
+            raise ValueError(f"sliding windows cannot go back by {max(counts)} tokens; at most {RING_SLACK}")
+        self.rows.rewind(counts)
 
     def reserve(self, length: int, share: float) -> None:
         """Make room ahead of the adoption of ``length`` tokens, in the first ``share`` (0 to 1) of the layers.

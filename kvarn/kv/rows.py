@@ -106,6 +106,14 @@ class Rows:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._forward = None
 
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Take the last ``counts[i]`` tokens of row i back. Raises ValueError when it has not as many."""
+        if self._forward is not None:
+            raise RuntimeError("a forward is under way: advance() says what it keeps")
+        if any(not 0 <= count <= length for length, count in zip(self.lengths, counts, strict=True)):
+            raise ValueError(f"rows of {self.lengths} tokens cannot go back by {list(counts)}")
+        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
+
     @property
     def forward(self) -> Forward:
         if self._forward is None:

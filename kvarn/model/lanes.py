@@ -42,6 +42,9 @@ class Lane(Protocol):
     def advance(self, counts: Sequence[int]) -> None:
         """Keep the first counts[i] of the tokens just run in row i."""
 
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Take the last counts[i] tokens of row i back; see Arena.rewind. Not while a forward is under way."""
+
     def release(self, row: int, scrub: bool = False) -> None:
         """Free a row, moving the last one into its place."""
 
@@ -92,6 +95,9 @@ class SlotsLane:
 
     def advance(self, counts: Sequence[int]) -> None:
         self._arena.advance(counts)
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        self._arena.rewind(counts)
 
     def release(self, row: int, scrub: bool = False) -> None:
         self._arena.release(row, scrub)
@@ -145,6 +151,10 @@ class SoloLane:
             raise ValueError(f"solo rows cannot roll back: advance({list(counts)})")
         for prompt in self._prompts:
             prompt.length += 1
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        if any(counts):
+            raise ValueError(f"solo rows cannot roll back: rewind({list(counts)})")
 
     def release(self, row: int, scrub: bool = False) -> None:  # noqa: ARG002 - the row's arrays go with it
         self._prompts[row] = self._prompts[-1]

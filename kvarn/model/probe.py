@@ -6,19 +6,13 @@ mlx-lm, that breaks an assumption costs speed (solo lane) and never a wrong answ
 
 from __future__ import annotations
 
-import hashlib
 import random
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
-from pathlib import Path
 
 import mlx.core as mx
 import msgspec
 
-from kvarn import __version__
-from kvarn.hub.cache import cache_root
 from kvarn.kv.arena import NO_LIMIT
 from kvarn.kv.format import KvFormat
 from kvarn.model.blocks import BlockFormat, cut_prompt
@@ -26,6 +20,7 @@ from kvarn.model.forwards import decode, prefill
 from kvarn.model.lanes import Lane, SlotsLane, SoloLane
 from kvarn.model.load import LoadedModel, ModelError, kept_as
 from kvarn.model.prompt import Prompt, new_prompt
+from kvarn.model.remember import remembered
 from kvarn.model.upstream import cache_arrays, new_cache, rounded
 from kvarn.prefix.keys import pack
 from kvarn.prefix.match import Claim, Part
@@ -90,26 +85,13 @@ def _attempt(check: Callable[[], str]) -> str:
 
 def remembered_probe(model: LoadedModel, fingerprint: str) -> Capabilities:
     """The probe's result, taken from the cache folder if this very model was probed by these very versions before."""
-    versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
-    identity = "|".join([fingerprint, __version__, *versions, str(mx.default_device()), model.dtype, repr(model.form)])
-    path = cache_root() / "probes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Capabilities)
-    except (OSError, msgspec.MsgspecError):  # not probed yet, or not readable: probe
-        found = probe(model)
-        if found.slots and found.pipelined and not found.uncached:
-            _remember(path, found)  # what went wrong may have been the machine's mood: look again at the next start
-        return found
-
-
-def _remember(path: Path, found: Capabilities) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(msgspec.json.encode(found))
-        Path(file.name).replace(path)
-    except OSError:
-        return  # a cache folder that cannot be written costs a probe at each start, nothing else
+    # What went wrong may have been the machine's mood: look again at the next start.
+    return remembered(
+        Capabilities,
+        (fingerprint, model.dtype, repr(model.form)),
+        lambda: probe(model),
+        lambda found: found.slots and found.pipelined and not found.uncached,
+    )
 
 
 def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:

@@ -55,6 +55,14 @@ class RowEdits:
         self._add(history[split:], in_answer=True)
         self._seen, self._last = len(history), history[-1]
 
+    def after(self, token: int) -> RowEdits:
+        """A copy that has seen one more token of the answer."""
+        copy = RowEdits(self._params, self._vocab_size)
+        copy._slot, copy._count, copy._answered = dict(self._slot), self._count, set(self._answered)
+        copy.ids, copy.factor, copy.addend = self.ids.copy(), self.factor.copy(), self.addend.copy()
+        copy._add([token], in_answer=True)
+        return copy
+
     def _add(self, tokens: Sequence[int], in_answer: bool) -> None:
         params = self._params
         if not in_answer and params.repetition_penalty == 1.0:
@@ -90,6 +98,17 @@ class LogitEdits:
         self._rows = [RowEdits(p, vocab_size) for p in params]
         self._follows = [p.needs_history for p in params]
         self._table = self._stack()
+
+    def ahead(self, drafts: Sequence[Sequence[int]]) -> LogitEdits:
+        """Tables for all tokens that may come: row by row, that of the next one and those behind each draft token."""
+        found = LogitEdits((), 0)
+        for row, follows, draft in zip(self._rows, self._follows, drafts, strict=True):
+            found._rows.append(row)
+            for token in draft:
+                found._rows.append(found._rows[-1].after(token) if follows else row)
+        found._follows = [False] * len(found._rows)
+        found._table = found._stack()
+        return found
 
     def follow(self, histories: Sequence[Sequence[int] | None], prompt_lengths: Sequence[int]) -> None:
         """Take in new tokens; histories of rows without penalties are not looked at. Raises ValueError if one lacks."""

@@ -66,14 +66,17 @@ class _Filter(Enum):
 class BatchSampler:
     """Draws for a fixed set of rows; build a new one when the set changes."""
 
-    def __init__(self, params: Sequence[SamplingParams], vocab_size: int) -> None:
-        """``params`` in row order. Raises ValueError for a vocabulary above 4194304 tokens."""
+    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, edits: LogitEdits | None = None) -> None:
+        """``params`` in row order. Raises ValueError for a vocabulary above 4194304 tokens.
+
+        ``edits``: tables that are as they should be, whatever the history.
+        """
         self._params = tuple(params)
         self._vocab_size = vocab_size
         self._keys = Keys(vocab_size)
-        self.needs_history = any(p.needs_history for p in params)
+        self.needs_history = edits is None and any(p.needs_history for p in params)
         edited = self.needs_history or any(p.logit_bias for p in params)
-        self._edits = LogitEdits(params, vocab_size) if edited else None
+        self._edits = LogitEdits(params, vocab_size) if edited and edits is None else edits
         self._greedy = [row for row, p in enumerate(params) if p.greedy]
         self._groups = [
             _Group(kind, rows, [params[row] for row in rows], self._keys)
@@ -109,6 +112,20 @@ class BatchSampler:
         tokens = self._pick(*self._edit(logits, peak, histories, prompt_lengths), positions)
         bad = mx.logical_not(mx.isfinite(peak[:, 0]))
         return Picks(tokens, bad, self._measure(logits, peak, tokens))
+
+    def ahead(
+        self, drafts: Sequence[Sequence[int]], histories: Sequence[Sequence[int] | None], prompt_lengths: Sequence[int]
+    ) -> BatchSampler:
+        """A sampler for the next token of every row and for the one behind each of its draft tokens, row by row.
+
+        Each draws as if the draft tokens before it had been drawn.
+        """
+        params = [p for p, draft in zip(self._params, drafts, strict=True) for _ in range(len(draft) + 1)]
+        if self._edits is None:
+            return BatchSampler(params, self._vocab_size)
+        if self.needs_history:
+            self._edits.follow(histories, prompt_lengths)
+        return BatchSampler(params, self._vocab_size, self._edits.ahead(drafts))
 
     def _edit(
         self,

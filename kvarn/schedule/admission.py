@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvarn.schedule.budget import MemoryBudget
+from kvarn.schedule.budget import MemoryBudget, capacity_bucket
 from kvarn.schedule.entry import Entry
 
 
@@ -39,6 +39,11 @@ class Holdings:
     def fits(self) -> bool:
         """Whether the coming step keeps the promise."""
         return self.promised_bytes <= self._budget.limit_bytes
+
+    @property
+    def columns_left(self) -> int:
+        """Tokens per row that the coming step can take in without longer arrays."""
+        return capacity_bucket(self._need) - self._need + 1
 
     def has_room_for(self, entry: Entry, grid: int) -> bool:
         """Whether ``entry`` may join. Alone it always may: Scheduler.add refused what does not fit alone.

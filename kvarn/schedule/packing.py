@@ -19,8 +19,18 @@ class Packer:
     The first piece always fits, at least one grid block or tail of it: slow decoding never stops prefill for good.
     """
 
-    def __init__(self, costs: CostModel, *, max_itl_ms: float, max_chunk: int, grid: int, lengths: list[int]) -> None:
-        """``lengths``: tokens held by each decoding row. ``max_chunk``: most prompt tokens in the step."""
+    def __init__(
+        self,
+        costs: CostModel,
+        *,
+        max_itl_ms: float,
+        max_chunk: int,
+        grid: int,
+        lengths: list[int],
+        stretch: float = 1.0,
+    ) -> None:
+        """``lengths``: tokens held by each decoding row. ``max_chunk``: most prompt tokens in the step. ``stretch``:
+        how many times as long as a plain one its decode forward takes."""
         self.chunks: list[PrefillChunk] = []
         self.full = False
         self._costs = costs
@@ -29,6 +39,7 @@ class Packer:
         self._tokens_left = max_chunk // grid * grid
         self._rows = len(lengths)
         self._context = sum(lengths)
+        self._stretch = stretch
         self._spent_ms = 0.0
 
     def take(self, entry: Entry) -> None:
@@ -77,4 +88,4 @@ class Packer:
         rows, context = self._rows, self._context
         if adopting is not None:
             rows, context = rows + 1, context + adopting.tokens
-        return self._max_itl_ms - self._costs.decode_ms(rows, context) - self._spent_ms
+        return self._max_itl_ms - self._stretch * self._costs.decode_ms(rows, context) - self._spent_ms

@@ -20,6 +20,7 @@ The round of one step, and who may change what when:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvarn.schedule.admission import Holdings, choose_victims
@@ -81,6 +82,9 @@ class Scheduler:
         self._added = 0
         self._answer = FIRST_ANSWER
         """Tokens of a typical answer, learnt: most end long before their max_tokens."""
+        self.stretch = 1.0
+        """How many times as long as a plain one the latest decode forward took, because of draft tokens; set by whoever
+        reads steps."""
         self._left: str | None = None
         """The client whose answer left a row last."""
 
@@ -211,6 +215,10 @@ class Scheduler:
         """Rows on probation: if the step fails, one of these is to blame. Never more than one."""
         return tuple(entry.id for entry in self._rows if entry.probation)
 
+    def suspected(self, names: Sequence[str]) -> bool:
+        """Whether one of these, rows or about to be, is on probation."""
+        return any(self._entries[name].probation for name in names)
+
     # --- steps ------------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan:
@@ -232,15 +240,27 @@ class Scheduler:
 
     def promised_bytes(self, plan: StepPlan) -> int:
         """The memory that executing ``plan`` relies on, for everybody who holds a row or a prefill afterwards."""
-        starting = {chunk.id for chunk in plan.prefill}
-        left = [e for e in self._entries.values() if (e.holds or e.id in starting) and e.id not in plan.preempt]
-        return Holdings(self._budget, left).promised_bytes
+        return self._after(plan).promised_bytes
+
+    def columns(self, plan: StepPlan, most: int) -> int:
+        """How many tokens per row, from 1 up to ``most``, the forward of ``plan`` may take in within the memory.
+
+        All rows of a forward have equally many columns, so the longest row decides. Rows never get longer arrays only
+        for padding or for tokens that may be refused.
+        """
+        holdings = self._after(plan)
+        return max(1, min(most, holdings.columns_left))
+
+    def grew(self, name: str, tokens: int) -> None:
+        """The committed step drew so many tokens for this row, not one. Raises KeyError for an unknown name."""
+        entry = self._entries[name]
+        entry.length += tokens - 1
 
     def commit(self, plan: StepPlan) -> None:
         """The engine has executed ``plan``.
 
         Preempted requests wait again. Chunks move their request on; one whose last chunk ran gets the next free row.
-        Every row, the new ones included, is one token longer.
+        Every row, the new ones included, is one token longer; see ``grew``.
         Raises ValueError, and changes nothing, when the plan is not the current one or its rows have changed.
         """
         rows = list(self._rows)
@@ -283,6 +303,12 @@ class Scheduler:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
+    def _after(self, plan: StepPlan) -> Holdings:
+        """What is promised once ``plan`` has been executed."""
+        starting = {chunk.id for chunk in plan.prefill}
+        left = [e for e in self._entries.values() if (e.holds or e.id in starting) and e.id not in plan.preempt]
+        return Holdings(self._budget, left)
+
     def _pack(self, rows: list[Entry], victims: list[Entry], now: float) -> Packer:
         """Fill the step with prefill, best request first."""
         packer = Packer(
@@ -291,6 +317,7 @@ class Scheduler:
             max_chunk=self._limits.max_chunk,
             grid=self._limits.grid,
             lengths=[entry.need for entry in rows],
+            stretch=self.stretch,
         )
         started = [entry for entry in self._entries.values() if entry.started and entry not in victims]
         holders = rows + started

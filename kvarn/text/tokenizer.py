@@ -76,6 +76,11 @@ class Tokenizer:
         return cls(wrapper, folder)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, those included that were added to the vocabulary."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
@@ -86,6 +91,10 @@ class Tokenizer:
         """
         ids = self._encode(text)
         return ids if ids[:1] == self._prefix[:1] else self._prefix + ids
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Like ``encode``, but of a text that stands behind another: nothing is put first."""
+        return self._encode(text)
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant to answer.

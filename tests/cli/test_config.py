@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvarn.config import ConfigError, ServeConfig, read_config, reference
+from kvarn.types import SpecMode, SpecSettings, Speculation
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("flag", "environment", "file")
@@ -55,6 +56,11 @@ GOOD = {
     "ssd_ttl": ("2w", 1_209_600),
     "ssd_daily_writes": ("5kb", 5000),
     "ssd_min_free": ("0", 0),
+    "spec": ("off", "off"),
+    "spec_tokens": ("31", 31),
+    "spec_adaptive": ("off", "off"),
+    "spec_shared": ("on", "on"),
+    "draft_model": ("org/small", "org/small"),
     "max_waiting": ("1", 1),
     "max_per_client": ("9", 9),
     "queue_timeout": ("1m", 60),
@@ -150,6 +156,14 @@ BAD = [
     ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
     ("log_level", "INFO", "'debug', 'info', 'warning' or 'error'"),
     ("ssd_policy", "some", "'all', 'second-use', 'evicted' or 'off'"),
+    ("spec", "eagle", "'off', 'ngram' or 'draft'"),
+    ("spec", "", "'off', 'ngram' or 'draft'"),
+    ("spec_tokens", "-1", "0 to 31"),
+    ("spec_tokens", "32", "0 to 31"),
+    ("spec_tokens", "2.5", "0 to 31"),
+    ("spec_adaptive", "true", "'on' or 'off'"),
+    ("spec_shared", "1", "'on' or 'off'"),
+    ("draft_model", " ", "must be a model"),
 ]
 
 
@@ -165,6 +179,31 @@ def test_bad_values_are_refused_by_source_value_and_range(
     assert message.startswith(f"{called(source, name, tmp_path)}: ")
     assert allowed in message
     assert f"(got {text!r})" in message
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_draft_model_is_needed_to_guess_with_one(source: str, tmp_path: Path) -> None:
+    """And may be given without, for the requests that ask for it. A file's switch is a word."""
+    with pytest.raises(ConfigError, match="draft_model: must name a model when spec is draft"):
+        given(source, "spec", "draft", tmp_path)
+    for empty in ({"spec": "draft", "draft_model": ""}, {"spec": "draft", "draft_model": " "}):
+        with pytest.raises(ConfigError, match=r"^--draft-model: must"):
+            read_config(empty, {})
+    for spec in ("off", "ngram", "draft"):
+        assert read_config({"spec": spec, "draft_model": "org/small"}, {}).draft_model == "org/small"
+    file = tmp_path / "switch.toml"
+    file.write_text("spec_adaptive = false\n")
+    with pytest.raises(ConfigError, match="spec_adaptive: no setting is true or false"):
+        read_config({}, {}, str(file))
+
+
+def test_what_the_engine_is_told_about_guessing() -> None:
+    usual = DEFAULTS.guessing("")
+    assert usual == SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=0, adaptive=True))
+    told = {"spec": "draft", "spec_tokens": "7", "spec_adaptive": "off", "spec_shared": "on", "draft_model": "demo"}
+    config = read_config(told, {})
+    assert config.speculation == Speculation(mode=SpecMode.DRAFT, tokens=7, adaptive=False)
+    assert config.guessing("/draft") == SpecSettings(default=config.speculation, draft_path="/draft", shared=True)
 
 
 @pytest.mark.parametrize("source", SOURCES)

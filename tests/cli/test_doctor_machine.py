@@ -10,15 +10,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 import pytest
 import tiny_models
 from doctor_report import doctor
 from mlx.utils import tree_flatten
 
-from kvarn.cli.doctor import machine
+from kvarn.cli.doctor import machine, model
+from kvarn.cli.doctor.finding import Finding, ok
 from kvarn.cli.doctor.weights import weight_bytes
+from kvarn.config import read_config
 from kvarn.hub.cache import cache_root
 from kvarn.model.load import load
+from kvarn.types import ModelInfo
 
 # --- the machine and the installation ---------------------------------------------------------------------------
 
@@ -30,7 +34,7 @@ def test_a_low_limit_of_open_files() -> None:
     report = doctor("--max-connections", "300", before=("sh", "-c", 'ulimit -n 256; exec "$@"', "sh"))
     assert report.state["files"] == "warn"
     assert "hard limit" in report.remedy["files"]
-    assert doctor("--max-connections", "10").state["files"] == "ok"
+    assert machine.open_files(read_config({"max_connections": "10"}, {})).state == "ok"
 
 
 def test_a_containers_limit(tmp_path: Path) -> None:
@@ -105,6 +109,45 @@ def test_more_memory_for_keys_and_values_than_there_is(tmp_path: Path) -> None:
     assert "--kv-memory-mb" in report.remedy["tokens"]
     assert report.state["prefixes"] == "warn"
     assert "--cache-ram" in report.remedy["prefixes"]
+
+
+def test_how_tokens_are_guessed_ahead() -> None:
+    """What is offered and which of it is used, or why there is nothing."""
+    info = ModelInfo(
+        context_length=512,
+        vocab_size=1000,
+        lane="slots",
+        lane_reason="",
+        cache_kinds=["kv"],
+        dtype="float32",
+        device="cpu",
+        blas="",
+        kv_bytes_per_token=64,
+        max_rows=8,
+        fingerprint="",
+    )
+
+    def found(modes: list[str], spec: str, reason: str = "") -> Finding:
+        config = read_config({"spec": spec, "draft_model": "demo"}, {})
+        return model._guessing(msgspec.structs.replace(info, speculation=modes, speculation_reason=reason), config)
+
+    assert found(["ngram"], "ngram") == ok("guessing", "ngram; ngram unless a request says otherwise")
+    assert found(["ngram", "draft"], "off") == ok("guessing", "ngram, draft; off unless a request says otherwise")
+    assert found(["ngram", "draft"], "draft").text == "ngram, draft; draft unless a request says otherwise"
+    without = found([], "ngram", "its state cannot be taken back")
+    assert without.state == "warn"
+    assert "its state cannot be taken back" in without.text
+    assert "--spec off" in without.remedy
+    assert found([], "off", "its state cannot be taken back").state == "ok"
+
+
+def test_a_draft_model_that_is_not_there(tmp_path: Path) -> None:
+    folder = tiny_models.save("llama", tmp_path / "tiny")
+    report = doctor(str(folder), "--draft-model", "no-such-model", "--spec", "draft")
+    assert report.failed == {"draft"}
+    assert "no-such-model" in report.text["draft"]
+    assert "--draft-model" in report.remedy["draft"]
+    assert doctor("--spec", "draft").failed == {"settings"}
 
 
 def test_models_that_cannot_be_served(tmp_path: Path) -> None:

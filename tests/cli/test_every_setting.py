@@ -53,6 +53,14 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "ssd_ttl": ("http/test_prefix_flags.py::test_ssd_ttl_removes_what_was_not_used",),
     "ssd_daily_writes": ("http/test_prefix_flags.py::test_ssd_daily_writes_stop_for_the_day",),
     "ssd_min_free": ("http/test_prefix_flags.py::test_ssd_min_free_is_left_free",),
+    "spec": ("http/test_speculation_fields.py::test_the_servers_default_is_what_a_silent_request_gets",),
+    "spec_tokens": ("http/test_speculation_fields.py::test_the_servers_default_is_what_a_silent_request_gets",),
+    "spec_adaptive": ("http/test_speculation_fields.py::test_the_engine_is_told_every_setting",),
+    "spec_shared": ("http/test_speculation_fields.py::test_the_engine_is_told_every_setting",),
+    "draft_model": (
+        "http/test_speculation_fields.py::test_the_engine_is_told_every_setting",
+        "http/test_speculation_fields.py::test_a_draft_model_that_is_not_there_is_said_at_start",
+    ),
     "max_waiting": (
         "http/test_limits.py::test_the_65th_stream_of_64_waits_outside",
         "http/test_lifecycle.py::test_a_full_queue_is_a_429",

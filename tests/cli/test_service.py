@@ -27,11 +27,13 @@ PROGRAM = (sys.executable, "-m", "kvarn.cli.main", "serve")
 SECONDS = 60
 
 
-def service(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def service(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("KVARN_", "XDG_", "HF_"))}
     command = [sys.executable, "-m", "kvarn.cli.main", "service", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, check=False, env={**clean, **(env or {})}
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env={**clean, **(env or {})}, cwd=cwd
     )
 
 
@@ -155,6 +157,15 @@ def test_nasty_arguments_survive_the_command(kind: str, tmp_path: Path) -> None:
     expected = ["demo", "--port=0", f"--model-name={NASTY}", f"--api-key-file={keys}"]
     assert command == [*PROGRAM, *expected]
     assert carried == {"PYTHONSAFEPATH": "1", "KVARN_CACHE": str(keys)}
+
+
+def test_a_draft_model_in_this_folder_is_found_from_any_other(tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").touch()
+    drafts = {"small.gguf": str(tmp_path / "small.gguf"), "org/small": "org/small", "demo": "demo"}
+    for named, expected in drafts.items():
+        result = service("systemd", "demo", "--spec", "draft", "--draft-model", named, cwd=tmp_path)
+        assert argv(result.stdout) == [*PROGRAM, "demo", "--spec=draft", f"--draft-model={expected}"], result.stderr
+    assert "does not exist" in service("systemd", "demo", "--draft-model", "nothing.gguf", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize("character", list("\"'\\$\n"))

@@ -9,12 +9,17 @@ The model path of the Start message selects the script, as words joined by comma
 - ``prefill=S``: seconds between that and the first token; ``pause=N:S``: S seconds more before the N-th token;
 - ``wait=S``: beats predict a wait of S seconds as long as anything runs; ``mute``: beats say that nothing runs;
 - ``figures``: beats tell made-up numbers of the engine's own work, all of them so many times as requests have ended;
-- ``rows=N``: report max_rows N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM.
+- ``rows=N``: report max_rows N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM;
+- ``spec=MODES``: guess ahead, in modes joined by + (none: the model cannot); without the word nothing is guessed;
+- ``tell``: the reason for the lane is what Start says of guessing, as JSON.
+
+Where it guesses, a step confirms as many tokens as are asked for (by default 4), all of them right unless the request
+has a prediction: then the guesses are the tokens of the prediction at the same places.
 
 A request is answered by its prompt's tokens repeated from the start until max_tokens; ids from 900 on in the prompt are
 commands: 900 fails the request with an engine error, 901 ends it with ``stop`` there, 902 refuses it as invalid, 903
-never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does. A prompt
-that begins with 907 is never begun.
+never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does, 908 refuses
+it as invalid with what the request says of guessing, as JSON. A prompt that begins with 907 is never begun.
 """
 
 from __future__ import annotations
@@ -41,8 +46,16 @@ from kvarn.types import (
     PrefixLoad,
     PrefixReport,
     Request,
+    SpecCounters,
+    SpecSettings,
     TokenLogprob,
+    Verdict,
 )
+
+COMMANDS = 900
+"""Token ids from here on are commands."""
+DEPTH = 4
+"""Tokens guessed ahead in a step unless told otherwise."""
 
 
 class Script:
@@ -55,9 +68,11 @@ class Script:
 
 
 class Engine:
-    def __init__(self, writer: asyncio.StreamWriter, script: Script) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, script: Script, spec: SpecSettings) -> None:
         self.writer = writer
         self.script = script
+        self.spec = spec
+        self.modes = [mode for mode in script.words.get("spec", "none").split("+") if mode != "none"]
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.produced = 0
         self.ended = 0
@@ -81,7 +96,7 @@ class Engine:
             context_length=int(self.script.number("context", 512)),
             vocab_size=1000,
             lane="slots",
-            lane_reason="",
+            lane_reason=msgspec.json.encode(self.spec).decode() if "tell" in self.script.words else "",
             cache_kinds=["kv"],
             dtype="float32",
             device="cpu",
@@ -90,6 +105,8 @@ class Engine:
             max_rows=int(self.script.number("rows", 8)),
             kv_limit_bytes=4096,
             fingerprint="ab" * 32,
+            speculation=self.modes,
+            speculation_reason="" if self.modes else "its caches cannot take a guess back",
         )
 
     async def beat(self) -> None:
@@ -115,27 +132,39 @@ class Engine:
         while True:
             await asyncio.sleep(self.script.number("slow", 0.002) + (float(pause) if count + 1 == int(pause_at) else 0))
             token = request.tokens[count % len(request.tokens)]
-            if token >= 900 and self.command(token, request):
+            if token >= COMMANDS and self.command(token, request):
                 return
             if token == 903:
                 await asyncio.sleep(3600)
-            count += 1
-            self.produced += 1
-            if self.produced == int(self.script.number("crash_after", -1)):
+            tokens, verdict = self.burst(request, count)
+            count += len(tokens)
+            before, self.produced = self.produced, self.produced + len(tokens)
+            if before < int(self.script.number("crash_after", -1)) <= self.produced:
                 os.kill(os.getpid(), signal.SIGKILL)
             last = count == params.max_tokens
             logprobs = None
             if params.logprobs is not None:
-                top = [(token, -0.5), (0, -1.5), (1, -2.5), (2, -3.5), (3, float("-inf"))][: params.logprobs]
-                logprobs = [TokenLogprob(token, -0.5, top)]
+                logprobs = [likeliest(token, params.logprobs) for token in tokens]
             finish = Finish.LENGTH if last else None
-            self.send(
-                wire.Deltas(
-                    [Delta(request.id, [token], finish, logprobs, PrefixReport(min(3, len(request.tokens) - 1)))]
-                )
-            )
+            report = PrefixReport(min(3, len(request.tokens) - 1))
+            self.send(wire.Deltas([Delta(request.id, tokens, finish, logprobs, report, verdict)]))
             if last:
                 return
+
+    def depth(self, request: Request) -> int:
+        """How many tokens to guess ahead for a request."""
+        speculation = request.speculation or self.spec.default
+        return (speculation.tokens or DEPTH) if speculation.mode in self.modes else 0
+
+    def burst(self, request: Request, count: int) -> tuple[list[int], Verdict | None]:
+        """The tokens of one step behind ``count`` others, and what became of its guesses."""
+        depth = self.depth(request)
+        coming = [request.tokens[place % len(request.tokens)] for place in range(count, count + depth + 1)]
+        guesses = request.prediction[count : count + depth] if request.prediction else coming[:depth]
+        right = next((n for n, guess in enumerate(guesses) if guess != coming[n]), len(guesses))
+        tokens = coming[: min(right + 1, request.params.max_tokens - count)]
+        ready = next((n for n, token in enumerate(tokens) if n and token >= COMMANDS), len(tokens))
+        return tokens[:ready], Verdict(min(right, ready), len(guesses) - right) if guesses else None
 
     async def begin(self, request: Request) -> None:
         if request.tokens[0] == 907:
@@ -150,7 +179,9 @@ class Engine:
             case 900:
                 self.send(wire.Failed(request.id, ErrorKind.ENGINE, "the forward produced non-finite logits"))
             case 901:
-                self.send(wire.Deltas([Delta(request.id, [], Finish.STOP)]))
+                # Where it guesses, it has guessed the end.
+                verdict = Verdict(1, 0) if self.depth(request) else None
+                self.send(wire.Deltas([Delta(request.id, [], Finish.STOP, verdict=verdict)]))
             case 902:
                 self.send(wire.Failed(request.id, ErrorKind.INVALID, "can never fit in memory"))
             case 904:
@@ -159,6 +190,10 @@ class Engine:
                 self.writer.write(wire.HEADER.pack(3) + b"\xc1\xc1\xc1")
             case 906:
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case 908:
+                begin, length = request.prediction[:16], len(request.prediction)  # messages are cut short
+                told = {"speculation": request.speculation, "prediction": begin, "predicted": length}
+                self.send(wire.Failed(request.id, ErrorKind.INVALID, msgspec.json.encode(told).decode()))
             case _:
                 return False
         return True
@@ -183,6 +218,11 @@ class Engine:
             await asyncio.sleep(3600)
 
 
+def likeliest(token: int, count: int) -> TokenLogprob:
+    top = [(token, -0.5), (0, -1.5), (1, -2.5), (2, -3.5), (3, float("-inf"))][:count]
+    return TokenLogprob(token, -0.5, top)
+
+
 def figures(beat: wire.Beat, n: int) -> wire.Beat:
     """Numbers that tell each other apart, n times."""
     return msgspec.structs.replace(
@@ -198,6 +238,18 @@ def figures(beat: wire.Beat, n: int) -> wire.Beat:
             step_seconds=Distribution((0.01, 0.1), (5 * n, 3 * n, n), 0.75 * n),
             step_rows=Distribution((1, 8), (4 * n, 2 * n, 0), 20 * n),
             step_tokens=Distribution((16,), (6 * n, n), 130 * n),
+            spec=SpecCounters(
+                steps=4 * n,
+                rows=6 * n,
+                proposed=17 * n,
+                accepted=12 * n,
+                bonus=3 * n,
+                drawn=18 * n,
+                fallbacks=5 * n,
+                proposed_at=(6 * n, 6 * n, 5 * n),
+                accepted_at=(5 * n, 4 * n, 3 * n),
+                depth=2.5 * n,
+            ),
         ),
         prefix=PrefixLoad(
             ram_bytes=1000 * n,
@@ -234,7 +286,7 @@ async def run(fd: int) -> None:
     script = Script(start.model_path)
     if "deaf" in script.words:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    await Engine(writer, script).serve(reader)
+    await Engine(writer, script, start.spec).serve(reader)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tiny_models import VOCAB, save
 from kvarn.engine.tally import Tally
 from kvarn.model.load import LoadedModel, load
 from kvarn.observe.histogram import SECONDS, Histogram
-from kvarn.types import PrefillChunk
+from kvarn.types import PrefillChunk, SpecCounters
 
 
 @cache
@@ -51,7 +51,7 @@ def test_prompt_tokens_belong_to_the_step_that_reads_them() -> None:
     tally.chunk(PrefillChunk("a", 64, 99, last=True))
     tally.step(0.25, rows=3, drawn=2)
     tally.step(0.25, rows=3, drawn=3)
-    counted = tally.counters()
+    counted = tally.counters(SpecCounters())
     assert counted.prefill_tokens == 100
     assert counted.drawn_tokens == 5
     assert (counted.step_seconds.total, sum(counted.step_seconds.counts)) == (1.0, 3)

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvarn.cli.serve import Front, StartError, bind, read_certificate, read_keys
+from kvarn.cli.serve import Front, StartError, bind, find_draft, read_certificate, read_keys
 from kvarn.config import read_config
 from kvarn.observe.log import configure
 
@@ -22,7 +22,15 @@ class ScriptedFront(Front):
         configure(config.log_level, config.log_format)
         names = ("org/test-model", "test-model")
         super().__init__(
-            config, read_keys(config), *names, folder, time.monotonic(), ENGINE, script, read_certificate(config)
+            config,
+            read_keys(config),
+            *names,
+            folder,
+            time.monotonic(),
+            ENGINE,
+            script,
+            read_certificate(config),
+            find_draft(config),
         )
         self.listener = bind(config)
 

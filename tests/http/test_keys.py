@@ -33,13 +33,12 @@ ASK = {"model": "test-model", "prompt": "ab", "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def guarded(launch: Launch, byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def guarded(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with keys from a flag and from a file."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(FILE)
     flags = ["api_key", f"{BY_FLAG}, another-{BY_FLAG}", "api_key_file", str(file)]
-    program = str(Path(__file__).with_name("scripted_server.py"))
-    with launch([sys.executable, program, "plain", str(byte_tokenizer), *flags]) as server:
+    with start_server("plain", *flags) as server:
         yield server
         assert server.stop() == 0
         assert not [line for line in server.lines if "key-0123456789" in line or "Traceback" in line]
@@ -316,10 +315,13 @@ def test_sighup_before_anything_listens_does_not_end_the_start() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_key_is_on_a_command_line_unless_it_was_given_there(start_server: StartServer, tmp_path: Path) -> None:
+def test_no_key_is_on_a_command_line_unless_it_was_given_there(
+    launch: Launch, byte_tokenizer: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "keys"
     file.write_text(FILE)
-    with start_server("plain", "api_key_file", str(file)) as server:
+    program = str(Path(__file__).with_name("scripted_server.py"))
+    with launch([sys.executable, program, "plain", str(byte_tokenizer), "api_key_file", str(file)]) as server:
         for pid in (server.process.pid, server.engine_pid()):
             line = Path(f"/proc/{pid}/cmdline").read_bytes()
             assert b"python" in line

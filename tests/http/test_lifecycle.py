@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -17,16 +15,15 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Launch, Server, StartServer
+    from conftest import Server, StartServer
 
 ENDLESS = [64, 65, 66]
 
 
 @pytest.fixture(scope="module")
-def slow(launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+def slow(start_server: StartServer) -> Iterator[Server]:
     """One server that takes its time, for the tests that leave it running."""
-    program = str(Path(__file__).with_name("scripted_server.py"))
-    with launch([sys.executable, program, "slow=0.02", str(byte_tokenizer)]) as server:
+    with start_server("slow=0.02") as server:
         yield server
 
 

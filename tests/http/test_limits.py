@@ -19,7 +19,7 @@ from plain_http import port_of, until_closed
 from raw_client import connect, receive
 
 if TYPE_CHECKING:
-    from conftest import Launch, Server, StartServer
+    from conftest import Server, StartServer
 
 SILENT = [64, 903]
 """A prompt that is answered with one token, and then with silence for ever."""
@@ -206,11 +206,10 @@ def test_open_files_are_asked_for() -> None:
 
 
 @pytest.fixture(scope="module")
-def hasty(launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+def hasty(start_server: StartServer) -> Iterator[Server]:
     """A server that waits for half a second for a request, and takes bodies of 2000 bytes; 16000 are read."""
-    program = str(Path(__file__).with_name("scripted_server.py"))
     flags = ["body_timeout", "0.5", "max_body", "2000"]
-    with launch([sys.executable, program, "slow=0.1", str(byte_tokenizer), *flags]) as server:
+    with start_server("slow=0.1", *flags) as server:
         yield server
         assert not [line for line in server.lines if "Traceback" in line or "unexpected" in line]
 

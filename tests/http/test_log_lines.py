@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -16,7 +14,7 @@ from raw_client import connect, receive
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Launch, Server, StartServer
+    from conftest import Server, StartServer
 
 SECRET = "tell-nobody"
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
@@ -26,11 +24,10 @@ NASTY_PATHS = ["/a%0Ab%0D%00", "/%22quoted%22", "/a=b", "/caf%C3%A9%20%E9%8D%B5"
 
 
 @pytest.fixture(scope="module", params=["text", "json"])
-def logging_server(request: pytest.FixtureRequest, launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+def logging_server(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Server]:
     """A server that writes everything, in either format, to which bad things happen."""
-    program = str(Path(__file__).with_name("scripted_server.py"))
     flags = ["log_format", request.param, "log_level", "debug", "drain_seconds", "0.2", "body_timeout", "0.3"]
-    with launch([sys.executable, program, "plain", str(byte_tokenizer), *flags], ready=False) as server:
+    with start_server("plain", *flags, ready=False) as server:
         yield server
 
 
@@ -100,6 +97,7 @@ def test_every_line_parses_and_none_has_text_of_a_prompt(logging_server: Server)
     assert {"/a\nb\r\x00", '/"quoted"', "/a=b", "/café 鍵", "/\x1b[31m"} <= set(paths)
     done = next(line for line in requests if str(line.get("completion_tokens")) == "3")
     assert {"id", "method", "path", "status", "seconds", "prompt_tokens", "cached_tokens", "ttft", "seed"} <= set(done)
+    assert {str(done["accepted_draft_tokens"]), str(done["rejected_draft_tokens"])} == {"0"}
 
 
 def test_request_ids_are_echoed_or_made(server: Server) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import httpx
@@ -28,20 +29,22 @@ if TYPE_CHECKING:
     from conftest import Server, StartServer
 
 SCRAPES = 200
+PATIENCE = 120
+"""Seconds after which something will not come true any more."""
 ENDS = ("finished", "failed", "cancelled")
 
 
 def post(server: Server, **body: object) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=20, verify=False)
 
 
 def until(server: Server, condition: Callable[[Page], bool]) -> Page:
-    """Scrape until it is so."""
-    for _ in range(1000):
-        page = scrape(server.url)
-        if condition(page):
-            return page
-    raise AssertionError(page.samples)
+    """Scrape until it is so, and leave the processor to the server in between."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition(page := scrape(server.url)):
+        assert time.monotonic() < deadline, page.samples
+        time.sleep(0.005)
+    return page
 
 
 def hang_up(server: Server, prompt: list[int]) -> None:
@@ -281,6 +284,14 @@ ENGINE_NUMBERS = {
     "kvarn_engine_step_rows_count": 6,
     "vllm:iteration_tokens_total_sum": 130,
     "vllm:iteration_tokens_total_count": 7,
+    "vllm:spec_decode_num_drafts_total": 6,
+    "vllm:spec_decode_num_draft_tokens_total": 17,
+    "vllm:spec_decode_num_accepted_tokens_total": 12,
+    "kvarn_spec_steps_total": 4,
+    "kvarn_spec_fallback_steps_total": 5,
+    "kvarn_spec_drawn_tokens_total": 18,
+    "kvarn_spec_bonus_tokens_total": 3,
+    "kvarn_spec_depth": 2.5,
     "vllm:prefix_cache_queries_total": 1900,
     "vllm:prefix_cache_hits_total": 1000,
     "kvarn_prefix_cache_bytes": 1000,
@@ -308,6 +319,10 @@ def test_the_engines_numbers(start_server: StartServer) -> None:
         assert page.value("kvarn_kv_limit_bytes") == page.value("kvarn_prefix_cache_limit_bytes") == 4096
         for le, count in {"0.01": 15, "0.1": 24, "+Inf": 27}.items():
             assert page.value("kvarn_engine_step_seconds_bucket", le=le) == count
+        for place, (proposed, accepted) in enumerate(((6, 5), (6, 4), (5, 3))):
+            where = {"position": str(place)}
+            assert page.value("kvarn_spec_draft_tokens_per_pos_total", **where) == 3 * proposed
+            assert page.value("vllm:spec_decode_num_accepted_tokens_per_pos_total", **where) == 3 * accepted
         assert page.value("kvarn_prefix_cache_hits_total", tier="memory") == 15
         assert page.value("kvarn_prefix_cache_hits_total", tier="disk") == 12
         assert page.value("kvarn_prefix_cache_tokens_total", tier="memory") == 1800
@@ -401,9 +416,9 @@ async def ask(client: httpx.AsyncClient, chooser: random.Random, done: asyncio.E
 
 def by_the_engine(name: str) -> bool:
     """Whether a number begins anew with each engine."""
-    own = ("vllm:num_preemptions", "vllm:prefix_cache", "vllm:iteration_tokens", "kvarn_prefix_cache", "kvarn_ssd")
+    own = ("vllm:num_preemptions", "vllm:prefix_cache", "vllm:iteration_tokens", "vllm:spec_decode")
     steps = name.startswith("kvarn_engine") and name != "kvarn_engine_restarts_total"
-    return steps or name.startswith(own)
+    return steps or name.startswith((*own, "kvarn_prefix_cache", "kvarn_ssd", "kvarn_spec"))
 
 
 # --- what asks for them -------------------------------------------------------------------------------------------

@@ -205,9 +205,11 @@ def harmless(body: object) -> None:
 
 
 def whole(value: object) -> object:
-    """The value with whole numbers as integers, lists included."""
+    """The value with whole numbers as integers, lists and objects included."""
     if isinstance(value, list):
         return [whole(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: whole(entry) for name, entry in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -230,6 +232,8 @@ def fit(body: object, stream: bool) -> None:
         body["logprobs"] = True
     if body.get("echo"):
         body.pop("logprobs", None)
+    if isinstance(guessing := body.get("speculative"), dict) and guessing.get("mode") == "draft":
+        guessing["mode"] = "ngram"  # this server has no draft model
     for message in body.get("messages") or ():
         message["role"] = "user" if message["role"] == "tool" else message["role"]
     if isinstance(prompt := body.get("prompt"), list):

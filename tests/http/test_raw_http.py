@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,15 +29,14 @@ from raw_target import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Launch
+    from conftest import StartServer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 @pytest.fixture(scope="module")
-def target(launch: Launch, byte_tokenizer: Path) -> Iterator[Target]:
-    program = str(Path(__file__).with_name("scripted_server.py"))
-    with launch([sys.executable, program, "plain", str(byte_tokenizer), "allowed_hosts", "*"]) as server:
+def target(start_server: StartServer) -> Iterator[Target]:
+    with start_server("plain", "allowed_hosts", "*") as server:
         yield Target(server)
 
 

@@ -145,7 +145,6 @@ def test_two_different_limits(raw: httpx.Client) -> None:
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]),
-        ("prediction", {"type": "content", "content": "x"}),
         ("web_search_options", {}),
         ("reasoning_effort", "high"),
         ("best_of", 2),

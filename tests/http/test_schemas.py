@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kvarn.client import EngineError
 from kvarn.http.errors import ApiError, from_engine, public, shown
+from kvarn.http.guesses import speculation
 from kvarn.http.schemas import NOT_IMPLEMENTED, ChatRequest, CompletionRequest, GenerationRequest, parse, unknown_fields
-from kvarn.types import ErrorKind
+from kvarn.types import ErrorKind, SpecMode, Speculation
 
 CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
 PLAIN: dict[str, object] = {"prompt": "hi"}
@@ -77,6 +78,33 @@ def test_the_newer_name_of_max_tokens() -> None:
     assert parse(ChatRequest, CHAT).wanted_tokens is None
     assert parse(CompletionRequest, PLAIN).wanted_tokens is None
     assert (parse(CompletionRequest, PLAIN).default_tokens, parse(ChatRequest, CHAT).default_tokens) == (16, None)
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_guessing_is_the_servers_unless_said_otherwise(kind: type[GenerationRequest]) -> None:
+    """What is absent or null is the default's; a mode that is not offered means off."""
+    default = Speculation(mode=SpecMode.NGRAM, tokens=5, adaptive=False)
+
+    def wanted(*offered: str, **fields: object) -> Speculation | None:
+        return speculation(parse(kind, {**CHAT, **PLAIN, **fields}).speculative, default, offered)
+
+    nothing: tuple[dict[str, object], ...] = ({}, {"speculative": None}, {"speculative": {}})
+    for fields in (*nothing, {"speculative": {"mode": None, "tokens": None, "adaptive": None}}):
+        assert wanted("ngram", **fields) is None
+    whole = {"mode": "draft", "tokens": 31, "adaptive": True}
+    assert wanted("ngram", "draft", speculative=whole) == Speculation(mode=SpecMode.DRAFT, tokens=31, adaptive=True)
+    assert wanted("ngram", speculative={"tokens": 1}) == Speculation(mode=SpecMode.NGRAM, tokens=1, adaptive=False)
+    assert wanted("ngram", speculative={"mode": "off"}) == Speculation(mode=SpecMode.OFF, tokens=5, adaptive=False)
+    assert wanted(speculative={"mode": "ngram"}) == Speculation(mode=SpecMode.OFF, tokens=5, adaptive=False)
+    assert wanted(speculative={"adaptive": True}) == Speculation(mode=SpecMode.OFF, tokens=5, adaptive=True)
+
+
+def test_predictions() -> None:
+    for content, text in (("", ""), ("a", "a"), ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab")):
+        for kind, base in ((ChatRequest, CHAT), (CompletionRequest, PLAIN)):
+            body = {**base, "prediction": {"type": "content", "content": content}}
+            assert parse(kind, body).prediction == text
+            assert parse(kind, {**base, "prediction": None}).prediction is None
 
 
 def test_prompt_forms() -> None:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import socket
 import string
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from conftest import Launch, Server
+    from conftest import Launch, Server, StartServer
 
 NAME = "m" * 4000
 BUFFER = 32
@@ -35,24 +34,22 @@ SMALL = 1024
 """Bytes of a client's receive buffer, as it is asked for; the kernel takes a little more."""
 
 
-def serve(launch: Launch, folder: Path, script: str, *flags: str) -> AbstractContextManager[Server]:
-    program = str(Path(__file__).with_name("scripted_server.py"))
-    arguments = [sys.executable, program, f"context=100000,{script}", str(folder), "model_name", NAME, *flags]
-    return launch(arguments)
+def serve(start_server: StartServer, script: str, *flags: str) -> AbstractContextManager[Server]:
+    return start_server(f"context=100000,{script}", "model_name", NAME, *flags)
 
 
 @pytest.fixture(scope="module")
-def patient(launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+def patient(start_server: StartServer) -> Iterator[Server]:
     """A server that ends what overflows and has all the patience in the world with what is unread."""
-    with serve(launch, byte_tokenizer, "slow=0.01", "stream_buffer", str(BUFFER), "write_timeout", "0") as server:
+    with serve(start_server, "slow=0.01", "stream_buffer", str(BUFFER), "write_timeout", "0") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def strict(launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+def strict(start_server: StartServer) -> Iterator[Server]:
     """A server that cuts a connection on which nothing is read for a second."""
     flags = ("stream_buffer", str(BUFFER), "write_timeout", "1")
-    with serve(launch, byte_tokenizer, "slow=0.001,context=9000000", *flags) as server:
+    with serve(start_server, "slow=0.001,context=9000000", *flags) as server:
         yield server
 
 
@@ -260,9 +257,9 @@ def test_a_pause_within_the_buffers_does_no_harm(patient: Server) -> None:
     assert len(heard.texts[0]) == 40
 
 
-def test_a_burst_is_not_a_slow_reader(launch: Launch, byte_tokenizer: Path) -> None:
+def test_a_burst_is_not_a_slow_reader(start_server: StartServer) -> None:
     """Many choices in one step, with the smallest buffer there is: a client that reads gets all of it."""
-    with serve(launch, byte_tokenizer, "slow=0.005", "stream_buffer", "1") as server:
+    with serve(start_server, "slow=0.005", "stream_buffer", "1") as server:
         for stream in (True, False):
             body = {"prompt": LETTERS, "max_tokens": 40, "n": 8, "stream": stream}
             answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
@@ -332,10 +329,10 @@ def test_a_slow_line_gets_a_whole_answer_however_long_it_takes(strict: Server) -
 
 
 @pytest.fixture(scope="module")
-def real(launch: Launch, smollm2_folder: Path) -> Iterator[Server]:
+def real(kvarn: Launch, smollm2_folder: Path) -> Iterator[Server]:
     """The demo model, which reads a long prompt in many short steps."""
     arguments = ["serve", str(smollm2_folder), "--port", "0", "--model-name", MODEL, "--prefill-chunk", "64"]
-    with launch([sys.executable, "-m", "kvarn.cli.main", *arguments]) as server:
+    with kvarn(arguments) as server:
         yield server
 
 

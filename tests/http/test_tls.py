@@ -22,7 +22,7 @@ from raw_client import connect, receive, send
 from kvarn.cli.certificate import BadCertificate, Certificate
 
 if TYPE_CHECKING:
-    from conftest import Launch, Server, StartServer
+    from conftest import Server, StartServer
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 
@@ -63,12 +63,11 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture(scope="module")
-def secure(authority: Authority, launch: Launch, byte_tokenizer: Path) -> Iterator[Server]:
+def secure(authority: Authority, start_server: StartServer) -> Iterator[Server]:
     """A server that speaks HTTPS and waits a second for a request."""
     certificate, key = authority.issue("secure")
     flags = ["tls_certificate", str(certificate), "tls_key", str(key), "body_timeout", "1"]
-    program = str(Path(__file__).with_name("scripted_server.py"))
-    with launch([sys.executable, program, "slow=0.02", str(byte_tokenizer), *flags]) as server:
+    with start_server("slow=0.02", *flags) as server:
         yield server
         assert server.stop() == 0
         assert not [line for line in server.lines if "Traceback" in line]

@@ -69,6 +69,8 @@ class ArenaMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.arena = Arena(self.specs)
         self.model: list[list[int]] = []
+        self.written: list[tuple[int, int]] = []
+        """Per row how many positions it began with, and how many have ever been written: how far it can go back."""
         self.mark = 0
 
     def fresh(self, count: int) -> list[int]:
@@ -82,16 +84,18 @@ class ArenaMachine(RuleBasedStateMachine):
         layers = [layer_row(spec, marks) for spec in self.specs]
         assert self.arena.adopt(layers if length else (), length) == len(self.model)
         self.model.append(marks)
+        self.written.append((length, length))
 
     @rule(choice=st.integers(0, 5), scrub=st.booleans())
     @precondition(lambda self: self.model)
     def release(self, choice: int, scrub: bool) -> None:
         row = choice % len(self.model)
         self.arena.release(row, scrub)
-        self.model[row] = self.model[-1]
-        self.model.pop()
+        for rows in (self.model, self.written):
+            rows[row] = rows[-1]
+            rows.pop()
 
-    @rule(columns=st.integers(1, 4), keep=st.lists(st.integers(0, 4), min_size=6, max_size=6))
+    @rule(columns=st.sampled_from([1, 2, 3, 4, 17]), keep=st.lists(st.integers(0, 17), min_size=6, max_size=6))
     @precondition(lambda self: self.model)
     def write(self, columns: int, keep: list[int]) -> None:
         """A forward of some columns, of which each row keeps some: the rest is rolled back."""
@@ -107,7 +111,18 @@ class ArenaMachine(RuleBasedStateMachine):
         self.arena.advance(kept)
         mx.eval(self.arena.arrays())
         for row, count in enumerate(kept):
+            self.written[row] = (self.written[row][0], max(self.written[row][1], len(self.model[row]) + columns))
             self.model[row] = self.model[row] + marks[row][:count]
+
+    @rule(back=st.lists(st.integers(0, RING_SLACK), min_size=6, max_size=6))
+    @precondition(lambda self: self.model)
+    def rewind(self, back: list[int]) -> None:
+        """Rows go back as far as their rings allow: over what was accepted long ago, too."""
+        counts = []
+        for marks, (adopted, reached), count in zip(self.model, self.written, back, strict=False):
+            counts.append(min(count, len(marks) - max(adopted, reached - RING_SLACK - 1)))
+        self.arena.rewind(counts)
+        self.model = [marks[: len(marks) - count] for marks, count in zip(self.model, counts, strict=True)]
 
     @rule(length=st.sampled_from([5, 300, 600]), share=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
     def reserve(self, length: int, share: float) -> None:

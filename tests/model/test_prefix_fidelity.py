@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,8 @@ class Subject:
     folder: Path
     capabilities: Capabilities
     prompts: list[list[int]]
+    right: list[list[int]] = field(default_factory=list)
+    """Answers that were compared with the reference, which costs more than they do."""
 
     def ask(self, both: tuple[PrefixCache, SsdTier, Inbox], batch: int) -> Outcome:
         cache, ssd, inbox = both
@@ -70,7 +72,9 @@ class Subject:
     def compare(self, outcome: Outcome, report: PrefixReport | None) -> None:
         assert outcome.prefix is not None
         assert outcome.prefix.cached == 0 if report is None else outcome.prefix == report
-        assert_right(self.model, self.prompts[0], outcome.tokens)
+        if outcome.tokens not in self.right:
+            assert_right(self.model, self.prompts[0], outcome.tokens)
+            self.right.append(outcome.tokens)
 
     def leave(self, folder: Path, batch: int) -> None:
         """Let another process answer the prompts, write, and be killed."""

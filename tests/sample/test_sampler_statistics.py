@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from statistics_support import deviation
 
 from kvarn.sample.sampler import BatchSampler
 from kvarn.types import SamplingParams
@@ -37,21 +38,6 @@ def exact(logits: npt.NDArray[np.float64], params: SamplingParams) -> npt.NDArra
     p[p < params.min_p * p.max()] = 0.0
     p /= p.sum()
     return p
-
-
-def deviation(counts: npt.NDArray[np.int64], p: npt.NDArray[np.float64]) -> float:
-    """How many standard deviations the chi-square statistic is off; cells expecting few draws are put together."""
-    expected = p * counts.sum()
-    large = expected >= 10.0
-    observed = np.append(counts[large], counts[~large].sum()).astype(np.float64)
-    wanted = np.append(expected[large], expected[~large].sum())
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    freedom = len(wanted) - 1
-    if freedom == 0:
-        return 0.0
-    statistic = float(((observed - wanted) ** 2 / wanted).sum())
-    # Wilson and Hilferty: the cube root is nearly normal.
-    return float(((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom)))
 
 
 CASES: list[dict[str, Any]] = [

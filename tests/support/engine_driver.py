@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
+from kvarn.engine.guessing import Guessing
 from kvarn.engine.link import Inbox
 from kvarn.engine.loop import Engine
 from kvarn.engine.prefixes import Prefixes
@@ -29,13 +30,18 @@ from kvarn.prefix.policy import SavePolicy
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.schedule.costs import CostModel
 from kvarn.schedule.scheduler import Limits, Scheduler
-from kvarn.types import Finish, PrefixReport, Request, SamplingParams, TokenLogprob
+from kvarn.speculate.controller import Controller
+from kvarn.speculate.draft import Draft
+from kvarn.speculate.pace import Curve, Pace
+from kvarn.types import Finish, PrefixReport, Request, SamplingParams, SpecMode, SpecSettings, TokenLogprob
 from kvarn.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit
 
 TIE = 2e-3
 """Two logits this close may swap between kernels of different row counts; the models' logits spread over 10 or more."""
 PACKED_TIE = 0.05
 """The same where a number that is half-way between two steps may have been rounded to the other one."""
+FLIPPED = 0.5
+"""The most that such a number has ever made of it is half of this, in Gemma 3 270M."""
 
 
 @dataclass
@@ -48,6 +54,9 @@ class Outcome:
     failure: Failed | None = None
     endings: int = 0
     prefix: PrefixReport | None = None
+    accepted: int = 0
+    rejected: int = 0
+    """Draft tokens."""
 
 
 class Driver:
@@ -64,8 +73,10 @@ class Driver:
         cache: PrefixCache | None = None,
         ssd: SsdTier | None = None,
         inbox: Inbox | None = None,
+        spec: SpecSettings | None = None,
+        draft: Draft | None = None,
     ) -> None:
-        """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``."""
+        """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``. Without ``spec``, no guesses."""
         self.inbox: Inbox = inbox or queue.SimpleQueue()
         self.outcomes: dict[str, Outcome] = {}
         self.beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)
@@ -84,8 +95,19 @@ class Driver:
         self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
         form = model.blocks if isinstance(model.blocks, BlockFormat) and cache is not None else None
         self.prefixes = Prefixes(model.network, model.form, form, cache if form is not None else None, ssd)
+        modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
+        self.controller = Controller(costs, Pace(Curve()))
+        self.guessing = Guessing(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
         self.engine = Engine(
-            model, self.capabilities, self.scheduler, costs, limit_bytes, self.prefixes, self.inbox, self
+            model,
+            self.capabilities,
+            self.scheduler,
+            costs,
+            limit_bytes,
+            self.prefixes,
+            self.guessing,
+            self.inbox,
+            self,
         )
 
     # the engine's Outbox
@@ -105,6 +127,10 @@ class Driver:
                 assert outcome.prefix is None, "told twice"
                 outcome.prefix = delta.prefix
             outcome.logprobs += delta.logprobs or []
+            if delta.verdict is not None:
+                assert 0 <= delta.verdict.accepted <= len(delta.tokens)
+                outcome.accepted += delta.verdict.accepted
+                outcome.rejected += delta.verdict.rejected
             if delta.finish is not None:
                 outcome.finish = delta.finish
                 outcome.endings += 1
@@ -218,9 +244,15 @@ def assert_right(model: LoadedModel, prompt: Sequence[int], answer: list[int], p
     if not model.form.packs:
         assert_same_or_tied(model.network, prompt, answer, reference(model.network, prompt, len(answer)))
         return
-    # Where a number falls to the other side of the middle between two steps, all that follows is a little different.
-    # With 15 steps that is more, so there the reference begins with the same bits, of our own attention.
-    gaps = packed_gaps(model.network, model.form, prompt, answer, packed_at, upstream=model.form.packing.bits == 8)
+    # Where a number falls to the other side of the middle between two steps, all that follows is a little different:
+    # little with 255 steps and most models. Then the reference begins with the same bits, of our own attention.
+    if model.form.packing.bits == 8:
+        gaps = packed_gaps(model.network, model.form, prompt, answer, packed_at)
+        assert len(gaps) == len(answer) > 0
+        assert max(gaps) < FLIPPED
+        if max(gaps) < PACKED_TIE:
+            return
+    gaps = packed_gaps(model.network, model.form, prompt, answer, packed_at, upstream=False)
     assert len(gaps) == len(answer) > 0
     assert max(gaps) < PACKED_TIE
 

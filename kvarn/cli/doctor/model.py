@@ -23,23 +23,31 @@ SMALLER = "take a smaller or more strongly quantised model"
 
 def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iterator[Finding]:
     """Load the model in an engine of its own, unless its weights alone are too much."""
+    progress = SilentProgress() if quiet else TerminalProgress()
     try:
-        source = resolve(name, SilentProgress() if quiet else TerminalProgress())
-        free, total = free_memory(), probed.memory or total_memory()
-        weights = weight_bytes(source.path, probed.on_cpu, total)
+        source = resolve(name, progress)
     except SourceError as error:
         yield fail("model", str(error), "give one of these")
         return
+    try:
+        draft = resolve(config.draft_model, progress).path if config.draft_model else None
+    except SourceError as error:
+        yield fail("draft", f"draft_model: {error}", "give one of these, or another --spec and no --draft-model")
+        return
+    free, total = free_memory(), probed.memory or total_memory()
+    try:
+        weights = sum(weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
     except UnreadableWeights as error:
         yield fail("model", str(error), "fetch the model again")
         return
     room = free if probed.on_cpu and free is not None else total
     if weights > room:
-        text = f"{source.name}: its weights take {shown(weights)}, more than the {shown(room)} there are"
+        whose = "its weights" if draft is None else "its weights and the draft model's"
+        text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
         yield fail("model", text, f"{SMALLER}, or close other programs")
         return
     try:
-        info = asyncio.run(_loaded(_start(str(source.path), config)))
+        info = asyncio.run(_loaded(_start(str(source.path), config, str(draft or ""))))
     except EngineUnavailable as error:
         yield fail("model", str(error), "correct what it says, or take another model")
         return
@@ -57,6 +65,18 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         yield warn(
             "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
         )
+    yield _guessing(info, config)
+
+
+def _guessing(info: ModelInfo, config: ServeConfig) -> Finding:
+    """Whether tokens can be guessed ahead, and how."""
+    if info.speculation:
+        usual = config.spec if config.spec in info.speculation else "off"
+        return ok("guessing", f"{', '.join(info.speculation)}; {usual} unless a request says otherwise")
+    text = f"tokens cannot be guessed ahead: {info.speculation_reason}"
+    if config.spec == "off":
+        return ok("guessing", text)
+    return warn("guessing", text, "--spec off, or take another model if it matters")
 
 
 def _room(info: ModelInfo, free: int | None) -> Finding:
@@ -76,7 +96,7 @@ def _room(info: ModelInfo, free: int | None) -> Finding:
     return ok("tokens", text)
 
 
-def _start(path: str, config: ServeConfig) -> wire.Start:
+def _start(path: str, config: ServeConfig, draft_path: str) -> wire.Start:
     """As ``serve`` would start the engine, without its SSD tier, which a running server may be using."""
     return wire.Start(
         model_path=path,
@@ -87,6 +107,7 @@ def _start(path: str, config: ServeConfig) -> wire.Start:
         kv_budget_bytes=config.kv_memory_mb * 2**20,
         packing=config.packing,
         prefix=PrefixSettings(ram_bytes=None if config.cache_ram is None else int(config.cache_ram)),
+        spec=config.guessing(draft_path),
     )
 
 

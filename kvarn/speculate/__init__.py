@@ -1,0 +1,1 @@
+"""Guesses what comes next, so that one forward can confirm several tokens."""
