@@ -201,6 +201,30 @@ class SpecSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Guesses may come from past answers, too."""
 
 
+class GroupSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's place in a group of processes that run a model together."""
+
+    rank: int
+    world: int
+    backend: str
+    """As mlx.distributed names it: ring, jaccl, nccl, mpi."""
+    host: str
+    port: int
+    """Where rank 0 takes the control connections of the others."""
+    secret: str
+    """What they prove to know, hex."""
+    model: str
+    """The model for ranks that have to find it themselves: a local folder, or as it was named to serve."""
+    environment: dict[str, str] = {}
+    """What the backend wants to find in the environment."""
+    files: dict[str, str] = {}
+    """Environment variables that name a file, and what is to be in it."""
+    silence_seconds: float = 5.0
+    """A rank that has not been heard of for so long is given up, and the whole group with it."""
+    listen_fd: int = -1
+    """Rank 0's inherited socket, bound to host and port and listening; -1: it binds one itself."""
+
+
 class Distribution(msgspec.Struct, frozen=True, array_like=True):
     """How often measured values fell where: ``counts[i]`` of them above ``bounds[i - 1]`` and up to ``bounds[i]``."""
 

@@ -15,6 +15,7 @@ from kvarn.types import (
     Delta,
     EngineCounters,
     ErrorKind,
+    GroupSettings,
     KvPacking,
     ModelInfo,
     PrefixLoad,
@@ -24,7 +25,7 @@ from kvarn.types import (
     SpecSettings,
 )
 
-VERSION = 6
+VERSION = 7
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -52,6 +53,8 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     packing: KvPacking = UNPACKED
     prefix: PrefixSettings = PrefixSettings()
     spec: SpecSettings = SpecSettings()
+    group: GroupSettings | None = None
+    """Rank 0's place in a group; None: this engine runs the model alone."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
