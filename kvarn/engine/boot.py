@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from kvarn.engine.boot_guessing import LoadedDraft, guessing
+from kvarn.engine.executor import Executor
 from kvarn.engine.link import Link
 from kvarn.engine.loop import Engine
 from kvarn.engine.prefixes import Prefixes
@@ -81,7 +82,8 @@ def boot(start: Start, blas: str, link: Link) -> Engine:
         prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, link)
     scheduler = Scheduler(limits, budget, costs)
     guesses, modes = guessing(start.spec, model, capabilities, costs, content, draft, draft_bytes)
-    engine = Engine(model, capabilities, scheduler, costs, budget.limit_bytes, prefixes, guesses, link.inbox, link)
+    executor = Executor(model, capabilities, budget.limit_bytes, prefixes)
+    engine = Engine(model, capabilities, scheduler, costs, budget.limit_bytes, executor, guesses, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)

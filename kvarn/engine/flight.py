@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -119,9 +119,13 @@ def logits_of(logits: mx.array, places: Many[tuple[int, int]]) -> mx.array:
 class Steps:
     """Builds steps over the rows of a batch, in row order."""
 
-    def __init__(self, network: nn.Module, vocab_size: int) -> None:
+    def __init__(
+        self, network: nn.Module, vocab_size: int, agree: Callable[[mx.array], mx.array] | None = None
+    ) -> None:
+        """``agree`` turns drawn tokens, int32 [n], into those that all ranks of a group go on with; None: no group."""
         self._network = network
         self._vocab_size = vocab_size
+        self._agree = agree
         self._sampler: tuple[tuple[str, ...], BatchSampler] | None = None
 
     def forget(self) -> None:
@@ -152,11 +156,13 @@ class Steps:
         else:
             tokens, unread = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.int32), 0
         logits = decode(self._network, lane, tokens)
-        picks = sampler(
-            logits,
-            [len(sequence.tokens) + unread for sequence in sequences],
-            [sequence.tokens for sequence in sequences] if sampler.needs_history else None,
-            [sequence.prompt_length for sequence in sequences],
+        picks = self._agreed(
+            sampler(
+                logits,
+                [len(sequence.tokens) + unread for sequence in sequences],
+                [sequence.tokens for sequence in sequences] if sampler.needs_history else None,
+                [sequence.prompt_length for sequence in sequences],
+            )
         )
         rows = _names(sequences)
         cut = cuts(rows)
@@ -171,11 +177,14 @@ class Steps:
         logits = lane.forward(self._network, columns_of([sequence.tokens[-1] for sequence in sequences], drafts))
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft) + 1)]
         histories = [sequence.tokens for sequence in sequences]
-        picks = sampler.ahead(drafts, histories, [sequence.prompt_length for sequence in sequences])(
-            logits_of(logits, places), [len(histories[row]) + place for row, place in places]
-        )
+        ahead = sampler.ahead(drafts, histories, [sequence.prompt_length for sequence in sequences])
+        positions = [len(histories[row]) + place for row, place in places]
+        picks = self._agreed(ahead(logits_of(logits, places), positions))
         waiting = [*picks.arrays(), *lane.arrays()]
         return Flight(_names(sequences), drafts, picks, [], context_tokens, begun, dispatched, waiting)
+
+    def _agreed(self, picks: Picks) -> Picks:
+        return picks if self._agree is None else replace(picks, tokens=self._agree(picks.tokens))
 
     def _sampler_for(self, sequences: Many[Sequence]) -> BatchSampler:
         rows = _names(sequences)

@@ -12,19 +12,18 @@ import logging
 import queue
 import time
 from contextlib import suppress
-from functools import partial
 
 import mlx.core as mx
 from msgspec.structs import replace
 
-from kvarn.engine.flight import Drawn, Flight, Steps
+from kvarn.engine.executor import Executor
+from kvarn.engine.flight import Drawn, Flight
 from kvarn.engine.guessing import Guessing
 from kvarn.engine.link import Inbox, Outbox
-from kvarn.engine.prefixes import Prefixes
+from kvarn.engine.orders import GroupBroken, Offered
 from kvarn.engine.refusals import failure, impossible
 from kvarn.engine.sequence import Sequence
 from kvarn.engine.tally import Tally
-from kvarn.model.forwards import prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
 from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
@@ -64,7 +63,7 @@ class Engine:
         scheduler: Scheduler,
         costs: CostModel,
         limit_bytes: int,
-        prefixes: Prefixes,
+        executor: Executor,
         guessing: Guessing,
         inbox: Inbox,
         outbox: Outbox,
@@ -74,16 +73,15 @@ class Engine:
         self._scheduler = scheduler
         self._costs = costs
         self._limit_bytes = limit_bytes
-        self._prefixes = prefixes
+        self._executor = executor
+        self._prefixes = executor.prefixes
         self._guessing = guessing
         self._inbox = inbox
         self._outbox = outbox
-        self._lane = capabilities.lane(model, limit_bytes)
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences = executor.sequences
         self._leaving: list[str] = []
         self._flight: Flight | None = None
         self._last_read = 0.0
-        self._steps = Steps(model.network, model.vocab_size)
         self._done = 0
         """Steps."""
         self._tally = Tally()
@@ -105,6 +103,7 @@ class Engine:
             self._end(name, Finish.CANCELLED)
         self._free_leavers()
         self._report()
+        self._executor.close()
         self._prefixes.close(self._inbox)
 
     def turn(self) -> None:
@@ -117,7 +116,7 @@ class Engine:
             self._settle()
             self._free_leavers()
         now = time.monotonic()
-        self._prefixes.offer(self._scheduler, self._sequences, now)
+        self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.ranks)
         plan = self._scheduler.plan(now)
         self._stalled = plan.empty and self._flight is None
         if self._flight is not None and not self._can_follow(self._flight, plan):
@@ -145,13 +144,15 @@ class Engine:
                     self._stopping = True
                 case Opened() | Found() | Loaded() | Saved() | Gone():
                     self._prefixes.on_event(message)
+                case Offered():
+                    self._executor.ranks.heard(message)
                 case Start():
                     raise ValueError("a running engine cannot be started")
 
     def _patience(self) -> float | None:
         """How long to wait for a message when there is nothing else to do; None: for ever."""
         now = time.monotonic()
-        if not self._scheduler.idle or self._lane.nbytes + self._guessing.nbytes == 0:
+        if not self._scheduler.idle or self._executor.lane.nbytes + self._guessing.nbytes == 0:
             self._idle_since = None
             return self._prefixes.patience(now)
         if self._idle_since is None:
@@ -165,7 +166,7 @@ class Engine:
     def rest(self) -> None:
         """Give back the memory that rows leave behind. Call it when there are none."""
         self._idle_since = None
-        self._lane.trim()
+        self._executor.trim()
         self._guessing.rest()
         self._report()
 
@@ -185,9 +186,7 @@ class Engine:
         if wrong:
             self._outbox.send(Failed(request.id, ErrorKind.INVALID, wrong))
             return
-        sequence = self._sequences[request.id] = Sequence(request)
-        self._prefixes.arrive(sequence)
-        self._guessing.arrive(sequence)
+        self._guessing.arrive(self._executor.arrive(request))
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -200,7 +199,7 @@ class Engine:
             and plan.rows == flight.rows
             and not plan.prefill
             and not plan.preempt
-            and not self._steps.needs_history([self._sequences[name] for name in plan.rows])
+            and not self._executor.needs_history
             and not self._scheduler.suspects
             and all(self._sequences[name].told and self._sequences[name].remaining > 1 for name in plan.rows)
             and not self._guessing.wants(plan.rows, self._sequences)
@@ -221,32 +220,23 @@ class Engine:
     def _execute(self, plan: StepPlan) -> None:
         ahead, self._flight = self._flight, None
         begun = time.monotonic()
+        executor = self._executor
         self._tally.preempted(len(plan.preempt))
-        rows = list(self._scheduler.rows)
         for name in plan.preempt:
-            if name in rows:
-                self._lane.release(rows.index(name))
-                rows[rows.index(name)] = rows[-1]
-                rows.pop()
-            self._drop_prompt(self._sequences[name])
-            self._prefixes.lost(self._sequences[name])
+            executor.set_aside(name)
         self._begin(plan.prefill)
-        if plan.prefill and self._held_bytes() > self._limit_bytes * TRIM_SHARE:
-            self._lane.trim()  # the scheduler counts what the rows need, not what the arena still has from before
-        self._prefixes.fit(self._limit_bytes - max(self._held_bytes(), self._scheduler.promised_bytes(plan)))
+        if plan.prefill and executor.nbytes > self._limit_bytes * TRIM_SHARE:
+            executor.trim()  # the scheduler counts what the rows need, not what the arena still has from before
+        executor.fit(self._limit_bytes - max(executor.nbytes, self._scheduler.promised_bytes(plan)))
         plan = replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
         batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
         drafts = plan.drafts and plan.drafts + ((),) * (len(batch) - len(plan.rows))
         failure: Exception | None = None
         try:
-            sequences = [self._sequences[name] for name in batch]
-            if drafts:
-                self._flight = self._steps.verifying(self._lane, sequences, drafts, begun)
-            elif batch:
-                cuts = partial(self._prefixes.cuts, lane=self._lane)
-                self._flight = self._steps.plain(self._lane, sequences, ahead, begun, cuts)
+            if batch:
+                self._flight = executor.decode(drafts, begun)
             if self._flight is not None and not (ahead is not None and self._model.on_cpu):
-                self._flight.launch()
+                executor.launch(self._flight)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, _recover logs
             failure = error
         self._scheduler.commit(plan)
@@ -265,7 +255,7 @@ class Engine:
         if flight is None or not flight.waiting:
             return
         try:
-            flight.launch()
+            self._executor.launch(flight)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; _recover logs it
             self._recover(flight.rows, error)
 
@@ -276,12 +266,14 @@ class Engine:
             sequence = self._sequences[chunk.id]
             if sequence.prompt is None and not sequence.ended:
                 try:
-                    sequence.prompt = self._prefixes.begin(sequence, chunk.start, alone=not self._lane.lengths)
+                    there = self._executor.begin(chunk.id, chunk.start)
+                except GroupBroken:
+                    raise
                 except Exception as error:  # model code raises what it likes; only this request needs what failed
                     log.exception("restoring the prefix of request %s failed", chunk.id)
                     self._end(chunk.id, error)
                 else:
-                    if not sequence.begun:
+                    if there and not sequence.begun:
                         sequence.begun = True
                         begun.append(Delta(chunk.id, [], prefix=sequence.report))
         if begun:
@@ -290,20 +282,14 @@ class Engine:
     def _prefill(self, chunk: PrefillChunk) -> bool:
         """Run one chunk, adopting the prompt after its last. False: it failed, and the client has been told."""
         sequence = self._sequences[chunk.id]
-        if sequence.ended:  # an earlier chunk of this very step failed
+        if sequence.ended or sequence.prompt is None:  # an earlier chunk of this very step failed, or it was not begun
             return False
-        assert sequence.prompt is not None
         started = time.monotonic()
         try:
-            prefill(self._model.network, sequence.prompt, sequence.tokens[chunk.start : chunk.end])
-            self._prefixes.chunk_done(sequence, chunk.start, chunk.end)
+            self._executor.prefill(chunk.id, chunk.start, chunk.end, chunk.last)
             self._guessing.chunk_read(sequence, chunk.end - chunk.start)
-            self._lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
-            if chunk.last:
-                self._prefixes.prompt_done(sequence, chunk.end)
-                self._lane.adopt(sequence.prompt)
-                sequence.prompt = None
         except Exception as error:  # model code raises what it likes; only this request needs what failed
+            self._alone_only(error)
             log.exception("prefill of request %s failed", chunk.id)
             self._end(chunk.id, error)
             return False
@@ -323,6 +309,7 @@ class Engine:
 
     def _read(self, flight: Flight) -> None:
         try:
+            self._executor.launch(flight)
             drawn = flight.drawn()
         except Exception as error:  # noqa: BLE001 - a lazy forward raises when it is evaluated; _recover logs it
             self._flight = None
@@ -339,17 +326,13 @@ class Engine:
         tokens = sum(len(delta.tokens) + (delta.finish is Finish.STOP) for delta in deltas)
         self._tally.step(seconds, len(drawn), tokens, flight.draft_tokens)
         if flight.drafts:
-            before = list(self._lane.lengths)
-            self._lane.advance([max(1, count) for count in held])
             self._guessing.verified(drawn, held, flight.context_tokens, milliseconds)
             self._scheduler.stretch = self._guessing.stretch(len(drawn), flight.columns)
-            cuts = self._prefixes.filled(flight.rows, before, self._lane)
         else:
             self._costs.observe_decode(len(drawn), flight.context_tokens, milliseconds)
             self._guessing.plain()
             self._scheduler.stretch = 1.0
-            cuts = flight.cuts
-        self._prefixes.step_read(cuts, self._sequences, self._lane)
+        self._executor.took(flight, tuple(tuple(row.tokens) for row in drawn), tuple(held))
         for name in [name for name in flight.rows if self._sequences[name].spoilt]:
             self._compute_again(name)
 
@@ -417,12 +400,8 @@ class Engine:
         """Give back everything that ended requests hold. Nothing may be in flight."""
         leaving, self._leaving = self._leaving, []
         for name in sorted(leaving, key=lambda name: not self._sequences[name].dirty):
-            sequence = self._sequences.pop(name)
-            self._drop_prompt(sequence)
-            if name in self._scheduler.rows:
-                row = self._scheduler.rows.index(name)
-                self._prefixes.answer_done(sequence, self._lane, row)
-                self._lane.release(row, scrub=sequence.dirty)
+            sequence = self._sequences[name]
+            self._executor.depart(name, sequence.dirty, sequence.poisoned)
             self._guessing.answer_done(sequence)
             self._scheduler.remove(name)
 
@@ -434,15 +413,8 @@ class Engine:
             return  # its row is zeroed when it is freed
         log.warning("a step with draft tokens gave numbers that are not finite; request %s goes on without", name)
         sequence.spoilt, sequence.again = False, True
-        self._lane.release(self._scheduler.rows.index(name), scrub=True)
+        self._executor.set_aside(name, scrub=True)
         self._scheduler.requeue(name, len(sequence.tokens), time.monotonic())
-        self._prefixes.lost(sequence)
-
-    def _drop_prompt(self, sequence: Sequence) -> None:
-        """Give up what has been read of a prompt that has no row yet, and the room that was made for it."""
-        if sequence.prompt is not None:
-            sequence.prompt = None
-            self._lane.unreserve()
 
     def _recover(self, rows: tuple[str, ...], error: Exception, *, guessed: bool = False) -> None:
         """A decode step failed: rebuild the batch, and let the request that is to blame pay, not its neighbours.
@@ -461,8 +433,7 @@ class Engine:
             guilty = None
             self._guessing.failed(rows)
         self._flight = None
-        self._steps.forget()
-        self._lane = self._capabilities.lane(self._model, self._limit_bytes)
+        self._executor.rebuild()
         now = time.monotonic()
         for name in rows:
             sequence = self._sequences[name]
@@ -471,10 +442,12 @@ class Engine:
             if name == guilty:
                 self._end(name, error)
 
-    # --- load -------------------------------------------------------------------------------------------------
+    def _alone_only(self, error: Exception) -> None:
+        """Where there are other ranks nobody knows how far they have come: then nothing can go on."""
+        if self._executor.ranks.several:
+            raise GroupBroken(f"a forward failed on rank 0: {error}") from error
 
-    def _held_bytes(self) -> int:
-        return self._lane.nbytes + sum(s.prompt.nbytes for s in self._sequences.values() if s.prompt is not None)
+    # --- load -------------------------------------------------------------------------------------------------
 
     def _report(self) -> None:
         self._outbox.report(
@@ -482,7 +455,7 @@ class Engine:
                 step=self._done,
                 running=self._scheduler.running,
                 waiting=self._scheduler.waiting,
-                kv_bytes=self._held_bytes() + self._guessing.nbytes,
+                kv_bytes=self._executor.nbytes + self._guessing.nbytes,
                 wait_seconds=self._scheduler.wait_seconds(),
                 counters=self._tally.counters(self._guessing.counters()),
                 prefix=self._prefixes.load(),

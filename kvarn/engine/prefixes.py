@@ -10,14 +10,16 @@ import logging
 import queue
 import time
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from msgspec import structs
 
 from kvarn.engine.link import Inbox
+from kvarn.engine.orders import Ranks
 from kvarn.engine.sequence import Sequence
 from kvarn.kv.format import KvFormat
 from kvarn.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
@@ -29,7 +31,6 @@ from kvarn.prefix.cache import PrefixCache
 from kvarn.prefix.disk.events import Loaded, Opened, SsdEvent
 from kvarn.prefix.records import BLOCK, Kind
 from kvarn.schedule.budget import PREFILL_STEP, capacity_bucket
-from kvarn.schedule.scheduler import Scheduler
 from kvarn.types import PrefixLoad, PrefixReport
 
 if TYPE_CHECKING:
@@ -64,6 +65,17 @@ class Cut(NamedTuple):
 
     def arrays(self) -> list[mx.array]:
         return [self.sound, *(array for record in self.records.values() for array in record.arrays)]
+
+
+class Waiting(Protocol):
+    """Who waits, and who wants to know what can be restored for them: the scheduler, or a follower's list."""
+
+    @property
+    def queue(self) -> Iterable[tuple[str, int]]:
+        """Requests without a row and how many of their tokens have been read, in order of arrival."""
+
+    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
+        """See Scheduler.offer."""
 
 
 class Prefixes:
@@ -165,22 +177,30 @@ class Prefixes:
             if self._cache is not None:
                 self._cache.will_return(sequence.visit)
 
-    def offer(self, scheduler: Scheduler, sequences: dict[str, Sequence], now: float) -> None:
-        """Tell the scheduler what can be restored for whom. Call it right before each plan."""
+    def cap(self, sequence: Sequence, ceiling: int) -> None:
+        """Restore at most so much of a waiting request, until told otherwise."""
+        if sequence.visit is not None:
+            sequence.visit.cap(ceiling)
+
+    def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, ranks: Ranks | None = None) -> None:
+        """Tell the scheduler what can be restored for whom, by all ``ranks``. Call it right before each plan."""
         if self._cache is None or self._form is None:
             return
         self._cache.housekeep()
         self._ends.clear()
-        for name, done in scheduler.queue:
+        for name, done in waiting.queue:
             visit = sequences[name].visit
             assert visit is not None
             self._ends[visit.last_key] += 1
             if done:
-                scheduler.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
+                waiting.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
             else:
+                ceiling, held = ranks.ceiling(name) if ranks is not None else (None, False)
+                if ceiling is not None:
+                    visit.cap(ceiling)
                 offer = self._cache.offer(visit, now)
                 sequences[name].branch = visit.match.depth if self._form.layout.state else 0
-                scheduler.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
+                waiting.offer(name, offer.position, offer.wants, offer.held or held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience

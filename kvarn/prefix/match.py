@@ -10,6 +10,8 @@ from kvarn.prefix.planner import Layout, Link, needed, restorable
 from kvarn.prefix.records import BLOCK, Kind
 from kvarn.prefix.tree import Node
 
+UNLIMITED = 1 << 62
+
 
 class Chain:
     """The tokens of one sequence, packed, and the keys of its blocks, both extended on demand."""
@@ -68,6 +70,8 @@ class Match:
         self.chain.extend(tokens)
         self.limit = len(tokens) - 1
         self.root = root
+        self.ceiling = UNLIMITED
+        """Nothing beyond it is claimed, for another rank lacks it."""
         self._layout = layout
         self._path: list[Node] = []
 
@@ -75,6 +79,7 @@ class Match:
         """The sequence lost what was computed of it and begins again with all its ``tokens``."""
         self.chain.extend(tokens)
         self.limit = len(tokens) - 1
+        self.ceiling = UNLIMITED
 
     @property
     def depth(self) -> int:
@@ -96,11 +101,12 @@ class Match:
 
     def claim(self, disk: bool) -> Claim:
         """The best position to resume with what is in memory, or with what is on disk as well."""
-        path = self.follow()
+        most = min(self.limit, self.ceiling)
+        path = self.follow()[: most // BLOCK]
         parts = [Part(node, BLOCK) for node in path]
         links = [self._link(part, disk) for part in parts]
-        node = path[-1] if path else self.root
-        rest = self.chain.tokens(self.depth, min(self.depth + BLOCK, self.limit))
+        node, depth = path[-1] if path else self.root, len(path) * BLOCK
+        rest = self.chain.tokens(depth, min(depth + BLOCK, most))
         if rest and not self._layout.exact:
             closest, used = node.closest(rest)
             if closest is not None:
@@ -108,14 +114,16 @@ class Match:
                 links.append(self._link(parts[-1], disk))
         resume = restorable(links, self._layout)
         if self._layout.exact:
-            return self._with_tail(path, parts, links, resume, disk)
+            return self._with_tail(path, parts, links, resume, disk, most)
         return self._claim(parts, links, resume)
 
-    def _with_tail(self, path: list[Node], parts: list[Part], links: list[Link], resume: int, disk: bool) -> Claim:
+    def _with_tail(
+        self, path: list[Node], parts: list[Part], links: list[Link], resume: int, disk: bool, most: int
+    ) -> Claim:
         """Where only the ends of blocks will do: the deepest tail beyond ``resume`` that begins what follows it."""
         for depth in range(len(path), resume // BLOCK - 1, -1):
             node = path[depth - 1] if depth else self.root
-            rest = self.chain.tokens(depth * BLOCK, min(depth * BLOCK + BLOCK, self.limit))
+            rest = self.chain.tokens(depth * BLOCK, min(depth * BLOCK + BLOCK, most))
             for tail in reversed(list(node.tails(rest))):
                 here = [*parts[:depth], Part(tail, len(tail.tokens) // TOKEN_BYTES)]
                 linked = [*links[:depth], self._link(here[-1], disk)]

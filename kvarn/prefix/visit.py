@@ -73,6 +73,13 @@ class Visit:
             self._last_key = self.match.chain.key(max(0, limit - 1) // BLOCK * BLOCK, limit)
         return self._last_key
 
+    def cap(self, ceiling: int) -> None:
+        """Nothing beyond this position is to be restored, until told otherwise."""
+        if ceiling != self.match.ceiling:
+            self.match.ceiling = ceiling
+            self.seen = None
+            self.claimed.clear()
+
     def restart(self, tokens: Sequence[int]) -> None:
         """The request lost what was computed of it and begins again with all its ``tokens``."""
         self.match.restart(tokens)

@@ -241,7 +241,7 @@ def test_bytes_are_those_of_the_format(packing: str, tmp_path: Path) -> None:
         driven = Driver(loaded, capabilities=capabilities(*which), cache=cached, ssd=ssd, inbox=inbox)
         driven.submit(request("x", prompt(440), 30))
         rows: list[int] = []
-        driven.run(lambda turn: rows.append(driven.engine._lane.nbytes))
+        driven.run(lambda turn: rows.append(driven.engine._executor.lane.nbytes))
         settle(cached, inbox)
         records = [node.records[Kind.KV] for node in cached.tree.nodes() if node.full and Kind.KV in node.records]
         packed = [record for record in records if record.arrays[0].dtype == mx.uint32]  # type: ignore[attr-defined]

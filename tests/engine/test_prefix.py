@@ -365,7 +365,7 @@ def test_rows_prompts_and_blocks_stay_below_one_limit() -> None:
 
     def watch(turn: int) -> None:
         nonlocal most
-        most = max(most, driven.engine._held_bytes() + cached.nbytes)
+        most = max(most, driven.engine._executor.nbytes + cached.nbytes)
         check_memory(cached)
 
     arrivals = {turn * 25: request(f"r{turn}", prompt(150, seed=turn % 3), 60, temperature=0.5) for turn in range(14)}

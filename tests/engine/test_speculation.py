@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from engine_driver import Driver, Outcome, prefix_cache
+from engine_driver import PACKED_TIE, Driver, Outcome, prefix_cache
 from guessing_support import (
     GUESSED,
     Oracle,
@@ -95,7 +95,7 @@ def test_blocks_filled_by_bursts_are_those_of_plain_decoding(kind: str, bits: in
         without, with_drafts = outcomes
         assert with_drafts.tokens == without.tokens
         assert [one.logprob for one in with_drafts.logprobs] == pytest.approx(
-            [one.logprob for one in without.logprobs], abs=1e-4
+            [one.logprob for one in without.logprobs], abs=PACKED_TIE if bits else 1e-4
         )
         assert with_drafts.prefix == without.prefix
         assert with_drafts.accepted > 20

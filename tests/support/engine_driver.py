@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
+from kvarn.engine.executor import Executor
 from kvarn.engine.guessing import Guessing
 from kvarn.engine.link import Inbox
 from kvarn.engine.loop import Engine
@@ -104,7 +105,7 @@ class Driver:
             self.scheduler,
             costs,
             limit_bytes,
-            self.prefixes,
+            Executor(model, self.capabilities, limit_bytes, self.prefixes),
             self.guessing,
             self.inbox,
             self,
