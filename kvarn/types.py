@@ -351,6 +351,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     """Of keys and values in a row, in a cached block and on the SSD, in layers whose cache grows with the context."""
     max_rows: int
+    ranks: int = 1
+    """Processes that run it together; bytes are of each."""
     fingerprint: str
     """sha256 over the content of weights and config, hex."""
     weight_bytes: int = 0

@@ -6,11 +6,14 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 
+from kvarn.engine.executor import ALONE
 from kvarn.engine.guessing import Guessing
+from kvarn.engine.orders import Ranks, Trial
 from kvarn.model.load import LoadedModel, ModelError, load
 from kvarn.model.probe import Capabilities, remembered_probe
 from kvarn.model.prompt import new_prompt
@@ -66,6 +69,8 @@ def guessing(
     content: str,
     draft: LoadedDraft | None,
     draft_bytes: int,
+    world: int = 1,
+    ranks: Ranks = ALONE,
 ) -> tuple[Guessing, list[SpecMode]]:
     """What guesses, and in which modes. ``content``: digest of the served model's folder."""
     modes: list[SpecMode] = []
@@ -73,8 +78,8 @@ def guessing(
         modes = [SpecMode.NGRAM, *([SpecMode.DRAFT] if draft is not None else [])]
     curve = Curve()
     if capabilities.slots and settings.default.mode is not SpecMode.OFF:
-        about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()))
-        curve = remembered(Curve, about, lambda: _curve(model, capabilities), lambda found: found != Curve())
+        about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(world))
+        curve = remembered(Curve, about, lambda: _curve(model, capabilities, ranks), lambda found: found != Curve())
         costs.observe_decode(1, 0, curve.at(1))
     drafter = None
     controller = Controller(costs, Pace(curve))
@@ -88,7 +93,24 @@ def guessing(
     return Guessing(settings, modes, most, model.vocab_size, controller, drafter), modes
 
 
-def _curve(model: LoadedModel, capabilities: Capabilities) -> Curve:
+def _curve(model: LoadedModel, capabilities: Capabilities, ranks: Ranks) -> Curve:
+    forward_seconds = trial(model, capabilities)
+
+    def together(tokens: int) -> float:
+        ranks.tell(Trial(tokens))
+        return forward_seconds(tokens)
+
+    try:
+        return measured(together, min(MOST_DRAFT_TOKENS + 1, model.context_length))
+    except Exception:  # model code raises what it likes, and the model runs without this
+        if ranks.several:
+            raise
+        log.exception("the pace of forwards with draft tokens could not be measured")
+        return Curve()
+
+
+def trial(model: LoadedModel, capabilities: Capabilities) -> Callable[[int], float]:
+    """What runs a row of so many tokens and tells how many seconds that took."""
     lane = capabilities.lane(model)
     lane.adopt(new_prompt(model.network, model.form))
 
@@ -100,8 +122,4 @@ def _curve(model: LoadedModel, capabilities: Capabilities) -> Curve:
         lane.advance([0])
         return time.monotonic() - begun
 
-    try:
-        return measured(forward_seconds, min(MOST_DRAFT_TOKENS + 1, model.context_length))
-    except Exception:  # model code raises what it likes, and the model runs without this
-        log.exception("the pace of forwards with draft tokens could not be measured")
-        return Curve()
+    return forward_seconds

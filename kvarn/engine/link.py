@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from kvarn.engine.orders import Offered
 from kvarn.prefix.disk.events import SsdEvent
 from kvarn.wire import HEADER, Beat, FromEngine, Stop, ToEngine, WireError, decode_to_engine, encode, frame_length
 
 BEAT_SECONDS = 0.5
 
-Inbox = queue.SimpleQueue[ToEngine | SsdEvent]
-"""What the engine thread takes from: messages of the front end and what the SSD tier's threads have to say."""
+Inbox = queue.SimpleQueue[ToEngine | SsdEvent | Offered]
+"""What the engine thread takes from: messages of the front end, what the SSD tier's threads have to say, and what other
+ranks offer."""
 
 
 class Outbox(Protocol):

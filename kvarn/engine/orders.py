@@ -95,7 +95,7 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag=True):
 Order = Arrive | Begin | Prefill | SetAside | Depart | Decode | Launch | Took | Fit | Trim | Trial | Close
 
 
-class Offered(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class Offered(msgspec.Struct, frozen=True, tag=True):
     """What a rank can restore of a waiting request now; ``held``: more is being read from its disk."""
 
     rank: int

@@ -18,7 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from msgspec import structs
 
-from kvarn.engine.link import Inbox
 from kvarn.engine.orders import Ranks
 from kvarn.engine.sequence import Sequence
 from kvarn.kv.format import KvFormat
@@ -65,6 +64,13 @@ class Cut(NamedTuple):
 
     def arrays(self) -> list[mx.array]:
         return [self.sound, *(array for record in self.records.values() for array in record.arrays)]
+
+
+class Events(Protocol):
+    """A queue in which the SSD tier's events come, and perhaps other things."""
+
+    def get(self, *, timeout: float) -> object:
+        """The next one. Raises queue.Empty."""
 
 
 class Waiting(Protocol):
@@ -144,8 +150,8 @@ class Prefixes:
         """Seconds after which a request that waits for the disk goes on without it; None: nobody waits."""
         return None if self._patient_until is None else max(0.0, self._patient_until - now)
 
-    def close(self, inbox: Inbox) -> None:
-        """Save what an orderly stop should keep, within FLUSH_SECONDS."""
+    def close(self, inbox: Events) -> None:
+        """Save what an orderly stop should keep, within FLUSH_SECONDS; ``inbox`` has what the SSD tier says of it."""
         if self._cache is None or self._ssd is None:
             return
         ends = time.monotonic() + FLUSH_SECONDS
@@ -181,6 +187,15 @@ class Prefixes:
         """Restore at most so much of a waiting request, until told otherwise."""
         if sequence.visit is not None:
             sequence.visit.cap(ceiling)
+
+    def restorable(self, sequence: Sequence, most: int, check: bool) -> int:
+        """How much of a waiting request can be restored now, up to ``most``, as rank 0 has planned it. ``check``: what
+        it computes is to be compared."""
+        if self._cache is None or sequence.visit is None:
+            return 0
+        sequence.visit.cap(most)
+        sequence.visit.check = check
+        return self._cache.claim(sequence.visit, disk=False).position if most else 0
 
     def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, ranks: Ranks | None = None) -> None:
         """Tell the scheduler what can be restored for whom, by all ``ranks``. Call it right before each plan."""

@@ -25,10 +25,7 @@ def serve(connection: socket.socket) -> int:
         library = blas.prepare()
         from kvarn.engine.boot import boot
 
-        start = link.inbox.get()
-        if not isinstance(start, Start) or start.version != VERSION:
-            raise ValueError(f"the first message must be a Start of version {VERSION}, got {start!r}")
-        boot(start, library, link).run()
+        boot(first_message(link), library, link).run()
     except Exception as error:  # the last stop of the process: the front end must hear why before it goes
         log.exception("the engine cannot go on")
         link.send(Fatal(str(error) or type(error).__name__))
@@ -36,3 +33,11 @@ def serve(connection: socket.socket) -> int:
     finally:
         link.close()
     return 0
+
+
+def first_message(link: Link) -> Start:
+    """What the front end says first. Raises ValueError when that is something else."""
+    start = link.inbox.get()
+    if not isinstance(start, Start) or start.version != VERSION:
+        raise ValueError(f"the first message must be a Start of version {VERSION}, got {type(start).__name__}")
+    return start

@@ -21,6 +21,7 @@ from kvarn.model import attention
 from kvarn.model.blocks import BlockFormat, block_format
 from kvarn.model.memory import total_memory
 from kvarn.model.rotary import share_angles
+from kvarn.model.shard import CannotShard, Group, shard
 from kvarn.model.upstream import (
     cache_arrays,
     cache_bytes,
@@ -77,9 +78,14 @@ class LoadedModel:
 
 
 def load(
-    folder: Path, context_length: int, progress: Callable[[float], None], packing: KvPacking = UNPACKED
+    folder: Path,
+    context_length: int,
+    progress: Callable[[float], None],
+    packing: KvPacking = UNPACKED,
+    group: Group | None = None,
 ) -> LoadedModel:
-    """Load ``folder``; ``context_length`` 0 means the model's own. ``progress`` gets a fraction in [0, 1].
+    """Load ``folder``, or this rank's share of it; ``context_length`` 0 means the model's own. ``progress`` gets a
+    fraction in [0, 1].
 
     Raises ModelError when the folder is not a model that mlx-lm can run.
     """
@@ -91,8 +97,13 @@ def load(
     if on_cpu:
         network = _in_float32(network)
         share_angles(network)
-        if shutil.which(COMPILER) is None:
-            mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
+    if group is not None:
+        try:
+            shard(network, config, group)
+        except CannotShard as error:
+            raise ModelError(str(error)) from error
+    if on_cpu and shutil.which(COMPILER) is None:
+        mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network, on_cpu)
     _evaluate(network, progress)
     own_context = _own_context(config)

@@ -25,19 +25,25 @@ def remembered(
     kind: type[Finding], about: tuple[str, ...], find: Callable[[], Finding], worth: Callable[[Finding], bool]
 ) -> Finding:
     """What these versions found ``about`` something before, else what ``find`` finds, kept if it is ``worth`` it."""
-    versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
-    identity = "|".join([kind.__name__, *about, __version__, *versions, str(mx.default_device())])
-    path = cache_root() / "probes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError):  # not found out yet, or not readable
+    found = recall(kind, about)
+    if found is None:
         found = find()
         if worth(found):
-            _keep(path, found)
-        return found
+            keep(found, about)
+    return found
 
 
-def _keep(path: Path, found: msgspec.Struct) -> None:
+def recall(kind: type[Finding], about: tuple[str, ...]) -> Finding | None:
+    """What these versions found ``about`` something before; None when nothing, or it cannot be read."""
+    try:
+        return msgspec.json.decode(_path(kind, about).read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def keep(found: msgspec.Struct, about: tuple[str, ...]) -> None:
+    """Remember it for the next start."""
+    path = _path(type(found), about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -45,3 +51,9 @@ def _keep(path: Path, found: msgspec.Struct) -> None:
         Path(file.name).replace(path)
     except OSError:
         return
+
+
+def _path(kind: type[msgspec.Struct], about: tuple[str, ...]) -> Path:
+    versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
+    identity = "|".join([kind.__name__, *about, __version__, *versions, str(mx.default_device())])
+    return cache_root() / "probes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
