@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from kvarn.observe.log import kv
 from kvarn.prefix.cache import PrefixCache
 from kvarn.prefix.disk.events import Loaded, Opened, SsdEvent
 from kvarn.prefix.records import BLOCK, Kind
+from kvarn.prefix.visit import Offer, Visit
 from kvarn.schedule.budget import PREFILL_STEP, capacity_bucket
 from kvarn.types import PrefixLoad, PrefixReport
 
@@ -210,15 +212,28 @@ class Prefixes:
             if done:
                 waiting.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
             else:
-                ceiling, held = ranks.ceiling(name) if ranks is not None else (None, False)
-                if ceiling is not None:
-                    visit.cap(ceiling)
-                offer = self._cache.offer(visit, now)
+                offer = self._offer_by_all(name, visit, now, ranks)
                 sequences[name].branch = visit.match.depth if self._form.layout.state else 0
-                waiting.offer(name, offer.position, offer.wants, offer.held or held, sequences[name].branch)
+                waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
+
+    def _offer_by_all(self, name: str, visit: Visit, now: float, ranks: Ranks | None) -> Offer:
+        """What all ranks can restore: no more than the one that has least, which may still be reading."""
+        assert self._cache is not None
+        ceiling, held = ranks.ceiling(name) if ranks is not None else (None, False)
+        if ceiling is None:
+            return self._cache.offer(visit, now)
+        if ceiling > visit.match.ceiling:
+            visit.cap(ceiling)
+        offer = self._cache.offer(visit, now)
+        if offer.held or offer.position <= ceiling:
+            return offer
+        if held:
+            return replace(offer, held=True)
+        visit.cap(ceiling)
+        return self._cache.offer(visit, now)
 
     # --- reading a prompt -------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ LEAST_CONTEXT = 256
 LEAST_KV_BYTES = 256 * 1024 * 1024
 OPEN_SECONDS = 10.0
 """How long the start waits for the SSD tier's index."""
+OTHERS_SECONDS = 1.0
+"""Longer than rank 0 another rank may read from its disk."""
 BUFFER_CACHE_BYTES = 512 * 1024 * 1024
 """Freed buffers MLX may keep for reuse; without a limit they grow to the largest prompt ever read."""
 LONGEST_TOLD = 1 << 21
@@ -158,7 +160,13 @@ def _prefixes(
             opened.set()
 
     ssd = SsdTier(folder, namespace, settings.label, limits, notify)
-    cache.attach(ssd, SavePolicy(settings.ssd_policy), lambda start, tokens: costs.prefill_ms(start, tokens) / 1000)
+
+    def prefill_seconds(start: int, tokens: int) -> float:
+        seconds = costs.prefill_ms(start, tokens) / 1000
+        # Rank 0 decides whether reading pays; the others read, unless it takes far too long.
+        return seconds if party.rank == 0 else OTHERS_SECONDS + 2 * seconds
+
+    cache.attach(ssd, SavePolicy(settings.ssd_policy), prefill_seconds)
     ssd.start()
     if not opened.wait(OPEN_SECONDS):  # so that the first requests find what is on disk
         log.warning("the SSD tier is still opening", extra=kv(seconds=OPEN_SECONDS))

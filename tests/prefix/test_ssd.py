@@ -506,6 +506,7 @@ def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypa
 
 def test_a_locked_index_at_the_start_is_said_and_got_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("kvarn.prefix.disk.writer.OPEN_SECONDS", 0.5)
     heads = chain(2)
     with running(tmp_path) as tier:
         tier.save(*heads)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_two_processes_share_a_folder(tmp_path: Path, room: int) -> None:
         assert {file_of(tmp_path, entry) for entry in tier.opened.entries} == set(files)
         assert len(files) == min(48, room)
         assert not tier.listener.of(Found)
+
+
+def test_a_folder_that_another_is_just_opening_is_waited_for(tmp_path: Path) -> None:
+    """Servers and ranks that start together: none of them may take the folder for an empty one."""
+    heads = chain(3)
+    with running(tmp_path) as tier:
+        tier.save(*heads)
+    with ExitStack() as held:
+        held.enter_context(Files().locked(tmp_path / "index.lock"))
+        threading.Timer(0.2, held.close).start()
+        with running(tmp_path) as tier:
+            assert tier.opened.problem == ""
+            assert {entry.id for entry in tier.opened.entries} == {head.id for head in heads}
 
 
 def test_a_file_removed_by_another_is_a_miss(tmp_path: Path) -> None:

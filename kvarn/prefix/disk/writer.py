@@ -35,6 +35,8 @@ BATCH = 16
 """Writes whose rows share a transaction, at most."""
 BATCH_BYTES = 64 << 20
 """Bytes written until their rows are entered, so that the engine gets its memory back."""
+OPEN_SECONDS = 5.0
+"""How long other processes may keep the tier from opening until it says that it is empty."""
 TOUCH_SECONDS = 1.0
 """How long uses are gathered before they are stored."""
 CLOSING = "the tier is closing"
@@ -101,6 +103,15 @@ class DiskWriter:
 
     def _run(self) -> None:
         self._guarded(self._open)
+        patience = time.monotonic() + OPEN_SECONDS
+        while self._pause.until and not self._pause.reason and self._inbox.deadline is None:
+            # Another process is opening the folder, or is busy with it: it will not be for long.
+            if self._pause.until > patience:
+                break
+            self._absorb(self._inbox.take(self._pause.until, BATCH))
+            if not self._pause.active:
+                self._pause.end()
+                self._guarded(self._open)
         self._say(Opened(self._keeper.valid(self._namespace), self._problem()))
         self._opened = True
         while self._inbox.deadline is None:
