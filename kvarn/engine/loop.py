@@ -261,21 +261,26 @@ class Engine:
 
     def _begin(self, chunks: tuple[PrefillChunk, ...]) -> None:
         """Give every prompt that starts in this step its cache, restored up to its first chunk."""
-        begun = []
+        begun: list[Delta] = []
+        refused: set[str] = set()
+        """Requests of which some rank has less than was planned with; all their chunks wait for another step."""
         for chunk in chunks:
             sequence = self._sequences[chunk.id]
-            if sequence.prompt is None and not sequence.ended:
-                try:
-                    there = self._executor.begin(chunk.id, chunk.start)
-                except GroupBroken:
-                    raise
-                except Exception as error:  # model code raises what it likes; only this request needs what failed
-                    log.exception("restoring the prefix of request %s failed", chunk.id)
-                    self._end(chunk.id, error)
-                else:
-                    if there and not sequence.begun:
-                        sequence.begun = True
-                        begun.append(Delta(chunk.id, [], prefix=sequence.report))
+            if sequence.prompt is not None or sequence.ended or chunk.id in refused:
+                continue
+            try:
+                there = self._executor.begin(chunk.id, chunk.start)
+            except GroupBroken:
+                raise
+            except Exception as error:  # model code raises what it likes; only this request needs what failed
+                log.exception("restoring the prefix of request %s failed", chunk.id)
+                self._end(chunk.id, error)
+                continue
+            if not there:
+                refused.add(chunk.id)
+            elif not sequence.begun:
+                sequence.begun = True
+                begun.append(Delta(chunk.id, [], prefix=sequence.report))
         if begun:
             self._outbox.send(Deltas(begun))
 

@@ -14,6 +14,7 @@ import threading
 import msgspec
 
 from kvarn.observe.log import configure
+from kvarn.parallel.lifeline import die_with_parent
 from kvarn.types import GroupSettings
 
 
@@ -23,6 +24,7 @@ def main() -> int:
     descriptor = parser.parse_args().fd
     configure(os.environ.get("KVARN_LOG_LEVEL", "info"), os.environ.get("KVARN_LOG_FORMAT", "text"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides when we stop
+    die_with_parent()
     from kvarn.parallel import process
 
     if descriptor is not None:

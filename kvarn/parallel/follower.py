@@ -39,6 +39,7 @@ from kvarn.model.shard import Group, agreement
 from kvarn.observe.log import kv
 from kvarn.parallel.backend import machine, versions
 from kvarn.parallel.channel import Channel, ChannelError
+from kvarn.parallel.lifeline import LOST_STATUS
 from kvarn.parallel.messages import (
     Alive,
     Broken,
@@ -131,12 +132,12 @@ class Rank:
         with contextlib.suppress(ChannelError, OSError):
             self._channel.send(encode(message))
 
-    def fail(self, reason: str) -> NoReturn:
+    def fail(self, reason: str, status: int = 1) -> NoReturn:
         """Tell rank 0 and end this process, whatever its other threads are doing: a collective cannot be woken."""
         log.error("this rank cannot go on", extra=kv(rank=self.rank, reason=reason))
         self.say(Broken(reason))
         logging.shutdown()
-        os._exit(1)
+        os._exit(status)
 
     def close(self) -> None:
         """Part in order; rank 0 may be gone already."""
@@ -162,17 +163,17 @@ class Rank:
                 self._pulse.heard(0)
                 message = decode_from_leader(body)
                 if isinstance(message, Broken):
-                    self.fail(f"rank 0 ended the group: {message.reason}")
+                    self.fail(f"rank 0 ended the group: {message.reason}", LOST_STATUS)
                 if not isinstance(message, Alive):
                     self.inbox.put(message)
                 if isinstance(message, Told) and isinstance(message.order, Close):
                     return  # rank 0 may be gone before we have saved everything
         except (ChannelError, OSError) as error:
-            self.fail(f"the connection to rank 0 failed: {error}")
-        self.fail("rank 0 is gone")
+            self.fail(f"the connection to rank 0 failed: {error}", LOST_STATUS)
+        self.fail("rank 0 is gone", LOST_STATUS)
 
     def _silent(self, rank: int, seconds: float) -> None:
-        self.fail(f"rank {rank} has not been heard of for {seconds:.0f} s")
+        self.fail(f"rank {rank} has not been heard of for {seconds:.0f} s", LOST_STATUS)
 
 
 class Worker:
