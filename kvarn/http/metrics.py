@@ -212,6 +212,8 @@ def _engine(to: Families, service: Service, beat: Beat) -> None:
     states = [(state.value, state is client.state) for state in EngineState]
     to.gauges("kvarn_engine_state", "The engine's state (1), and the others (0).", ("state",), states)
     to.counter("kvarn_engine_restarts", "Engines started after the first.", client.counts.restarts)
+    ranks = client.info.ranks if client.info is not None else 0
+    to.gauge("kvarn_engine_ranks", "Processes that run the model together; 0 before they do.", ranks)
     stuck = client.watchdog.stuck_seconds if client.beat is not None else 0.0
     to.gauge("kvarn_engine_stuck_seconds", "For how long there has been work and no step.", stuck)
     to.gauge(

@@ -39,6 +39,7 @@ def _model(service: Service) -> dict[str, object]:
             "device": info.device,
             "blas": info.blas,
             "max_rows": info.max_rows,
+            "ranks": info.ranks,
             "kv_bytes_per_token": info.kv_bytes_per_token,
             "kv_format": info.kv_format,
             "fingerprint": info.fingerprint,

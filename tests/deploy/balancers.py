@@ -1,0 +1,113 @@
+"""nginx and HAProxy on loopback with the files that we ship; only addresses, ports and paths are other ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = {
+    "nginx": ROOT / "deploy" / "nginx" / "kvarn.conf",
+    "haproxy": ROOT / "deploy" / "haproxy" / "kvarn.cfg",
+}
+# Debian keeps both where only root's PATH leads.
+_WHERE = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
+PROGRAMS = {name: shutil.which(name, path=_WHERE) for name in SHIPPED}
+START_SECONDS = 30
+_NGINX = """
+daemon off;
+error_log stderr;
+pid {folder}/nginx.pid;
+{user}
+worker_processes 2;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/kvarn.conf;
+}}
+"""
+
+
+class Balancer:
+    """A program that runs, or could run, in front of two replicas."""
+
+    def __init__(self, name: str, folder: Path, replicas: Sequence[str]) -> None:
+        """``replicas`` are addresses with ports."""
+        self.name = name
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        program = PROGRAMS[name]
+        assert program is not None
+        text = _of(SHIPPED[name].read_text(encoding="utf-8"), replicas)
+        if name == "nginx":
+            text = _with(
+                text, {"listen 8080;": f"listen 127.0.0.1:{self.port};", "/var/log/nginx/kvarn.log": f"{folder}/log"}
+            )
+            (folder / "kvarn.conf").write_text(text)
+            # Started by root, the workers would otherwise be nobody, who may not enter the tests' folders.
+            user = "user root;" if os.geteuid() == 0 else ""
+            (folder / "nginx.conf").write_text(_NGINX.format(folder=folder, user=user))
+            self.command = [program, "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
+            self.check = [*self.command, "-t"]
+        else:
+            text = _with(text, {"bind :8080": f"bind 127.0.0.1:{self.port}"})
+            (folder / "kvarn.cfg").write_text(text)
+            self.command = [program, "-db", "-f", str(folder / "kvarn.cfg")]
+            self.check = [*self.command, "-c"]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        # What it says goes to a file: nobody would empty a pipe.
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen(self.command, stdout=said, stderr=said)
+            try:
+                deadline = time.monotonic() + START_SECONDS
+                while not self._listens():
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        said.seek(0)
+                        raise AssertionError(said.read())
+                    time.sleep(0.01)
+                yield
+            finally:
+                process.terminate()
+                process.wait(20)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _of(text: str, replicas: Sequence[str]) -> str:
+    """The file for these replicas: those that it does not name get a line like the last one."""
+    for number in range(3, len(replicas) + 1):
+        [last] = [line for line in text.splitlines(keepends=True) if f"127.0.0.1:{7999 + number}" in line]
+        changes = {f":{7999 + number}": f":{8000 + number}"}
+        changes |= {f"{word}{number - 1}": f"{word}{number}" for word in ("replica-", "id ") if word in last}
+        text = text.replace(last, last + _with(last, changes))
+    return _with(text, {f"127.0.0.1:{8001 + number}": replica for number, replica in enumerate(replicas)})
+
+
+def _with(text: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
