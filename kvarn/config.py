@@ -13,14 +13,14 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_origin
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
 
 from kvarn.hub.cache import cache_root
+from kvarn.reference import allowed, default, page
 from kvarn.types import GRID, GROUP_SIZES, MOST_DRAFT_TOKENS, KvPacking, SpecMode, SpecSettings, Speculation
-from kvarn.values import MOST_BYTES, MOST_COUNT, SECONDS, SIZES, Duration, Hosts, Origins, Size, Words, seconds
+from kvarn.values import MOST_COUNT, Command, Duration, Hosts, Origins, RealPath, Silence, Size, Words
 
 
 class ConfigError(Exception):
@@ -28,6 +28,9 @@ class ConfigError(Exception):
 
 
 LEAST_BODY = 1024
+MOST_RANKS = 64
+MOST_TP_PORT = 65535 - 1024
+"""The ports of the backend come behind it."""
 
 
 class ServeConfig(BaseModel):
@@ -84,7 +87,7 @@ class ServeConfig(BaseModel):
         le=MOST_COUNT,
         description="Compute one in so many cache hits afresh and compare; 0: never. For the distrustful.",
     )
-    cache_dir: Path | None = Field(
+    cache_dir: RealPath | None = Field(
         None, description="Folder of the SSD tier. Default: prefix in the folder where models are cached."
     )
     cache_ssd: Size = Field(
@@ -132,6 +135,49 @@ class ServeConfig(BaseModel):
         validate_default=True,
         description="A smaller model with the same tokens that guesses ahead: named like MODEL. Needed where spec is "
         "draft; with another spec, requests may ask for it.",
+    )
+    tp: int = Field(
+        0,
+        ge=0,
+        le=MOST_RANKS,
+        description="Processes, called ranks, that share the model, each with its part of the weights (tensor "
+        "parallel); 0: as many as the hostfile or mlx.launch says, else 1.",
+    )
+    hostfile: RealPath | None = Field(
+        None,
+        description="JSON file with the machines that share the model, one rank each, in the format of mlx.launch; "
+        "the first is this one. Default: all ranks are on this machine.",
+    )
+    tp_backend: Literal["auto", "ring", "jaccl", "jaccl-ring", "nccl", "mpi"] = Field(
+        "auto",
+        description="What the ranks exchange tensors with; auto: what the hostfile or mlx.launch says, else ring.",
+    )
+    tp_host: str = Field(
+        "",
+        description="Address at which the other ranks find rank 0. Default: its first address in the hostfile, else "
+        "127.0.0.1.",
+    )
+    tp_port: int = Field(
+        0,
+        ge=0,
+        le=MOST_TP_PORT,
+        description="Port at which the other ranks find rank 0; the ports of the backend follow it. 0: free ones "
+        "where all ranks are on this machine, else 32322.",
+    )
+    tp_secret_file: RealPath | None = Field(
+        None,
+        description="File with a secret of at least 16 characters, the same on all machines, for ranks that "
+        "mlx.launch or mpirun started. KVARN_TP_SECRET may have it instead. Default: a new one at every start.",
+    )
+    tp_silence: Silence = Field(
+        5.0,
+        description="A rank that has not been heard of for so long is given up: all are killed and started again.",
+    )
+    tp_python: str = Field(
+        "", description="Python that has Kvarn on the other machines. Default: where it is on this one."
+    )
+    tp_ssh: Command = Field(
+        "ssh", description="How the other machines are reached, such as ssh -F FILE; the rest is added to it."
     )
     max_waiting: int = Field(
         512, ge=1, le=MOST_COUNT, description="Most answers waiting for the engine; further ones get a 429."
@@ -184,7 +230,7 @@ class ServeConfig(BaseModel):
         repr=False,
         description="Keys that clients must show one of, separated by commas. A file or KVARN_API_KEY hides them.",
     )
-    api_key_file: Path | None = Field(
+    api_key_file: RealPath | None = Field(
         None, description="File with one key per line, a name before it if you like. Read again on SIGHUP."
     )
     allowed_hosts: Hosts = Field(
@@ -196,8 +242,8 @@ class ServeConfig(BaseModel):
         (),
         description="Web pages that may call the server, separated by commas, such as https://example.org; * for any.",
     )
-    tls_certificate: Path | None = Field(None, description="PEM file with the certificate chain: serve HTTPS.")
-    tls_key: Path | None = Field(
+    tls_certificate: RealPath | None = Field(None, description="PEM file with the certificate chain: serve HTTPS.")
+    tls_key: RealPath | None = Field(
         None, validate_default=True, description="PEM file with the certificate's private key."
     )
     drain_seconds: float = Field(
@@ -212,18 +258,6 @@ class ServeConfig(BaseModel):
     def cache_folder(self) -> Path:
         """Where the SSD tier is."""
         return self.cache_dir if self.cache_dir is not None else default_cache_folder()
-
-    @field_validator("cache_dir", "api_key_file", "tls_certificate", "tls_key", mode="before")
-    @classmethod
-    def _real_path(cls, value: object) -> object:
-        if isinstance(value, str):
-            if not value.strip() or "\0" in value:
-                raise ValueError("must be a path")
-            try:
-                return Path(value).expanduser()
-            except RuntimeError:
-                raise ValueError("must be a path; there is no such user") from None
-        return value
 
     @field_validator("tls_key")
     @classmethod
@@ -302,7 +336,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting; none has a default, so that the environment can speak where the flag is absent."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings, named like the flags.")
     for name, field in ServeConfig.model_fields.items():
-        shown = f" Default: {_default(field)}." if _default(field) else ""
+        shown = f" Default: {default(field)}." if default(field) else ""
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -312,59 +346,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _default(field: FieldInfo) -> str:
-    """A default as one would write it; empty where there is none to write."""
-    value: object = field.default
-    if value in ("", None, ()):
-        return ""
-    if isinstance(value, ByteSize):
-        unit = next((unit for unit in SIZES if value and value % SIZES[unit] == 0), "")
-        return f"{value // SIZES.get(unit, 1)}{unit}"
-    if isinstance(value, float):
-        units = SECONDS if any(getattr(part, "func", None) is seconds for part in field.metadata) else {"": 1.0}
-        unit = next((unit for unit in reversed(units) if value and value % units[unit] == 0), "")
-        return f"{value / units.get(unit, 1.0):g}{unit}"
-    return str(value)
-
-
-def _allowed(field: FieldInfo) -> str:
-    """The values or the range of a setting, where there is more to say than its kind."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(get_args(field.annotation))
-    low = next((part.ge for part in field.metadata if hasattr(part, "ge")), None)
-    high = next((part.le for part in field.metadata if hasattr(part, "le")), None)
-    if high is None or high in (MOST_COUNT, MOST_BYTES):
-        return "" if low is None else f"from {low}"
-    return f"{low} to {high}"
-
-
 def reference() -> str:
     """docs/configuration.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "Settings of `kvarn serve`, as flags (`--max-batch 8`), as environment variables (`KVARN_MAX_BATCH=8`) or in",
-        "a TOML file given with `--config` or `KVARN_CONFIG` (`max_batch = 8`). A flag wins over a variable, and that",
-        "over the file. Sizes take units (`8GB`, `512MiB`), durations too (`90s`, `30m`, `12h`, `7d`), lists are",
-        "separated by commas. A bad value stops the start with a message that names it and what is allowed.",
-        "",
-        "```toml",
-        "port = 9000",
-        "max_batch = 16",
-        'cache_ram = "8GB"',
-        'api_key_file = "~/.config/kvarn/keys"',
-        'allowed_hosts = ["chat.example.org", "localhost"]',
-        "```",
-        "",
-        "API keys, HTTPS, hosts and web pages: [security.md](security.md). Written by `make reference`.",
-        "",
-        "| setting | default | allowed | meaning |",
-        "|---|---|---|---|",
-    ]
-    for name, field in ServeConfig.model_fields.items():
-        default = f"`{_default(field)}`" if _default(field) else ""
-        lines.append(f"| `{name}` | {default} | {_allowed(field)} | {field.description} |")
-    return "\n".join(lines) + "\n"
+    return page(ServeConfig.model_fields)
 
 
 def read_config(
@@ -387,7 +371,7 @@ def read_config(
         name = str(first["loc"][0])
         wrong = str(first["msg"]).removeprefix("Value error, ")
         field = ServeConfig.model_fields[name]
-        if _allowed(field) and not wrong.startswith("must") and get_origin(field.annotation) is not Literal:
-            wrong += f"; allowed is {_allowed(field)}"
+        if allowed(field) and not wrong.startswith("must") and get_origin(field.annotation) is not Literal:
+            wrong += f"; allowed is {allowed(field)}"
         got = repr(given.get(name)) if field.repr else "something that is not shown"
         raise ConfigError(f"{source.get(name, name)}: {wrong} (got {got})") from error

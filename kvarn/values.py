@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
@@ -71,11 +73,39 @@ def origins(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(origin.lower() for origin in value)
 
 
+def real_path(value: object) -> object:
+    """A path without ``~``; what is not a text is left for pydantic to judge."""
+    if isinstance(value, str):
+        if not value.strip() or "\0" in value:
+            raise ValueError("must be a path")
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError("must be a path; there is no such user") from None
+    return value
+
+
+def command(value: str) -> str:
+    """Refuses what a shell could not take apart into words."""
+    try:
+        found = shlex.split(value)
+    except ValueError:
+        found = []
+    if not found or "\0" in value:
+        raise ValueError("must be a command, with its options if you like, quoted as for a shell")
+    return value
+
+
 Duration = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(seconds)]
 """Seconds; texts may carry a unit."""
+Silence = Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False), BeforeValidator(seconds)]
+"""Seconds between words of somebody who speaks twice a second; texts may carry a unit."""
 Words = Annotated[tuple[str, ...], BeforeValidator(words), AfterValidator(full)]
 """Texts; given as one, they are separated by commas."""
 Size = Annotated[ByteSize, Field(le=MOST_BYTES), BeforeValidator(size)]
 """Bytes; texts may carry a unit."""
 Hosts = Annotated[Words, AfterValidator(hosts)]
 Origins = Annotated[Words, AfterValidator(origins)]
+RealPath = Annotated[Path, BeforeValidator(real_path)]
+Command = Annotated[str, AfterValidator(command)]
+"""Words as for a shell: a program and its first arguments."""

@@ -14,6 +14,8 @@ from typing import Protocol, cast
 from kvarn import __version__
 
 COMMANDS = ("serve", "chat", "bench", "pull", "doctor", "cache", "service")
+INTERNAL = ("rank",)
+"""Commands that people do not give, so that no help names them."""
 
 
 class Command(Protocol):
@@ -26,7 +28,7 @@ class Command(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    wanted = [name for name in COMMANDS if name == (given[0] if given else "")] or list(COMMANDS)
+    wanted = [name for name in (*COMMANDS, *INTERNAL) if name == (given[0] if given else "")] or list(COMMANDS)
     parser = argparse.ArgumentParser(prog="kvarn", description="Serve language models on MLX.")
     parser.add_argument("--version", action="version", version=f"kvarn {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

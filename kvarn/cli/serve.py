@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -23,7 +21,11 @@ from typing import TYPE_CHECKING
 
 from kvarn import wire
 from kvarn.cli.certificate import BadCertificate, Certificate
+from kvarn.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
+from kvarn.cli.group import input_ended, keep, layout_of, log_environment, rank_plan
+from kvarn.cli.listen import allow_files, bind, loopback
 from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
+from kvarn.client.ranks import RANK_COMMAND, RankPlan
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
 from kvarn.http.keys import BadKeys, Keys
 from kvarn.observe.log import configure, kv
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
     from kvarn.http.service import Service
-    from kvarn.hub.source import ResolvedModel
 
 log = logging.getLogger("kvarn.serve")
 
@@ -49,10 +50,6 @@ CLOSE_SECONDS = 2
 
 SPARE_FILES = 256
 """Open files beyond the connections."""
-
-
-class StartError(Exception):
-    """The server cannot start; the message is for the user."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -74,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = read_config({name: getattr(args, name) for name in ServeConfig.model_fields}, file=args.config)
         configure(config.log_level, config.log_format)
+        layout = layout_of(config)
+        if layout is not None and layout.launch is not None and layout.launch.rank:
+            return keep(layout, config, args.model)
         keys = read_keys(config)
         certificate = read_certificate(config)
         listener = bind(config)
@@ -81,89 +81,21 @@ def run(args: argparse.Namespace) -> int:
         model = find_model(args.model)
         draft = find_draft(config)
         front = Front(
-            config, keys, args.model, model.name, model.path, begun, certificate=certificate, draft_path=draft
+            config,
+            keys,
+            args.model,
+            model.name,
+            model.path,
+            begun,
+            certificate=certificate,
+            draft_path=draft,
+            group=rank_plan(layout, config, args.model, model.path) if layout is not None else None,
         )
         asyncio.run(front.serve(listener))
     except (ConfigError, StartError) as error:
         print(f"kvarn serve: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def find_model(name: str) -> ResolvedModel:
-    """The model on this machine, fetched if need be. Raises StartError."""
-    from kvarn.hub.errors import SourceError
-    from kvarn.hub.progress import TerminalProgress
-    from kvarn.hub.source import resolve
-
-    try:
-        return resolve(name, TerminalProgress())
-    except SourceError as error:
-        raise StartError(str(error)) from error
-
-
-def find_draft(config: ServeConfig) -> str:
-    """The folder of the draft model; empty where none is given. Raises StartError."""
-    if not config.draft_model:
-        return ""
-    try:
-        return str(find_model(config.draft_model).path)
-    except StartError as error:
-        raise StartError(f"--draft-model {config.draft_model}: {error}") from error
-
-
-def read_keys(config: ServeConfig) -> Keys:
-    """The API keys. Raises StartError."""
-    try:
-        return Keys(config.api_key, config.api_key_file)
-    except BadKeys as error:
-        raise StartError(str(error)) from error
-
-
-def read_certificate(config: ServeConfig) -> Certificate | None:
-    """What HTTPS is served with, if it is. Raises StartError."""
-    if config.tls_certificate is None or config.tls_key is None:
-        return None
-    try:
-        return Certificate(config.tls_certificate, config.tls_key)
-    except BadCertificate as error:
-        raise StartError(str(error)) from error
-
-
-def bind(config: ServeConfig) -> socket.socket:
-    """Take the address before anything slow happens. Raises StartError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:  # the latter for names that no DNS could have
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StartError(f"--host {config.host} --port {config.port}: cannot listen there: {reason}") from error
-    if not _loopback(listener) and not config.api_key and config.api_key_file is None:
-        log.warning("listening beyond this machine, and anybody who can connect is served", extra=kv(host=config.host))
-    return listener
-
-
-def allow_files(wanted: int) -> None:
-    """Ask the system for so many open files: with fewer, full connections would keep a dead engine from restarting."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
-    except (OSError, ValueError):  # macOS has a second limit, which nothing tells
-        granted = soft
-    if granted < wanted:
-        log.warning("few open files are allowed; lower --max-connections", extra=kv(allowed=granted, wanted=wanted))
-
-
-def _loopback(listener: socket.socket) -> bool:
-    address = str(listener.getsockname()[0])
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 class Front:
@@ -177,19 +109,23 @@ class Front:
         name: str,
         path: Path,
         begun: float,
-        engine_command: Sequence[str] = ENGINE_COMMAND,
+        engine_command: Sequence[str] = (),
         engine_path: str = "",
         certificate: Certificate | None = None,
         draft_path: str = "",
+        group: RankPlan | None = None,
     ) -> None:
-        """``engine_path`` is the model as the engine is told it; default: ``path``."""
+        """``engine_path`` is the model as the engine is told it; default: ``path``. With ``group`` the engine is rank 0
+        of a group of ranks. ``engine_command`` is what it runs, unless it is Kvarn's own."""
         self._config = config
+        self._launched = group is not None and group.layout.launch is not None
         self._keys = keys
         self._begun = begun
         self._path = path
         self._served = config.model_name or name
         self._aliases = frozenset({given, name, path.name})
         self._stop = asyncio.Event()
+        self._signalled = False
         self._certificate = certificate
         start = wire.Start(
             model_path=engine_path or str(path),
@@ -213,14 +149,15 @@ class Front:
             ),
             spec=config.guessing(draft_path),
         )
-        environment = {"KVARN_LOG_LEVEL": config.log_level, "KVARN_LOG_FORMAT": config.log_format}
+        environment = log_environment(config)
         self._client = EngineClient(
             start,
-            command=engine_command,
+            command=engine_command or (RANK_COMMAND if group is not None else ENGINE_COMMAND),
             environment=environment,
             on_ready=self._engine_ready,
             stall_seconds=config.stall_timeout,
             max_restarts=config.max_restarts,
+            group=group,
         )
 
     async def serve(self, listener: socket.socket) -> None:
@@ -260,9 +197,9 @@ class Front:
 
     async def _until_stopped(self, loading: asyncio.Task[None], serving: asyncio.Task[None]) -> None:
         """Wait for the stop signal. Raises StartError when the engine or the tokenizer is lost for good."""
-        stop = asyncio.create_task(self._stop.wait())
+        stop = asyncio.create_task(self._asked_to_stop())
         gone = asyncio.create_task(self._client.gone())
-        waiting: set[asyncio.Task[None] | asyncio.Task[bool]] = {stop, gone, loading, serving}
+        waiting: set[asyncio.Task[None]] = {stop, gone, loading, serving}
         try:
             while not stop.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -277,6 +214,17 @@ class Front:
             stop.cancel()
             gone.cancel()
 
+    async def _asked_to_stop(self) -> None:
+        stop = asyncio.create_task(self._stop.wait())
+        ended = asyncio.create_task(input_ended()) if self._launched else None
+        try:
+            await asyncio.wait({stop, ended} if ended else {stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if ended:
+                ended.cancel()
+        self._stop.set()
+
     def _application(self, listener: socket.socket) -> tuple[Starlette, Service]:
         from kvarn.http.app import create_app
         from kvarn.http.gate import served_hosts
@@ -284,7 +232,7 @@ class Front:
         from kvarn.text.tokenizer import Tokenizer
 
         names = ModelNames(self._served, self._aliases)
-        hosts = served_hosts(self._config.allowed_hosts, self._config.host, _loopback(listener))
+        hosts = served_hosts(self._config.allowed_hosts, self._config.host, loopback(listener))
         return create_app(self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts)
 
     async def _load(self, service: Service, url: str) -> None:
@@ -323,14 +271,20 @@ class Front:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if self._stop.is_set():
+        if self._signalled:
             log.warning("second signal, ending at once", extra=kv(signal=number.name))
             self._client.kill()
             os._exit(128 + number)
+        self._signalled = True
         self._stop.set()
 
     def _reload(self) -> None:
         """SIGHUP: read keys and certificate again. If either cannot be used, both stay as they were."""
+        if (
+            self._launched
+        ):  # over ssh and a terminal, as mlx.launch does it, this is all that tells of the launcher's end
+            self._stop.set()
+            return
         try:
             context = self._certificate.read() if self._certificate is not None else None
             count = self._keys.reload()

@@ -101,7 +101,12 @@ def planned(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -
             placed = _absolute(given) if isinstance(value, Path) else draft if name == "draft_model" else given
             flags.append(f"--{name.replace('_', '-')}={placed}")
     read += [
-        _absolute(given) for given in (args.config, args.api_key_file, args.tls_certificate, args.tls_key) if given
+        _absolute(given)
+        for given in (
+            *(args.config, args.api_key_file, args.tls_certificate, args.tls_key),
+            *(args.hostfile, args.tp_secret_file),
+        )
+        if given
     ]
     carried = {name: str(_absolute(environ[name])) for name in CARRIED if environ.get(name)}
     return Plan(

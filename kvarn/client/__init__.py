@@ -1,4 +1,4 @@
-"""The front end's handle on one engine process: submit, stream, cancel, supervise, restart.
+"""The front end's handle on the engine, one process or several ranks: submit, stream, cancel, supervise, restart.
 
 Runs on the front end's event loop; nothing here imports mlx.
 """

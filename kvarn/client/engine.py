@@ -1,8 +1,8 @@
-"""Supervision of the engine process and the table of open requests.
+"""Supervision of the engine and the table of open requests.
 
-One task owns the process: it starts it, reads its messages, and when it dies fails every open request at once and
-starts another, waiting a little longer after each failure. Every request leaves the table in ``_finish`` and nowhere
-else, so submitted = finished + failed + cancelled + open holds at all times. Event loop only.
+One task owns the crew, the engine's process and its followers if it has any: it starts it, reads its messages, and when
+it dies fails every open request at once and starts another, waiting a little longer after each failure. Every request
+leaves the table in ``_finish`` only, so submitted = finished + failed + cancelled + open at all times. Event loop only.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import logging
 import sys
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from kvarn import wire
-from kvarn.client.process import EngineProcess
+from kvarn.client.counts import Counts
+from kvarn.client.crew import Crew
+from kvarn.client.ranks import RankPlan
 from kvarn.client.stream import EngineError, EngineUnavailable, Stream
 from kvarn.client.watchdog import Watchdog
 from kvarn.observe.log import kv
@@ -33,8 +35,6 @@ MOST_FAILURES = 5
 RESTART_WINDOW = 600.0
 """Seconds in which engines that had been ready may die so many times."""
 WATCH_SECONDS = 0.1
-CRASH_PATIENCE = 0.5
-"""Seconds given to an engine that closed its socket before it is terminated."""
 
 
 class EngineState(StrEnum):
@@ -45,31 +45,13 @@ class EngineState(StrEnum):
     FAILED = "failed"
 
 
-class Counts:
-    """How requests ended since the start; ``submitted`` is the sum of the others plus the open ones."""
-
-    def __init__(self) -> None:
-        self.submitted = 0
-        self.by_finish: Counter[Finish] = Counter()
-        self.by_error: Counter[ErrorKind] = Counter()
-        self.cancelled = 0
-        self.restarts = 0
-
-    @property
-    def finished(self) -> int:
-        return self.by_finish.total()
-
-    @property
-    def failed(self) -> int:
-        return self.by_error.total()
-
-
 class EngineClient:
     """The engine as the front end sees it.
 
     ``command`` is what to run, without its ``--fd N``; ``environment`` is added to ours; ``on_ready`` is called each
     time an engine gets ready. An engine with work that makes no step for ``stall_seconds`` (0: no limit) is killed;
-    after ``max_restarts`` deaths within RESTART_WINDOW no other is started.
+    after ``max_restarts`` deaths within RESTART_WINDOW no other is started. With ``group`` each engine is rank 0 of a
+    new group of ranks, and ``command`` what rank 0 runs.
     """
 
     def __init__(
@@ -81,6 +63,7 @@ class EngineClient:
         on_ready: Callable[[ModelInfo], None] | None = None,
         stall_seconds: float = 0.0,
         max_restarts: int = MOST_FAILURES,
+        group: RankPlan | None = None,
     ) -> None:
         self._start = start
         self._command = tuple(command)
@@ -88,10 +71,12 @@ class EngineClient:
         self._on_ready = on_ready
         self._stall_seconds = stall_seconds
         self._max_restarts = max_restarts
+        self._group = group
         self._deaths: deque[float] = deque()
         """When the engines died that had been ready; seconds, monotonic."""
-        self.watchdog = Watchdog(stall_seconds)
-        self._process: EngineProcess | None = None
+        self._silence_seconds = group.layout.silence_seconds if group is not None else 0.0
+        self.watchdog = self._new_watchdog()
+        self._crew: Crew | None = None
         self._task: asyncio.Task[None] | None = None
         self._open: dict[str, Stream] = {}
         self._explaining: dict[str, asyncio.Future[PrefixReport]] = {}
@@ -120,7 +105,12 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self._crew.pid if self._crew is not None else None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of all processes on this machine that work or stand for a rank, rank 0's first."""
+        return self._crew.pids if self._crew is not None else ()
 
     @property
     def beat_age(self) -> float | None:
@@ -140,8 +130,8 @@ class EngineClient:
         """Start the process and its supervision; loading goes on in the background. Raises OSError."""
         if self._task is not None:
             raise RuntimeError("this engine client was started before")
-        process = await self._spawn()
-        self._task = asyncio.create_task(self._supervise(process), name="engine-supervisor")
+        crew = await self._spawn()
+        self._task = asyncio.create_task(self._supervise(crew), name="engine-supervisor")
 
     async def settled(self) -> None:
         """Wait until the engine is ready, or until it is certain that it will not be. Raises EngineUnavailable."""
@@ -160,11 +150,11 @@ class EngineClient:
         """Fail what is open, ask the engine to exit, wait ``patience`` seconds, then make it. Safe to repeat."""
         self._stop_asked.set()
         self.fail_all(EngineError(ErrorKind.UNAVAILABLE, "the server is shutting down"))
-        if self._process is not None:
-            self._process.send(wire.Stop())
+        if self._crew is not None:
+            self._crew.send(wire.Stop())
         await self._supervised_within(patience)
-        if self._process is not None:
-            self._process.terminate()
+        if self._crew is not None:
+            self._crew.terminate()
         await self._supervised_within(1.0)
         self.kill()
         await self.gone()
@@ -175,9 +165,9 @@ class EngineClient:
             await asyncio.wait_for(self.gone(), seconds)
 
     def kill(self) -> None:
-        """End the engine this instant; for a forced exit of the front end."""
-        if self._process is not None:
-            self._process.kill()
+        """End the engine, and every rank of it, this instant; for a forced exit of the front end."""
+        if self._crew is not None:
+            self._crew.kill()
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -185,11 +175,11 @@ class EngineClient:
         """Hand one request to the engine. An id is never used twice: late messages about the first would be taken for
         the second. Raises EngineUnavailable, ValueError for an id that is open.
         """
-        if self._state is not EngineState.READY or self._process is None or self._stopping:
+        if self._state is not EngineState.READY or self._crew is None or self._stopping:
             raise EngineUnavailable(self.unavailable_reason())
         if request.id in self._open:
             raise ValueError(f"request id {request.id!r} is in use")
-        self._process.send(wire.Submit(request))
+        self._crew.send(wire.Submit(request))
         stream = Stream(request.id, self._leave)
         self._open[request.id] = stream
         self.counts.submitted += 1
@@ -197,12 +187,12 @@ class EngineClient:
 
     async def explain(self, tokens: list[int], cache_salt: str) -> PrefixReport:
         """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
-        if self._state is not EngineState.READY or self._process is None or self._stopping:
+        if self._state is not EngineState.READY or self._crew is None or self._stopping:
             raise EngineUnavailable(self.unavailable_reason())
         name = uuid.uuid4().hex
         answer: asyncio.Future[PrefixReport] = asyncio.get_running_loop().create_future()
         self._explaining[name] = answer
-        self._process.send(wire.Explain(name, tokens, cache_salt))
+        self._crew.send(wire.Explain(name, tokens, cache_salt))
         try:
             return await answer
         finally:
@@ -210,9 +200,9 @@ class EngineClient:
 
     def fail_all(self, error: EngineError) -> None:
         """End every open request with ``error`` and tell the engine to drop them."""
-        if self._process is not None:
+        if self._crew is not None:
             for request_id in self._open:
-                self._process.send(wire.Cancel(request_id))
+                self._crew.send(wire.Cancel(request_id))
         self._end_all(error)
 
     def unavailable_reason(self) -> str:
@@ -229,8 +219,8 @@ class EngineClient:
     def _leave(self, request_id: str, why: Finish | EngineError) -> None:
         """Nobody reads this request any more."""
         if request_id in self._open:
-            if self._process is not None:
-                self._process.send(wire.Cancel(request_id))
+            if self._crew is not None:
+                self._crew.send(wire.Cancel(request_id))
             self._finish(request_id, why)
 
     def _end_all(self, error: EngineError) -> None:
@@ -257,24 +247,25 @@ class EngineClient:
 
     # --- supervision --------------------------------------------------------------------------------------------
 
-    async def _supervise(self, process: EngineProcess) -> None:
+    async def _supervise(self, crew: Crew) -> None:
         """Own the process until stopped or until trying again makes no sense."""
         try:
-            await self._keep_running(process)
+            await self._keep_running(crew)
         except Exception as error:
             # Without its supervisor nothing would ever answer the open requests: say so and let serve end.
             log.exception("engine supervision failed")
             self._end_all(EngineError(ErrorKind.UNAVAILABLE, "the engine is not supervised any more"))
             self._give_up(f"its supervision failed: {type(error).__name__}")
 
-    async def _keep_running(self, process: EngineProcess | None) -> None:
+    async def _keep_running(self, crew: Crew | None) -> None:
         failures = 0
         while True:
-            failures = 0 if await self._run(process) else failures + 1
+            failures = 0 if await self._run(crew) else failures + 1
             if self._stopping:
                 return
-            if self._fatal and not self._been_ready:
-                self._give_up(self._fatal)
+            hopeless = self._fatal and self.reason.startswith(self._fatal) and not self._been_ready
+            if hopeless or (self._group and not self._group.layout.restarts):
+                self._give_up(self.reason)
                 return
             if failures >= MOST_FAILURES:
                 self._give_up(f"{self.reason} ({failures} starts in a row)")
@@ -290,10 +281,10 @@ class EngineClient:
                 return
             self.counts.restarts += 1
             try:
-                process = await self._spawn()
+                crew = await self._spawn()
             except OSError as error:
                 self.reason = f"it could not be started: {error.strerror}"
-                process = None
+                crew = None
 
     def _dies_too_often(self) -> bool:
         now = time.monotonic()
@@ -302,45 +293,44 @@ class EngineClient:
             self._deaths.popleft()
         return len(self._deaths) > self._max_restarts
 
-    async def _spawn(self) -> EngineProcess:
+    async def _spawn(self) -> Crew:
         self._fatal = ""
         self.stage = None
         self.beat = None
-        process = await EngineProcess.spawn(self._command, self._environment)
-        process.send(self._start)
+        crew = await Crew.spawn(self._command, self._environment, self._start, self._group)
         if self._stopping:
-            process.send(wire.Stop())
-        self._process = process
-        return process
+            crew.send(wire.Stop())
+        self._crew = crew
+        return crew
 
-    async def _run(self, process: EngineProcess | None) -> bool:
+    async def _run(self, crew: Crew | None) -> bool:
         """Read messages until the engine is gone, then clean up. True when it was ready at some time."""
-        if process is None:
+        if crew is None:
             return False
         was_ready = False
         wrong = ""
-        watch = asyncio.create_task(self._watch(process), name="engine-watchdog")
+        watch = asyncio.create_task(self._watch(crew), name="engine-watchdog")
         try:
-            while (message := await process.receive()) is not None:
+            while (message := await crew.receive()) is not None:
                 self._apply(message)
                 was_ready = was_ready or self._state is EngineState.READY
         except wire.WireError as error:
             wrong = f"it sent a message that cannot be read: {error}"
-            process.kill()
+            crew.give_up()
         finally:
             watch.cancel()
             if self._state is EngineState.READY:
                 self._set_state(EngineState.RESTARTING)
             self._end_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
-            ending = await process.end(CRASH_PATIENCE)
-            self._process = None
+            ending = await crew.end(self._fatal)
+            self._crew = None
             stalled = watch.result() if watch.done() and not watch.cancelled() else ""
-            self.reason = self._fatal or wrong or stalled or f"the engine process {ending}"
+            self.reason = wrong or stalled or ending
         return was_ready
 
-    async def _watch(self, process: EngineProcess) -> str:
+    async def _watch(self, crew: Crew) -> str:
         """Kill the process when it hangs; returns what was wrong."""
-        pause = max(WATCH_SECONDS, self._stall_seconds / 10)
+        pause = max(WATCH_SECONDS, min(filter(None, (self._stall_seconds, self._silence_seconds)), default=0.0) / 10)
         while True:
             before = time.monotonic()
             await asyncio.sleep(pause)
@@ -349,7 +339,7 @@ class EngineClient:
             wrong = self.watchdog.verdict() if self._state is EngineState.READY else ""
             if wrong:
                 log.error("engine stalled, killing it", extra=kv(reason=wrong))
-                process.kill()
+                crew.give_up()
                 return wrong
 
     def _apply(self, message: wire.FromEngine) -> None:
@@ -391,10 +381,13 @@ class EngineClient:
         self.stage = None
         self.reason = ""
         self._been_ready = True
-        self.watchdog = Watchdog(self._stall_seconds)
+        self.watchdog = self._new_watchdog()
         self._set_state(EngineState.READY)
         if self._on_ready is not None:
             self._on_ready(info)
+
+    def _new_watchdog(self) -> Watchdog:
+        return Watchdog(self._stall_seconds, silence=self._silence_seconds)
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 from kvarn import wire
 
-SECRET = "KVARN_API_KEY"  # noqa: S105 - a name
-"""The engine has no business with it, and whoever may read its environment neither."""
+SECRETS = ("KVARN_API_KEY", "KVARN_TP_SECRET")
+"""The engine has no business with them, and whoever may read its environment neither."""
 
 
 class EngineProcess:
@@ -34,8 +34,11 @@ class EngineProcess:
         self._writer = writer
 
     @classmethod
-    async def spawn(cls, command: Sequence[str], environment: Mapping[str, str]) -> EngineProcess:
-        """Start ``command --fd N`` with ``environment`` on top of ours. Raises OSError when it cannot be started."""
+    async def spawn(
+        cls, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int] = ()
+    ) -> EngineProcess:
+        """Start ``command --fd N`` with ``environment`` on top of ours; ``pass_fds`` stay open in it, under their
+        numbers. Raises OSError when it cannot be started."""
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -43,9 +46,9 @@ class EngineProcess:
                 "--fd",
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *pass_fds),
                 start_new_session=True,
-                env={**{name: os.environ[name] for name in os.environ if name != SECRET}, **environment},
+                env=inherited(environment),
             )
         except BaseException:
             ours.close()
@@ -74,6 +77,21 @@ class EngineProcess:
             return None
         return wire.decode_from_engine(body)
 
+    def abandon(self) -> None:
+        """Hear and say nothing more: ``receive`` gives what has arrived already, then None."""
+        self._writer.transport.abort()
+
+    async def exited(self, seconds: float) -> bool:
+        """Wait for its end, but not for longer."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), seconds)
+        return self._process.returncode is not None
+
+    @property
+    def ending(self) -> str:
+        """How it ended; empty while it runs."""
+        return "" if self._process.returncode is None else described(self._process.returncode)
+
     async def end(self, patience: float) -> str:
         """See the process out: wait ``patience`` seconds, terminate, wait one more, kill. Returns how it ended."""
         self._writer.close()
@@ -83,22 +101,33 @@ class EngineProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), wait)
                 break
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(then)
-        return _ending(await self._process.wait())
+            send_signal(self._process, then)
+        return described(await self._process.wait())
 
     def terminate(self) -> None:
         """SIGTERM, without waiting."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        send_signal(self._process, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL now, without waiting; for a forced exit."""
+        send_signal(self._process, signal.SIGKILL)
+
+
+def send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """To a child that has not ended. Not by its own method: that looks at the child first, and a death that it sees is
+    one that asyncio's watcher does not see and reports with a status of its own invention."""
+    if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            os.kill(process.pid, number)
 
 
-def _ending(status: int) -> str:
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """Our environment without its secrets, and ``environment`` on top."""
+    return {**{name: os.environ[name] for name in os.environ if name not in SECRETS}, **environment}
+
+
+def described(status: int) -> str:
+    """How a process ended, by its status; a signal's is negative."""
     if status >= 0:
         return f"exited with status {status}"
     try:

@@ -17,8 +17,10 @@ class Watchdog:
     """Fed with every beat of one engine process, from its readiness on. ``clock`` gives monotonic seconds."""
 
     patience: float
-    """Seconds; 0: it never finds anything wrong."""
+    """Seconds of work without a step, and of silence unless ``silence`` says otherwise; 0: any number."""
     clock: Callable[[], float] = time.monotonic
+    silence: float = 0.0
+    """Seconds without a word; 0: as ``patience``."""
     _step: int = -1
     _beat_at: float = field(init=False)
     _progress_at: float = field(init=False)
@@ -45,10 +47,11 @@ class Watchdog:
     def verdict(self) -> str:
         """What is wrong, in words; empty when nothing is."""
         now = self.clock()
+        silence = self.silence or (max(self.patience, LEAST_SILENCE) if self.patience else 0.0)
+        if silence and now - self._beat_at > silence:
+            return f"it has not been heard of for {now - self._beat_at:.0f} s"
         if not self.patience:
             return ""
-        if now - self._beat_at > max(self.patience, LEAST_SILENCE):
-            return f"it has not been heard of for {now - self._beat_at:.0f} s"
         # As of its last beat: a step made since then has not been told yet.
         without = self._beat_at - self._progress_at
         return f"it has work and made no step for {without:.0f} s" if without > self.patience else ""

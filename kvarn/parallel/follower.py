@@ -272,6 +272,8 @@ def serve(settings: GroupSettings, open_group: Callable[[], Group]) -> int:
     except Exception as error:
         log.exception("this rank cannot go on")
         if rank is not None:
-            rank.fail(str(error) or type(error).__name__)
+            # What the backend itself complains of is another rank that is gone.
+            status = LOST_STATUS if str(error).startswith(f"[{settings.backend}]") else 1
+            rank.fail(str(error) or type(error).__name__, status)
         return 1
     return 0

@@ -69,6 +69,8 @@ class Follower:
         self.hello = hello
         self.channel = channel
         self.answers: queue.SimpleQueue[Content | Vote | Ready | Restorable] = queue.SimpleQueue()
+        self.asked = False
+        """It owes an answer to a Begin."""
         self.unread: deque[tuple[int, float]] = deque()
         """Numbers of forwards that it has not said to have read, and when it was told that we have; monotonic."""
 
@@ -92,6 +94,7 @@ class Leader:
         self._fail = fail
         self._followers: dict[int, Follower] = {}
         self._arrived: queue.SimpleQueue[Follower | str] = queue.SimpleQueue()
+        self._complete = threading.Event()
         self._number = 0
         self._offers: dict[str, dict[int, Offered]] = {}
         self._deliver: Callable[[Offered], None] = lambda _: None
@@ -107,6 +110,10 @@ class Leader:
             self._pulse.start()
             while len(self._followers) < self.world - 1:
                 self._admit()
+            with contextlib.suppress(OSError):  # some systems have no need of it
+                listener.shutdown(socket.SHUT_RDWR)  # closed alone, it would take one more connection
+        self._complete.set()
+        self._turn_away()
         here = machine()
         machines = [here, *(follower.hello.machine for follower in self._followers.values())]
         self.neighbours = machines.count(here)
@@ -184,6 +191,19 @@ class Leader:
             with contextlib.suppress(OSError):
                 channel.send(encode(Broken(wrong)))
         self._arrived.put(wrong or Follower(hello, channel))
+        if self._complete.is_set():
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Who came when everybody was here already, and would wait for ever."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                came = self._arrived.get_nowait()
+                if isinstance(came, Follower):
+                    log.warning("a rank came to a group that is complete", extra=kv(rank=came.rank))
+                    with contextlib.suppress(ChannelError, OSError):
+                        came.channel.send(encode(Broken("the group has all its ranks")))
+                    came.channel.close()
 
     def _wrong(self, hello: Hello) -> str:
         """Why a rank cannot be part of the group; empty when it can."""
@@ -232,6 +252,7 @@ class Leader:
             case Close():
                 self.close()
         for follower in self._followers.values():
+            follower.asked = follower.asked or isinstance(order, Begin)
             if isinstance(order, Took):
                 follower.unread.append((self._number, now))
             self._send(follower, body)
@@ -280,7 +301,9 @@ class Leader:
         body, now = encode(Alive()), time.monotonic()
         for follower in list(self._followers.values()):
             self._send(follower, body)
-            behind = now - follower.unread[0][1] if follower.unread else 0.0
+            behind = 0.0
+            with contextlib.suppress(IndexError):  # its thread may take the last one out at any moment
+                behind = now - follower.unread[0][1]
             if behind > LAG * self._settings.silence_seconds and not self._closing:
                 self._fail(f"rank {follower.rank} is {behind:.0f} s behind with what it has been told")
 
@@ -306,13 +329,16 @@ class Leader:
             case Alive():
                 return
             case Offered():
-                if message.rank != follower.rank:
-                    raise ChannelError(f"it speaks as rank {message.rank}")
+                if message.rank != follower.rank or message.position < 0:
+                    raise ChannelError(f"it offers {message.position} tokens as rank {message.rank}")
                 self._deliver(message)
             case Done(number):
                 if not follower.unread or follower.unread.popleft()[0] != number:
                     raise ChannelError(f"it says that order {number} is done, out of order")
+            case Restorable() if not follower.asked:
+                raise ChannelError("it answers what it was not asked")
             case Content() | Vote() | Ready() | Restorable():
+                follower.asked = False
                 follower.answers.put(message)
             case Broken(reason):
                 raise ChannelError(reason)

@@ -108,6 +108,9 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 FromLeader = Setup | Go | Verdict | Settled | Told | Broken | Alive
 FromFollower = Hello | Content | Vote | Ready | Offered | Restorable | Done | Broken | Alive
 
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no message: text that is none, and nesting without end, among them."""
+
 _encoder = msgspec.msgpack.Encoder()
 _from_leader: msgspec.msgpack.Decoder[FromLeader] = msgspec.msgpack.Decoder(FromLeader)
 _from_follower: msgspec.msgpack.Decoder[FromFollower] = msgspec.msgpack.Decoder(FromFollower)
@@ -122,7 +125,7 @@ def decode_from_leader(body: bytes) -> FromLeader:
     """Raises ChannelError."""
     try:
         return _from_leader.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise ChannelError(f"undecodable message from rank 0: {error}") from error
 
 
@@ -130,5 +133,5 @@ def decode_from_follower(body: bytes) -> FromFollower:
     """Raises ChannelError."""
     try:
         return _from_follower.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise ChannelError(f"undecodable message to rank 0: {error}") from error

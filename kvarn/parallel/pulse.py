@@ -1,7 +1,8 @@
-"""A thread that tells the other side twice a second that we are alive, and notices when it no longer says so.
+"""A thread that tells the other side twice a second that we are alive, and one that notices when it no longer says so.
 
-Threads go on while a collective blocks the engine's, so what is noticed here is a process that is stopped or a machine
-that is gone; whether steps are made is the front end's watchdog's business.
+Two, because whoever speaks may have to wait for the very side that is gone. They go on while a collective blocks the
+engine's thread, so what is noticed here is a process that is stopped or a machine that is gone; whether steps are made
+is the front end's watchdog's business.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Pulse:
         self._heard: dict[int, float] = {}
         self._armed = threading.Event()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        threading.Thread(target=self._speak, name="pulse", daemon=True).start()
+        threading.Thread(target=self._watch, name="pulse-watch", daemon=True).start()
 
     def heard(self, rank: int) -> None:
         """This rank has just said something."""
@@ -47,14 +48,17 @@ class Pulse:
         for rank in list(self._heard):
             self._heard[rank] = now
 
-    def _run(self) -> None:
+    def _speak(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            self._beat()
+
+    def _watch(self) -> None:
         before = time.monotonic()
         while not self._stop.wait(BEAT_SECONDS):
             now = time.monotonic()
             if now - before > 2 * BEAT_SECONDS:
                 self._pardon()  # we stood still ourselves, and what they said meanwhile is unread
             before = now
-            self._beat()
             for rank, moment in list(self._heard.items()):
                 if self._armed.is_set() and now - moment > self._patience and not self._stop.is_set():
                     self._silence(rank, now - moment)

@@ -61,6 +61,34 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_speculation_fields.py::test_the_engine_is_told_every_setting",
         "http/test_speculation_fields.py::test_a_draft_model_that_is_not_there_is_said_at_start",
     ),
+    "tp": (
+        "parallel/test_rank_processes.py::test_every_rank_is_told_its_place",
+        "parallel/test_hosts.py::test_a_group_that_cannot_work_is_refused",
+    ),
+    "hostfile": (
+        "parallel/test_ssh_ranks.py::test_ranks_over_ssh_work_and_are_told_everything",
+        "parallel/test_hosts.py::test_ring",
+    ),
+    "tp_backend": (
+        "parallel/test_hosts.py::test_jaccl",
+        "parallel/test_hosts.py::test_nccl",
+        "parallel/test_hosts.py::test_the_backend_of_the_hostfile_counts_unless_another_is_asked_for",
+    ),
+    "tp_host": (
+        "parallel/test_rank_processes.py::test_an_address_that_cannot_be_had_is_named",
+        "parallel/test_hosts.py::test_ranks_of_mpirun",
+    ),
+    "tp_port": (
+        "parallel/test_rank_processes.py::test_tp_port_is_where_rank_0_listens",
+        "parallel/test_keepers.py::test_it_binds_no_port_and_starts_followers_again",
+    ),
+    "tp_secret_file": ("parallel/test_hosts.py::test_secrets_of_launched_ranks",),
+    "tp_silence": (
+        "parallel/test_rank_processes.py::test_a_stopped_rank_0_is_killed_after_tp_silence",
+        "parallel/test_hosts.py::test_ring",
+    ),
+    "tp_python": ("parallel/test_ssh_ranks.py::test_what_cannot_be_started_is_said",),
+    "tp_ssh": ("parallel/test_ssh_ranks.py::test_ranks_over_ssh_work_and_are_told_everything",),
     "max_waiting": (
         "http/test_limits.py::test_the_65th_stream_of_64_waits_outside",
         "http/test_lifecycle.py::test_a_full_queue_is_a_429",

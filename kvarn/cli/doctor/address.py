@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 
 from kvarn.cli.doctor.finding import Finding, fail, ok, warn
-from kvarn.cli.serve import StartError, read_keys
+from kvarn.cli.given import StartError, read_keys
 from kvarn.config import ServeConfig
 
 ASK_SECONDS = 3.0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from kvarn.cli.doctor.finding import Finding, fail, ok, warn
 from kvarn.config import ConfigError, ServeConfig, read_config
 
-OTHERS = ("KVARN_CACHE", "KVARN_CONFIG")
+OTHERS = ("KVARN_CACHE", "KVARN_CONFIG", "KVARN_TP_SECRET")
 """Variables that are not settings of ``serve``."""
 
 

@@ -1,0 +1,98 @@
+"""What the tests of groups of ranks share: plans with scripted ranks, and looking after processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from pathlib import Path
+
+import msgspec
+
+from kvarn import wire
+from kvarn.client import EngineClient
+from kvarn.client.ranks import RankPlan
+from kvarn.config import read_config
+from kvarn.parallel.layout import Layout, plan
+from kvarn.types import GroupSettings, Request, SamplingParams
+
+SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_rank.py")))
+PATIENCE = 60.0
+
+
+def layout_for(**flags: str) -> Layout:
+    found = plan(read_config(flags, {}), {}, frozenset({"localhost", "127.0.0.1"}))
+    assert found is not None
+    return found
+
+
+def client_for(group: RankPlan, stall_seconds: float = 0.0) -> EngineClient:
+    start = wire.Start(model_path=group.folder, max_rows=8, max_itl_ms=400)
+    return EngineClient(start, command=SCRIPTED, group=group, stall_seconds=stall_seconds)
+
+
+@contextlib.asynccontextmanager
+async def running(group: RankPlan) -> AsyncIterator[EngineClient]:
+    client = client_for(group)
+    await client.start()
+    try:
+        await client.settled()
+        yield client
+    finally:
+        await client.stop()
+
+
+def local(script: str = "plain", **flags: str) -> RankPlan:
+    """Ranks on this machine, three unless told otherwise."""
+    return RankPlan(layout_for(**{"tp": "3", **flags}), script, script, SCRIPTED)
+
+
+def group_of(client: EngineClient) -> GroupSettings:
+    """What rank 0 was told."""
+    assert client.info is not None
+    return msgspec.json.decode(client.info.lane_reason, type=GroupSettings)
+
+
+def request(name: str, tokens: list[int], max_tokens: int = 4) -> Request:
+    return Request(id=name, tokens=tokens, params=SamplingParams(max_tokens=max_tokens))
+
+
+def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await test()
+
+    asyncio.run(limited())
+
+
+def alive(pid: int) -> bool:
+    """False for a process that has ended, also when nobody has looked yet (Linux)."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except OSError:
+        return True
+    return state != "Z"
+
+
+async def all_gone(pids: Iterable[int]) -> None:
+    """Wait for it; that is all one can do for processes that are not our children."""
+    for pid in pids:
+        while alive(pid):
+            await asyncio.sleep(0.01)
+
+
+def children_of(pid: int) -> list[int]:
+    """Direct children (Linux)."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_lines() -> Iterable[str]:
+    """Of all processes that we may look at (Linux)."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
