@@ -137,6 +137,9 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 ToEngine = Start | Submit | Cancel | Explain | Stop
 FromEngine = Loading | Ready | Deltas | Failed | Explained | Beat | Fatal
 
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no message: text that is none, and nesting without end, among them."""
+
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -162,7 +165,7 @@ def decode_to_engine(body: bytes) -> ToEngine:
     """Decode a frame's body on the engine's side. Raises WireError."""
     try:
         return _to_engine.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise WireError(f"undecodable message to the engine: {error}") from error
 
 
@@ -170,5 +173,5 @@ def decode_from_engine(body: bytes) -> FromEngine:
     """Decode a frame's body on the front end's side. Raises WireError."""
     try:
         return _from_engine.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise WireError(f"undecodable message from the engine: {error}") from error

@@ -11,7 +11,7 @@ import msgspec
 from kvarn.engine.orders import Offered, Order
 from kvarn.engine.party import Found
 from kvarn.parallel.channel import ChannelError
-from kvarn.wire import Start
+from kvarn.wire import UNDECODABLE, Start
 
 # --- rank 0 → the others ----------------------------------------------------------------------------------------
 
@@ -107,9 +107,6 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 
 FromLeader = Setup | Go | Verdict | Settled | Told | Broken | Alive
 FromFollower = Hello | Content | Vote | Ready | Offered | Restorable | Done | Broken | Alive
-
-UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are no message: text that is none, and nesting without end, among them."""
 
 _encoder = msgspec.msgpack.Encoder()
 _from_leader: msgspec.msgpack.Decoder[FromLeader] = msgspec.msgpack.Decoder(FromLeader)

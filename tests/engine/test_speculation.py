@@ -71,6 +71,16 @@ def test_with_preemption_cancels_and_cached_prefixes() -> None:
     assert driver.outcomes["r3"].prefix.cached > 64
 
 
+def assert_tied(one: Outcome, other: Outcome) -> None:
+    """Where two greedy answers part, both hold the two tokens for equally likely."""
+    ours, theirs = next(
+        pair for pair in zip(one.logprobs, other.logprobs, strict=True) if pair[0].token != pair[1].token
+    )
+    for told in (ours, theirs):
+        likely = dict(told.top)
+        assert abs(likely[ours.token] - likely[theirs.token]) < PACKED_TIE
+
+
 @pytest.mark.parametrize("kind", ["wide_llama", "wide_gemma3_text"])
 @pytest.mark.parametrize("bits", [0, 8])
 def test_blocks_filled_by_bursts_are_those_of_plain_decoding(kind: str, bits: int) -> None:
@@ -78,7 +88,7 @@ def test_blocks_filled_by_bursts_are_those_of_plain_decoding(kind: str, bits: in
     caches = [prefix_cache(model(kind, bits)) for _ in range(2)]
     tokens = prompt(70)
     for turn in range(3):
-        one = request(f"t{turn}", tokens, 70, logprobs=1)
+        one = request(f"t{turn}", tokens, 70, logprobs=2)
         outcomes: list[Outcome] = []
         for cached, drafted in zip(caches, (False, True), strict=True):
             truth = {one.id: outcomes[0].tokens} if drafted else {}
@@ -93,6 +103,9 @@ def test_blocks_filled_by_bursts_are_those_of_plain_decoding(kind: str, bits: in
             driver.run()
             outcomes.append(driver.outcomes[one.id])
         without, with_drafts = outcomes
+        if bits and with_drafts.tokens != without.tokens:
+            assert_tied(without, with_drafts)
+            return  # a number that is half-way between two steps fell to the other side, and the conversations differ
         assert with_drafts.tokens == without.tokens
         assert [one.logprob for one in with_drafts.logprobs] == pytest.approx(
             [one.logprob for one in without.logprobs], abs=PACKED_TIE if bits else 1e-4

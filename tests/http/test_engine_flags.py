@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ import tiny_models
 from kvarn import wire
 from kvarn.config import read_config
 from kvarn.engine import boot
+from kvarn.engine.link import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,6 +143,8 @@ class Caught(Exception):  # noqa: N818 - it carries what was looked for
 
 class NoLink:
     """Hears what the engine says before it runs."""
+
+    inbox: Inbox = queue.SimpleQueue()
 
     def send(self, message: wire.FromEngine) -> None:
         pass

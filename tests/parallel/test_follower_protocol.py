@@ -10,7 +10,7 @@ import secrets
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from engine_driver import request
 from group_driver import PATIENCE, RANK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage
+from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage, threads_may_end
 from tiny_models import save
 
 from kvarn.engine.executor import Executor
@@ -64,8 +64,11 @@ from kvarn.parallel.messages import (
 from kvarn.types import GroupSettings
 from kvarn.wire import Start
 
-pytestmark = pytest.mark.filterwarnings("ignore:(?s).*SystemExit:pytest.PytestUnhandledThreadExceptionWarning")
-"""Where a rank would exit, a thread of it ends here."""
+
+@pytest.fixture(scope="module", autouse=True)
+def _ending_threads() -> Iterator[None]:
+    with threads_may_end():
+        yield
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import contextlib
 import queue
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from engine_driver import request
 from group_driver import PATIENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_stage import BODIES, FOUND, WRONG, scene
+from rank_stage import BODIES, FOUND, WRONG, scene, threads_may_end
 
 from kvarn.engine.orders import (
     Arrive,
@@ -43,8 +43,11 @@ from kvarn.parallel.messages import (
     encode,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:(?s).*SystemExit:pytest.PytestUnhandledThreadExceptionWarning")
-"""Where a rank would exit, a thread of it ends here."""
+
+@pytest.fixture(scope="module", autouse=True)
+def _ending_threads() -> Iterator[None]:
+    with threads_may_end():
+        yield
 
 
 @given(BODIES)

@@ -1,6 +1,6 @@
 """A Leader that hears a follower for which the test speaks, and a Rank that hears such a rank 0, over real channels.
 
-Where a rank would end its process, a thread of it ends; tests ignore the warnings about that.
+Where a rank would end its process, a thread of it ends by SystemExit.
 """
 
 from __future__ import annotations
@@ -124,6 +124,23 @@ WRONG: dict[str, tuple[bytes, str]] = {
 
 
 # --- both ends ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads_may_end() -> Iterator[None]:
+    """By SystemExit, as Python itself has it. pytest would report it, for which it formats a traceback in that very
+    thread; and Python 3.11 cannot parse source in two threads at once."""
+    before = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not issubclass(raised.exc_type, SystemExit):
+            before(raised)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Scene:
