@@ -41,12 +41,14 @@ def test_smollm2(smollm2_folder: Path) -> None:
 
 
 @pytest.mark.models
+@pytest.mark.slow  # small models with windows are among the tests of the engine
 def test_gemma3_past_its_window(gemma3_folder: Path) -> None:
     check(gemma3_folder, [5, 700, 505, 64], 12)
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("fixture", ["smollm2_folder", pytest.param("gemma3_folder", marks=pytest.mark.slow)])
+@pytest.mark.slow  # packed keys and values of SmolLM2 are also in the tests of ranks
+@pytest.mark.parametrize("fixture", ["smollm2_folder", "gemma3_folder"])
 def test_packed(fixture: str, request: pytest.FixtureRequest) -> None:
     """(I1) Against one sequence whose keys and values are packed at the same places."""
     lengths = [5, 530, 17, 64, 65, 40]
