@@ -2,210 +2,36 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import socket
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Literal, ParamSpec, TypeVar
+from collections.abc import Callable
 
 import pytest
+from channel_middle import (
+    GREETING,
+    HEADER,
+    PATIENCE,
+    PROOF,
+    SECRET,
+    SIDES,
+    STEPS,
+    Middle,
+    Side,
+    assert_silent_about,
+    connected,
+    flipped,
+    handshake_of,
+    middle,
+    other,
+    started,
+    tcp_pair,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.parallel import channel
-from kvarn.parallel.channel import MOST_BYTES, VERSION, Channel, ChannelError
-
-SECRET = b"a secret of thirty-two bytes, ok"
-PATIENCE = 30.0
-"""For what ends by itself at once; only a test that fails waits so long."""
-SHORT = 0.3
-"""For handshakes that must run out of time."""
-
-# The format, written down once more: these tests also notice when it changes unasked.
-MAGIC = b"kvarn-tp"
-GREETING = 8 + 4 + 32
-PROOF = 32
-HEADER = 4 + 16
-
-T = TypeVar("T")
-P = ParamSpec("P")
-Side = Literal["follower", "leader"]
-Edit = Callable[[Side, int, bytes], bytes]
-"""What the one in the middle makes of bytes that ``Side`` sent, which begin at an offset of its stream."""
-
-SIDES: tuple[Side, Side] = ("follower", "leader")
-STEPS: tuple[tuple[Side, int, int], ...] = (
-    ("follower", 0, GREETING),
-    ("leader", 0, GREETING),
-    ("follower", GREETING, PROOF),
-    ("leader", GREETING, PROOF),
-)
-
-
-def unchanged(side: Side, offset: int, data: bytes) -> bytes:
-    return data
-
-
-def started(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Call it in a thread that nobody waits for: what should end and does not is a failed test, not a hung one."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def flipped(data: bytes, position: int, mask: int) -> bytes:
-    return data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :]
-
-
-def taken(connection: socket.socket, count: int) -> bytes:
-    """``count`` bytes, fewer at the end of the stream."""
-    data = b""
-    connection.settimeout(PATIENCE)
-    with contextlib.suppress(ConnectionError):
-        while len(data) < count and (piece := connection.recv(count - len(data))):
-            data += piece
-    return data
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        far = socket.create_connection(server.getsockname())
-        near, _ = server.accept()
-    return near, far
-
-
-class Middle:
-    """A leader and a follower who are connected to us in place of each other. Nothing moves unless we carry it."""
-
-    def __init__(self, leaders: bytes, followers: bytes) -> None:
-        leader, to_leader = socket.socketpair()
-        follower, to_follower = socket.socketpair()
-        self.wires: dict[Side, socket.socket] = {"leader": to_leader, "follower": to_follower}
-        self.seen: dict[Side, bytes] = {"leader": b"", "follower": b""}
-        """What each has sent, as it was."""
-        self.ends: dict[Side, Future[Channel]] = {
-            "leader": started(Channel.accept, leader, leaders, PATIENCE),
-            "follower": started(Channel.connect, follower, followers, PATIENCE),
-        }
-
-    def handshake(self, edit: Edit = unchanged) -> None:
-        """Carry it to its end, or until one side leaves."""
-        for side, offset, count in STEPS:
-            data = self.take(side, count)
-            self.pass_on(side, edit(side, offset, data))
-            if len(data) < count:
-                self.hang_up(side)
-                return
-
-    def take(self, side: Side, count: int) -> bytes:
-        data = taken(self.wires[side], count)
-        self.seen[side] += data
-        return data
-
-    def pass_on(self, side: Side, data: bytes) -> None:
-        """Give to the other what ``side`` has, or could have, said."""
-        with contextlib.suppress(ConnectionError):
-            self.wires[other(side)].sendall(data)
-
-    def hang_up(self, side: Side) -> None:
-        """To the other it looks as if ``side`` had closed."""
-        with contextlib.suppress(OSError):
-            self.wires[other(side)].shutdown(socket.SHUT_WR)
-
-    def channel(self, side: Side) -> Channel:
-        return self.ends[side].result(PATIENCE)
-
-    def refusal(self, side: Side) -> str:
-        with pytest.raises(ChannelError) as caught:
-            self.ends[side].result(PATIENCE)
-        return str(caught.value)
-
-    def frames(self, side: Side, bodies: list[bytes]) -> list[bytes]:
-        """Have ``side`` send the bodies; the frames stay here."""
-        frames = []
-        for body in bodies:
-            self.channel(side).send(body)
-            frames.append(self.take(side, HEADER + len(body)))
-        return frames
-
-    def received(self, side: Side) -> tuple[list[bytes], str]:
-        """What the other end takes for sent by ``side``, up to the end: the bodies, then why it ended ("": orderly)."""
-        self.hang_up(side)
-        receiver = self.channel(other(side))
-        bodies: list[bytes] = []  # the stream has an end, so this has one
-        try:
-            while (body := receiver.receive()) is not None:
-                bodies.append(body)
-        except ChannelError as error:
-            return bodies, str(error)
-        return bodies, ""
-
-    def close(self) -> None:
-        for wire in self.wires.values():
-            wire.close()
-        for end in self.ends.values():
-            with contextlib.suppress(ChannelError):
-                end.result(PATIENCE).close()
-
-
-def other(side: Side) -> Side:
-    return "leader" if side == "follower" else "follower"
-
-
-@contextlib.contextmanager
-def middle(leaders: bytes = SECRET, followers: bytes = SECRET) -> Iterator[Middle]:
-    between = Middle(leaders, followers)
-    try:
-        yield between
-    finally:
-        between.close()
-
-
-@contextlib.contextmanager
-def connected(
-    make: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
-) -> Iterator[tuple[Channel, Channel]]:
-    """A leader's and a follower's channel with nothing in between."""
-    near, far = make()
-    accepting = started(Channel.accept, near, SECRET, PATIENCE)
-    follower = Channel.connect(far, SECRET, PATIENCE)
-    leader = accepting.result(PATIENCE)
-    try:
-        yield leader, follower
-    finally:
-        for connection in (near, far):  # wakes all threads, even where ``close`` does not
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        leader.close()
-        follower.close()
-
-
-@pytest.fixture
-def tapped() -> Iterator[Middle]:
-    """The handshake is done; frames pass through our hands."""
-    with middle() as between:
-        between.handshake()
-        yield between
-
-
-@pytest.fixture(params=SIDES)
-def side(request: pytest.FixtureRequest) -> Side:
-    return "leader" if request.param == "leader" else "follower"
-
-
-def handshake_of(side: Side) -> Callable[[socket.socket, bytes, float], Channel]:
-    return Channel.accept if side == "leader" else Channel.connect
-
+from kvarn.parallel.channel import MOST_BYTES, ChannelError
 
 # --- what is sent arrives ---------------------------------------------------------------------------------------
 
@@ -354,181 +180,7 @@ def test_a_peer_that_is_gone_is_an_os_error_for_the_sender() -> None:
             leader.send(bytes(MOST_BYTES))
 
 
-# --- handshakes that must fail ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("leaders", "followers"), [(b"s" * 32, b"S" * 32), (SECRET, SECRET[:-1]), (b"x", SECRET)])
-def test_another_secret_is_refused_on_both_sides(leaders: bytes, followers: bytes) -> None:
-    with middle(leaders, followers) as between:
-        between.handshake()
-        assert "follower's proof is wrong: its secret is another" in between.refusal("leader")
-        assert "leader closed the connection" in between.refusal("follower")
-        assert len(between.seen["leader"]) == GREETING, "the leader proved itself to a stranger"
-
-
-def test_a_leader_without_the_secret_is_refused_too() -> None:
-    with middle() as between:
-
-        def forges(side: Side, offset: int, data: bytes) -> bytes:
-            return b"\0" * len(data) if (side, offset) == ("leader", GREETING) else data
-
-        between.handshake(forges)
-        assert "leader's proof is wrong" in between.refusal("follower")
-
-
-def test_another_version_is_refused_on_both_sides_in_words_that_name_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    near, far = tcp_pair()
-    near.sendall(MAGIC + (VERSION + 1).to_bytes(4, "big") + bytes(32))
-    with pytest.raises(ChannelError, match=f"leader speaks version {VERSION + 1} .*follower version {VERSION}"):
-        Channel.connect(far, SECRET, PATIENCE)
-    theirs = taken(near, GREETING + 1)
-    near.close()
-    assert len(theirs) == GREETING, "a proof for another version"
-    near, far = tcp_pair()
-    monkeypatch.setattr(channel, "VERSION", VERSION + 1)  # now we are the leader of the next version
-    far.sendall(theirs)
-    with pytest.raises(ChannelError, match=f"follower speaks version {VERSION} .*leader version {VERSION + 1}"):
-        Channel.accept(near, SECRET, PATIENCE)
-    assert taken(far, GREETING + 1)[8:12] == (VERSION + 1).to_bytes(4, "big")
-    far.close()
-
-
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"kvarn-tq" + bytes(36), SECRET * 3, bytes(100)])
-def test_who_greets_otherwise_is_refused_without_waiting_for_more(side: Side, said: bytes) -> None:
-    near, far = socket.socketpair()
-    with far:
-        far.sendall(said)
-        with pytest.raises(ChannelError, match=f"not a {other(side)} of a Kvarn group") as caught:
-            handshake_of(side)(near, SECRET, PATIENCE)
-        assert near.fileno() == -1
-        assert_silent_about(SECRET, caught.value)
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    side=st.sampled_from(SIDES),
-    start=st.sampled_from([b"", MAGIC, MAGIC + VERSION.to_bytes(4, "big")]),
-    noise=st.binary(max_size=200),
-)
-def test_random_bytes_are_never_a_handshake(side: Side, start: bytes, noise: bytes) -> None:
-    near, far = socket.socketpair()
-    with far:
-        far.sendall(start + noise)
-        far.shutdown(socket.SHUT_WR)
-        with pytest.raises(ChannelError):
-            handshake_of(side)(near, SECRET, PATIENCE)
-        said = taken(far, 1000)
-        assert len(said) <= GREETING + (PROOF if side == "follower" else 0)
-
-
-def test_a_peer_that_echoes_us_is_not_taken_for_a_rank(side: Side) -> None:
-    near, far = socket.socketpair()
-    with far:
-        opening = started(handshake_of(side), near, SECRET, PATIENCE)
-        far.sendall(taken(far, GREETING))
-        # The leader waits for a proof; all that anyone can say without the secret is what was heard from it.
-        far.sendall(taken(far, PROOF) if side == "follower" else bytes(PROOF))
-        with pytest.raises(ChannelError, match="proof is wrong"):
-            opening.result(PATIENCE)
-
-
-def test_one_follower_cannot_lend_its_proof_to_another_session() -> None:
-    with middle() as one, middle() as two:
-        for between in (one, two):
-            for side in SIDES:
-                between.pass_on(side, between.take(side, GREETING))
-        one.pass_on("follower", two.take("follower", PROOF))
-        assert "proof is wrong" in one.refusal("leader")
-
-
-@pytest.mark.parametrize("before", [0, 5, 8, 12, GREETING - 1, GREETING, GREETING + 7])
-def test_a_peer_that_closes_in_the_handshake_is_an_error(side: Side, before: int) -> None:
-    near, far = tcp_pair()
-    opening = started(handshake_of(side), near, SECRET, PATIENCE)
-    far.sendall((MAGIC + VERSION.to_bytes(4, "big") + bytes(64))[:before])
-    far.close()
-    with pytest.raises(ChannelError, match=f"{other(side)} closed the connection|connection broke"):
-        opening.result(PATIENCE)
-    assert near.fileno() == -1
-
-
-@pytest.mark.parametrize("before", [0, 5, GREETING, GREETING + 7])
-def test_a_peer_that_falls_silent_runs_out_of_time(side: Side, before: int) -> None:
-    near, far = socket.socketpair()
-    with far:
-        far.sendall((MAGIC + VERSION.to_bytes(4, "big") + bytes(64))[:before])
-        with pytest.raises(ChannelError, match=rf"no handshake with the {other(side)} within 0\.3 s"):
-            handshake_of(side)(near, SECRET, SHORT)
-    assert near.fileno() == -1
-
-
-def test_a_peer_that_dribbles_runs_out_of_the_same_time(side: Side) -> None:
-    near, far = socket.socketpair()
-    over = threading.Event()
-
-    def dribbles() -> None:
-        # Each byte well within the limit, the greeting as a whole far beyond it.
-        for byte in MAGIC + VERSION.to_bytes(4, "big") + bytes(64):
-            if over.wait(SHORT / 6):
-                return
-            with contextlib.suppress(BrokenPipeError):
-                far.sendall(bytes([byte]))
-
-    with far:
-        dribbling = started(dribbles)
-        with pytest.raises(ChannelError, match=r"within 0\.3 s"):
-            handshake_of(side)(near, SECRET, SHORT)
-        over.set()
-        dribbling.result(PATIENCE)
-
-
-def test_a_peer_that_takes_nothing_runs_out_of_the_same_time(side: Side) -> None:
-    near, far = socket.socketpair()
-    near.setblocking(False)
-    with far:
-        for size in (65536, 1):
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    near.send(bytes(size))
-        with pytest.raises(ChannelError, match=r"within 0\.3 s"):
-            started(handshake_of(side), near, SECRET, SHORT).result(PATIENCE)
-
-
-def test_no_time_left_or_no_secret_is_an_error_at_once(side: Side) -> None:
-    for secret, seconds, words in ((SECRET, 0.0, "within 0 s"), (b"", PATIENCE, "secret is empty")):
-        near, far = socket.socketpair()
-        with far, pytest.raises(ChannelError, match=words):
-            handshake_of(side)(near, secret, seconds)
-        assert near.fileno() == -1
-
-
 # --- streams that were touched ----------------------------------------------------------------------------------
-
-
-def assert_flip_in_handshake_fails(side: Side, position: int, mask: int) -> None:
-    def flips(whose: Side, offset: int, data: bytes) -> bytes:
-        inside = whose == side and offset <= position < offset + len(data)
-        return flipped(data, position - offset, mask) if inside else data
-
-    with middle() as between:
-        between.handshake(flips)
-        between.refusal(other(side))  # who got the altered bytes always knows
-        if side == "leader" and position >= GREETING:
-            # The last message: the leader had been done, and finds nobody there.
-            assert between.received("follower") == ([], "")
-        else:
-            between.refusal(side)
-
-
-@pytest.mark.parametrize("position", range(GREETING + PROOF))
-def test_a_flipped_bit_anywhere_in_the_handshake_ends_it(side: Side, position: int) -> None:
-    assert_flip_in_handshake_fails(side, position, 1 << position % 8)
-
-
-@settings(deadline=None, max_examples=60)
-@given(side=st.sampled_from(SIDES), position=st.integers(0, GREETING + PROOF - 1), mask=st.integers(1, 255))
-def test_any_altered_byte_in_the_handshake_ends_it(side: Side, position: int, mask: int) -> None:
-    assert_flip_in_handshake_fails(side, position, mask)
 
 
 BODIES = [b"first", b"", b"third body"]
@@ -664,15 +316,6 @@ def test_memory_follows_what_arrives_not_what_is_announced(tapped: Middle, side:
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
-
-
-def assert_silent_about(secret: bytes, error: BaseException | None) -> None:
-    spellings = (secret.decode("latin-1"), repr(secret)[2:-1], secret.hex(), base64.b64encode(secret).decode())
-    while error is not None:
-        for spelling in spellings:
-            assert spelling not in str(error)
-            assert spelling not in repr(error)
-        error = error.__cause__ or error.__context__
 
 
 @settings(deadline=None, max_examples=60)
