@@ -162,7 +162,7 @@ class PrefixCache:
         if refused is End.DAMAGED or (refused is not None and self.claim(visit, disk=True).position > position):
             return refused, reached
         if position < reached:
-            return End.NOT_RESTORABLE, reached
+            return End.ANOTHER_RANK if match.ceiling < reached else End.NOT_RESTORABLE, reached
         if len(rest) == BLOCK_BYTES and match.chain.key(match.depth, match.depth + BLOCK) in self._evictor.ghosts:
             return End.EVICTED, reached
         if follows is None and not len(self._tree):

@@ -24,6 +24,8 @@ class End(StrEnum):
     """What follows was cached and had to make room."""
     NOT_RESTORABLE = "not_restorable"
     """More is known, but some layer lacks its window or its snapshot there."""
+    ANOTHER_RANK = "another_rank"
+    """Rank 0 has more, but another rank of the group lacks it, or could not read it in time."""
     SLOWER = "slower"
     """More is on disk, but reading it is predicted to take longer than computing, or took longer."""
     DAMAGED = "damaged"

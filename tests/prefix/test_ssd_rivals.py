@@ -15,7 +15,7 @@ from ssd_support import NAMESPACE, bytes_on_disk, chain, file_of, payload_of, re
 from kvarn.prefix.disk.age_clock import AgeClock
 from kvarn.prefix.disk.block_file import file_bytes
 from kvarn.prefix.disk.events import Found, SsdLimits
-from kvarn.prefix.disk.files import Files
+from kvarn.prefix.disk.files import Files, Space
 from kvarn.prefix.disk.index import DiskIndex
 from kvarn.prefix.disk.pool import DiskPool
 from kvarn.prefix.disk.reader import Fault
@@ -111,6 +111,34 @@ def test_no_row_for_a_file_that_another_removed_at_once(tmp_path: Path) -> None:
     with running(tmp_path) as again:
         assert not again.opened.entries
         assert again.save(record)[record.id] == ""
+
+
+class CrowdedFiles(Files):
+    """Whenever somebody asks how much space is free, another server has just written a record."""
+
+    def __init__(self, folder: Path) -> None:
+        self._rival = DiskPool(folder, Files(), AgeClock())
+        self._salt = 100
+
+    def space(self, folder: Path) -> Space:
+        if folder.exists():
+            self._salt += 1
+            self._rival.open()
+            publish(self._rival, chain(1, salt=self._salt)[0])
+            self._rival.close()
+        return super().space(folder)
+
+
+def test_what_another_writes_meanwhile_drives_nothing_out(tmp_path: Path) -> None:
+    """There is room for all: the more there is when room is made, the less of it may be taken for too much."""
+    heads = chain(3)
+    with running(tmp_path, files=CrowdedFiles(tmp_path)) as tier:
+        assert set(tier.save(*heads).values()) == {""}
+        assert tier.tier.stats.evicted == 0
+        assert not tier.listener.gone()
+        assert len(record_files(tmp_path)) > len(heads)
+    with running(tmp_path) as again:
+        assert {file_of(tmp_path, entry) for entry in again.opened.entries} == set(record_files(tmp_path))
 
 
 def publish(pool: DiskPool, record: RecordHead) -> None:

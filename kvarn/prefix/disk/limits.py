@@ -58,7 +58,8 @@ class LimitKeeper:
         if limit < 0 or lacking > total:
             # Emptying the whole cache would not help, so nothing is evicted for it.
             return False
-        self._evict_to(min(limit, total - max(0, lacking)), spared)
+        # Without a lack of space ``total`` is no limit: another process may have written since it was asked for.
+        self._evict_to(min(limit, total - lacking) if lacking > 0 else limit, spared)
         return pool.totals().bytes <= limit and self._lacking(nbytes) <= 0
 
     def hold_cap(self) -> None:
