@@ -33,6 +33,14 @@ MOST_TP_PORT = 65535 - 1024
 """The ports of the backend come behind it."""
 
 
+OF_THE_ENGINE = (
+    *("context_length", "max_batch", "max_itl_ms", "prefill_chunk", "kv_memory_mb", "kv_bits", "kv_group_size"),
+    *("kv_quant_start", "cache_ram", "cache_selfcheck", "cache_ssd", "ssd_policy", "ssd_durability", "ssd_ttl"),
+    *("ssd_daily_writes", "ssd_min_free", "spec", "spec_tokens", "spec_adaptive", "spec_shared", "tp_silence"),
+)
+"""What all ranks of a group go by. Folders may differ from machine to machine, and HTTP is rank 0's business."""
+
+
 class ServeConfig(BaseModel):
     """Settings of ``kvarn serve``."""
 
@@ -289,6 +297,11 @@ class ServeConfig(BaseModel):
                 "must name a model when spec is draft" if not value else "must be a model, named like MODEL"
             )
         return value
+
+    @property
+    def of_the_engine(self) -> dict[str, str]:
+        """The settings that must be the same for all ranks, by name."""
+        return {name: str(getattr(self, name)) for name in OF_THE_ENGINE}
 
     @property
     def speculation(self) -> Speculation:

@@ -219,6 +219,8 @@ class GroupSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What the backend wants to find in the environment."""
     files: dict[str, str] = {}
     """Environment variables that name a file, and what is to be in it."""
+    flags: dict[str, str] = {}
+    """What this rank was given for the engine, where each is started with flags of its own: must be rank 0's."""
     silence_seconds: float = 5.0
     """A rank that has not been heard of for so long is given up, and the whole group with it."""
     listen_fd: int = -1

@@ -88,7 +88,7 @@ class Rank:
         self._pulse = Pulse(lambda: self.say(Alive()), settings.silence_seconds, self._silent)
         self._pulse.heard(0)
         threading.Thread(target=self._listen, name="rank-0", daemon=True).start()
-        hello = Hello(self.rank, self.world, settings.backend, machine(), versions())
+        hello = Hello(self.rank, self.world, settings.backend, machine(), versions(), settings.flags)
         self.say(hello)
         self._pulse.start()
 

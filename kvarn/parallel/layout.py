@@ -39,6 +39,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """This process's own place where somebody else starts the ranks; then ``hosts`` says nothing of them."""
     secret: str = ""
     """Hex; empty, as always where we start the ranks: each group gets one of its own."""
+    flags: dict[str, str] = {}
+    """What this process was given for the engine, where somebody else starts the ranks."""
     silence_seconds: float = 5.0
 
     @property
@@ -87,6 +89,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
                 model=models[rank],
                 environment=self._environment(rank, ports),
                 files=self._files(ports),
+                flags=self.flags,
                 silence_seconds=self.silence_seconds,
             )
             for rank in range(self.world)
@@ -169,6 +172,7 @@ def _launched(config: ServeConfig, launch: Launch, secret: str) -> Layout:
         port=config.tp_port or CONTROL_PORT,
         launch=launch,
         secret=secret,
+        flags=config.of_the_engine,
         silence_seconds=config.tp_silence,
     )
 

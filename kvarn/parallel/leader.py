@@ -218,6 +218,10 @@ class Leader:
                     f"tp: rank {hello.rank} has {name} {hello.versions.get(name)}, rank 0 has {version}; "
                     "all ranks need the same versions"
                 )
+        for name in sorted({*settings.flags, *hello.flags}):
+            theirs, our = hello.flags.get(name), settings.flags.get(name)
+            if theirs != our:
+                return f"{name}: rank {hello.rank} was started with {theirs}, rank 0 with {our}; all need the same"
         return ""
 
     def _admit(self) -> None:

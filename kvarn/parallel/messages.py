@@ -59,6 +59,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     machine: str
     """Equal for ranks on one machine."""
     versions: dict[str, str]
+    flags: dict[str, str] = {}
+    """See GroupSettings."""
 
 
 class Content(msgspec.Struct, frozen=True, tag=True):

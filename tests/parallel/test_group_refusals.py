@@ -43,6 +43,10 @@ def test_a_rank_with_other_weights_is_refused(folder: Path, tmp_path: Path) -> N
 WRONG: dict[str, tuple[Callable[[Group], object], str]] = {
     "version": (lambda group: group.follow(1, OLDER), "tp: rank 1 has kvarn 0.0.1, rank 0 has "),
     "world": (lambda group: group.follow(1, world=3), "tp: a rank 1 of 3 came to a group of 2"),
+    "flags": (
+        lambda group: group.follow(1, flags={"max_batch": "4"}),
+        "max_batch: rank 1 was started with 4, rank 0 with None; all need the same",
+    ),
 }
 
 

@@ -323,6 +323,18 @@ def test_a_launched_rank_knows_where_rank_0_is(by_mlx: dict[str, str]) -> None:
     assert (told(layout)[1].environment, told(layout)[1].files) == ({}, {})
 
 
+def test_a_launched_rank_tells_what_it_was_given_for_the_engine(by_mlx: dict[str, str]) -> None:
+    """Each has flags of its own then; ranks that we start have none. What concerns HTTP or folders may differ."""
+    given = [
+        told(asked_for(settings, {**by_mlx, **SECRET}))[1].flags
+        for settings in ({}, {"port": "1", "cache_dir": "/elsewhere"}, {"kv_bits": "8"}, {"max_batch": "4"})
+    ]
+    assert given[0] == given[1]
+    assert {name for name in given[0] if given[2][name] != given[0][name]} == {"kv_bits"}
+    assert {name for name in given[0] if given[3][name] != given[0][name]} == {"max_batch"}
+    assert told(asked_for({"tp": "2"}, {}))[1].flags == {}
+
+
 def test_secrets_of_launched_ranks(by_mlx: dict[str, str], tmp_path: Path) -> None:
     """tp_secret_file or KVARN_TP_SECRET; none that is short, and none in a message."""
     file = tmp_path / "secret"

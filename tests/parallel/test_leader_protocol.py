@@ -98,8 +98,9 @@ def test_bytes_outside_a_frame_end_the_group(data: bytes) -> None:
         (Hello(1, 2, "jaccl", "", versions()), "tp_backend: rank 1 was started with jaccl, rank 0 with ring"),
         (Hello(1, 2, "ring", "", {**versions(), "mlx-lm": "0.1"}), "tp: rank 1 has mlx-lm 0.1, rank 0 has "),
         (Hello(1, 2, "ring", "", {}), "tp: rank 1 has kvarn None, rank 0 has "),
+        (Hello(1, 2, "ring", "", versions(), {"kv_bits": "8"}), "kv_bits: rank 1 was started with 8, rank 0 with None"),
     ],
-    ids=["too high", "rank 0", "negative", "world", "backend", "version", "no versions"],
+    ids=["too high", "rank 0", "negative", "world", "backend", "version", "no versions", "flags"],
 )
 def test_who_is_not_what_it_should_be_is_told_and_ends_the_start(hello: Hello, expected: str) -> None:
     with scene() as told:
