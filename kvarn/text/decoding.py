@@ -67,7 +67,7 @@ class Pieces:
 
     def decode(self, ids: Sequence[int]) -> str:
         """All ids at once, special tokens left out, by `tokenizers` itself."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
 
 
 class ByteLevelDecoding:

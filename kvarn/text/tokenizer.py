@@ -63,6 +63,8 @@ class Tokenizer:
         """
         # Read when transformers is first imported; otherwise it greets users with a warning that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # A batch of one has nothing to share out; threads of `tokenizers` would only be in the way of a fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
@@ -106,7 +108,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens and unknown ids left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental form of ``decode``, for one answer."""
@@ -126,7 +128,8 @@ class Tokenizer:
         except UnicodeEncodeError:
             # JSON may carry half a surrogate pair, which no tokenizer accepts.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # The batch calls let other threads run meanwhile; `encode` and `decode` hold the interpreter for seconds.
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         if self._template is None:
