@@ -27,3 +27,12 @@ def smollm2_folder() -> Path:
 def gemma3_folder() -> Path:
     """Gemma 3 270M (base) as an MLX folder, fetched the first time under the Gemma terms of use."""
     return resolve("gemma3-270m", SilentProgress()).path
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where everything that tests need was installed (KVARN_TEST_SKIPS=fail), a skipped test is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("KVARN_TEST_SKIPS") == "fail" and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter.ensure_newline()
+        reporter.write_line("skipped tests are failures here", red=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +43,15 @@ def rows_of(text: str) -> list[Row]:
     return [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines[2:]]
 
 
+@cache
 def names_in(path: Path) -> set[str]:
     """Names of the test functions of a file, those of classes as Class::name."""
-    names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    names = _functions(body)
+    for node in body:
         if isinstance(node, ast.ClassDef):
             names |= {f"{node.name}::{inner}" for inner in _functions(node.body)}
-    return names | _functions(ast.parse(path.read_text(encoding="utf-8")).body)
+    return names
 
 
 def _functions(body: list[ast.stmt]) -> set[str]:

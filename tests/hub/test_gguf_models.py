@@ -65,6 +65,7 @@ def test_smollm2_text_comes_back(smollm2_tokenizer: PreTrainedTokenizerBase, tex
     assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_gemma3_tokens(gemma3_tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer = gemma3_tokenizer
     assert tokenizer.encode("The capital of France is") == [2, 818, 5279, 529, 7001, 563]
@@ -73,6 +74,7 @@ def test_gemma3_tokens(gemma3_tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.encode("<start_of_turn>", add_special_tokens=False) == [105]
 
 
+@pytest.mark.slow
 @given(text=st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=60))
 @settings(max_examples=150, deadline=None)
 def test_gemma3_text_comes_back(gemma3_tokenizer: PreTrainedTokenizerBase, text: str) -> None:

@@ -107,7 +107,8 @@ BATCHES = [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pyt
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.slow  # small models of every kind are below; a server's restarts with this one are in test_prefix_cache
+@pytest.mark.parametrize("batch", [1, 3, 8])
 def test_smollm2(smollm2_folder: Path, tmp_path: Path, batch: int) -> None:
     real(smollm2_folder, 300).check(tmp_path, batch)
 

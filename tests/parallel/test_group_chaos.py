@@ -102,7 +102,7 @@ async def chaos(folder: Path, rounds: int, seed: int) -> None:
 
 
 def test_every_rank_killed_and_stopped(tmp_path: Path) -> None:
-    asyncio.run(chaos(save("llama", tmp_path), 5, 0))
+    asyncio.run(chaos(save("llama", tmp_path), 4, 0))
 
 
 @pytest.mark.slow

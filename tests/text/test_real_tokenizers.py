@@ -25,7 +25,7 @@ def gemma3(gemma3_folder: Path) -> Tokenizer:
     return Tokenizer.load(gemma3_folder)
 
 
-@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     chosen = request.getfixturevalue(request.param)
     assert isinstance(chosen, Tokenizer)
@@ -57,9 +57,13 @@ def test_text_comes_back_up_to_the_stop(tokenizer: Tokenizer, text: str, stop: s
     assert tokenizer.decode(ids[: answer.completion_tokens]).startswith(out)
 
 
-def test_their_decoders_run_token_by_token(smollm2: Tokenizer, gemma3: Tokenizer) -> None:
-    assert isinstance(smollm2._decoding, ByteLevelDecoding)
-    assert isinstance(gemma3._decoding, ByteFallbackDecoding)
+@pytest.mark.parametrize(
+    ("tokenizer", "decoding"),
+    [("smollm2", ByteLevelDecoding), pytest.param("gemma3", ByteFallbackDecoding, marks=pytest.mark.slow)],
+    indirect=["tokenizer"],
+)
+def test_their_decoders_run_token_by_token(tokenizer: Tokenizer, decoding: type) -> None:
+    assert isinstance(tokenizer._decoding, decoding)
 
 
 def test_smollm2_chat(smollm2: Tokenizer) -> None:
@@ -71,6 +75,7 @@ def test_smollm2_chat(smollm2: Tokenizer) -> None:
     assert smollm2.encode("<|im_end|>")[0] in smollm2.eos_token_ids
 
 
+@pytest.mark.slow
 def test_gemma3_base_completes_only(gemma3: Tokenizer) -> None:
     assert gemma3.encode("Hello")[0] == gemma3.bos_token_id == 2
     assert gemma3.encode("<bos>Hello") == gemma3.encode("Hello")
