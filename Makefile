@@ -1,6 +1,7 @@
 # make setup   everything into .venv        make serve   setup, then the demo model on 127.0.0.1:8000 (ARGS="--port 9000")
 # make test    all checks (15 minutes)      make bench   measure a running server (ARGS="--help")
 # make test-all   and those that take long (75 minutes)
+# make test-mutants   breaks each promise of docs/conformance.md in a copy: its tests must fail (an hour; ARGS="B7 -j 1")
 # CUDA=12 or CUDA=13 picks an NVIDIA build on Linux; PYTHON picks the interpreter.
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ RUN_STAMP := $(VENV)/.kvarn-run-$(BACKEND)
 DEV_STAMP := $(VENV)/.kvarn-dev-$(BACKEND)
 PACKAGE := pyproject.toml setup.py $(wildcard kvarn/native/*.c kvarn/native/*.h)
 
-.PHONY: setup setup-run serve chat test test-all lint format reference bench clean
+.PHONY: setup setup-run serve chat test test-all test-mutants lint format reference bench clean
 
 setup: $(DEV_STAMP)
 
@@ -73,6 +74,9 @@ test-all: lint
 	@rm -f .test-all
 	$(BIN)/pytest -q -rs -n 2 --dist loadfile -m "slow or not slow"
 	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD > .test-all; fi
+
+test-mutants: setup
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 bench: setup
 	$(BIN)/kvarn bench $(ARGS)

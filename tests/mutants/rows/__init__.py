@@ -1,0 +1,1 @@
+"""The breaks, one module for each section of docs/conformance.md."""

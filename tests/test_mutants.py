@@ -1,0 +1,62 @@
+"""Every row of docs/conformance.md has a break in tests/mutants, and every break still fits the tree."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from mutants import Break, StaleBreak, all_breaks
+from mutants.table import named_tests
+from test_conformance import ROOT
+
+BREAKS = all_breaks()
+NAMED = named_tests()
+WITHOUT = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        A1 A2 A3 A4 A5
+        B1 B2 B3 B4 B5 B9 B10 B11 B12 B13
+        C1 C2 C3 C4
+        D1 D2 D3 D4 D5 D6 D7 D8 D9
+        E1 E2 E3 E4 E5 E6 E7 E8
+        F1 F2 F3 F4 F5 F6 F7 F8 F9 F10
+        G1 G2 G3 G4 G5 G6 G7
+        H1 H2 H3 H4 H5 H6
+        I1 I2
+        J1 J2
+        K1 K2 K3
+        L1 L2 L3 L4 L5 L6 L7 L8 L9 L10 L11 L12 L13 L14 L15 L16 L17 L18 L19 L20 L21 L22 L23 L24 L25 L26 L27
+        L28 L29 L30 L31
+        """,
+    )
+)
+"""Rows whose break is still to be written. May only shrink."""
+
+
+def test_every_row_has_a_break() -> None:
+    rows = {broken.row for broken in BREAKS}
+    assert rows - set(NAMED) == set(), "breaks of rows that are not done"
+    assert set(NAMED) - rows == WITHOUT
+
+
+def test_names_are_unique() -> None:
+    assert [name for name, count in Counter(broken.name for broken in BREAKS).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=[broken.name for broken in BREAKS])
+def test_a_break_fits_the_tree(broken: Break) -> None:
+    """Its text occurs exactly once, leaves a program behind, and its row names the tests that it expects to fail."""
+    text = (ROOT / broken.file).read_text(encoding="utf-8")
+    changed = broken.applied(text)
+    assert changed != text
+    if broken.file.endswith(".py"):
+        compile(changed, broken.file, "exec")
+    assert set(broken.by) <= {test.name for test in NAMED[broken.row]}
+
+
+@pytest.mark.parametrize(("text", "count"), [("a = 2", 0), ("a = 1; a = 1", 2)])
+def test_a_stale_break_is_found(text: str, count: int) -> None:
+    with pytest.raises(StaleBreak, match=f"occurs {count} times"):
+        Break(name="A1-example", file="example.py", old="a = 1", new="a = 2").applied(text)
