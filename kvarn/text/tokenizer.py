@@ -1,25 +1,25 @@
 """The tokenizer of the model being served: text and chats to token ids, and ids back to text.
 
-Invariants: the chat template is applied once and its failure is an error, never a prompt of our own making; no prompt
-begins with two BOS tokens; ends of turn are known by id. After loading nothing here is changed, so every method may be
-called from any number of threads at once.
+Invariants: no prompt begins with two BOS tokens; ends of turn are known by id. After loading nothing here is changed,
+so every method may be called from any number of threads at once.
 
-`transformers` only loads the files and renders the template. It is imported by ``load``, because that takes more than a
-second; encoding and decoding go straight to the Rust tokenizer, since the wrapper sets its truncation and padding on
-every call, which concurrent callers must not do.
+`transformers` only loads the files. It is imported by ``load``, because that takes more than a second; encoding and
+decoding go straight to the Rust tokenizer, since the wrapper sets its truncation and padding on every call, which
+concurrent callers must not do.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from kvarn.text.decoding import decoding_of
 from kvarn.text.detokenize import Detokenizer
 from kvarn.text.ends import configured_ends, turn_ends
+from kvarn.text.template import ChatTemplate, Message, TemplateError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,15 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Message = Mapping[str, object]
+__all__ = ["Message", "TemplateError", "Tokenizer", "TokenizerError"]
 
 
 class TokenizerError(Exception):
     """A model folder has no tokenizer that can be used; the message says why."""
-
-
-class TemplateError(Exception):
-    """A conversation cannot be made into a prompt; the message is fit for the client."""
 
 
 class Tokenizer:
@@ -50,7 +46,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = False
         self._decoding = decoding_of(self._backend)
         self._prefix = _prefix(self._backend)
-        self._template = _template_source(wrapper)
+        source = _template_source(wrapper)
+        self._template = None if source is None else ChatTemplate(source, wrapper.special_tokens_map)
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id: int | None = wrapper.bos_token_id
         self.eos_token_ids: frozenset[int] = self._find_ends(folder)
@@ -101,8 +98,7 @@ class Tokenizer:
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant to answer.
 
-        The template alone decides about BOS, as it did when the model was trained. Role ``developer`` reads as
-        ``system`` for templates that do not mention it. Raises TemplateError.
+        The template alone decides about BOS, as it did when the model was trained. Raises TemplateError.
         """
         return self._encode(self._render(messages, generation_prompt=True))
 
@@ -134,30 +130,14 @@ class Tokenizer:
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         if self._template is None:
             raise TemplateError("this model has no chat template; use /v1/completions")
-        if "developer" not in self._template:
-            messages = [
-                {**message, "role": "system"} if message.get("role") == "developer" else message for message in messages
-            ]
-        try:
-            text = self._wrapper.apply_chat_template(
-                cast("list[dict[str, str]]", list(messages)),
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
-        except Exception as error:
-            # The template is a program of the model's authors: it may raise anything, on purpose or not.
-            log.info("chat template failed: %s: %s", type(error).__name__, error)
-            raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return self._template.render(messages, generation_prompt)
 
     def _find_ends(self, folder: Path) -> frozenset[int]:
         ends = configured_ends(folder)
         if self._wrapper.eos_token_id is not None:
             ends |= {self._wrapper.eos_token_id}
-        if self.has_chat_template:
-            ends |= turn_ends(self._backend, self._template or "", self._render_answer)
+        if self._template is not None:
+            ends |= turn_ends(self._backend, self._template.source, self._render_answer)
         return frozenset(ends)
 
     def _render_answer(self, answer: str) -> str | None:
