@@ -5,11 +5,12 @@ Runs once, at load.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
+
+from kvarn.text.settings import read_json
 
 # Used only where the template cannot show how it ends a turn. <|end|> is left out: in some families it ends one message
 # of several in a turn.
@@ -22,7 +23,7 @@ def configured_ends(folder: Path) -> set[int]:
 
     Missing and unreadable files count as naming none: they are judged where the model is loaded.
     """
-    config, generation = _read(folder / "config.json"), _read(folder / "generation_config.json")
+    config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
     ends: set[int] = set()
     for part in (config, config.get("text_config"), generation):
         value = part.get("eos_token_id") if isinstance(part, dict) else None
@@ -45,11 +46,3 @@ def turn_ends(backend: tokenizers.Tokenizer, template: str, render_answer: Calla
         if found is not None:
             return {added[found]}
     return {added[content] for content in KNOWN_TURN_ENDS if content in added and content in template}
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -3,54 +3,40 @@
 Invariants: no prompt begins with two BOS tokens; ends of turn are known by id. After loading nothing here is changed,
 so every method may be called from any number of threads at once.
 
-`transformers` only loads the files. It is imported by ``load``, because that takes more than a second; encoding and
-decoding go straight to the Rust tokenizer, since the wrapper sets its truncation and padding on every call, which
-concurrent callers must not do.
+Its parts: ``settings`` and ``loading`` read the files, ``template`` makes a conversation into a text, ``decoding``
+turns ids back into text.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import tokenizers
 
 from kvarn.text.decoding import decoding_of
 from kvarn.text.detokenize import Detokenizer
 from kvarn.text.ends import configured_ends, turn_ends
+from kvarn.text.loading import TokenizerError, load_backend
+from kvarn.text.settings import TokenizerSettings, read_settings
 from kvarn.text.template import ChatTemplate, Message, TemplateError
 
-if TYPE_CHECKING:
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
-
 __all__ = ["Message", "TemplateError", "Tokenizer", "TokenizerError"]
-
-
-class TokenizerError(Exception):
-    """A model folder has no tokenizer that can be used; the message says why."""
 
 
 class Tokenizer:
     """See the module's docstring. Made by ``load``."""
 
-    def __init__(self, wrapper: PreTrainedTokenizerFast, folder: Path) -> None:
-        """``wrapper`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
-        self._wrapper = wrapper
-        self._backend: tokenizers.Tokenizer = wrapper.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = False
-        self._decoding = decoding_of(self._backend)
-        self._prefix = _prefix(self._backend)
-        source = _template_source(wrapper)
-        self._template = None if source is None else ChatTemplate(source, wrapper.special_tokens_map)
-        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        self.bos_token_id: int | None = wrapper.bos_token_id
-        self.eos_token_ids: frozenset[int] = self._find_ends(folder)
+    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
+        """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
+        self._backend = backend
+        self._decoding = decoding_of(backend)
+        source = settings.template
+        self._template = None if source is None else ChatTemplate(source, settings.special_tokens)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
+        self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
+        self.eos_token_ids = self._find_ends(folder, self._id_of(settings.special_tokens.get("eos_token")))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -58,21 +44,7 @@ class Tokenizer:
 
         Raises TokenizerError when there is none or it needs code of its own.
         """
-        # Read when transformers is first imported; otherwise it greets users with a warning that PyTorch is missing.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        # A batch of one has nothing to share out; threads of `tokenizers` would only be in the way of a fork.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        try:
-            wrapper = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            # Broken files surface as almost any exception type; all mean that this folder cannot be served.
-            log.debug("loading the tokenizer failed", exc_info=True)
-            raise TokenizerError(f"cannot load the tokenizer in {folder}: {error}") from error
-        if not isinstance(wrapper, PreTrainedTokenizerFast):
-            raise TokenizerError(f"the tokenizer in {folder} ({type(wrapper).__name__}) has no tokenizer.json form")
-        return cls(wrapper, folder)
+        return cls(load_backend(folder), read_settings(folder), folder)
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -132,10 +104,13 @@ class Tokenizer:
             raise TemplateError("this model has no chat template; use /v1/completions")
         return self._template.render(messages, generation_prompt)
 
-    def _find_ends(self, folder: Path) -> frozenset[int]:
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _find_ends(self, folder: Path, named: int | None) -> frozenset[int]:
         ends = configured_ends(folder)
-        if self._wrapper.eos_token_id is not None:
-            ends |= {self._wrapper.eos_token_id}
+        if named is not None:
+            ends |= {named}
         if self._template is not None:
             ends |= turn_ends(self._backend, self._template.source, self._render_answer)
         return frozenset(ends)
@@ -151,22 +126,16 @@ class Tokenizer:
             return None
 
 
-def _prefix(backend: tokenizers.Tokenizer) -> list[int]:
-    """The ids the tokenizer puts before any text: BOS, or nothing."""
-    plain = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
+def _prefix(backend: tokenizers.Tokenizer, add_bos: bool | None, bos: int | None) -> list[int]:
+    """The ids that stand before any text: BOS, or nothing. ``add_bos`` None: as tokenizer.json says."""
+    if add_bos is not None and bos is not None:
+        return [bos] if add_bos else []
+    try:
+        plain = backend.encode("a", add_special_tokens=False).ids
+        whole = backend.encode("a", add_special_tokens=True).ids
+    except Exception:  # noqa: BLE001 - a vocabulary that cannot spell this letter
+        return []
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
     return []
-
-
-def _template_source(wrapper: PreTrainedTokenizerFast) -> str | None:
-    """The chat template's text; of several named ones, the default."""
-    if not wrapper.chat_template:
-        return None
-    try:
-        return wrapper.get_chat_template()
-    except ValueError:
-        # Several templates and none called default: there is none to choose for a plain chat.
-        return None
