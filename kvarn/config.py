@@ -17,7 +17,8 @@ from typing import Literal, get_origin
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from kvarn.hub.cache import cache_root
+from kvarn.hub.cache import NoCache, prefix_folder
+from kvarn.paths import expanded
 from kvarn.reference import allowed, default, page
 from kvarn.types import GRID, GROUP_SIZES, MOST_DRAFT_TOKENS, KvPacking, SpecMode, SpecSettings, Speculation
 from kvarn.values import MOST_COUNT, Command, Duration, Hosts, Origins, RealPath, Silence, Size, Words
@@ -263,9 +264,14 @@ class ServeConfig(BaseModel):
     )
 
     @property
-    def cache_folder(self) -> Path:
-        """Where the SSD tier is."""
-        return self.cache_dir if self.cache_dir is not None else default_cache_folder()
+    def cache_folder(self) -> Path | None:
+        """Where the SSD tier is; None where there is no folder for it."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        try:
+            return prefix_folder()
+        except NoCache:
+            return None
 
     @field_validator("tls_key")
     @classmethod
@@ -321,11 +327,11 @@ class ServeConfig(BaseModel):
 def read_file(path: str) -> dict[str, object]:
     """The settings in a TOML file, named as in ``ServeConfig``, dashes allowed. Raises ConfigError."""
     try:
-        found = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        found = tomllib.loads(expanded(path).read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     settings: dict[str, object] = {}
     for given, value in found.items():
         name = given.replace("-", "_")
@@ -338,11 +344,6 @@ def read_file(path: str) -> dict[str, object]:
             raise ConfigError(f"{path}: {name}: no setting is true or false (got {value!r})")
         settings[name] = value
     return settings
-
-
-def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the SSD tier is unless told otherwise."""
-    return cache_root(environ) / "prefix"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

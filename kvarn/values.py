@@ -10,6 +10,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 
+from kvarn.paths import expanded
+
 MOST_BYTES = 10**18
 MOST_COUNT = 10**9
 """Larger numbers are slips, and would not fit into the messages to the engine."""
@@ -79,9 +81,9 @@ def real_path(value: object) -> object:
         if not value.strip() or "\0" in value:
             raise ValueError("must be a path")
         try:
-            return Path(value).expanduser()
-        except RuntimeError:
-            raise ValueError("must be a path; there is no such user") from None
+            return expanded(value)
+        except ValueError as error:
+            raise ValueError(f"must be a path; {error}") from None
     return value
 
 

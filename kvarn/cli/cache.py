@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from kvarn.config import default_cache_folder
+from kvarn.hub.cache import NoCache, prefix_folder
 from kvarn.hub.progress import TerminalProgress
+from kvarn.paths import expanded
 from kvarn.prefix.disk import upkeep
 from kvarn.prefix.disk.index import UnusableIndex
 from kvarn.prefix.disk.upkeep import Removed
@@ -22,9 +24,13 @@ from kvarn.values import Duration
 
 
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the prefix cache lies: KVARN_CACHE_DIR, else where ``serve`` puts it by itself."""
-    given = environ.get("KVARN_CACHE_DIR")
-    return Path(given).expanduser() if given else default_cache_folder(environ)
+    """Where the prefix cache lies: KVARN_CACHE_DIR, else where ``serve`` puts it by itself. Raises NoCache."""
+    if given := environ.get("KVARN_CACHE_DIR"):
+        try:
+            return expanded(given)
+        except ValueError as error:
+            raise NoCache(f"KVARN_CACHE_DIR: {error}; --cache-dir FOLDER names another folder") from None
+    return prefix_folder(environ)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,7 +58,7 @@ def _action(
 ) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=explanation, description=f"{explanation[0].upper()}{explanation[1:]}.")
     parser.add_argument(
-        "--cache-dir", type=Path, default=default_folder(), metavar="FOLDER", help="default: %(default)s"
+        "--cache-dir", type=_folder, metavar="FOLDER", help="default: KVARN_CACHE_DIR, else where serve puts it"
     )
     parser.set_defaults(do=do)
     return parser
@@ -60,15 +66,29 @@ def _action(
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for. Returns the exit status: 1 for damage found or a folder that is no use."""
-    if not args.cache_dir.is_dir():
-        print(f"There is no cache in {args.cache_dir}")
-        return 0
     do: Callable[[argparse.Namespace], int] = args.do
     try:
+        args.cache_dir = args.cache_dir or default_folder()
+    except NoCache as error:
+        print(f"kvarn: {error}", file=sys.stderr)
+        return 1
+    try:
+        if not stat.S_ISDIR(args.cache_dir.stat().st_mode):
+            raise NotADirectoryError("it is no folder")
         return do(args)
+    except FileNotFoundError:
+        print(f"There is no cache in {args.cache_dir}")
+        return 0
     except (OSError, sqlite3.Error, UnusableIndex) as error:
         print(f"kvarn: {args.cache_dir}: {error}", file=sys.stderr)
         return 1
+
+
+def _folder(text: str) -> Path:
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def size(text: str) -> int:

@@ -28,6 +28,7 @@ from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
 from kvarn.client.ranks import RANK_COMMAND, RankPlan
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
 from kvarn.http.keys import BadKeys, Keys
+from kvarn.hub.cache import problem as cache_problem
 from kvarn.observe.log import configure, kv
 from kvarn.types import ModelInfo, PrefixSettings
 
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         certificate = read_certificate(config)
         listener = bind(config)
         allow_files(config.max_connections + SPARE_FILES)
+        if wrong := cache_problem():
+            log.warning("this start finds out everything anew, and keeps nothing of it", extra=kv(reason=wrong))
         model = find_model(args.model)
         draft = find_draft(config)
         front = Front(
@@ -138,7 +141,7 @@ class Front:
             prefix=PrefixSettings(
                 ram_bytes=None if config.cache_ram is None else int(config.cache_ram),
                 selfcheck=config.cache_selfcheck,
-                folder=str(config.cache_folder),
+                folder=str(config.cache_folder or ""),
                 ssd_bytes=int(config.cache_ssd),
                 ssd_policy=config.ssd_policy,
                 durable=config.ssd_durability == "durable",

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from kvarn.cli.units import Plan, Unwritable, launchd_plist, systemd_unit
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
-from kvarn.hub.cache import cache_root
+from kvarn.hub.cache import NoCache, cache_root
 from kvarn.hub.demo import WHEEL_MODELS
 from kvarn.hub.errors import SourceError
 from kvarn.hub.progress import SilentProgress
 from kvarn.hub.source import ALLOWED, resolve
+from kvarn.paths import expanded
 
 STOP_MARGIN = 20
 """Seconds for a stop beyond those for draining: errors are written, live conversations saved, connections closed."""
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         plan = planned(args)
         _systemd(args, plan) if args.kind == "systemd" else _launchd(args, plan)
-    except (ConfigError, SourceError, Unwritable, Refused) as error:
+    except (ConfigError, SourceError, NoCache, Unwritable, Refused) as error:
         print(f"kvarn service: {error}", file=sys.stderr)
         return 1
     for note in _unseen(os.environ):
@@ -125,9 +126,9 @@ def planned(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -
 
 def _model(name: str) -> str:
     """The model as it can be named from any folder. Raises SourceError."""
-    path = Path(name).expanduser()
     if name in WHEEL_MODELS:
         return name
+    path = _expanded(name)
     if path.is_dir() or (path.suffix != ".gguf" and (path.exists() or name.count("/") != 1)):
         resolve(name, SilentProgress())  # refuses what is no model; local, so nothing is fetched
         return str(path.absolute())
@@ -138,8 +139,15 @@ def _model(name: str) -> str:
     return name
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise Refused(f"{path}: {error}") from error
+
+
 def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    return _expanded(path).absolute()
 
 
 def _check_importable() -> None:
@@ -188,8 +196,8 @@ def _systemd(args: argparse.Namespace, plan: Plan) -> None:
 
 def _launchd(args: argparse.Namespace, plan: Plan) -> None:
     label = f"local.{args.name}"
-    text = launchd_plist(plan, label, Path.home() / "Library" / "Logs" / f"{label}.log")
-    path = _destination(args, Path.home() / "Library" / "LaunchAgents" / f"{label}.plist")
+    text = launchd_plist(plan, label, _expanded("~") / "Library" / "Logs" / f"{label}.log")
+    path = _destination(args, _expanded("~") / "Library" / "LaunchAgents" / f"{label}.plist")
     if path is None:
         print(text, end="")
         return
@@ -204,7 +212,10 @@ def _launchd(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _account(asked: str | None) -> str:
-    account = asked or os.environ.get("SUDO_USER") or getpass.getuser()
+    try:
+        account = asked or os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise Refused("--run-as: this account has no name; --run-as ACCOUNT names another") from error
     try:
         pwd.getpwnam(account)
     except KeyError as error:
@@ -216,7 +227,7 @@ def _account(asked: str | None) -> str:
 
 def _user_units(environ: Mapping[str, str]) -> Path:
     base = environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "systemd" / "user"
+    return (Path(base) if base else _expanded("~/.config")) / "systemd" / "user"
 
 
 def _destination(args: argparse.Namespace, installed: Path) -> Path | None:

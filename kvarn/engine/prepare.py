@@ -15,7 +15,7 @@ import mlx.core as mx
 from kvarn.engine.boot_guessing import LoadedDraft
 from kvarn.engine.party import Found, Party
 from kvarn.engine.prefixes import Prefixes
-from kvarn.hub.cache import cache_root
+from kvarn.hub.cache import NoCache, prefix_folder
 from kvarn.hub.fingerprint import folder_fingerprint
 from kvarn.hub.progress import SilentProgress
 from kvarn.model.blocks import BlockFormat, agree, stored
@@ -141,7 +141,8 @@ def _prefixes(
         limit = min(settings.ram_bytes // party.neighbours, budget.limit_bytes)
     selfcheck = settings.selfcheck if party.rank == 0 else 0
     cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), selfcheck)
-    if not settings.ssd_bytes:
+    folder = _ssd_folder(settings) if settings.ssd_bytes else None
+    if folder is None:
         return Prefixes(model.network, model.form, blocks, cache)
     limits = SsdLimits(
         cap_bytes=settings.ssd_bytes,
@@ -151,7 +152,6 @@ def _prefixes(
         durable=settings.durable,
         writes=settings.ssd_policy != SavePolicy.OFF,
     )
-    folder = Path(settings.folder) if settings.folder else cache_root() / "prefix"
     opened = threading.Event()
 
     def notify(event: SsdEvent) -> None:
@@ -171,6 +171,15 @@ def _prefixes(
     if not opened.wait(OPEN_SECONDS):  # so that the first requests find what is on disk
         log.warning("the SSD tier is still opening", extra=kv(seconds=OPEN_SECONDS))
     return Prefixes(model.network, model.form, blocks, cache, ssd)
+
+
+def _ssd_folder(settings: PrefixSettings) -> Path | None:
+    """Where the SSD tier is on this machine; None, and said so, where there is no folder for it."""
+    try:
+        return Path(settings.folder) if settings.folder else prefix_folder()
+    except NoCache as error:
+        log.warning("prefixes are kept in memory only", extra=kv(reason=error))
+        return None
 
 
 def _budget(

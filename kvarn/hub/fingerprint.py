@@ -7,17 +7,17 @@ the cache by (path, size, modification time, inode): a start does not read gigab
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import msgspec
 
-from kvarn.hub.cache import cache_root
+from kvarn.hub.cache import keep, recalled
 from kvarn.hub.progress import Progress
 
 CHUNK = 1 << 22
+MEMO = "digests.json"
+"""Name of the digests in the cache."""
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 Identity = tuple[str, int, int, int]
@@ -82,24 +82,21 @@ def _blob_digest(file: Path) -> str | None:
     return target.name if target.parent.name == "blobs" and _BLOB_NAME.fullmatch(target.name) else None
 
 
-def _memo_path() -> Path:
-    return cache_root() / "digests.json"
-
-
 def _read_memo() -> dict[Identity, str]:
     try:
-        return dict(msgspec.json.decode(_memo_path().read_bytes(), type=DigestMemo).digests)
-    except (OSError, msgspec.MsgspecError):
-        # Absent or damaged: it only saves time, and is written anew.
+        return dict(msgspec.json.decode(recalled(MEMO) or b"{}", type=DigestMemo).digests)
+    except msgspec.MsgspecError:
+        # Damaged: it only saves time, and is written anew.
         return {}
 
 
 def _write_memo(memo: dict[Identity, str]) -> None:
     """Keep what still exists. Two processes at once: the last one wins, which costs a later start some reading."""
-    current = [(i, d) for i, d in memo.items() if Path(i[0]).exists()]
-    path = _memo_path()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".digests-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(msgspec.json.encode(DigestMemo(current)))
-    Path(temporary).replace(path)
+    keep(MEMO, msgspec.json.encode(DigestMemo([(i, d) for i, d in memo.items() if _exists(i[0])])))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # behind a folder that this account may not look into
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -37,6 +38,9 @@ def snapshot(name: str, progress: Progress) -> Path:
 
 
 def _fetched(name: str) -> str:
+    if HF_HUB_CACHE.startswith("~"):  # without a home folder it would be one of that name, wherever we are
+        why = "there is no home folder to keep it in; HF_HUB_CACHE=FOLDER names a folder"
+        raise SourceError(f"hub model {name!r} cannot be fetched: {why}")
     try:
         return snapshot_download(name, allow_patterns=HUB_FILES)
     except HFValidationError:
@@ -44,5 +48,8 @@ def _fetched(name: str) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         try:
             return snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise SourceError(f"hub model {name!r} could not be fetched and was not fetched before: {error}") from error
+        except (LocalEntryNotFoundError, OSError):
+            why = str(error)
+            if error.errno is not None and error.filename is not None:  # of this machine's disk, not of the network
+                why = f"{HF_HUB_CACHE} cannot be used: {error.strerror}; HF_HUB_CACHE=FOLDER names another folder"
+            raise SourceError(f"hub model {name!r} could not be fetched and was not fetched before: {why}") from error

@@ -11,6 +11,7 @@ from kvarn.hub.demo import WHEEL_MODELS, wheel_model
 from kvarn.hub.errors import SourceError
 from kvarn.hub.fingerprint import file_digest
 from kvarn.hub.progress import Progress
+from kvarn.paths import expanded
 
 ALLOWED = "demo, gemma3-270m, an MLX folder (config.json and *.safetensors), a .gguf file, or a hub name (owner/model)"
 
@@ -26,7 +27,24 @@ def resolve(name: str, progress: Progress) -> ResolvedModel:
     """Find, fetch or convert a model. Raises SourceError, which names what was given and what is allowed."""
     if name in WHEEL_MODELS:
         return ResolvedModel(name, wheel_model(WHEEL_MODELS[name], progress))
-    path = Path(name).expanduser()
+    try:
+        name.encode()
+        path = expanded(name)
+    except UnicodeEncodeError:
+        raise SourceError(f"model {name!r} is not UTF-8 text; allowed are {ALLOWED}") from None
+    except ValueError as error:
+        raise SourceError(f"model {name!r}: {error}; allowed are {ALLOWED}") from None
+    try:
+        resolved = _found(name, path, progress)
+        str(resolved.path).encode()
+        return resolved
+    except UnicodeEncodeError:
+        raise SourceError(f"model {name!r} is in a folder whose path is not UTF-8 text; rename it") from None
+    except OSError as error:
+        raise SourceError(f"model {name!r} cannot be read: {error.strerror or type(error).__name__}") from error
+
+
+def _found(name: str, path: Path, progress: Progress) -> ResolvedModel:
     if path.is_dir():
         return _folder(name, path)
     if path.suffix == ".gguf":

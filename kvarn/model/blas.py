@@ -16,18 +16,19 @@ import importlib.util
 import os
 import platform
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
 
-from kvarn.hub.cache import cache_root
+from kvarn.hub.cache import keep, recalled
 from kvarn.native.library import needed, shim_path
 
 SPIN_US = 50
 """How long a worker thread stays awake after a product: long enough for the next one of a layer, and no longer, as the
 front end may want the core."""
 
+MEASURED = "rowblas.json"
+"""Name of the measurements in the cache."""
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 MEASURED_SHAPE = (1536, 1024)
 """Weights of the measurement, 6 MiB: too large for a core's own cache."""
@@ -159,16 +160,15 @@ class Measured(msgspec.Struct):
 
 def row_limit(shim: ctypes.CDLL, machine: str) -> int:
     """Most rows for which our own products are about as fast as OpenBLAS's, or faster; 0 when they never are."""
-    path = cache_root() / "rowblas.json"
     try:
-        measured = msgspec.json.decode(path.read_bytes(), type=Measured)
-    except (OSError, msgspec.MsgspecError):
-        # Absent or damaged: measure again.
+        measured = msgspec.json.decode(recalled(MEASURED) or b"{}", type=Measured)
+    except msgspec.MsgspecError:
+        # Damaged: measure again.
         measured = Measured()
     key = f"{machine} {shim.kvarn_rowblas_instructions().decode()} v{KERNELS_VERSION}"
     if key not in measured.limits:
         measured.limits[key] = measure_row_limit(shim)
-        _keep(path, measured)
+        keep(MEASURED, msgspec.json.encode(measured))
     return measured.limits[key]
 
 
@@ -189,15 +189,3 @@ def measure_row_limit(shim: ctypes.CDLL) -> int:
 def _own_is_good(shim: ctypes.CDLL, rows: int) -> bool:
     own, passed = (shim.kvarn_rowblas_measure(rows, *MEASURED_SHAPE, yes, MEASURED_TRIES) for yes in (1, 0))
     return bool(own >= 0 and passed >= 0 and own <= passed * MARGIN)
-
-
-def _keep(path: Path, measured: Measured) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".rowblas-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.encode(measured))
-        Path(temporary).replace(path)
-    except OSError:
-        # A cache that cannot be written costs the next start the measurement, nothing else.
-        return

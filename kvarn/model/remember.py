@@ -6,17 +6,15 @@ A folder that cannot be read or written costs a repetition at each start, nothin
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
 import msgspec
 
 from kvarn import __version__
-from kvarn.hub.cache import cache_root
+from kvarn.hub import cache
 
 Finding = TypeVar("Finding", bound=msgspec.Struct)
 
@@ -35,25 +33,19 @@ def remembered(
 
 def recall(kind: type[Finding], about: tuple[str, ...]) -> Finding | None:
     """What these versions found ``about`` something before; None when nothing, or it cannot be read."""
+    kept = cache.recalled(_name(kind, about))
     try:
-        return msgspec.json.decode(_path(kind, about).read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError):
+        return None if kept is None else msgspec.json.decode(kept, type=kind)
+    except msgspec.MsgspecError:
         return None
 
 
 def keep(found: msgspec.Struct, about: tuple[str, ...]) -> None:
     """Remember it for the next start."""
-    path = _path(type(found), about)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(msgspec.json.encode(found))
-        Path(file.name).replace(path)
-    except OSError:
-        return
+    cache.keep(_name(type(found), about), msgspec.json.encode(found))
 
 
-def _path(kind: type[msgspec.Struct], about: tuple[str, ...]) -> Path:
+def _name(kind: type[msgspec.Struct], about: tuple[str, ...]) -> str:
     versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
     identity = "|".join([kind.__name__, *about, __version__, *versions, str(mx.default_device())])
-    return cache_root() / "probes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    return f"probes/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"

@@ -29,7 +29,8 @@ from prefix_client import (
     wait_until,
 )
 
-from kvarn.config import ConfigError, ServeConfig, default_cache_folder, read_config
+from kvarn.config import ConfigError, ServeConfig, read_config
+from kvarn.hub.cache import prefix_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def test_bad_values_are_refused(name: str, text: str, allowed: str) -> None:
 
 def test_the_cache_folder_is_where_it_is_said_to_be() -> None:
     """(J1)"""
-    assert ServeConfig().cache_folder == default_cache_folder()
+    assert ServeConfig().cache_folder == prefix_folder()
     assert read_config({"cache_dir": "~/somewhere"}, {}).cache_folder == Path.home() / "somewhere"
 
 

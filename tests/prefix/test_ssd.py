@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -77,6 +78,53 @@ def test_everything_is_private_to_the_user(tmp_path: Path) -> None:
         modes = {path: path.stat().st_mode & 0o777 for path in paths}
     assert len(paths) > 8
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
+
+
+@pytest.mark.parametrize("entries", [(), ("index.sqlite-old", "0123456789abcdef", "quarantine")])
+def test_a_wide_folder_of_ours_is_narrowed(tmp_path: Path, entries: tuple[str, ...]) -> None:
+    tmp_path.chmod(0o777)
+    for name in entries:
+        (tmp_path / name).mkdir()
+    with running(tmp_path) as tier:
+        tier.save(*chain(1))
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("mode", "other"), [(0o755, "letters"), (0o1777, "")])
+def test_a_wide_folder_that_others_use_is_warned_of(
+    tmp_path: Path, mode: int, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if other:
+        (tmp_path / other).mkdir()
+    tmp_path.chmod(mode)
+    with running(tmp_path) as tier:
+        tier.save(*chain(1))
+    assert tmp_path.stat().st_mode & 0o7777 == mode
+    assert "others may look into" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["index.lock", "index.sqlite-wal", "index.sqlite-shm", "index.sqlite"])
+def test_planted_links_are_not_followed(tmp_path: Path, name: str) -> None:
+    precious, folder = tmp_path / "precious", tmp_path / "cache"
+    precious.write_bytes(b"precious" * 1000)
+    folder.mkdir(mode=0o700)
+    (folder / name).symlink_to(precious)
+    with running(folder) as tier:
+        tier.save(*chain(1))
+    assert precious.read_bytes() == b"precious" * 1000
+
+
+@pytest.mark.parametrize("plant", ["link", "pipe"])
+def test_a_record_that_is_no_file_is_a_miss(tmp_path: Path, plant: str) -> None:
+    [record] = chain(1)
+    folder = tmp_path / "cache"
+    with running(folder) as tier:
+        tier.save(record)
+        path, elsewhere = file_of(folder, record), tmp_path / "elsewhere"
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere) if plant == "link" else os.mkfifo(path)
+        assert tier.load(record).problem
+    assert elsewhere.exists()
 
 
 def test_the_cap_holds_after_every_event(tmp_path: Path) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvarn.cli.doctor.finding import Finding, fail, ok, shown, warn
 from kvarn.config import ServeConfig
-from kvarn.hub.cache import cache_root
+from kvarn.hub.cache import ELSEWHERE, VARIABLE, NoCache, cache_root, unwritable, writable_by_others
 from kvarn.prefix.disk import upkeep
 
 LEAST_FREE_BYTES = 2 * 2**30
+WITHOUT = "Each start finds everything out anew, and no model can be converted"
 NETWORK = re.compile(
     r"nfs4?|cifs|smb.*|afpfs|webdav|davfs.*|9p|ceph|lustre|gpfs|beegfs|afs|fuse\.(sshfs|glusterfs|.*nfs)"
 )
@@ -44,18 +45,25 @@ class Place:
 
 def caches() -> Iterator[Finding]:
     """The folder of what Kvarn makes, and the one of the models of the hub."""
-    yield _cache("cache", cache_root(), "KVARN_CACHE", fail)
+    try:
+        root = cache_root()
+    except NoCache as error:
+        yield warn("cache", f"{error}. {WITHOUT}", f"give this account a home folder; {ELSEWHERE}")
+    else:
+        found = _cache("cache", root, VARIABLE, WITHOUT)
+        yield found
+        if found.state == "ok" and writable_by_others(root):
+            yield warn("cache", f"{root}: other accounts can put files into it", f"chmod go-w {root}; {ELSEWHERE}")
     from huggingface_hub.constants import HF_HUB_CACHE  # what it reads from the environment
 
-    # What was fetched before is served all the same.
-    yield _cache("hub", Path(HF_HUB_CACHE), "HF_HUB_CACHE", warn)
+    yield _cache("hub", Path(HF_HUB_CACHE), "HF_HUB_CACHE", "only what was fetched before can be served")
 
 
-def _cache(subject: str, folder: Path, variable: str, unwritable: Callable[[str, str, str], Finding]) -> Finding:
+def _cache(subject: str, folder: Path, variable: str, without: str) -> Finding:
     place = look(folder)
     elsewhere = f"{variable}=FOLDER names another one"
     if place.error:
-        return unwritable(subject, place.text, f"let this account write there; {elsewhere}")
+        return warn(subject, f"{place.text}. {without}", f"let this account write there; {elsewhere}")
     if place.free < LEAST_FREE_BYTES:
         return warn(subject, place.text, f"make room for models; {elsewhere}")
     if NETWORK.fullmatch(place.kind):
@@ -67,16 +75,22 @@ def ssd(config: ServeConfig) -> Finding:
     """The SSD tier of the prefix cache."""
     if config.cache_ram == 0 or config.cache_ssd == 0:
         return ok("SSD tier", f"off: {'cache_ram' if config.cache_ram == 0 else 'cache_ssd'} is 0")
-    place = look(config.cache_folder)
+    folder = config.cache_folder
     elsewhere = "--cache-dir FOLDER names another folder"
+    if folder is None:
+        return warn("SSD tier", "there is no folder for it: prefixes are kept in memory only", elsewhere)
+    place = look(folder)
     if place.error:
-        return fail("SSD tier", place.text, f"let this account write there; {elsewhere}; --cache-ssd 0 does without")
+        asked_for = any(name.startswith(("ssd_", "cache_dir", "cache_ssd")) for name in config.model_fields_set)
+        complain = fail if asked_for else warn
+        remedy = f"let this account write there; {elsewhere}; --cache-ssd 0 does without"
+        return complain("SSD tier", f"{place.text}. Prefixes are kept in memory only", remedy)
     if NETWORK.fullmatch(place.kind):
         return warn("SSD tier", f"{place.text}: a network is slower than a disk", f"{elsewhere}, on a local disk")
     if place.kind in IN_MEMORY:
         text = f"{place.text}: this is memory, and empty after a restart of the machine"
         return warn("SSD tier", text, f"{elsewhere}, on a disk")
-    used = _used(config.cache_folder)
+    used = _used(folder)
     room, wanted = place.free - config.ssd_min_free, max(0, config.cache_ssd - used)
     if room <= 0:
         text = f"{place.text}, and {shown(config.ssd_min_free)} stay free: nothing can be saved"
@@ -91,13 +105,13 @@ def look(folder: Path) -> Place:
     """Try to write to the folder, or to what exists above it."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    why = unwritable(folder)
     try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"kvarn")
-            file.flush()
         free = shutil.disk_usage(existing).free
     except OSError as error:
-        return Place(folder, 0, "", f"cannot be written to: {error.strerror}")
+        why, free = why or error.strerror or type(error).__name__, 0
+    if why:
+        return Place(folder, 0, "", f"cannot be written to: {why}")
     return Place(folder, free, file_system(existing.resolve()), "")
 
 
@@ -135,5 +149,5 @@ def _mounts_of_mac() -> list[tuple[Path, str]]:
 def _used(folder: Path) -> int:
     try:
         return sum(use.bytes for use in upkeep.usage(folder)) if folder.is_dir() else 0
-    except OSError:  # it vanished meanwhile
+    except (OSError, sqlite3.Error):  # it vanished meanwhile, or cannot be looked into
         return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,24 @@ class Files:
         for path in missing:
             path.mkdir(mode=FOLDER_MODE, exist_ok=True)
         return missing
+
+    def is_private(self, folder: Path) -> bool:
+        """Whether nobody else may look into a folder, or put anything there."""
+        return not folder.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+
+    def narrow(self, folder: Path) -> None:
+        """Make a folder private if it is this user's, and none for everybody such as /tmp."""
+        found = folder.stat()
+        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:
+            with suppress(OSError):  # a file system without modes
+                folder.chmod(FOLDER_MODE)
+
+    def is_link(self, path: Path) -> bool:
+        return path.is_symlink()
+
+    def names(self, folder: Path) -> list[str]:
+        """Of everything in a folder."""
+        return [path.name for path in folder.iterdir()]
 
     def create(self, path: Path) -> int:
         """A descriptor to write a new file that only the user can read. FileExistsError when there is one."""
@@ -104,15 +123,15 @@ class Files:
                     # Gone between listing and asking: another process removed it.
                     with suppress(FileNotFoundError):
                         if entry.is_file(follow_symlinks=False):
-                            stat = entry.stat(follow_symlinks=False)
-                            infos.append(FileInfo(entry.name, stat.st_size, stat.st_mtime))
+                            info = entry.stat(follow_symlinks=False)
+                            infos.append(FileInfo(entry.name, info.st_size, info.st_mtime))
         except FileNotFoundError:
             return []
         return infos
 
     def space(self, folder: Path) -> Space:
-        stat = os.statvfs(folder)
-        return Space(stat.f_bavail * stat.f_frsize, (stat.f_blocks - stat.f_bfree) * stat.f_frsize)
+        found = os.statvfs(folder)
+        return Space(found.f_bavail * found.f_frsize, (found.f_blocks - found.f_bfree) * found.f_frsize)
 
     def writable(self, folder: Path) -> bool:
         """Whether files can be created in a folder, or in the nearest existing one above it."""
@@ -122,14 +141,15 @@ class Files:
     def identity(self, path: Path) -> tuple[int, int] | None:
         """Device and inode of a file, or None when it is not there: tells whether a name still means the same file."""
         try:
-            stat = path.stat()
+            found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return stat.st_dev, stat.st_ino
+        return found.st_dev, found.st_ino
 
     def open(self, path: Path) -> int:
-        """A descriptor to read a file. FileNotFoundError when there is none."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """A descriptor to read a file. FileNotFoundError when there is none. Neither a link that somebody has planted
+        is followed nor the writer of a pipe waited for."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def size(self, descriptor: int) -> int:
         return os.fstat(descriptor).st_size
@@ -141,7 +161,7 @@ class Files:
     @contextmanager
     def locked(self, path: Path) -> Iterator[None]:
         """Hold a lock between processes. BlockingIOError when another holds it; the kernel frees a dead one's."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

@@ -10,18 +10,23 @@ What raises is sqlite3.Error, UnusableIndex and OSError; any method can be calle
 from __future__ import annotations
 
 import itertools
+import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from kvarn.observe.log import kv
 from kvarn.prefix.disk.age_clock import AgeClock
 from kvarn.prefix.disk.block_file import encode
 from kvarn.prefix.disk.events import DiskEntry
 from kvarn.prefix.disk.files import Files
 from kvarn.prefix.disk.index import DiskIndex, Row, Totals, UnusableIndex
 from kvarn.prefix.records import RecordHead, RecordId
+
+_log = logging.getLogger("kvarn.prefix.disk.tier")
 
 WRITE_BYTES = 8 << 20
 """A record is written in pieces of this size; between two of them the write can be given up."""
@@ -33,6 +38,8 @@ _INDEX = "index.sqlite"
 _LOCK = "index.lock"
 _QUARANTINE = "quarantine"
 _NAMESPACE_DIGITS = 16
+_OURS = re.compile(rf"index\..*|{_QUARANTINE}|[0-9a-f]{{{_NAMESPACE_DIGITS}}}")
+"""Names of what there is in a folder of records."""
 
 
 class WriteGivenUp(Exception):  # noqa: N818 - names what happened, not a fault
@@ -71,6 +78,7 @@ class DiskPool:
         """Create what is missing and open the index; a broken one is set aside. True when it had to be made anew."""
         self.close()
         self.files.make_folder(self.folder)
+        self._narrow()
         path = self.folder / _INDEX
         # Held by whoever replaces the index: nobody may open the old one meanwhile and write beside the new one.
         with self.files.locked(self.folder / _LOCK):
@@ -82,6 +90,16 @@ class DiskPool:
                 self._open_index(path)
                 return True
         return missing and bool(self.namespace_folders())
+
+    def _narrow(self) -> None:
+        """Keep other users out of the folder, unless there is more in it than ours: then say so."""
+        if self.files.is_private(self.folder):
+            return
+        if all(map(_OURS.fullmatch, self.files.names(self.folder))):
+            self.files.narrow(self.folder)
+        if not self.files.is_private(self.folder):
+            fields = kv(folder=self.folder, remedy="chmod 700, or --cache-dir names a folder of its own")
+            _log.warning("others may look into the folder of the SSD tier, or put files there", extra=fields)
 
     def open_to_read(self) -> None:
         """Open without changing anything; the index stays closed when there is none that can be read."""
@@ -106,14 +124,18 @@ class DiskPool:
         if self.files.identity(path) is None:
             # SQLite would create it with the modes of the umask; its other files follow this one.
             self.files.close(self.files.create(path))
+        for beside in _beside(path):
+            # SQLite would write where a planted link points to.
+            if self.files.is_link(beside):
+                self.files.remove(beside)
         self._index = DiskIndex(path, durable=self._durable)
         self._identity = self.files.identity(path)
         self.read_only = False
 
     def _set_index_aside(self, path: Path) -> None:
         self.quarantine(path)
-        for suffix in ("-wal", "-shm"):
-            self.files.remove(path.with_name(path.name + suffix))
+        for beside in _beside(path):
+            self.files.remove(beside)
 
     def path(self, row: Row) -> Path:
         return record_path(self.folder, row.namespace, row.id)
@@ -273,6 +295,11 @@ class DiskPool:
             kept += info.size
             if number >= QUARANTINE_FILES or kept > QUARANTINE_BYTES:
                 self.files.remove(folder / info.name)
+
+
+def _beside(index: Path) -> list[Path]:
+    """The files that SQLite keeps beside an index."""
+    return [index.with_name(index.name + suffix) for suffix in ("-wal", "-shm")]
 
 
 def entry_of(head: RecordHead, nbytes: int) -> DiskEntry:

@@ -40,6 +40,7 @@ OPEN_SECONDS = 5.0
 TOUCH_SECONDS = 1.0
 """How long uses are gathered before they are stored."""
 CLOSING = "the tier is closing"
+ELSEWHERE = "--cache-dir names another folder, --cache-ssd 0 does without"
 READ_ONLY = "the folder cannot be written to"
 REMOVED = "another server removed its file at once"
 MOST_FAULTS = 10_000
@@ -112,6 +113,9 @@ class DiskWriter:
             if not self._pause.active:
                 self._pause.end()
                 self._guarded(self._open)
+        if self._pause.reason:
+            fields = kv(reason=self._pause.reason, folder=self._pool.folder, remedy=ELSEWHERE)
+            _log.warning("prefixes are kept in memory only, for now", extra=fields)
         self._say(Opened(self._keeper.valid(self._namespace), self._problem()))
         self._opened = True
         while self._inbox.deadline is None:
@@ -208,7 +212,8 @@ class DiskWriter:
             self._upkeep_at = time.monotonic() + self._upkeep_seconds
             self._pool.open_to_read()
             if self._limits.writes:
-                _log.warning("the SSD tier only reads", extra=kv(reason=READ_ONLY, folder=self._pool.folder))
+                fields = kv(reason=READ_ONLY, folder=self._pool.folder, remedy=ELSEWHERE)
+                _log.warning("the SSD tier only reads", extra=fields)
             return
         if self._pool.open():
             self._tally.add(index_rebuilt=1)
