@@ -90,6 +90,11 @@ class ServeConfig(BaseModel):
         description="Most memory for cached prefixes, such as 8GB; 0 turns the prefix cache off. "
         "Default: half of the memory for keys and values.",
     )
+    share_prefixes: Literal["off", "on"] = Field(
+        "off",
+        description="off: where API keys have several owners, none finds what was cached of another's prompts. on: all "
+        "share, which is faster, and tells each how far others' prompts agree with its own.",
+    )
     cache_selfcheck: int = Field(
         0,
         ge=0,
@@ -136,8 +141,8 @@ class ServeConfig(BaseModel):
     )
     spec_shared: Literal["on", "off"] = Field(
         "off",
-        description="on: guesses may also come from past answers, to requests with the same cache_salt. How fast an "
-        "answer comes may then tell what others were answered.",
+        description="on: guesses may also come from past answers, to requests of the same owner and cache_salt (see "
+        "share_prefixes). How fast an answer comes may then tell what others with both were answered.",
     )
     draft_model: str = Field(
         "",

@@ -7,9 +7,12 @@ engine (see wire.py), so there is one definition of a request on both sides of t
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import NewType
 
 import msgspec
 
+Salt = NewType("Salt", str)
+"""What keeps the cached prefixes of some requests apart from those of others; only http/tenants.py makes one."""
 GRID = 64
 """Chunks of a prompt end at multiples of this many tokens, whoever reads it and whatever was read before."""
 
@@ -86,7 +89,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Higher goes first."""
     client: str = ""
     """Whose request this is, for fair sharing."""
-    cache_salt: str = ""
+    cache_salt: Salt = Salt("")
     """Requests share cached prefixes only with requests of the same salt."""
     speculation: Speculation | None = None
     """None: as the engine was started with."""

@@ -22,6 +22,7 @@ from kvarn.types import (
     PrefixReport,
     PrefixSettings,
     Request,
+    Salt,
     SpecSettings,
 )
 
@@ -70,7 +71,7 @@ class Explain(msgspec.Struct, frozen=True, tag=True):
 
     id: str
     tokens: list[int]
-    cache_salt: str
+    cache_salt: Salt
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

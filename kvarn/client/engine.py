@@ -24,7 +24,7 @@ from kvarn.client.ranks import RankPlan
 from kvarn.client.stream import EngineError, EngineUnavailable, Stream
 from kvarn.client.watchdog import Watchdog
 from kvarn.observe.log import kv
-from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request
+from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request, Salt
 
 log = logging.getLogger("kvarn.client")
 
@@ -185,7 +185,7 @@ class EngineClient:
         self.counts.submitted += 1
         return stream
 
-    async def explain(self, tokens: list[int], cache_salt: str) -> PrefixReport:
+    async def explain(self, tokens: list[int], cache_salt: Salt) -> PrefixReport:
         """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
         if self._state is not EngineState.READY or self._crew is None or self._stopping:
             raise EngineUnavailable(self.unavailable_reason())

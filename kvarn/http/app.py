@@ -52,7 +52,14 @@ def create_app(
 ) -> tuple[Starlette, Service]:
     """The application and its state. The caller starts ``client`` and awaits ``Service.load``."""
     service = Service(config, names, load_tokenizer, client)
-    gate = Middleware(Gate, keys=keys, hosts=hosts, origins=config.cors_origins, most_bytes=int(config.max_body))
+    gate = Middleware(
+        Gate,
+        keys=keys,
+        hosts=hosts,
+        origins=config.cors_origins,
+        most_bytes=int(config.max_body),
+        apart=config.share_prefixes == "off",
+    )
     app = Starlette(
         routes=ROUTES,
         middleware=[Middleware(AccessLayer), *_cors(config.cors_origins), gate],

@@ -15,6 +15,7 @@ from kvarn.http.respond import client_name
 from kvarn.http.schemas import ChatRequest, CompletionRequest, parse
 from kvarn.http.service import Service
 from kvarn.http.sse import WatchedResponse, send_json
+from kvarn.http.tenants import salt_of
 from kvarn.types import ErrorKind, PrefixReport
 
 
@@ -26,12 +27,14 @@ async def explain(request: Request) -> Response:
     service.names.check(asked.model)
     count = 1 if isinstance(asked, ChatRequest) else len(asked.prompt)
 
+    salt = salt_of(request, asked)
+
     async def work(send: Send) -> None:
         with service.permit(count, client_name(request, asked)):
             prompts = await _prompts(service, asked)
             try:
                 async with asyncio.timeout(service.config.queue_timeout or None):
-                    reports = [await service.client.explain(prompt.tokens, asked.cache_salt) for prompt in prompts]
+                    reports = [await service.client.explain(prompt.tokens, salt) for prompt in prompts]
             except TimeoutError:
                 kind = ErrorKind.QUEUE_TIMEOUT
                 raise from_engine(EngineError(kind, f"{kind.value}: the engine did not get round to it")) from None

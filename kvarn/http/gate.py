@@ -24,6 +24,8 @@ LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing; a page of another origin cannot read what they answer."""
 CLIENT = "kvarn.client"
+TENANT = "kvarn.tenant"
+"""Key of the scope under which the owner is whose prefixes are kept apart from those of others; empty: nobody's are."""
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?")
 
 
@@ -31,15 +33,24 @@ class Gate:
     """ASGI middleware."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, hosts: Collection[str], origins: Collection[str], most_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        hosts: Collection[str],
+        origins: Collection[str],
+        most_bytes: int,
+        apart: bool,
     ) -> None:
         """``hosts``: the names served, lower case; empty: any. A name that begins with *. stands for all below it.
-        ``origins``: web pages that may call, * for any. ``most_bytes``: of a body."""
+        ``origins``: web pages that may call, * for any. ``most_bytes``: of a body.
+        ``apart``: several owners of keys do not share cached prefixes."""
         self._app = app
         self._keys = keys
         self._hosts = hosts
         self._origins = origins
         self._most_bytes = most_bytes
+        self._apart = apart
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -48,6 +59,7 @@ class Gate:
                 self._check_host(scope)
                 self._check_origin(scope)
                 scope[CLIENT] = self._client(scope)
+                scope[TENANT] = scope[CLIENT] if self._apart and self._keys.several else ""
             except ApiError as error:
                 scope.setdefault("kvarn.log", {})["refused"] = error.code
                 scope[ERROR] = error

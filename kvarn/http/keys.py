@@ -28,10 +28,16 @@ class Keys:
         self._given = tuple(given)
         self._file = file
         self._known: Mapping[bytes, str] = {}
+        self._owners = 0
         self.reload()
 
     def __bool__(self) -> bool:
         return bool(self._known)
+
+    @property
+    def several(self) -> bool:
+        """Whether they have more than one owner."""
+        return self._owners > 1
 
     def reload(self) -> int:
         """Read the file again; the number of keys. Raises BadKeys, and then the keys stay as they were."""
@@ -43,6 +49,7 @@ class Keys:
             if not known:
                 raise BadKeys(f"api_key_file: {self._file} has no keys")
         self._known = known
+        self._owners = len(set(known.values()))
         return len(known)
 
     def owner(self, key: bytes) -> str | None:

@@ -24,8 +24,9 @@ from kvarn.http.prompts import Prompt, check_limits, prediction_tokens
 from kvarn.http.schemas import GenerationRequest
 from kvarn.http.service import Service
 from kvarn.http.sse import EventStream, Headers, WatchedResponse, send_json
+from kvarn.http.tenants import salt_of
 from kvarn.text.tokenizer import Tokenizer
-from kvarn.types import ModelInfo, Request, Speculation, TokenLogprob
+from kvarn.types import ModelInfo, Request, Salt, Speculation, TokenLogprob
 
 ReadPrompts = Callable[[Tokenizer, ModelInfo], list[Prompt]]
 
@@ -86,7 +87,7 @@ def respond(
                 raise from_engine(clock.late()) from None
             base = uuid.uuid4().hex
             ends = sorted(tokenizer.eos_token_ids)
-            requests = _requests(base, asked, prompts, ends, client, guessing, prediction)
+            requests = _requests(base, asked, prompts, ends, client, salt_of(http, asked), guessing, prediction)
             rendering = rendering_of(base, tokenizer, info, prompts)
             for prompt in prompts:
                 service.meters.asked(asked.n, prompt.max_tokens)
@@ -118,6 +119,7 @@ def _requests(
     prompts: list[Prompt],
     ends: list[int],
     client: str,
+    salt: Salt,
     guessing: Speculation | None,
     prediction: list[int],
 ) -> list[Request]:
@@ -128,7 +130,7 @@ def _requests(
             params=asked.sampling(prompt.max_tokens, choice, ends),
             priority=-asked.priority,
             client=client,
-            cache_salt=asked.cache_salt,
+            cache_salt=salt,
             speculation=guessing,
             prediction=prediction,
         )

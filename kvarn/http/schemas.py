@@ -19,6 +19,7 @@ from kvarn.types import SamplingParams
 
 SEED_MASK = 2**64 - 1
 MOST_STOPS = 16
+LONGEST_SALT = 256
 
 Neutral = Callable[[object], bool]
 R = TypeVar("R", bound="GenerationRequest")
@@ -113,7 +114,7 @@ class GenerationRequest(BaseModel):
     user: str = Field("", description="a string")
     ignore_eos: bool = Field(False, description="true or false")
     priority: int = Field(0, ge=-100, le=100, description="an integer from -100 to 100; the lowest goes first")
-    cache_salt: str = Field("", max_length=256, description="a string of at most 256 characters")
+    cache_salt: str = Field("", max_length=LONGEST_SALT, description=f"a string of at most {LONGEST_SALT} characters")
     speculative: SpeculativeOptions | None = Field(None, description=SPECULATIVE)
     prediction: str | None = Field(None, description=PREDICTION)
 

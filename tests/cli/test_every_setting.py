@@ -40,6 +40,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_prefix_flags.py::test_cache_ram_bounds_memory",
         "http/test_prefix_cache.py::test_no_cache_says_so",
     ),
+    "share_prefixes": ("http/test_tenants.py::test_prefixes_are_shared_where_the_setting_says_so",),
     "cache_selfcheck": ("http/test_prefix_flags.py::test_selfcheck_compares_every_hit",),
     "cache_dir": ("http/test_prefix_flags.py::test_a_folder_that_cannot_be_made",),
     "cache_ssd": ("http/test_prefix_flags.py::test_cache_ssd_bounds_the_files",),

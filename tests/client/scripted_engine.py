@@ -19,7 +19,8 @@ has a prediction: then the guesses are the tokens of the prediction at the same 
 A request is answered by its prompt's tokens repeated from the start until max_tokens; ids from 900 on in the prompt are
 commands: 900 fails the request with an engine error, 901 ends it with ``stop`` there, 902 refuses it as invalid, 903
 never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does, 908 refuses
-it as invalid with what the request says of guessing, as JSON. A prompt that begins with 907 is never begun.
+it as invalid with what the request says of guessing, and its salt if it has one, as JSON. A prompt that begins with 907
+is never begun; one with 909 in it is explained by a number that its salt alone decides.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import os
 import signal
 import socket
+import zlib
 
 import msgspec
 
@@ -193,6 +196,7 @@ class Engine:
             case 908:
                 begin, length = request.prediction[:16], len(request.prediction)  # messages are cut short
                 told = {"speculation": request.speculation, "prediction": begin, "predicted": length}
+                told |= {"salt": short(request.cache_salt)} if request.cache_salt else {}
                 self.send(wire.Failed(request.id, ErrorKind.INVALID, msgspec.json.encode(told).decode()))
             case _:
                 return False
@@ -209,13 +213,19 @@ class Engine:
                         if task := self.tasks.get(request_id):
                             task.cancel()
                             self.send(wire.Deltas([Delta(request_id, [], Finish.CANCELLED)]))
-                    case wire.Explain(name, tokens, _):
-                        self.send(wire.Explained(name, PrefixReport(min(3, len(tokens) - 1))))
+                    case wire.Explain(name, tokens, salt):
+                        known = zlib.crc32(short(salt).encode()) if 909 in tokens else 0
+                        self.send(wire.Explained(name, PrefixReport(min(3, len(tokens) - 1), known=known)))
                     case wire.Stop() if "deaf" not in self.script.words:
                         return
         del tasks
         if "deaf" in self.script.words:
             await asyncio.sleep(3600)
+
+
+def short(salt: str) -> str:
+    """A salt, or what stands for one that is too long for a message."""
+    return salt if len(salt) < 100 else hashlib.sha256(salt.encode()).hexdigest()[:16]
 
 
 def likeliest(token: int, count: int) -> TokenLogprob:
