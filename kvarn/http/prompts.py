@@ -51,7 +51,8 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> li
     try:
         tokens = tokenizer.chat_tokens(asked.messages)
     except TemplateError as error:
-        raise ApiError(400, f"messages: {public(str(error))}", param="messages", code="template_error") from error
+        param = "messages" if error.index is None else f"messages[{error.index}]"
+        raise ApiError(400, f"{param}: {public(str(error))}", param=param, code="template_error") from error
     return [_checked(asked, "messages", tokens, "", info.context_length)]
 
 

@@ -1,4 +1,4 @@
-"""What a model folder says about its tokenizer beside tokenizer.json: special tokens by name, BOS, the chat template.
+"""What a model folder says about its tokenizer beside tokenizer.json: special tokens by name, BOS.
 
 Read as they stand, so that no library's idea of a valid config.json, or of what a class of tokenizer must look like,
 comes between the files and what is served.
@@ -19,11 +19,10 @@ class TokenizerSettings:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     add_bos: bool | None = None
     """Whether a plain text begins with BOS; None where only tokenizer.json says it."""
-    template: str | None = None
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
-    """Read tokenizer_config.json, special_tokens_map.json and the files of chat templates.
+    """Read tokenizer_config.json and special_tokens_map.json.
 
     Missing and unreadable files count as saying nothing. special_tokens_map.json wins, except where
     tokenizer_config.json lists the added tokens: then it is the newer of the two.
@@ -35,7 +34,6 @@ def read_settings(folder: Path) -> TokenizerSettings:
     return TokenizerSettings(
         special_tokens={name: token for name, token in named.items() if token},
         add_bos=add_bos if isinstance(add_bos, bool) else None,
-        template=_template(folder, config),
     )
 
 
@@ -52,19 +50,3 @@ def _content(value: object) -> str | None:
     """A special token is a text or an object with its text in ``content``."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
-
-
-def _template(folder: Path, config: Mapping[str, object]) -> str | None:
-    """The chat template; of several named ones, the default. A file of its own comes before an entry in a JSON file."""
-    try:
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    except (OSError, ValueError):
-        pass
-    for source in (read_json(folder / "chat_template.json").get("chat_template"), config.get("chat_template")):
-        if isinstance(source, list):
-            source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        if isinstance(source, dict):
-            source = source.get("default")
-        if isinstance(source, str) and source:
-            return source
-    return None

@@ -3,8 +3,8 @@
 Invariants: no prompt begins with two BOS tokens; ends of turn are known by id. After loading nothing here is changed,
 so every method may be called from any number of threads at once.
 
-Its parts: ``settings`` and ``loading`` read the files, ``template`` makes a conversation into a text, ``decoding``
-turns ids back into text.
+Its parts: ``settings``, ``template_files`` and ``loading`` read the files, ``template`` makes a conversation into a
+text, ``decoding`` turns ids back into text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from kvarn.text.detokenize import Detokenizer
 from kvarn.text.ends import configured_ends, turn_ends
 from kvarn.text.loading import TokenizerError, load_backend
 from kvarn.text.settings import TokenizerSettings, read_settings
-from kvarn.text.template import ChatTemplate, Message, TemplateError
+from kvarn.text.template import ChatTemplate, EndlessTemplateError, Message, TemplateError
+from kvarn.text.template_files import TemplateFileError, find_template
 
 __all__ = ["Message", "TemplateError", "Tokenizer", "TokenizerError"]
 
@@ -31,7 +32,7 @@ class Tokenizer:
         """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
         self._backend = backend
         self._decoding = decoding_of(backend)
-        source = settings.template
+        source = find_template(folder)
         self._template = None if source is None else ChatTemplate(source, settings.special_tokens)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
@@ -42,9 +43,12 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Read the tokenizer in a model folder; nothing is fetched and no code from the folder is run.
 
-        Raises TokenizerError when there is none or it needs code of its own.
+        Raises TokenizerError when there is none, it needs code of its own, or its chat template cannot be had.
         """
-        return cls(load_backend(folder), read_settings(folder), folder)
+        try:
+            return cls(load_backend(folder), read_settings(folder), folder)
+        except (TemplateFileError, EndlessTemplateError) as error:
+            raise TokenizerError(str(error)) from error
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -67,12 +71,15 @@ class Tokenizer:
         """Like ``encode``, but of a text that stands behind another: nothing is put first."""
         return self._encode(text)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant to answer.
 
-        The template alone decides about BOS, as it did when the model was trained. Raises TemplateError.
+        The template alone decides about BOS, as it did when the model was trained. ``generation_prompt``: with the
+        beginning of an answer; ``continued``: up to the end of what the last message says. Raises TemplateError.
         """
-        return self._encode(self._render(messages, generation_prompt=True))
+        return self._encode(self._render(messages, generation_prompt, continued))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens and unknown ids left out."""
@@ -99,10 +106,10 @@ class Tokenizer:
         # The batch calls let other threads run meanwhile; `encode` and `decode` hold the interpreter for seconds.
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, continued: bool = False) -> str:
         if self._template is None:
             raise TemplateError("this model has no chat template; use /v1/completions")
-        return self._template.render(messages, generation_prompt)
+        return self._template.render(messages, generation_prompt, continued)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)

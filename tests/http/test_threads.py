@@ -32,9 +32,11 @@ class WatchedTokenizer(Tokenizer):
         self.note()
         return super().encode(text)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
+    ) -> list[int]:
         self.note()
-        return super().chat_tokens(messages)
+        return super().chat_tokens(messages, generation_prompt, continued)
 
     def note(self) -> None:
         self.threads.add(threading.current_thread().name)

@@ -7,7 +7,8 @@ import pytest
 from jinja2.exceptions import SecurityError
 from tiny_tokenizers import CHATML, TURNS
 
-from kvarn.text.environment import environment
+from kvarn.text.allowance import Allowance
+from kvarn.text.environment import Environment
 
 MESSAGES: list[dict[str, object]] = [
     {"role": "system", "content": "Be <b>brief</b> & 'nice'."},
@@ -23,7 +24,8 @@ TEMPLATES = {
     "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=4) }}{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, "
     "ensure_ascii=true, separators=(',', ':')) }}",
     "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% elif loop.index == 4 %}"
-    "{% break %}{% endif %}{{ m.content }}{{ loop.length }}{{ loop.revindex }}{{ loop.last }}{{ loop.nextitem.role }}{% endfor %}",
+    "{% break %}{% endif %}{{ m.content }}{{ loop.length }}{{ loop.revindex }}{{ loop.last }}"
+    "{{ loop.nextitem.role }}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}{{ x }}"
     "{% endfor %}",
     "namespace": "{% set ns = namespace(n=0, self='me') %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
@@ -51,7 +53,7 @@ ARGUMENTS: dict[str, object] = {"bos_token": "<s>", "eos_token": "</s>", "add_ge
 
 def ours(template: str) -> str:
     given = {"messages": MESSAGES, "tools": None, "documents": None, **ARGUMENTS}
-    return environment().from_string(template).render(given)
+    return Environment(Allowance(5)).from_string(template).render(given)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
