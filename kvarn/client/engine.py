@@ -353,6 +353,9 @@ class EngineClient:
                 self._beat_time = time.monotonic()
             case wire.Failed(request_id, kind, text):
                 self._finish(request_id, EngineError(kind, text))
+                answer = self._explaining.get(request_id)
+                if answer is not None and not answer.done():
+                    answer.set_exception(EngineError(kind, text))
             case wire.Explained(name, report):
                 answer = self._explaining.get(name)
                 if answer is not None and not answer.done():

@@ -39,6 +39,7 @@ from kvarn.engine.sequence import Sequence
 from kvarn.model.forwards import prefill
 from kvarn.model.load import LoadedModel
 from kvarn.model.probe import Capabilities
+from kvarn.sample.state import SamplingState
 from kvarn.types import Request
 
 ALONE = Alone()
@@ -86,10 +87,12 @@ class Executor:
     # --- requests ---------------------------------------------------------------------------------------------
 
     def arrive(self, request: Request) -> Sequence:
-        """A new request waits."""
-        self.ranks.tell(Arrive(replace(request, prediction=[])))
-        sequence = self.sequences[request.id] = Sequence(request)
+        """A new request waits. What is its own is made now, where it fails alone: raises what that raises, and nothing
+        has happened then."""
+        sequence = Sequence(request, SamplingState(request.params, self._model.vocab_size, request.tokens))
         self.prefixes.arrive(sequence)
+        self.ranks.tell(Arrive(replace(request, prediction=[])))
+        self.sequences[request.id] = sequence
         return sequence
 
     def begin(self, name: str, position: int) -> bool:
@@ -158,7 +161,7 @@ class Executor:
     @property
     def needs_history(self) -> bool:
         """Whether some row's draw depends on the tokens drawn before it."""
-        return self._steps.needs_history([self.sequences[name] for name in self.rows])
+        return any(self.sequences[name].sampling.needs_history for name in self.rows)
 
     def decode(self, drafts: Drafts, begun: float) -> Flight:
         """Build a forward over all rows, behind the unread one if there is one. Raises what the model's code raises."""

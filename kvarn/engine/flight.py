@@ -8,6 +8,7 @@ guessed. Engine thread only.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -23,6 +24,10 @@ from kvarn.engine.sequence import Sequence
 from kvarn.model.forwards import decode
 from kvarn.model.lanes import Lane
 from kvarn.sample.sampler import BatchSampler, Picks
+from kvarn.sample.state import SamplingState
+from kvarn.types import SamplingParams
+
+log = logging.getLogger(__name__)
 
 Drafts = tuple[tuple[int, ...], ...]
 
@@ -126,15 +131,12 @@ class Steps:
         self._network = network
         self._vocab_size = vocab_size
         self._agree = agree
-        self._sampler: tuple[tuple[str, ...], BatchSampler] | None = None
+        self._anything = SamplingState(SamplingParams(max_tokens=1, temperature=0.0), vocab_size)
+        self._sampler: BatchSampler | None = None
 
     def forget(self) -> None:
         """Nothing is known of the rows any more."""
         self._sampler = None
-
-    def needs_history(self, sequences: Many[Sequence]) -> bool:
-        """Whether some row's draw depends on the tokens drawn before it."""
-        return self._sampler_for(sequences).needs_history
 
     def plain(
         self,
@@ -148,7 +150,7 @@ class Steps:
 
         ``cuts`` is asked for the blocks that the forward fills.
         """
-        sampler = self._sampler_for(sequences)
+        sampler = self._sampler_for(sequences, ((),) * len(sequences))
         context_tokens = sum(lane.lengths)
         dispatched = time.monotonic()
         if ahead is not None:
@@ -156,14 +158,7 @@ class Steps:
         else:
             tokens, unread = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.int32), 0
         logits = decode(self._network, lane, tokens)
-        picks = self._agreed(
-            sampler(
-                logits,
-                [len(sequence.tokens) + unread for sequence in sequences],
-                [sequence.tokens for sequence in sequences] if sampler.needs_history else None,
-                [sequence.prompt_length for sequence in sequences],
-            )
-        )
+        picks = self._agreed(sampler(logits, [len(sequence.tokens) + unread for sequence in sequences]))
         rows = _names(sequences)
         cut = cuts(rows)
         waiting = [*picks.arrays(), *lane.arrays(), *(array for one in cut for array in one.arrays())]
@@ -171,27 +166,32 @@ class Steps:
 
     def verifying(self, lane: Lane, sequences: Many[Sequence], drafts: Drafts, begun: float) -> Flight:
         """Every row's newest token and its draft tokens. How far each row has come is known once that is read."""
-        sampler = self._sampler_for(sequences)
+        sampler = self._sampler_for(sequences, drafts)
         context_tokens = sum(lane.lengths)
         dispatched = time.monotonic()
         logits = lane.forward(self._network, columns_of([sequence.tokens[-1] for sequence in sequences], drafts))
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft) + 1)]
-        histories = [sequence.tokens for sequence in sequences]
-        ahead = sampler.ahead(drafts, histories, [sequence.prompt_length for sequence in sequences])
-        positions = [len(histories[row]) + place for row, place in places]
-        picks = self._agreed(ahead(logits_of(logits, places), positions))
+        positions = [len(sequences[row].tokens) + place for row, place in places]
+        picks = self._agreed(sampler(logits_of(logits, places), positions))
         waiting = [*picks.arrays(), *lane.arrays()]
         return Flight(_names(sequences), drafts, picks, [], context_tokens, begun, dispatched, waiting)
 
     def _agreed(self, picks: Picks) -> Picks:
         return picks if self._agree is None else replace(picks, tokens=self._agree(picks.tokens))
 
-    def _sampler_for(self, sequences: Many[Sequence]) -> BatchSampler:
-        rows = _names(sequences)
-        if self._sampler is None or self._sampler[0] != rows:
-            params = [sequence.request.params for sequence in sequences]
-            self._sampler = (rows, BatchSampler(params, self._vocab_size))
-        return self._sampler[1]
+    def _sampler_for(self, sequences: Many[Sequence], drafts: Drafts) -> BatchSampler:
+        """For every row and column. A row whose own part cannot be made is at fault, and draws something."""
+        states: list[SamplingState] = []
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            try:
+                states += sequence.sampling.ahead(draft)
+            except Exception as error:  # whatever it is, it is about this request alone
+                log.exception("sampling of request %s failed", sequence.request.id)
+                sequence.fault = error
+                states += [self._anything] * (len(draft) + 1)
+        if self._sampler is None or self._sampler.states != tuple(states):
+            self._sampler = BatchSampler(states, self._vocab_size)
+        return self._sampler
 
 
 def _names(sequences: Many[Sequence]) -> tuple[str, ...]:

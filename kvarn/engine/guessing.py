@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kvarn.engine.flight import Drafts, Drawn
@@ -89,9 +90,28 @@ class Guessing:
         if asked.mode not in self._modes:
             return
         most, modelled = min(asked.tokens or self._most, self._most), asked.mode is SpecMode.DRAFT
-        self._guessers[request.id] = _Guesser(most, asked.adaptive, modelled)
-        if modelled and self._draft is not None:
-            self._draft.begin(request.id, sequence.tokens, request.params, request.cache_salt)
+        with self._alone(request.id):
+            self._guessers[request.id] = _Guesser(most, asked.adaptive, modelled)
+            if modelled and self._draft is not None:
+                self._draft.begin(request.id, sequence.tokens, request.params, request.cache_salt)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """What is about one request and raises costs that one's guesses, and nothing else."""
+        try:
+            yield
+        except Exception:  # whatever it is, no answer needs it
+            log.exception("guessing for request %s failed; it goes on without", name)
+            self.stop(name)
+
+    @contextmanager
+    def _together(self, rows: Many[str]) -> Iterator[None]:
+        """What is about all rows of a step and raises costs their guesses, and nothing else."""
+        try:
+            yield
+        except Exception:  # whatever it is, no answer needs it
+            log.exception("guessing for %d requests failed; they go on without", len(rows))
+            self.failed(rows)
 
     def stop(self, name: str) -> None:
         """Nothing more is guessed for a request."""
@@ -101,12 +121,12 @@ class Guessing:
             self._draft.end(name)
 
     def failed(self, names: Many[str]) -> None:
-        """A step with draft tokens failed: its rows go on without, and after a few such all do."""
+        """A step with draft tokens failed, or making them: its rows go on without, and after a few such all do."""
         for name in names:
             self.stop(name)
         self._failures += 1
         if self._failures == MOST_FAILURES:
-            log.error("steps with draft tokens failed %d times; tokens are guessed no more", MOST_FAILURES)
+            log.error("draft tokens failed %d times; tokens are guessed no more", MOST_FAILURES)
             self._modes.clear()
 
     def answer_done(self, sequence: Sequence) -> None:
@@ -114,13 +134,15 @@ class Guessing:
         self.stop(sequence.request.id)
         answer = sequence.tokens[sequence.prompt_length :]
         if self._past is not None and answer and not sequence.poisoned:
-            self._past.add(sequence.request.cache_salt, answer)
+            with self._alone(sequence.request.id):
+                self._past.add(sequence.request.cache_salt, answer)
 
     def chunk_read(self, sequence: Sequence, tokens: int) -> None:
         """So many tokens of a prompt have been read: the draft model reads on, too."""
         guesser = self._guessers.get(sequence.request.id)
         if guesser is not None and guesser.modelled:
-            self._read(sequence, guesser, max(GRID, tokens))
+            with self._alone(sequence.request.id):
+                self._read(sequence, guesser, max(GRID, tokens))
 
     def rest(self) -> None:
         """There are no requests: give back what memory they have left behind."""
@@ -131,9 +153,12 @@ class Guessing:
 
     def wants(self, rows: Many[str], sequences: Sequences) -> bool:
         """Whether the step after the one in flight should have draft tokens, and so wait for that one's tokens."""
-        offers = self._offers(rows, sequences, unread=1)
-        self._waited = bool(offers) and bool(self._wanted(offers, rows, len(rows), unread=1))
-        return self._waited or self._behind(rows, sequences) is not None
+        self._waited, behind = False, None
+        with self._together(rows):
+            offers = self._offers(rows, sequences, unread=1)
+            self._waited = bool(offers) and bool(self._wanted(offers, rows, len(rows), unread=1))
+            behind = None if self._waited else self._behind(rows, sequences)
+        return self._waited or behind is not None
 
     def drafts(self, rows: Many[str], sequences: Sequences, room: int, others: int) -> Drafts:
         """Draft tokens for each row, at most ``room``; nothing at all for a plain step. Nothing is in flight.
@@ -141,11 +166,13 @@ class Guessing:
         ``others``: rows that join in this step, and have none.
         """
         waited, self._waited = self._waited, False
-        self._read_on(rows, sequences)
-        offers = self._offers(rows, sequences, most=room)
-        wanted = self._wanted(offers, rows, len(rows) + others) if offers else {}
-        found = self._guessed(wanted, sequences)
-        self._taken = {name: Offer(name, len(tokens), offers[name].source) for name, tokens in found.items() if tokens}
+        self._taken, found = {}, {}
+        with self._together(rows):
+            self._read_on(rows, sequences)
+            offers = self._offers(rows, sequences, most=room)
+            wanted = self._wanted(offers, rows, len(rows) + others) if offers else {}
+            found = self._guessed(wanted, sequences)
+            self._taken = {name: Offer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
         if waited and not self._taken:
             self._controller.waited()
         return tuple(tuple(found.get(name, ())) for name in rows) if self._taken else ()
@@ -155,22 +182,25 @@ class Guessing:
         found = {}
         for name in rows:
             guesser = self._guessers.get(name)
-            if guesser is None:
+            count = min(guesser.most, most, sequences[name].remaining - 1 - unread) if guesser is not None else 0
+            if guesser is None or count <= 0:
                 continue
-            sequence = sequences[name]
-            count = min(guesser.most, most, sequence.remaining - 1 - unread)
-            if count <= 0:
-                continue
-            if guesser.modelled:
-                if self._draft is not None and self._draft.ready(name, sequence.tokens):
-                    found[name] = Offer(name, count, DRAFT_MODEL)
-                continue
-            lookup = guesser.lookup = guesser.lookup or self._lookup(sequence)
-            lookup.extend(sequence.tokens[len(lookup) :])
-            proposal = lookup.propose(count + unread, self._shared(sequence))
-            if len(proposal.tokens) > unread:
-                found[name] = Offer(name, len(proposal.tokens) - unread, source_of(proposal.match))
+            with self._alone(name):
+                offer = self._offer(guesser, sequences[name], count, unread)
+                if offer is not None:
+                    found[name] = offer
         return found
+
+    def _offer(self, guesser: _Guesser, sequence: Sequence, most: int, unread: int) -> Offer | None:
+        name = sequence.request.id
+        if guesser.modelled:
+            ready = self._draft is not None and self._draft.ready(name, sequence.tokens)
+            return Offer(name, most, DRAFT_MODEL) if ready else None
+        lookup = guesser.lookup = guesser.lookup or self._lookup(sequence)
+        lookup.extend(sequence.tokens[len(lookup) :])
+        proposal = lookup.propose(most + unread, self._shared(sequence))
+        count = len(proposal.tokens) - unread
+        return Offer(name, count, source_of(proposal.match)) if count > 0 else None
 
     def _lookup(self, sequence: Sequence) -> Lookup:
         times, more = PREDICTED
@@ -205,7 +235,8 @@ class Guessing:
             if lookup is None:
                 modelled[name] = count
             else:
-                found[name] = lookup.propose(count, self._shared(sequences[name])).tokens
+                with self._alone(name):
+                    found[name] = lookup.propose(count, self._shared(sequences[name])).tokens
         self._draft_ms = 0.0
         if modelled and self._draft is not None:
             begun = time.monotonic()
@@ -225,7 +256,12 @@ class Guessing:
             return None
         for name in rows:
             guesser = self._guessers.get(name)
-            if guesser is not None and guesser.modelled and not self._draft.ready(name, sequences[name].tokens):
+            if guesser is None or not guesser.modelled:
+                continue
+            ready = True
+            with self._alone(name):
+                ready = self._draft.ready(name, sequences[name].tokens)
+            if not ready:
                 may = not guesser.adaptive or self._controller.may_read(guesser.most)
                 return name if may else None
         return None
@@ -270,13 +306,14 @@ class Guessing:
     def verified(self, drawn: Many[Drawn], kept: Many[int], context_tokens: int, milliseconds: float) -> None:
         """A step with draft tokens has been read. ``kept``: how many of each row's tokens its answer took, 0 for rows
         that were over. ``milliseconds``: of the forward, over ``context_tokens`` keys."""
-        rows = [(row, count) for row, count in zip(drawn, kept, strict=True) if row.drafts and count]
-        results = {self._taken[row.name]: row.agreed for row, _ in rows}
-        forced = self._forced([row.name for row in drawn])
-        self._controller.verified(
-            results, sum(kept), len(drawn), context_tokens, milliseconds, self._draft_ms, charged=not forced
-        )
-        self._counts.verified(rows, len(drawn))
+        with self._together([row.name for row in drawn]):
+            rows = [(row, count) for row, count in zip(drawn, kept, strict=True) if row.drafts and count]
+            results = {self._taken[row.name]: row.agreed for row, _ in rows}
+            forced = self._forced([row.name for row in drawn])
+            self._controller.verified(
+                results, sum(kept), len(drawn), context_tokens, milliseconds, self._draft_ms, charged=not forced
+            )
+            self._counts.verified(rows, len(drawn))
 
     def stretch(self, rows: int, columns: int) -> float:
         """How many times as long as a plain one a step of so many columns takes."""

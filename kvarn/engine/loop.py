@@ -21,7 +21,7 @@ from kvarn.engine.flight import Drawn, Flight
 from kvarn.engine.guessing import Guessing
 from kvarn.engine.link import Inbox, Outbox
 from kvarn.engine.orders import GroupBroken, Offered
-from kvarn.engine.refusals import failure, impossible
+from kvarn.engine.refusals import failure, impossible, unknown
 from kvarn.engine.sequence import Sequence
 from kvarn.engine.tally import Tally
 from kvarn.model.load import LoadedModel
@@ -138,8 +138,8 @@ class Engine:
                     self._submit(request)
                 case Cancel(name):
                     self._end(name, Finish.CANCELLED)
-                case Explain(name, tokens, salt):
-                    self._outbox.send(Explained(name, self._prefixes.explain(tokens, salt)))
+                case Explain():
+                    self._explain(message)
                 case Stop():
                     self._stopping = True
                 case Opened() | Found() | Loaded() | Saved() | Gone():
@@ -170,6 +170,17 @@ class Engine:
         self._guessing.rest()
         self._report()
 
+    def _explain(self, asked: Explain) -> None:
+        wrong = unknown(asked.tokens, self._model)
+        if wrong:
+            self._outbox.send(Failed(asked.id, ErrorKind.INVALID, wrong))
+            return
+        try:
+            self._outbox.send(Explained(asked.id, self._prefixes.explain(asked.tokens, asked.cache_salt)))
+        except Exception as error:  # whatever it is, it is about this request alone
+            log.exception("explaining %s failed", asked.id)
+            self._outbox.send(failure(asked.id, error))
+
     def _submit(self, request: Request) -> None:
         self._idle_since = None
         if request.id in self._sequences:
@@ -186,7 +197,16 @@ class Engine:
         if wrong:
             self._outbox.send(Failed(request.id, ErrorKind.INVALID, wrong))
             return
-        self._guessing.arrive(self._executor.arrive(request))
+        try:
+            sequence = self._executor.arrive(request)
+        except GroupBroken:
+            raise
+        except Exception as error:  # whatever it is, it is about this request alone
+            log.exception("request %s cannot be begun", request.id)
+            self._scheduler.remove(request.id)
+            self._outbox.send(failure(request.id, error))
+            return
+        self._guessing.arrive(sequence)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -239,6 +259,9 @@ class Engine:
                 executor.launch(self._flight)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, _recover logs
             failure = error
+        for sequence in map(self._sequences.__getitem__, batch):
+            if sequence.fault is not None:
+                self._end(sequence.request.id, sequence.fault)
         self._scheduler.commit(plan)
         self._done += 1
         if failure is not None:
@@ -362,11 +385,11 @@ class Engine:
         while finish is None and count < len(drawn.tokens):
             try:
                 logprob = self._logprob(flight.picks, drawn.first + count, sequence)
+                kept, finish = sequence.commit(drawn.tokens[count])
             except Exception as error:  # whatever it is, it is about this request alone
-                log.exception("log-probabilities of request %s failed", drawn.name)
+                log.exception("taking a token of request %s failed", drawn.name)
                 self._end(drawn.name, error)
                 return 0
-            kept, finish = sequence.commit(drawn.tokens[count])
             count += 1
             if kept:
                 tokens.append(drawn.tokens[count - 1])

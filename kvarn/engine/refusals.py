@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvarn.model.load import LoadedModel
 from kvarn.types import ErrorKind, Request
 from kvarn.wire import Failed
@@ -17,9 +19,14 @@ def impossible(request: Request, model: LoadedModel) -> str:
         return "a request needs at least one prompt token and max_tokens of at least 1"
     if len(request.tokens) + most > model.context_length:
         return f"prompt and max_tokens exceed the context of {model.context_length} tokens"
-    if not all(0 <= token < model.vocab_size for token in request.tokens):
-        return f"prompt has a token id outside 0..{model.vocab_size - 1}"
-    return ""
+    return unknown(request.tokens, model)
+
+
+def unknown(tokens: Sequence[int], model: LoadedModel) -> str:
+    """Says that a prompt has tokens that this model has not; empty when it has none such."""
+    if all(0 <= token < model.vocab_size for token in tokens):
+        return ""
+    return f"prompt has a token id outside 0..{model.vocab_size - 1}"
 
 
 def failure(name: str, error: Exception) -> Failed:

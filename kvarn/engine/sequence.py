@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from kvarn.model.prompt import Prompt
 from kvarn.prefix.visit import Visit
+from kvarn.sample.state import SamplingState
 from kvarn.types import Finish, PrefixReport, Request
 
 
@@ -14,6 +15,8 @@ class Sequence:
     """``tokens`` is the truth for cache, text, usage and stream: prompt and every token drawn so far."""
 
     request: Request
+    sampling: SamplingState
+    """What decides its draws; has taken the answer's tokens."""
     tokens: list[int] = field(default_factory=list)
     prompt: Prompt | None = None
     """Filled chunk by chunk; given away at adoption."""
@@ -37,6 +40,8 @@ class Sequence:
     """A step with draft tokens left what is not finite in its row; it is computed again, without drafts."""
     again: bool = False
     """That has happened before."""
+    fault: Exception | None = None
+    """Why its own part of a step could not be made: it drew something instead, which nobody may have."""
     poisoned: bool = False
     """Its row holds non-finite numbers and must be zeroed when freed."""
 
@@ -68,4 +73,5 @@ class Sequence:
             self.stop_token = token
             return False, Finish.STOP
         self.tokens.append(token)
+        self.sampling.take(token)
         return True, Finish.LENGTH if self.remaining == 0 else None

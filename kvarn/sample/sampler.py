@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 
 import mlx.core as mx
 import numpy as np
 
-from kvarn.sample.edits import LogitEdits
+from kvarn.sample.edits import apply
 from kvarn.sample.logprobs import Logprobs, measure, spread
 from kvarn.sample.noise import words
-from kvarn.sample.weights import Keys, draw, fraction_words, inverse_temperature, min_weight, weigh
-from kvarn.types import SamplingParams, TokenLogprob
+from kvarn.sample.state import Filter, SamplingState
+from kvarn.sample.weights import Keys, draw, weigh
+from kvarn.types import TokenLogprob
 
 _CPU_SORT_WIDTH = 1024
 
@@ -55,94 +55,45 @@ class Picks:
         return TokenLogprob(int(token), float(chosen), list(zip(ids, values, strict=True)))
 
 
-class _Filter(Enum):
-    """How a sampled row's cut is found: each kind has its own, cheapest graph."""
-
-    NONE = auto()
-    TOP_P = auto()
-    TOP_K = auto()
-
-
 class BatchSampler:
     """Draws for a fixed set of rows; build a new one when the set changes."""
 
-    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, edits: LogitEdits | None = None) -> None:
-        """``params`` in row order. Raises ValueError for a vocabulary above 4194304 tokens.
-
-        ``edits``: tables that are as they should be, whatever the history.
-        """
-        self._params = tuple(params)
+    def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
+        """``states`` in row order; each call draws behind what they have taken by then. Raises ValueError for a
+        vocabulary above 4194304 tokens."""
+        self.states = tuple(states)
         self._vocab_size = vocab_size
         self._keys = Keys(vocab_size)
-        self.needs_history = edits is None and any(p.needs_history for p in params)
-        edited = self.needs_history or any(p.logit_bias for p in params)
-        self._edits = LogitEdits(params, vocab_size) if edited and edits is None else edits
+        params = [state.params for state in states]
         self._greedy = [row for row, p in enumerate(params) if p.greedy]
         self._groups = [
-            _Group(kind, rows, [params[row] for row in rows], self._keys)
-            for kind in _Filter
-            if (rows := [row for row, p in enumerate(params) if not p.greedy and _filter_of(p, vocab_size) is kind])
+            _Group(kind, rows, [states[row] for row in rows], self._keys)
+            for kind in Filter
+            if (rows := [row for row, state in enumerate(states) if not params[row].greedy and state.filter is kind])
         ]
         order = self._greedy + [row for group in self._groups for row in group.rows]
         self._unsort = None if order == sorted(order) else mx.array(np.argsort(order).astype(np.int32))
         self._asking = [row for row, p in enumerate(params) if p.logprobs is not None]
         self._top = min(max((p.logprobs or 0 for p in params), default=0), vocab_size)
 
-    def __call__(
-        self,
-        logits: mx.array,
-        positions: Sequence[int],
-        histories: Sequence[Sequence[int] | None] | None = None,
-        prompt_lengths: Sequence[int] | None = None,
-    ) -> Picks:
+    def __call__(self, logits: mx.array, positions: Sequence[int]) -> Picks:
         """Pick one token per row.
 
         ``logits`` [n, V] of any float type. ``positions[i]`` is the index, in the whole sequence, of the token being
-        drawn. With ``needs_history``, ``histories[i]`` holds the prompt and answer tokens so far (None for a row
-        without penalties) and ``prompt_lengths[i]`` says how many of them are the prompt. Raises ValueError when the
-        shapes or lengths do not fit.
+        drawn. Raises ValueError when the shapes or lengths do not fit.
         """
-        rows = len(self._params)
+        rows = len(self.states)
         if logits.shape != (rows, self._vocab_size) or len(positions) != rows:
             raise ValueError(
                 f"logits are {logits.shape} with {len(positions)} positions; expected {(rows, self._vocab_size)}"
             )
         logits = logits.astype(mx.float32)
         peak = mx.max(logits, axis=-1, keepdims=True)
-        tokens = self._pick(*self._edit(logits, peak, histories, prompt_lengths), positions)
+        edited = apply(logits, [state.table for state in self.states])
+        edited_peak = peak if edited is logits else mx.max(edited, axis=-1, keepdims=True)
+        tokens = self._pick(edited, edited_peak, positions)
         bad = mx.logical_not(mx.isfinite(peak[:, 0]))
         return Picks(tokens, bad, self._measure(logits, peak, tokens))
-
-    def ahead(
-        self, drafts: Sequence[Sequence[int]], histories: Sequence[Sequence[int] | None], prompt_lengths: Sequence[int]
-    ) -> BatchSampler:
-        """A sampler for the next token of every row and for the one behind each of its draft tokens, row by row.
-
-        Each draws as if the draft tokens before it had been drawn.
-        """
-        params = [p for p, draft in zip(self._params, drafts, strict=True) for _ in range(len(draft) + 1)]
-        if self._edits is None:
-            return BatchSampler(params, self._vocab_size)
-        if self.needs_history:
-            self._edits.follow(histories, prompt_lengths)
-        return BatchSampler(params, self._vocab_size, self._edits.ahead(drafts))
-
-    def _edit(
-        self,
-        logits: mx.array,
-        peak: mx.array,
-        histories: Sequence[Sequence[int] | None] | None,
-        prompt_lengths: Sequence[int] | None,
-    ) -> tuple[mx.array, mx.array]:
-        """Penalised and biased logits with their maximum."""
-        if self._edits is None:
-            return logits, peak
-        if self.needs_history:
-            if histories is None or prompt_lengths is None:
-                raise ValueError("histories and prompt_lengths are missing; a row with penalties needs them")
-            self._edits.follow(histories, prompt_lengths)
-        edited = self._edits.apply(logits)
-        return edited, mx.max(edited, axis=-1, keepdims=True)
 
     def _pick(self, logits: mx.array, peak: mx.array, positions: Sequence[int]) -> mx.array:
         parts: list[mx.array] = []
@@ -150,7 +101,7 @@ class BatchSampler:
             parts.append(mx.argmax(_rows_of(logits, self._greedy), axis=-1).astype(mx.int32))
         for group in self._groups:
             own = _rows_of(logits, group.rows), _rows_of(peak, group.rows)
-            noise = words([self._params[row].seed for row in group.rows], [positions[row] for row in group.rows])
+            noise = words([self.states[row].params.seed for row in group.rows], [positions[row] for row in group.rows])
             parts.append(group.draw(*own, mx.array(noise)))
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return tokens if self._unsort is None else tokens[self._unsort]
@@ -162,9 +113,9 @@ class BatchSampler:
         found = measure(
             _rows_of(logits, asking), _rows_of(peak, asking), _rows_of(tokens, asking), self._top, self._keys
         )
-        if len(asking) == len(self._params):
+        if len(asking) == len(self.states):
             return found
-        slots = np.full(len(self._params), len(asking), dtype=np.int32)
+        slots = np.full(len(self.states), len(asking), dtype=np.int32)
         slots[asking] = np.arange(len(asking))
         return spread(found, mx.array(slots))
 
@@ -172,15 +123,15 @@ class BatchSampler:
 class _Group:
     """The sampled rows whose cut is found in the same way, with their parameters stacked as [r, 1] or [r, 2]."""
 
-    def __init__(self, kind: _Filter, rows: list[int], params: list[SamplingParams], keys: Keys) -> None:
+    def __init__(self, kind: Filter, rows: list[int], states: list[SamplingState], keys: Keys) -> None:
         self.rows = rows
         self._kind = kind
         self._keys = keys
-        self._inverse = mx.array([[inverse_temperature(p.temperature)] for p in params], dtype=mx.float32)
-        self._least = np.array([[min_weight(p.min_p)] for p in params], dtype=np.int64)
-        self._fraction = mx.array(np.array([fraction_words(min(p.top_p, 1.0)) for p in params], dtype=np.int64))
-        self._ranks = mx.array([[p.top_k] for p in params], dtype=mx.int32)
-        self._most = max(p.top_k for p in params)
+        self._inverse = mx.array([[state.inverse] for state in states], dtype=mx.float32)
+        self._least = np.array([[state.least] for state in states], dtype=np.int64)
+        self._fraction = mx.array(np.array([state.fraction for state in states], dtype=np.int64))
+        self._ranks = mx.array([[state.ranks] for state in states], dtype=mx.int32)
+        self._most = max(state.ranks for state in states)
 
     def draw(self, logits: mx.array, peak: mx.array, noise: mx.array) -> mx.array:
         """int32 [r] from the group's own logits [r, V], their maximum [r, 1] and noise words [r, 2]."""
@@ -191,10 +142,10 @@ class _Group:
 
     def _filter(self, weights: mx.array) -> mx.array:
         """The weights with those outside top_k, top_p or min_p set to 0."""
-        if self._kind is _Filter.NONE:
+        if self._kind is Filter.NONE:
             return weights * (weights >= mx.array(self._least)) if self._least.any() else weights
         keys = self._keys.pack(weights)
-        if self._kind is _Filter.TOP_P:
+        if self._kind is Filter.TOP_P:
             cut = self._keys.nucleus_cut(keys, self._fraction, self._sort_width())
         else:
             cut = self._keys.ranked_cut(self._keys.largest(keys, self._most), self._ranks, self._fraction)
@@ -203,12 +154,6 @@ class _Group:
     def _sort_width(self) -> int:
         """A GPU's partition is a sort, so halving first only pays on a CPU."""
         return _CPU_SORT_WIDTH if mx.default_device().type == mx.DeviceType.cpu else self._keys.width
-
-
-def _filter_of(params: SamplingParams, vocab_size: int) -> _Filter:
-    if 0 < params.top_k < vocab_size:
-        return _Filter.TOP_K
-    return _Filter.TOP_P if params.top_p < 1.0 else _Filter.NONE
 
 
 def _rows_of(array: mx.array, rows: list[int]) -> mx.array:

@@ -24,6 +24,7 @@ from kvarn.model.load import LoadedModel
 from kvarn.model.prompt import Prompt
 from kvarn.prefix.visit import Visit
 from kvarn.sample.sampler import Picks
+from kvarn.sample.state import SamplingState
 from kvarn.schedule.budget import MemoryBudget
 from kvarn.speculate.draft_picks import DraftPicks
 from kvarn.speculate.draft_prompts import DraftPrompts, prompt_of_row
@@ -43,7 +44,7 @@ TRIM_SHARE = 0.5
 class _Request:
     """What is known of one request. It has a prompt while it is being read, then a row, or neither."""
 
-    params: SamplingParams
+    sampling: SamplingState
     visit: Visit | None
     tokens: Sequence[int]
     """The committed ones as of the last call."""
@@ -99,8 +100,8 @@ class Draft:
     # --- requests ---------------------------------------------------------------------------------------------
 
     def begin(self, name: str, tokens: Sequence[int], params: SamplingParams, salt: str) -> None:
-        """A request for which there may be proposals."""
-        self._requests[name] = _Request(params, self._prompts.visit(tokens, salt), tokens)
+        """A request for which there may be proposals. Raises ValueError for parameters that are none."""
+        self._requests[name] = _Request(self._picks.state(params), self._prompts.visit(tokens, salt), tokens)
 
     def end(self, name: str) -> None:
         """The request is over. An unknown name is no mistake. Never raises."""
@@ -299,6 +300,6 @@ class Draft:
         self._lane.advance(counts)
         rows = [self._rows.index(name) for name in asked]
         logits = logits[mx.array(rows), mx.array([counts[row] - 1 for row in rows])]
-        picks = self._picks(logits, tuple(self._requests[name].params for name in asked), positions)
+        picks = self._picks(logits, tuple(self._requests[name].sampling for name in asked), positions)
         self._evaluate(*picks.arrays(), *self._lane.arrays())
         return picks

@@ -8,6 +8,7 @@ import mlx.core as mx
 from msgspec import structs
 
 from kvarn.sample.sampler import BatchSampler, Picks
+from kvarn.sample.state import SamplingState
 from kvarn.types import SamplingParams
 
 NEVER = -1e30
@@ -19,13 +20,21 @@ class DraftPicks:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._sampler: tuple[tuple[SamplingParams, ...], BatchSampler] | None = None
+        self._sampler: BatchSampler | None = None
 
-    def __call__(self, logits: mx.array, params: tuple[SamplingParams, ...], positions: Sequence[int]) -> Picks:
+    def state(self, params: SamplingParams) -> SamplingState:
+        """What decides the draws of one request, without what depends on tokens that nobody has drawn yet, and what
+        nobody asks of a draft. Raises ValueError for numbers that nothing can be drawn with."""
+        plain = structs.replace(
+            params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=None
+        )
+        return SamplingState(plain, self._vocab_size)
+
+    def __call__(self, logits: mx.array, states: tuple[SamplingState, ...], positions: Sequence[int]) -> Picks:
         """Lazily, one token per row of ``logits`` [n, V]. ``positions``: index of each in its whole sequence."""
-        if self._sampler is None or self._sampler[0] != params:
-            self._sampler = (params, BatchSampler([_neutral(one) for one in params], self._vocab_size))
-        return self._sampler[1](self._fitted(logits), positions)
+        if self._sampler is None or self._sampler.states != states:
+            self._sampler = BatchSampler(states, self._vocab_size)
+        return self._sampler(self._fitted(logits), positions)
 
     def _fitted(self, logits: mx.array) -> mx.array:
         """The logits cut or filled to the served model's vocabulary: models may pad it to different sizes."""
@@ -33,8 +42,3 @@ class DraftPicks:
         if missing <= 0:
             return logits[:, : self._vocab_size]
         return mx.pad(logits.astype(mx.float32), [(0, 0), (0, missing)], constant_values=mx.array(NEVER))
-
-
-def _neutral(params: SamplingParams) -> SamplingParams:
-    """Without what depends on tokens that nobody has drawn yet, and what nobody asks of a draft."""
-    return structs.replace(params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=None)

@@ -9,15 +9,18 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import mlx.core as mx
+import msgspec
 import pytest
-from engine_driver import Driver, Outcome, request
+from engine_driver import Driver, Outcome, prefix_cache, request
 from tiny_models import CONFIGS, VOCAB, save
 
 from kvarn.engine.refusals import failure
 from kvarn.model.load import LoadedModel, load
 from kvarn.model.probe import Capabilities, probe
+from kvarn.sample.edits import RowEdits
+from kvarn.sample.state import SamplingState
 from kvarn.types import ErrorKind, Finish, Request
-from kvarn.wire import Beat
+from kvarn.wire import Beat, Explain, Explained, Failed, FromEngine
 
 OUT_OF_MEMORY = (
     MemoryError("std::bad_alloc"),
@@ -55,45 +58,150 @@ def alone(name: str, **params: object) -> Outcome:
 
 # --- sampling ---------------------------------------------------------------------------------------------------
 
-UNSAMPLEABLE: dict[str, dict[str, object]] = {
+ODD: dict[str, dict[str, object]] = {
     "a seed of 70 bits": {"seed": 1 << 70, "temperature": 1.0},
     "a temperature that is none": {"temperature": float("nan"), "seed": 1},
+    "a share that is none": {"min_p": float("nan"), "temperature": 1.0},
+    "a nucleus that is none": {"top_p": float("inf"), "temperature": 1.0},
+    "a rank of 70 bits": {"top_k": 1 << 70, "temperature": 1.0},
     "a bias of a token that is none": {"logit_bias": {VOCAB + 7: 1.0}},
+    "biases of half of all tokens": {"logit_bias": {token: token % 7 - 3.0 for token in range(VOCAB // 2)}},
     "more alternatives than there are tokens": {"logprobs": 100 * VOCAB},
     "a penalty that is none": {"repetition_penalty": 0.0},
 }
-"""Parameters that the front end refuses, as a request that got past it."""
+"""Parameters that the front end refuses, as a request that got past it, and such as are large."""
+WRONG = ("is none", "more alternatives", "penalty")
+NEIGHBOURS: dict[str, dict[str, object]] = {
+    "r0": {},
+    "r1": {"temperature": 0.9, "seed": 7},
+    "r2": {"repetition_penalty": 1.2, "logprobs": 2},
+    "r3": {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.7, "logit_bias": {3: 2.0}},
+}
 
 
-@pytest.mark.parametrize("why", UNSAMPLEABLE)
-@pytest.mark.parametrize("at", [0, 8])
-def test_a_request_that_cannot_be_sampled_fails_alone(why: str, at: int) -> None:
-    """(D6; L: engine exception in sampling) Its neighbours' tokens are those they would have had without it, seeds and
-    penalties included; whether it comes first or in the middle."""
-    driven = driver()
-    variants: dict[str, dict[str, object]] = {
-        "r0": {},
-        "r1": {"temperature": 0.9, "seed": 7},
-        "r2": {"repetition_penalty": 1.2, "logprobs": 2},
-    }
+@cache
+def neighbour_alone(name: str) -> list[int]:
+    return alone(name, **NEIGHBOURS[name]).tokens
+
+
+def beside_neighbours(driven: Driver, odd: Request, at: int) -> Outcome:
+    """What becomes of a request that comes at the turn ``at``. For the others it is as if it were not there: their
+    tokens are their own, no step fails, and nothing is read twice."""
 
     def arrive(turn: int) -> None:
         if turn == at:
-            driven.submit(request("poison", prompt(30), 20, **UNSAMPLEABLE[why]))
+            driven.submit(odd)
         if turn == 0:
-            for name, params in variants.items():
+            for name, params in NEIGHBOURS.items():
                 driven.submit(request(name, prompt(40 + int(name[1:])), 20, **params))
 
     driven.run(arrive)
-    for name, params in variants.items():
+    for name in NEIGHBOURS:
         assert driven.outcomes[name].finish is Finish.LENGTH
-        assert driven.outcomes[name].tokens == alone(name, **params).tokens
-    poison = driven.outcomes["poison"]
-    if poison.failure is not None:
-        assert poison.failure.kind is ErrorKind.ENGINE
+        assert driven.outcomes[name].tokens == neighbour_alone(name)
+    counters = driven.beat.counters
+    assert counters.failed_steps == 0
+    read_once = sum(40 + int(name[1:]) for name in NEIGHBOURS)
+    assert counters.prefill_tokens in (read_once, read_once + len(odd.tokens))
+    return driven.outcomes[odd.id]
+
+
+@pytest.mark.parametrize("why", ODD)
+@pytest.mark.parametrize("at", [0, 8])
+def test_a_request_that_cannot_be_sampled_fails_alone(why: str, at: int) -> None:
+    """(D6; L: engine exception in sampling) Whether it comes first or in the middle."""
+    outcome = beside_neighbours(driver(), request("odd", prompt(30), 20, **ODD[why]), at)
+    if any(word in why for word in WRONG) and "bias" not in why:
+        assert outcome.failure is not None
+        assert outcome.failure.kind is ErrorKind.ENGINE
     else:
-        assert len(poison.tokens) == 20
-    assert driven.scheduler.idle
+        assert len(outcome.tokens) == 20
+
+
+@pytest.mark.parametrize("at", [0, 8])
+@pytest.mark.parametrize("where", ["ahead", "take"])
+def test_what_sampling_knows_of_a_request_may_fail_at_any_step(
+    where: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a step is built, or when its token is taken: that request ends, the step goes on."""
+    method, calls = getattr(SamplingState, where), 0
+
+    def failing(state: SamplingState, *args: object) -> object:
+        nonlocal calls
+        calls += state.params.seed == 666
+        if state.params.seed == 666 and calls == 4:
+            raise RuntimeError("its own part cannot be made")
+        return method(state, *args)
+
+    monkeypatch.setattr(SamplingState, where, failing)
+    outcome = beside_neighbours(driver(), request("odd", prompt(30), 20, seed=666, presence_penalty=0.1), at)
+    assert outcome.failure is not None
+    assert outcome.failure.kind is ErrorKind.ENGINE
+    assert len(outcome.tokens) == 3
+    assert calls == 4
+
+
+def test_rows_that_come_and_go_replay_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What penalties depend on is kept with the request: every drawn token is taken in once, whoever joins or leaves,
+    and also by those that lose their row and are computed again."""
+    made, taken = 0, 0
+    begin, take = RowEdits.__init__, RowEdits.take
+
+    def counted_begin(edits: RowEdits, *args: object) -> None:
+        nonlocal made
+        made += 1
+        begin(edits, *args)  # type: ignore[arg-type]
+
+    def counted_take(edits: RowEdits, token: int) -> None:
+        nonlocal taken
+        taken += 1
+        take(edits, token)
+
+    monkeypatch.setattr(RowEdits, "__init__", counted_begin)
+    monkeypatch.setattr(RowEdits, "take", counted_take)
+    driven = driver(max_rows=4, limit_bytes=1500 * sum(spec.token_bytes for spec in model("llama").specs))
+    penalised = {"repetition_penalty": 1.3, "presence_penalty": 0.2}
+    lengths = [300, 300, 300, 9, 20]
+    arrivals = {9 * n: request(f"r{n}", prompt(60 + n), most, **penalised) for n, most in enumerate(lengths)}
+    driven.run(arrivals=arrivals)
+    assert driven.beat.counters.preemptions > 0
+    assert made == len(lengths)
+    assert taken == sum(lengths)
+
+
+def test_a_prompt_that_cannot_be_explained_ends_nothing() -> None:
+    """Neither ids that are none of the model's nor what cannot be made a key."""
+    model_ = model("llama")
+    cached = Driver(model_, capabilities=capabilities("llama"), cache=prefix_cache(model_))
+    answers: list[object] = []
+    send = cached.send
+
+    def heard(message: FromEngine) -> None:
+        if isinstance(message, Explained) or (isinstance(message, Failed) and message.id.startswith("explain")):
+            answers.append(message)
+        else:
+            send(message)
+
+    cached.send = heard  # type: ignore[method-assign]
+    cached.submit(request("r", prompt(40), 20))
+    for number, (tokens, salt) in enumerate([([1, 1 << 40], ""), ([-1], ""), ([1, 2], "\ud800"), ([1, 2], "")]):
+        cached.inbox.put(Explain(f"explain {number}", tokens, salt))
+    cached.run()
+    assert [type(answer) for answer in answers] == [Failed, Failed, Failed, Explained]
+    assert [answer.kind for answer in answers if isinstance(answer, Failed)] == [
+        ErrorKind.INVALID,
+        ErrorKind.INVALID,
+        ErrorKind.ENGINE,
+    ]
+    assert len(cached.outcomes["r"].tokens) == 20
+
+
+def test_a_request_whose_prefixes_cannot_be_named_fails_alone() -> None:
+    model_ = model("llama")
+    cached = Driver(model_, capabilities=capabilities("llama"), cache=prefix_cache(model_))
+    odd = msgspec.structs.replace(request("odd", prompt(30), 20), cache_salt="\ud800")
+    outcome = beside_neighbours(cached, odd, 8)
+    assert outcome.failure is not None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

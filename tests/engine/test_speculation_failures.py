@@ -29,6 +29,10 @@ from tiny_models import VOCAB, save
 
 from kvarn.engine.flight import Flight, Steps
 from kvarn.model.load import LoadedModel, load
+from kvarn.sample.state import SamplingState
+from kvarn.speculate.controller import Controller
+from kvarn.speculate.draft import Draft
+from kvarn.speculate.lookup import Lookup, PastOutputs
 from kvarn.types import Finish, SpecMode, SpecSettings, Speculation
 
 
@@ -53,6 +57,76 @@ def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(monkeypatch
     driver.run()
     same(driver.outcomes, expected)
     assert calls == 6  # as often as it may fail
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (Lookup, "extend"),
+        (Lookup, "propose"),
+        (PastOutputs, "of"),
+        (PastOutputs, "add"),
+        (Draft, "begin"),
+        (Draft, "ready"),
+        (Draft, "read"),
+        (Controller, "choose"),
+        (Controller, "verified"),
+    ],
+)
+def test_whatever_guessing_raises_costs_guesses_and_nothing_else(
+    kind: type, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = crowd(5, seed=6)
+    expected = plain("llama", requests)
+    works, calls = getattr(kind, method), 0
+
+    def failing(this: object, *args: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 4, 9):
+            raise OverflowError("an id that is none, say")
+        return works(this, *args, **named)
+
+    monkeypatch.setattr(kind, method, failing)
+    mode = SpecMode.DRAFT if kind is Draft else SpecMode.NGRAM
+    driver = Driver(
+        model("llama"),
+        capabilities=capabilities("llama"),
+        spec=SpecSettings(default=Speculation(mode=mode, tokens=5, adaptive=kind is Controller), shared=True),
+        draft=real_draft("llama") if kind is Draft else None,
+    )
+    for one in requests:
+        driver.submit(one)
+    driver.run()
+    same(driver.outcomes, expected)
+    assert calls >= 3
+    counters = driver.beat.counters
+    assert counters.failed_steps == 0
+    assert counters.prefill_tokens == sum(len(one.tokens) for one in requests)
+    assert counters.spec.proposed > 0, "those that nothing was wrong with went on"
+
+
+def test_drafts_for_which_nothing_can_be_drawn_end_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sampling has to know of a row's draft tokens cannot be made: nobody else's step is lost."""
+    requests = [request(f"r{n}", prompt(20 + n, n), 24, presence_penalty=0.1, seed=n) for n in range(3)]
+    expected = plain("llama", requests)
+    oracle = Oracle({name: outcome.tokens for name, outcome in expected.items()}, {one.id: 1.0 for one in requests})
+    ahead = SamplingState.ahead
+
+    def failing(state: SamplingState, draft: Sequence[int]) -> list[SamplingState]:
+        if state.params.seed == 1 and draft:
+            raise RuntimeError("no memory for so many columns, say")
+        return ahead(state, draft)
+
+    monkeypatch.setattr(SamplingState, "ahead", failing)
+    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=GUESSED, draft=oracle)
+    for one in requests:
+        driver.submit(one)
+    driver.run()
+    assert driver.outcomes.pop("r1").failure is not None
+    same(driver.outcomes, {name: outcome for name, outcome in expected.items() if name != "r1"})
+    assert driver.beat.counters.failed_steps == 0
+    assert driver.beat.counters.prefill_tokens == sum(len(one.tokens) for one in requests)
 
 
 def test_a_verifying_step_that_raises_is_done_again_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:

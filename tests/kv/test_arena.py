@@ -77,7 +77,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.mark += count
         return list(range(self.mark - count, self.mark))
 
-    @rule(length=st.sampled_from([0, 1, 5, 8, 9, 31, 40, 41, 90, 255, 256, 300]))
+    @rule(length=st.sampled_from([0, 1, 5, 8, 9, 31, 40, 41, 90, 255, 256, 300, 520]))
     @precondition(lambda self: len(self.model) < 6)
     def adopt(self, length: int) -> None:
         marks = self.fresh(length)

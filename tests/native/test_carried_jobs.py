@@ -101,13 +101,14 @@ def test_square_matrices_are_products(side: int, columns: int) -> None:
     assert np.allclose(np.array(left.T @ right), multiplied(left.T, right), atol=1e-4)
 
 
-def test_many_rows_need_a_larger_matrix() -> None:
-    """Their lengths have to fit in it: 600 rows do not fit in the smallest."""
+@pytest.mark.parametrize("rows", [600, 2100])
+def test_many_rows_need_a_larger_matrix(rows: int) -> None:
+    """Their lengths have to fit in it: 600 rows do not fit in the smallest, 2100 not in the next."""
     layer = Layer(groups=1, sharing=1, key_dim=8, value_dim=8)
-    arena, new, queries = filled(layer, *([1] * 600))
+    arena, new, queries = filled(layer, *([1] * rows))
     result = np.array(forward(arena, new, queries))
     rng = np.random.default_rng(4)
-    for row, past in enumerate([drawn(layer, rng, 1) for _ in range(600)]):
+    for row, past in enumerate([drawn(layer, rng, 1) for _ in range(rows)]):
         assert np.allclose(result[row], expected(layer, past.followed_by(new[row]), queries[row]), atol=1e-5)
 
 

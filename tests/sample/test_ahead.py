@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sampler_support import sampler, state
 from statistics_support import deviation
 
 from kvarn.engine.flight import agreeing
@@ -44,15 +45,17 @@ def test_each_column_draws_what_it_would_draw_alone(way: str) -> None:
     everybody[1] = SamplingParams(max_tokens=9, temperature=0.0, **WAYS[way])  # type: ignore[arg-type]
     histories = [[*prompt, seed + 10] for seed, prompt in enumerate(prompts)]
     lengths = [len(prompt) for prompt in prompts]
-    batch = BatchSampler(everybody, VOCAB)
+    rows = zip(everybody, histories, lengths, strict=True)
+    batch = [state(one, VOCAB, seen[:end], seen[end:]) for one, seen, end in rows]
     places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft) + 1)]
     seen = [[*histories[row], *drafts[row][:place]] for row, place in places]
     logits = mx.concatenate([TABLE[one[-1]][None] for one in seen])
     for _ in range(2):  # the tables go on being right
-        picks = batch.ahead(drafts, histories, lengths)(logits, [len(one) for one in seen])
+        columns = [one for row, draft in zip(batch, drafts, strict=True) for one in row.ahead(draft)]
+        picks = BatchSampler(columns, VOCAB)(logits, [len(one) for one in seen])
         for index, (row, _place) in enumerate(places):
-            alone = BatchSampler([everybody[row]], VOCAB)
-            expected = alone(logits[index][None], [len(seen[index])], [seen[index]], [lengths[row]])
+            alone = sampler([everybody[row]], VOCAB, [seen[index]], [lengths[row]])
+            expected = alone(logits[index][None], [len(seen[index])])
             assert picks.tokens[index].item() == expected.tokens[0].item(), (way, row)
 
 
@@ -65,10 +68,10 @@ def test_the_distribution_is_that_of_plain_decoding(way: str, draft: str) -> Non
     likeliest = int(mx.argmax(TABLE[first]).item())
     guesses = [likeliest] * DRAWS if draft == "likeliest" else chooser.integers(0, VOCAB, DRAWS).tolist()
     everybody = [params(seed, **WAYS[way]) for seed in range(DRAWS)]
-    histories = [[first]] * DRAWS
-    sampler = BatchSampler(everybody, VOCAB).ahead([[guess] for guess in guesses], histories, [1] * DRAWS)
+    rows = [state(one, VOCAB, [first]) for one in everybody]
+    batch = BatchSampler([one for row, guess in zip(rows, guesses, strict=True) for one in row.ahead([guess])], VOCAB)
     columns = mx.array([token for guess in guesses for token in (first, guess)])
-    drawn = np.array(sampler(TABLE[columns], [1, 2] * DRAWS).tokens).reshape(DRAWS, 2).tolist()
+    drawn = np.array(batch(TABLE[columns], [1, 2] * DRAWS).tokens).reshape(DRAWS, 2).tolist()
     taken = [agreeing(tokens, [guess]) for tokens, guess in zip(drawn, guesses, strict=True)]
     firsts = np.bincount([tokens[0] for tokens in taken], minlength=VOCAB)
     assert abs(deviation(firsts, probabilities(WAYS[way], [first], 1))) < 4

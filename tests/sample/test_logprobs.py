@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sampler_support import sampler
 
-from kvarn.sample.sampler import BatchSampler
 from kvarn.types import SamplingParams
 
 
@@ -21,7 +21,7 @@ def test_like_numpy(vocab_size: int, k: int) -> None:
     logits = (np.random.default_rng(k).standard_normal((3, vocab_size)) * 4).astype(np.float32)
     # Sampling changes must not show in the log-probabilities.
     params = SamplingParams(max_tokens=1, temperature=0.5, top_p=0.9, logit_bias={7: 3.0}, logprobs=k, seed=5)
-    picks = BatchSampler([params] * 3, vocab_size)(mx.array(logits), [1, 2, 3])
+    picks = sampler([params] * 3, vocab_size)(mx.array(logits), [1, 2, 3])
     for row, token in enumerate(np.array(picks.tokens)):
         exact = log_softmax(logits[row])
         got = picks.logprobs_of(row, k)
@@ -36,7 +36,7 @@ def test_equal_tokens_come_by_id() -> None:
     logits = np.zeros((1, 3000), dtype=np.float32)
     logits[0, [5, 900, 2999]] = 1.0
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=6)
-    top = BatchSampler([params], 3000)(mx.array(logits), [0]).logprobs_of(0, 6).top
+    top = sampler([params], 3000)(mx.array(logits), [0]).logprobs_of(0, 6).top
     assert [t for t, _ in top] == [5, 900, 2999, 0, 1, 2]
 
 
@@ -44,7 +44,7 @@ def test_only_asked_rows_have_them() -> None:
     logits = mx.array(np.random.default_rng(0).standard_normal((3, 500)).astype(np.float32))
     asks = [None, 2, 4]
     batch = [SamplingParams(max_tokens=1, temperature=0.0, logprobs=k) for k in asks]
-    picks = BatchSampler(batch, 500)(logits, [0] * 3)
+    picks = sampler(batch, 500)(logits, [0] * 3)
     assert picks.logprobs is not None
     assert picks.logprobs.top_ids.shape == (3, 4)
     assert np.isnan(np.array(picks.logprobs.chosen)).tolist() == [True, False, False]
@@ -54,7 +54,7 @@ def test_only_asked_rows_have_them() -> None:
 
 
 def test_none_when_nobody_asks() -> None:
-    picks = BatchSampler([SamplingParams(max_tokens=1)], 500)(mx.zeros((1, 500)), [0])
+    picks = sampler([SamplingParams(max_tokens=1)], 500)(mx.zeros((1, 500)), [0])
     assert picks.logprobs is None
     assert len(picks.arrays()) == 2
     with pytest.raises(ValueError, match="row 0"):
@@ -65,6 +65,6 @@ def test_masked_and_short_float_logits() -> None:
     logits = np.random.default_rng(1).standard_normal((1, 300)).astype(np.float16)
     logits[0, 50:] = -np.inf
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
-    got = BatchSampler([params], 300)(mx.array(logits), [0]).logprobs_of(0, 20)
+    got = sampler([params], 300)(mx.array(logits), [0]).logprobs_of(0, 20)
     exact = log_softmax(logits[0].astype(np.float32))
     np.testing.assert_allclose([v for _, v in got.top], exact[[t for t, _ in got.top]], atol=2e-5)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampler_support import sampler
 
-from kvarn.sample.sampler import BatchSampler, Picks
+from kvarn.sample.sampler import Picks
 from kvarn.types import SamplingParams
 
 VOCAB = 1500
@@ -27,7 +28,7 @@ def some_logits(rows: int, vocab_size: int = VOCAB, seed: int = 0, spread: float
 
 
 def pick(logits: npt.NDArray[np.float32] | mx.array, batch: list[SamplingParams], positions: list[int]) -> Picks:
-    return BatchSampler(batch, logits.shape[1])(mx.array(logits), positions)
+    return sampler(batch, logits.shape[1])(mx.array(logits), positions)
 
 
 def ids(picks: Picks) -> list[int]:
@@ -57,17 +58,15 @@ def test_a_row_is_the_same_alone_and_in_any_batch(kinds: list[dict[str, Any]], r
     batch = [params(seed=row * 31, **kind) for row, kind in enumerate(kinds)]
     positions = [7 + row * row for row in range(rows)]
     histories = [[row, 5, 6, 7, 7] for row in range(rows)]
-    together = BatchSampler(batch, VOCAB)(mx.array(logits), positions, histories, [2] * rows)
+    together = sampler(batch, VOCAB, histories, [2] * rows)(mx.array(logits), positions)
     order = random.sample(range(rows), rows)
-    permuted = BatchSampler([batch[row] for row in order], VOCAB)(
-        mx.array(logits[order]), [positions[row] for row in order], [histories[row] for row in order], [2] * rows
-    )
+    other = sampler([batch[row] for row in order], VOCAB, [histories[row] for row in order], [2] * rows)
+    permuted = other(mx.array(logits[order]), [positions[row] for row in order])
     tokens = ids(together)
     assert ids(permuted) == [tokens[row] for row in order]
     for row in range(rows):
-        alone = BatchSampler([batch[row]], VOCAB)(
-            mx.array(logits[row : row + 1]), [positions[row]], [histories[row]], [2]
-        )
+        single = sampler([batch[row]], VOCAB, [histories[row]], [2])
+        alone = single(mx.array(logits[row : row + 1]), [positions[row]])
         assert ids(alone) == [tokens[row]]
         asked = batch[row].logprobs
         if asked is not None:
@@ -77,20 +76,20 @@ def test_a_row_is_the_same_alone_and_in_any_batch(kinds: list[dict[str, Any]], r
 
 
 def test_a_call_changes_no_state() -> None:
-    sampler = BatchSampler([params(seed=1), params(seed=2, top_p=0.9)], VOCAB)
+    twice = sampler([params(seed=1), params(seed=2, top_p=0.9)], VOCAB)
     logits = mx.array(some_logits(2))
-    assert ids(sampler(logits, [5, 6])) == ids(sampler(logits, [5, 6]))
+    assert ids(twice(logits, [5, 6])) == ids(twice(logits, [5, 6]))
 
 
 def test_global_random_state_is_neither_used_nor_moved() -> None:
     logits = mx.array(some_logits(4))
-    sampler = BatchSampler([params(seed=row) for row in range(4)], VOCAB)
+    own = sampler([params(seed=row) for row in range(4)], VOCAB)
     mx.random.seed(1)
-    first = ids(sampler(logits, [1, 2, 3, 4]))
+    first = ids(own(logits, [1, 2, 3, 4]))
     after = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(1)
     assert mx.random.uniform(shape=(4,)).tolist() == after
-    assert ids(sampler(logits, [1, 2, 3, 4])) == first
+    assert ids(own(logits, [1, 2, 3, 4])) == first
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -111,9 +110,8 @@ def test_greedy_after_bias_and_penalties() -> None:
         params(temperature=0.0, repetition_penalty=2.0),
         params(temperature=0.0, logit_bias={1499: 100.0}),
     ]
-    sampler = BatchSampler(batch, VOCAB)
-    assert sampler.needs_history
-    assert ids(sampler(mx.array(logits), [1, 1, 1], [None, [10], None], [0, 1, 0])) == [20, 20, 1499]
+    biased = sampler(batch, VOCAB, [[], [10], []], [0, 1, 0])
+    assert ids(biased(mx.array(logits), [1, 1, 1])) == [20, 20, 1499]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -122,8 +120,8 @@ def test_short_floats_draw_as_their_float32_values(dtype: mx.Dtype, kind: dict[s
     logits = mx.array(some_logits(8)).astype(dtype)
     batch = [params(seed=row, **kind) for row in range(8)]
     histories, prompts = [[1, 2, 3]] * 8, [1] * 8
-    short = BatchSampler(batch, VOCAB)(logits, [3] * 8, histories, prompts)
-    full = BatchSampler(batch, VOCAB)(logits.astype(mx.float32), [3] * 8, histories, prompts)
+    short = sampler(batch, VOCAB, histories, prompts)(logits, [3] * 8)
+    full = sampler(batch, VOCAB, histories, prompts)(logits.astype(mx.float32), [3] * 8)
     assert ids(short) == ids(full)
 
 
@@ -132,7 +130,7 @@ def test_nothing_is_evaluated_in_a_call() -> None:
     history, prompts = [[1, 2, 3]] * len(batch), [1] * len(batch)
 
     def draw(logits: mx.array) -> list[mx.array]:
-        return BatchSampler(batch, VOCAB)(logits, [1] * len(batch), history, prompts).arrays()
+        return sampler(batch, VOCAB, history, prompts)(logits, [1] * len(batch)).arrays()
 
     def evaluate(logits: mx.array) -> list[mx.array]:
         arrays = draw(logits)
@@ -152,9 +150,9 @@ def test_a_bad_row_is_flagged_and_the_others_untouched(kind: dict[str, Any], poi
     logits = some_logits(3)
     batch = [params(seed=row, **kind) for row in range(3)]
     history, prompts = [[1, 2]] * 3, [1] * 3
-    good = BatchSampler(batch, VOCAB)(mx.array(logits), [4] * 3, history, prompts)
+    good = sampler(batch, VOCAB, history, prompts)(mx.array(logits), [4] * 3)
     logits[1, : len(poison)] = poison
-    mixed = BatchSampler(batch, VOCAB)(mx.array(logits), [4] * 3, history, prompts)
+    mixed = sampler(batch, VOCAB, history, prompts)(mx.array(logits), [4] * 3)
     assert good.bad.tolist() == [False, False, False]
     assert mixed.bad.tolist() == [False, True, False]
     tokens = ids(mixed)
@@ -176,9 +174,8 @@ def test_masked_tokens_are_never_drawn(kind: dict[str, Any]) -> None:
     allowed = [17, 640, 1311]
     logits[:, allowed] = [0.0, 0.5, -0.5]
     fields = {**kind, "logit_bias": {}}
-    picks = BatchSampler([params(seed=row, **fields) for row in range(rows)], VOCAB)(
-        mx.array(logits), [0] * rows, [[1, 2]] * rows, [1] * rows
-    )
+    batch = [params(seed=row, **fields) for row in range(rows)]
+    picks = sampler(batch, VOCAB, [[1, 2]] * rows, [1] * rows)(mx.array(logits), [0] * rows)
     assert not np.array(picks.bad).any()
     assert set(ids(picks)) <= set(allowed)
 
@@ -221,21 +218,39 @@ def test_top_k_of_ties_keeps_the_lower_ids() -> None:
 def test_odd_vocabularies(vocab_size: int) -> None:
     logits = some_logits(len(KINDS), vocab_size)
     batch = [params(seed=row, **{**kind, "logit_bias": {}}) for row, kind in enumerate(KINDS)]
-    sampler = BatchSampler(batch, vocab_size)
-    picks = sampler(mx.array(logits), [1] * len(batch), [[0]] * len(batch), [1] * len(batch))
+    odd = sampler(batch, vocab_size, [[0]] * len(batch), [1] * len(batch))
+    picks = odd(mx.array(logits), [1] * len(batch))
     assert all(0 <= token < vocab_size for token in ids(picks))
     assert len(picks.logprobs_of(10, min(20, vocab_size)).top) == min(20, vocab_size)
 
 
 def test_shapes_are_checked() -> None:
-    sampler = BatchSampler([params()], VOCAB)
+    single = sampler([params()], VOCAB)
     with pytest.raises(ValueError, match=str(VOCAB)):
-        sampler(mx.zeros((1, VOCAB - 1)), [0])
+        single(mx.zeros((1, VOCAB - 1)), [0])
     with pytest.raises(ValueError, match="positions"):
-        sampler(mx.zeros((1, VOCAB)), [0, 1])
+        single(mx.zeros((1, VOCAB)), [0, 1])
 
 
-def test_penalties_need_histories() -> None:
-    sampler = BatchSampler([params(presence_penalty=1.0)], VOCAB)
-    with pytest.raises(ValueError, match="histories"):
-        sampler(mx.zeros((1, VOCAB)), [0])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": float("nan")},
+        {"top_p": float("nan")},
+        {"min_p": float("inf")},
+        {"repetition_penalty": 0.0},
+        {"frequency_penalty": float("-inf")},
+        {"logit_bias": {3: float("nan")}},
+    ],
+)
+def test_numbers_that_nothing_can_be_drawn_with_are_refused_one_request_at_a_time(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        sampler([params(), params(**wrong)], VOCAB)
+
+
+def test_numbers_of_any_size_can_be_batched() -> None:
+    """Whatever a request may hold by its types: the batch must not find out what its own state took."""
+    sizes = [{"top_k": 1 << 62}, {"top_k": -(1 << 62)}, {"seed": -1}, {"seed": 1 << 70}, {"top_p": 1e300}]
+    batch = [params(**size) for size in [*sizes, {"min_p": 3.0}, {"top_p": -1.0}, {"temperature": 5e-324}]]
+    picks = sampler(batch, VOCAB)(mx.array(some_logits(len(batch))), [0] * len(batch))
+    assert all(0 <= token < VOCAB for token in ids(picks))

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sampler_support import sampler
 from statistics_support import deviation
 
-from kvarn.sample.sampler import BatchSampler
 from kvarn.types import SamplingParams
 
 ROWS = 1000
@@ -73,15 +73,15 @@ def test_distribution(case: dict[str, Any], by: str) -> None:
     given = mx.array(np.repeat(logits[None], ROWS, axis=0))
     counts = np.zeros(VOCAB, dtype=np.int64)
     calls = 20 if by == "position" else 10
-    fixed = BatchSampler([SamplingParams(max_tokens=1, seed=77, **case)] * ROWS, VOCAB)
-    histories, prompts = ([PROMPT + ANSWER] * ROWS, [len(PROMPT)] * ROWS) if fixed.needs_history else (None, None)
+    histories, prompts = [PROMPT + ANSWER] * ROWS, [len(PROMPT)] * ROWS
+    fixed = sampler([SamplingParams(max_tokens=1, seed=77, **case)] * ROWS, VOCAB, histories, prompts)
     for call in range(calls):
         names = range(call * ROWS, (call + 1) * ROWS)
         if by == "position":
-            picks = fixed(given, list(names), histories, prompts)
+            picks = fixed(given, list(names))
         else:
             batch = [SamplingParams(max_tokens=1, seed=name, **case) for name in names]
-            picks = BatchSampler(batch, VOCAB)(given, [9] * ROWS, histories, prompts)
+            picks = sampler(batch, VOCAB, histories, prompts)(given, [9] * ROWS)
         counts += np.bincount(np.array(picks.tokens), minlength=VOCAB)
     assert counts.sum() == calls * ROWS
     assert not counts[p == 0.0].any()
@@ -93,11 +93,11 @@ def test_a_wide_vocabulary_has_no_bias_along_ids() -> None:
     logits = (np.random.default_rng(3).standard_normal(vocab_size)).astype(np.float32)
     p = exact(logits.astype(np.float64), SamplingParams(max_tokens=1))
     given = mx.array(np.repeat(logits[None], rows, axis=0))
-    sampler = BatchSampler([SamplingParams(max_tokens=1, seed=5)] * rows, vocab_size)
+    fixed = sampler([SamplingParams(max_tokens=1, seed=5)] * rows, vocab_size)
     upto = np.cumsum(p)
     places = []
     for call in range(calls):
-        tokens = np.array(sampler(given, list(range(call * rows, (call + 1) * rows))).tokens)
+        tokens = np.array(fixed(given, list(range(call * rows, (call + 1) * rows))).tokens)
         places.extend(upto[tokens].tolist())
     counts, _ = np.histogram(places, bins=8, range=(0, 1))
     assert abs(deviation(counts, np.full(8, 1 / 8))) < 4.0

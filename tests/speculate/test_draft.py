@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from engine_driver import TIE, reference, upstream_math
+from sampler_support import sampler
 from tiny_models import CONTEXT, VOCAB, save
 from tiny_tokenizers import byte_level_backend, write_folder
 
@@ -19,7 +20,6 @@ from kvarn.kv.slots import RING_SLACK, LayerSpec
 from kvarn.model.lanes import SoloLane
 from kvarn.model.load import LoadedModel, kept_as, load
 from kvarn.model.upstream import new_cache
-from kvarn.sample.sampler import BatchSampler
 from kvarn.speculate.draft import CATCH_UP, Draft
 from kvarn.speculate.vocabulary import vocabulary_differs
 from kvarn.types import GRID, SamplingParams
@@ -67,8 +67,8 @@ def assert_greedy(network: nn.Module, tokens: Sequence[int], drafts: Sequence[in
 
 def chosen_alone(network: nn.Module, params: SamplingParams, tokens: Sequence[int], drafts: Sequence[int]) -> list[int]:
     """What a sampler of one row draws at those places."""
-    sampler, logits = BatchSampler([params], VOCAB), logits_behind(network, tokens, drafts)
-    picks = [sampler(logits[i : i + 1], [len(tokens) + i]).tokens.item() for i in range(len(drafts))]
+    alone, logits = sampler([params], VOCAB), logits_behind(network, tokens, drafts)
+    picks = [alone(logits[i : i + 1], [len(tokens) + i]).tokens.item() for i in range(len(drafts))]
     return [int(token) for token in picks]  # type: ignore[arg-type]
 
 
