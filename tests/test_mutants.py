@@ -16,19 +16,12 @@ WITHOUT = frozenset(
     re.findall(
         r"\w+",
         """
-        A1 A2 A3 A4 A5
-        B1 B2 B3 B4 B5 B9 B10 B11 B12 B13
-        C1 C2 C3 C4
         D1 D2 D3 D4 D5 D6 D7 D8 D9
         E1 E2 E3 E4 E5 E6 E7 E8
         F1 F2 F3 F4 F5 F6 F7 F8 F9 F10
-        G1 G2 G3 G4 G5 G6 G7
         H1 H2 H3 H4 H5 H6
         I1 I2
-        J1 J2
-        K1 K2 K3
-        L1 L2 L3 L4 L5 L6 L7 L8 L9 L10 L11 L12 L13 L14 L15 L16 L17 L18 L19 L20 L21 L22 L23 L24 L25 L26 L27
-        L28 L29 L30 L31
+        L12 L13 L14 L15 L16 L17 L18 L19 L20 L21 L22 L23 L24 L27
         """,
     )
 )

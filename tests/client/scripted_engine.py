@@ -20,7 +20,7 @@ A request is answered by its prompt's tokens repeated from the start until max_t
 commands: 900 fails the request with an engine error, 901 ends it with ``stop`` there, 902 refuses it as invalid, 903
 never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does, 908 refuses
 it as invalid with what the request says of guessing, and its salt if it has one, as JSON. A prompt that begins with 907
-is never begun; one with 909 in it is explained by a number that its salt alone decides.
+is never begun, nor explained; one with 909 in it is explained by a number that its salt alone decides.
 """
 
 from __future__ import annotations
@@ -213,6 +213,8 @@ class Engine:
                         if task := self.tasks.get(request_id):
                             task.cancel()
                             self.send(wire.Deltas([Delta(request_id, [], Finish.CANCELLED)]))
+                    case wire.Explain(_, [907, *_], _):
+                        pass
                     case wire.Explain(name, tokens, salt):
                         known = zlib.crc32(short(salt).encode()) if 909 in tokens else 0
                         self.send(wire.Explained(name, PrefixReport(min(3, len(tokens) - 1), known=known)))

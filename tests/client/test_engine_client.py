@@ -142,6 +142,8 @@ def test_a_failed_request_raises_and_leaves_the_others(token: int, kind: ErrorKi
 
 
 def test_killed_engine_fails_every_stream_and_comes_back() -> None:
+    """Questions about the cache, too."""
+
     async def consume(client: EngineClient, number: int, seen: asyncio.Queue[int]) -> ErrorKind | None:
         try:
             async for delta in client.submit(request(str(number), [number], 100_000)):
@@ -153,6 +155,7 @@ def test_killed_engine_fails_every_stream_and_comes_back() -> None:
     async def test() -> None:
         async with engine("slow=0.01") as client:
             seen: asyncio.Queue[int] = asyncio.Queue()
+            question = asyncio.create_task(client.explain([907], ""))
             tasks = [asyncio.create_task(consume(client, number, seen)) for number in range(8)]
             started: set[int] = set()
             while len(started) < 8:
@@ -161,6 +164,9 @@ def test_killed_engine_fails_every_stream_and_comes_back() -> None:
             assert first is not None
             os.kill(first, signal.SIGKILL)
             assert await asyncio.gather(*tasks) == [ErrorKind.DIED] * 8
+            with pytest.raises(EngineError) as caught:
+                await question
+            assert caught.value.kind is ErrorKind.DIED
             with pytest.raises(EngineUnavailable, match=r"restarting"):
                 client.submit(request("x", [1]))
             await client.settled()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import repeat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -56,6 +58,23 @@ def test_ten_megabytes_by_default(server: Server, chunked: bool) -> None:
         f"{server.url}/v1/completions", content=iter(parts) if chunked else b"".join(parts), timeout=60
     )
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_beyond_the_limit_is_not_kept(server: Server) -> None:
+    """(B7) Most of what may be read and thrown away: memory grows by a little more than what may be kept."""
+    most = 8 << 20
+    status = Path(f"/proc/{server.process.pid}/status")
+    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak counts anew from here
+
+    def kilobytes(name: str) -> int:
+        return int(status.read_text().partition(f"{name}:")[2].split()[0])
+
+    before = kilobytes("VmRSS")
+    parts = repeat(b"x" * 1_000_000, 60)
+    response = httpx.post(f"{server.url}/v1/completions", content=iter(parts), timeout=60)
+    assert response.status_code == 413
+    assert (kilobytes("VmHWM") - before) * 1024 < 4 * most
 
 
 def test_bytes_without_end_are_not_read_for_ever(narrow: Server) -> None:

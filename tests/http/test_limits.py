@@ -120,6 +120,9 @@ def test_places_per_client_without_keys(start_server: StartServer) -> None:
             await refused(client, "client_limit", user="ann")
             with pytest.raises(openai.BadRequestError, match="at most 2"):
                 await client.completions.create(**ASK, n=3, user="cid")  # type: ignore[call-overload]
+            streams.append(await begin(client, "dan"))
+            await refused(client, "client_limit", user="dan", n=2)
+            await refused(client, "client_limit", user="dan", prompt=["a", "b"])
             for stream in streams:
                 await stream.close()
 

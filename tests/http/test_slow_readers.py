@@ -30,6 +30,9 @@ NAME = "m" * 4000
 BUFFER = 32
 LETTERS = string.ascii_lowercase
 OTHERS, PIECES = 7, 120
+MOST_KEPT = 1_000_000
+"""Bytes that the server and the kernel may hold for a client that reads nothing: a buffer of events for each of its
+four answers, and what a socket takes."""
 SMALL = 1024
 """Bytes of a client's receive buffer, as it is asked for; the kernel takes a little more."""
 
@@ -233,6 +236,8 @@ def test_a_slow_reader_gets_what_was_kept_and_then_an_error_and_others_keep_thei
     assert all(expected(text) for text in heard.texts.values())
     # What was kept for it is there to the last step: nothing was dropped between the socket and the end.
     assert sum(map(len, heard.texts.values())) > BUFFER
+    # And no more than was meant to be: by itself the kernel would take megabytes before anybody notices.
+    assert sum(map(len, heard.texts.values())) * len(NAME) - depth < MOST_KEPT
     assert len({len(text) for text in heard.texts.values()}) <= 2
     assert not heard.finishes
     free(patient)

@@ -222,6 +222,16 @@ def test_orders_are_obeyed(ready: Prepared, orders: list[Order]) -> None:
     assert said == [Restorable("a", 0), Restorable("b", 0), *map(Done, took)]
 
 
+def test_a_rank_that_has_less_begins_nothing(ready: Prepared, orders: list[Order]) -> None:
+    """A block may be gone between rank 0's plan and its order. The rank says what it has, and is told anew."""
+    begin = first(orders, Begin)
+    more = msgspec.structs.replace(orders[begin], position=64)
+    asked = msgspec.structs.replace(orders[0], request=request("a", [1] * 100, 9))
+    told = [asked, more, SetAside("a"), orders[begin], Prefill("a", 0, 99, True), SetAside("a"), Depart("a")]
+    said = [message for message in obeyed(ready, numbered(told)) if isinstance(message, Done | Restorable)]
+    assert said == [Restorable("a", 0), Restorable("a", 0)]
+
+
 def test_a_skipped_or_repeated_number_is_refused(ready: Prepared, orders: list[Order]) -> None:
     told = numbered(orders)
     for wrong in (told[1:], told[:3] + told[4:], told[:4] + told[3:], [*told[:2], (2**62, Fit(0))], [(0, Fit(0))]):

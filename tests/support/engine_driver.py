@@ -176,6 +176,7 @@ class Driver:
         self.engine.rest()
         assert all(outcome.endings == 1 for outcome in self.outcomes.values())
         assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
+        assert not self.guessing._guessers, "what guesses for a request goes with it"
 
 
 def prefix_cache(

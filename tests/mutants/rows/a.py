@@ -1,0 +1,71 @@
+"""Breaks of section A: shape and life cycle."""
+
+from __future__ import annotations
+
+from mutants import Break
+
+BREAKS = [
+    Break(
+        name="A1-ready-while-loading",
+        file="kvarn/http/service.py",
+        old=("elif self.client.state is not EngineState.READY:\n            reasons.append"),
+        new=("elif self.client.state is EngineState.FAILED:\n            reasons.append"),
+        by=("test_livez_answers_and_work_is_refused_while_the_model_loads",),
+    ),
+    Break(
+        name="A2-explains-forgotten",
+        file="kvarn/client/engine.py",
+        old=(
+            "        for answer in self._explaining.values():\n"
+            "            if not answer.done():\n"
+            "                answer.set_exception(error)\n"
+        ),
+        new="",
+        by=("test_killed_engine_fails_every_stream_and_comes_back",),
+    ),
+    Break(
+        name="A2-streams-left-open",
+        file="kvarn/client/engine.py",
+        old=("        for request_id in list(self._open):\n            self._finish(request_id, error)\n"),
+        new=("        for request_id in list(self._open)[1:]:\n            self._finish(request_id, error)\n"),
+        by=("test_killed_engine_fails_every_stream_and_comes_back",),
+    ),
+    Break(
+        name="A3-no-drain",
+        file="kvarn/cli/serve.py",
+        old="await service.drain(self._config.drain_seconds)",
+        new="await service.drain(0.0)",
+        by=("test_sigterm_drains_and_exits_with_0",),
+    ),
+    Break(
+        name="A3-second-signal-waits",
+        file="kvarn/cli/serve.py",
+        old="            os._exit(128 + number)\n",
+        new="            return\n",
+        by=("test_a_second_signal_forces_exit",),
+    ),
+    Break(
+        name="A4-guesser-kept",
+        file="kvarn/engine/guessing.py",
+        old="        self.stop(sequence.request.id)\n",
+        new="",
+        by=("test_with_preemption_cancels_and_cached_prefixes",),
+    ),
+    Break(
+        name="A4-places-kept",
+        file="kvarn/http/service.py",
+        old=("            self._held -= choices\n            self._held_by"),
+        new=("            self._held -= 1\n            self._held_by"),
+        by=("test_one_failed_choice_fails_the_request_and_frees_the_others",),
+    ),
+    Break(
+        name="A5-link-touches-mlx",
+        file="kvarn/engine/link.py",
+        old="                self.inbox.put(decode_to_engine(body))\n",
+        new=(
+            "                self.inbox.put(decode_to_engine(body))\n"
+            '                __import__("mlx.core").core.eval(__import__("mlx.core").core.zeros(1))\n'
+        ),
+        by=("test_one_thread_alone_touches_mlx",),
+    ),
+]

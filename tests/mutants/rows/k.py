@@ -1,0 +1,53 @@
+"""Breaks of section K: what can be observed."""
+
+from __future__ import annotations
+
+from mutants import Break
+
+BREAKS = [
+    Break(
+        name="K1-disk-counted-twice",
+        file="kvarn/http/metrics.py",
+        old='[("memory", counted.memory_tokens), ("disk", counted.disk_tokens)]',
+        new='[("memory", counted.memory_tokens + counted.disk_tokens), ("disk", counted.disk_tokens)]',
+        by=("test_the_engines_numbers",),
+    ),
+    Break(
+        name="K1-cancelled-not-counted",
+        file="kvarn/client/engine.py",
+        old="            self.counts.cancelled += 1\n",
+        new="            pass\n",
+        by=("test_every_scrape_adds_up",),
+    ),
+    Break(
+        name="K2-first-step-never-hangs",
+        file="kvarn/client/watchdog.py",
+        old="not beat.running + beat.waiting + open_requests:",
+        new="not beat.running + beat.waiting:",
+        by=("test_an_engine_that_hangs_is_killed_and_everybody_is_told",),
+    ),
+    Break(
+        name="K2-idleness-is-a-hang",
+        file="kvarn/client/watchdog.py",
+        old="if beat.step != self._step or not beat.running + beat.waiting + open_requests:",
+        new="if beat.step != self._step:",
+        by=("test_work_without_a_step_is_a_hang_and_idleness_is_none",),
+    ),
+    Break(
+        name="K3-prompts-logged",
+        file="kvarn/http/completions.py",
+        old="    service.unknown_fields += len(unknown_fields(asked))\n",
+        new=(
+            "    service.unknown_fields += len(unknown_fields(asked))\n"
+            '    request.scope.setdefault("kvarn.log", {})["asked"] = asked\n'
+        ),
+        by=("test_every_line_parses_and_none_has_text_of_a_prompt",),
+    ),
+    Break(
+        name="K3-no-id",
+        file="kvarn/http/access.py",
+        old='[*message.get("headers", ()), (b"x-request-id", request_id.encode())]',
+        new='[*message.get("headers", ())]',
+        by=("test_request_ids_are_echoed_or_made",),
+    ),
+]
