@@ -33,7 +33,6 @@ MOST_RANKS = 64
 MOST_TP_PORT = 65535 - 1024
 """The ports of the backend come behind it."""
 
-
 OF_THE_ENGINE = (
     *("context_length", "max_batch", "max_itl_ms", "prefill_chunk", "kv_memory_mb", "kv_bits", "kv_group_size"),
     *("kv_quant_start", "cache_ram", "cache_selfcheck", "cache_ssd", "ssd_policy", "ssd_durability", "ssd_ttl"),
@@ -50,6 +49,11 @@ class ServeConfig(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     model_name: str = Field("", description="Name clients use for the model; default: the name given to serve.")
+    sampling_defaults: Literal["model", "api"] = Field(
+        "model",
+        description="How requests that do not say are sampled: as the model's generation_config.json recommends "
+        "(model), or at temperature 1 without limits, as OpenAI's API has it (api).",
+    )
     context_length: int = Field(
         0, ge=0, le=MOST_COUNT, description="Most tokens of prompt and answer together; 0: what the model was made for."
     )

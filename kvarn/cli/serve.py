@@ -231,12 +231,17 @@ class Front:
     def _application(self, listener: socket.socket) -> tuple[Starlette, Service]:
         from kvarn.http.app import create_app
         from kvarn.http.gate import served_hosts
+        from kvarn.http.sampling import read_sampling_defaults
+        from kvarn.http.schemas import NO_DEFAULTS
         from kvarn.http.service import ModelNames
         from kvarn.text.tokenizer import Tokenizer
 
         names = ModelNames(self._served, self._aliases)
         hosts = served_hosts(self._config.allowed_hosts, self._config.host, loopback(listener))
-        return create_app(self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts)
+        sampling = read_sampling_defaults(self._path) if self._config.sampling_defaults == "model" else NO_DEFAULTS
+        return create_app(
+            self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts, sampling
+        )
 
     async def _load(self, service: Service, url: str) -> None:
         from kvarn.text.tokenizer import TokenizerError

@@ -25,6 +25,7 @@ from kvarn.http.metrics import metrics
 from kvarn.http.models import get_model, list_models
 from kvarn.http.openapi import openapi
 from kvarn.http.probes import health, livez, readyz
+from kvarn.http.schemas import NO_DEFAULTS, SamplingDefaults
 from kvarn.http.service import ModelNames, Service
 from kvarn.text.tokenizer import Tokenizer
 
@@ -49,9 +50,10 @@ def create_app(
     client: EngineClient,
     keys: Keys,
     hosts: Collection[str],
+    sampling: SamplingDefaults = NO_DEFAULTS,
 ) -> tuple[Starlette, Service]:
     """The application and its state. The caller starts ``client`` and awaits ``Service.load``."""
-    service = Service(config, names, load_tokenizer, client)
+    service = Service(config, names, load_tokenizer, client, sampling)
     gate = Middleware(
         Gate,
         keys=keys,

@@ -1,6 +1,7 @@
 """Chat messages as clients send them, turned into what a chat template takes.
 
-Content is a string or a list of text parts; anything else is refused by name, never dropped.
+Content is a string or a list of text parts, for an assistant's message also null; anything else is refused by name,
+never dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def _message(value: object, where: str) -> Message:
     for name in ("tool_calls", "function_call", "audio", "refusal"):
         if value.get(name):
             raise unsupported(f"{where}.{name}", value[name], "none")
-    message: Message = {"role": role, "content": read_content(value.get("content"), f"{where}.content")}
+    given = value.get("content")
+    if given is None and role == "assistant":
+        given = ""  # clients send back what they got, and an answer may be without a text
+    message: Message = {"role": role, "content": read_content(given, f"{where}.content")}
     for name in ("name", "tool_call_id"):
         extra = value.get(name)
         if isinstance(extra, str):

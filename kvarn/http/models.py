@@ -42,6 +42,7 @@ def _model(service: Service) -> dict[str, object]:
             "ranks": info.ranks,
             "kv_bytes_per_token": info.kv_bytes_per_token,
             "kv_format": info.kv_format,
+            "sampling_defaults": dict(service.sampling),
             "fingerprint": info.fingerprint,
             "prefix_cache": info.prefix_cache,
             "prefix_cache_reason": info.prefix_cache_reason,

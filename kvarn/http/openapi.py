@@ -50,15 +50,20 @@ _TEXT_PART: Schema = {
     "required": ["type", "text"],
 }
 _CONTENT: Schema = {"anyOf": [STRING, {**listed(_TEXT_PART), "minItems": 1}]}
+_NAMES: Schema = {"name": nullable(STRING), "tool_call_id": nullable(STRING)}
 _MESSAGE: Schema = {
-    "type": "object",
-    "properties": {
-        "role": {"type": "string", "enum": list(ROLES)},
-        "content": _CONTENT,
-        "name": nullable(STRING),
-        "tool_call_id": nullable(STRING),
-    },
-    "required": ["role", "content"],
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"role": {"type": "string", "enum": list(ROLES)}, "content": _CONTENT, **_NAMES},
+            "required": ["role", "content"],
+        },
+        {
+            "type": "object",
+            "properties": {"role": constant("assistant"), "content": {"type": "null"}, **_NAMES},
+            "required": ["role"],
+        },
+    ]
 }
 
 READ_BY_HAND: Mapping[str, Schema] = {

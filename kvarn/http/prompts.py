@@ -49,7 +49,7 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> li
     if _surely_longer(tokenizer, contents, info.context_length):
         raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
     try:
-        tokens = tokenizer.chat_tokens(asked.messages)
+        tokens = tokenizer.chat_tokens(asked.messages, asked.generation_prompt, asked.continue_final_message)
     except TemplateError as error:
         param = "messages" if error.index is None else f"messages[{error.index}]"
         raise ApiError(400, f"{param}: {public(str(error))}", param=param, code="template_error") from error

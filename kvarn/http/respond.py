@@ -21,7 +21,7 @@ from kvarn.http.gate import client_of
 from kvarn.http.generation import Generation, Piece, Usage
 from kvarn.http.guesses import speculation
 from kvarn.http.prompts import Prompt, check_limits, prediction_tokens
-from kvarn.http.schemas import GenerationRequest
+from kvarn.http.schemas import GenerationRequest, SamplingDefaults
 from kvarn.http.service import Service
 from kvarn.http.sse import EventStream, Headers, WatchedResponse, send_json
 from kvarn.http.tenants import salt_of
@@ -87,7 +87,8 @@ def respond(
                 raise from_engine(clock.late()) from None
             base = uuid.uuid4().hex
             ends = sorted(tokenizer.eos_token_ids)
-            requests = _requests(base, asked, prompts, ends, client, salt_of(http, asked), guessing, prediction)
+            salt, defaults = salt_of(http, asked), service.sampling
+            requests = _requests(base, asked, prompts, ends, defaults, client, salt, guessing, prediction)
             rendering = rendering_of(base, tokenizer, info, prompts)
             for prompt in prompts:
                 service.meters.asked(asked.n, prompt.max_tokens)
@@ -118,6 +119,7 @@ def _requests(
     asked: GenerationRequest,
     prompts: list[Prompt],
     ends: list[int],
+    defaults: SamplingDefaults,
     client: str,
     salt: Salt,
     guessing: Speculation | None,
@@ -127,7 +129,7 @@ def _requests(
         Request(
             id=f"{base}-{number * asked.n + choice}",
             tokens=prompt.tokens,
-            params=asked.sampling(prompt.max_tokens, choice, ends),
+            params=asked.sampling(prompt.max_tokens, choice, ends, defaults),
             priority=-asked.priority,
             client=client,
             cache_salt=salt,

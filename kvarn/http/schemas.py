@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,6 +19,11 @@ from kvarn.http.messages import Message, read_messages
 from kvarn.types import SamplingParams
 
 SEED_MASK = 2**64 - 1
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's authors may recommend."""
+SamplingDefaults = Mapping[str, float]
+"""Values by the names of fields that a client left out; what is not in it is as OpenAI's API has it."""
+NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
 MOST_STOPS = 16
 LONGEST_SALT = 256
 
@@ -177,19 +183,23 @@ class GenerationRequest(BaseModel):
         """None: none wanted; else how many alternatives."""
         return None
 
-    def sampling(self, max_tokens: int, choice: int, ends: Sequence[int]) -> SamplingParams:
+    def sampling(
+        self, max_tokens: int, choice: int, ends: Sequence[int], defaults: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
         """Parameters of choice ``choice``: its seed is the given one plus ``choice``, or a random one.
 
         ``ends`` are the token ids that end an answer.
         """
+        wanted: dict[str, float] = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        wanted |= {name: value for name, value in defaults.items() if name not in self.model_fields_set}
         seed = secrets.randbits(64) if self.seed is None else (self.seed + choice) & SEED_MASK
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(0, self.top_k),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            temperature=wanted["temperature"],
+            top_p=wanted["top_p"],
+            top_k=max(0, int(wanted["top_k"])),
+            min_p=wanted["min_p"],
+            repetition_penalty=wanted["repetition_penalty"],
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
@@ -206,6 +216,8 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="an integer from 0 to 20")
+    add_generation_prompt: bool | None = Field(None, description="true or false")
+    continue_final_message: bool = Field(False, description="true or false")
 
     @field_validator("messages", mode="plain")
     @classmethod
@@ -219,7 +231,16 @@ class ChatRequest(GenerationRequest):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             allowed = f"equal to max_completion_tokens ({self.max_completion_tokens}) when both are given"
             raise bad_value("max_tokens", self.max_tokens, allowed)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_value("continue_final_message", True, "false where add_generation_prompt is true")
+        if self.continue_final_message and self.messages[-1]["role"] != "assistant":
+            raise bad_value("continue_final_message", True, "false unless the last message's role is assistant")
         return self
+
+    @property
+    def generation_prompt(self) -> bool:
+        """Whether the prompt ends with the beginning of a new answer."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
     @property
     def wanted_tokens(self) -> int | None:

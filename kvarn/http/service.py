@@ -21,6 +21,7 @@ from kvarn.config import ServeConfig
 from kvarn.http.body import read_json
 from kvarn.http.errors import ApiError, shown, too_many, unavailable
 from kvarn.http.meters import Meters
+from kvarn.http.schemas import SamplingDefaults
 from kvarn.http.threads import Threads
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import ErrorKind, ModelInfo
@@ -57,8 +58,10 @@ class Service:
         names: ModelNames,
         load_tokenizer: Callable[[], Tokenizer],
         client: EngineClient,
+        sampling: SamplingDefaults,
     ) -> None:
         self.config = config
+        self.sampling = sampling
         self.names = names
         self.client = client
         self.meters = Meters()

@@ -15,6 +15,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "host": ("http/test_access.py::test_beyond_loopback_any_host_is_served_and_a_missing_key_is_warned_about",),
     "port": ("http/test_lifecycle.py::test_a_port_in_use_is_said_before_anything_loads",),
     "model_name": ("http/test_engine_flags.py::test_settings_from_all_sources_reach_the_engine",),
+    "sampling_defaults": (
+        "http/test_sampling_defaults.py::test_the_models_file_counts_by_default",
+        "http/test_sampling_defaults.py::test_the_setting_says_whose_defaults_count",
+    ),
     "context_length": (
         "http/test_engine_flags.py::test_settings_from_all_sources_reach_the_engine",
         "engine/test_process.py::test_a_context_beyond_the_models_is_refused",

@@ -19,8 +19,9 @@ has a prediction: then the guesses are the tokens of the prediction at the same 
 A request is answered by its prompt's tokens repeated from the start until max_tokens; ids from 900 on in the prompt are
 commands: 900 fails the request with an engine error, 901 ends it with ``stop`` there, 902 refuses it as invalid, 903
 never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does, 908 refuses
-it as invalid with what the request says of guessing, and its salt if it has one, as JSON. A prompt that begins with 907
-is never begun, nor explained; one with 909 in it is explained by a number that its salt alone decides.
+it as invalid with what the request says of guessing, and its salt if it has one, as JSON, 910 with how it is sampled. A
+prompt that begins with 907 is never begun, nor explained; one with 909 in it is explained by a number that its salt
+alone decides.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from kvarn.types import (
 )
 
 COMMANDS = 900
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Token ids from here on are commands."""
 DEPTH = 4
 """Tokens guessed ahead in a step unless told otherwise."""
@@ -197,6 +199,9 @@ class Engine:
                 begin, length = request.prediction[:16], len(request.prediction)  # messages are cut short
                 told = {"speculation": request.speculation, "prediction": begin, "predicted": length}
                 told |= {"salt": short(request.cache_salt)} if request.cache_salt else {}
+                self.send(wire.Failed(request.id, ErrorKind.INVALID, msgspec.json.encode(told).decode()))
+            case 910:
+                told = {name: getattr(request.params, name) for name in SAMPLED}
                 self.send(wire.Failed(request.id, ErrorKind.INVALID, msgspec.json.encode(told).decode()))
             case _:
                 return False

@@ -26,8 +26,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if message['name'] == 'hidden' %}{% continue %}{% endif %}"
     "{{ message['role'] }}:{{ message['content'] }};{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role == 'assistant' %}?{% endif %}"
 )
+RECOMMENDED = {"temperature": 0.6, "top_k": 20, "top_p": 5, "transformers_version": "5.0.0"}
+"""What the model's authors say of sampling; one value is none that a request could have."""
 READY_SECONDS = 60
 PATIENCE = 120
 """Seconds after which something will not come true any more."""
@@ -120,6 +124,7 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "generation_config.json").write_text(json.dumps(RECOMMENDED))
     return folder
 
 

@@ -84,6 +84,29 @@ def test_content_parts_and_every_role(ai: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == expected
 
 
+def said(raw: httpx.Client, messages: list[dict[str, object]], **body: object) -> str:
+    """The prompt of a chat, which is what the scripted engine answers."""
+    answer = raw.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 60, **body})
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text[: answer.json()["usage"]["prompt_tokens"]]
+
+
+def test_an_assistants_message_may_be_without_a_text(raw: httpx.Client) -> None:
+    user = {"role": "user", "content": "a"}
+    for empty in ({"content": None}, {}, {"content": None, "tool_calls": None}, {"content": "", "tool_calls": []}):
+        assert said(raw, [user, {"role": "assistant", **empty}, user]) == "user:a;assistant:;user:a;"
+
+
+def test_the_last_message_is_continued(raw: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer is "}]
+    for more in ({}, {"add_generation_prompt": False}, {"add_generation_prompt": None}):
+        assert said(raw, messages, continue_final_message=True, **more) == "user:a;assistant:The answer is "
+    for prompt, end in ((False, ""), (True, "?"), (None, "?")):
+        text = said(raw, messages, add_generation_prompt=prompt, continue_final_message=False)
+        assert text == f"user:a;assistant:The answer is ;{end}"
+
+
 def test_completion_prompts_in_every_form(ai: openai.OpenAI) -> None:
     ids = [64, 65, 66]
     one = ai.completions.create(model="test-model", prompt=ids, max_tokens=6)

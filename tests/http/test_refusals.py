@@ -201,6 +201,26 @@ def test_a_template_that_refuses_is_a_400(raw: httpx.Client) -> None:
     assert "no tools here" in error["message"]
 
 
+def test_a_message_that_the_template_does_not_show_is_a_400(raw: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "user", "name": "hidden", "content": "user"}]
+    error = check_error(raw.post("/v1/chat/completions", json={**CHAT, "messages": messages}), 400, "messages[1]")
+    assert error["message"] == "messages[1]: the model's chat template does not show a message of role user here"
+    assert error["code"] == "template_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        ({"continue_final_message": True}, "false unless the last message's role is assistant"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "false where add_generation_prompt is true"),
+        ({"continue_final_message": "yes"}, "true or false"),
+    ],
+)
+def test_a_continuation_that_cannot_be(raw: httpx.Client, fields: dict[str, object], allowed: str) -> None:
+    error = check_error(raw.post("/v1/chat/completions", json={**CHAT, **fields}), 400, "continue_final_message")
+    assert f"must be {allowed}, got" in error["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"not json", b'{"a": NaN}', b"\xff\xfe", b'"text"', b"[]", b"null"])
 def test_bad_json(raw: httpx.Client, body: bytes) -> None:
     response = raw.post("/v1/chat/completions", content=body)
