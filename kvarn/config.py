@@ -242,6 +242,13 @@ class ServeConfig(BaseModel):
     max_body: Size = Field(
         ByteSize(8 * 1024 * 1024), ge=LEAST_BODY, description="Most bytes of a request's body, such as 16MB."
     )
+    max_values: int = Field(
+        300_000,
+        ge=1000,
+        le=MOST_COUNT,
+        description="Most values and names in the JSON of a request's body, token ids of prompts included; further "
+        "ones get a 413.",
+    )
     max_connections: int = Field(1024, ge=1, le=MOST_COUNT, description="Most open connections; further ones are cut.")
     api_key: Words = Field(
         (),

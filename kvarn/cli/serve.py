@@ -23,6 +23,7 @@ from kvarn import wire
 from kvarn.cli.certificate import BadCertificate, Certificate
 from kvarn.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
 from kvarn.cli.group import input_ended, keep, layout_of, log_environment, rank_plan
+from kvarn.cli.interpreter import settle
 from kvarn.cli.listen import allow_files, bind, loopback
 from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
 from kvarn.client.ranks import RANK_COMMAND, RankPlan
@@ -248,6 +249,7 @@ class Front:
 
         try:
             await service.load()
+            settle()
             await self._client.settled()
         except (TokenizerError, EngineUnavailable) as error:
             raise StartError(str(error)) from error

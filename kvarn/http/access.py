@@ -38,6 +38,7 @@ class AccessLayer:
             await self._app(scope, receive, send)
             return
         _leave_out_the_host(scope)
+        _single_slashes(scope)
         request_id = _request_id(scope)
         scope["kvarn.request_id"] = request_id
         fields: dict[str, object] = scope.setdefault("kvarn.log", {})
@@ -75,7 +76,7 @@ class AccessLayer:
 
 def _count(scope: Scope) -> None:
     """Count a refusal. What the engine failed was submitted, and is counted there."""
-    error = scope.get(ERROR)
+    error = scope.pop(ERROR, None)  # it holds what was wrong, and a connection its last scope
     if isinstance(error, ApiError) and not isinstance(error.__cause__, EngineError):
         service: Service = scope["app"].state.service
         service.meters.refused(error.status, error.code or "other")
@@ -86,6 +87,12 @@ def _leave_out_the_host(scope: Scope) -> None:
     if scope["path"].lower().startswith(("http://", "https://")):
         with suppress(ValueError):  # brackets that do not match: nothing is found there
             scope["path"] = urlsplit(scope["path"]).path or "/"
+
+
+def _single_slashes(scope: Scope) -> None:
+    """A client's base address may end with a slash, and what is put behind it begin with one."""
+    while "//" in scope["path"]:
+        scope["path"] = scope["path"].replace("//", "/")
 
 
 def _request_id(scope: Scope) -> str:

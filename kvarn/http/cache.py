@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,8 +13,9 @@ from starlette.types import Send
 from kvarn.client import EngineError, EngineUnavailable
 from kvarn.http.errors import from_engine, unavailable
 from kvarn.http.prompts import Prompt, chat_prompt, check_limits, completion_prompts
+from kvarn.http.reading import read_request
 from kvarn.http.respond import client_name
-from kvarn.http.schemas import ChatRequest, CompletionRequest, parse
+from kvarn.http.schemas import ChatRequest, CompletionRequest
 from kvarn.http.service import Service
 from kvarn.http.sse import WatchedResponse, send_json
 from kvarn.http.tenants import salt_of
@@ -22,19 +25,22 @@ from kvarn.types import ErrorKind, PrefixReport
 async def explain(request: Request) -> Response:
     """Takes the body of a chat or a plain completion and answers with one entry per prompt. Raises ApiError."""
     service: Service = request.app.state.service
-    body = await service.read_json(request)
-    asked = parse(ChatRequest, body) if body.get("messages") is not None else parse(CompletionRequest, body)
-    service.names.check(asked.model)
+    asked = await read_request(request, _kind_of)
     count = 1 if isinstance(asked, ChatRequest) else len(asked.prompt)
 
     salt = salt_of(request, asked)
 
     async def work(send: Send) -> None:
+        nonlocal asked
+        entries = []
         with service.permit(count, client_name(request, asked)):
-            prompts = await _prompts(service, asked)
+            prompts = deque(await _prompts(service, asked))
+            asked = asked.without_content()
             try:
                 async with asyncio.timeout(service.config.queue_timeout or None):
-                    reports = [await service.client.explain(prompt.tokens, salt) for prompt in prompts]
+                    while prompts:
+                        tokens = prompts.popleft().tokens
+                        entries.append(_entry(len(tokens), await service.client.explain(tokens, salt)))
             except TimeoutError:
                 kind = ErrorKind.QUEUE_TIMEOUT
                 raise from_engine(EngineError(kind, f"{kind.value}: the engine did not get round to it")) from None
@@ -42,10 +48,13 @@ async def explain(request: Request) -> Response:
                 raise unavailable(str(error)) from error
             except EngineError as error:
                 raise from_engine(error) from error
-        entries = [_entry(len(prompt.tokens), report) for prompt, report in zip(prompts, reports, strict=True)]
         await send_json(send, {"object": "list", "data": entries})
 
     return WatchedResponse(work)
+
+
+def _kind_of(fields: Mapping[str, object]) -> type[ChatRequest] | type[CompletionRequest]:
+    return CompletionRequest if fields.get("messages") is None else ChatRequest
 
 
 async def _prompts(service: Service, asked: ChatRequest | CompletionRequest) -> list[Prompt]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvarn.http.collect import Collected
 from kvarn.http.generation import Piece, Usage
-from kvarn.http.logprobs import chat_logprobs
-from kvarn.http.prompts import Prompt, chat_prompt
-from kvarn.http.respond import Collected, respond
-from kvarn.http.schemas import ChatRequest, parse, unknown_fields
+from kvarn.http.logprobs import GrowingChatLogprobs, NoLogprobs, chat_logprobs
+from kvarn.http.prompts import chat_prompt
+from kvarn.http.reading import read_request
+from kvarn.http.respond import respond
+from kvarn.http.schemas import ChatRequest
 from kvarn.http.service import Service
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import ModelInfo
@@ -41,17 +44,19 @@ class ChatRendering:
     def usage_chunk(self, usage: Usage) -> dict[str, object]:
         return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage.payload()}
 
-    def whole(self, choices: list[Collected], usage: Usage) -> dict[str, object]:
-        rendered = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self._asked.logprobs else None,
-                "finish_reason": choice.finish,
-            }
-            for index, choice in enumerate(choices)
-        ]
-        return self._head | {"object": "chat.completion", "choices": rendered, "usage": usage.payload()}
+    def collected(self) -> Collected:
+        return Collected(GrowingChatLogprobs(self._tokenizer) if self._asked.logprobs else NoLogprobs())
+
+    def whole_head(self) -> dict[str, object]:
+        return self._head | {"object": "chat.completion"}
+
+    def whole_choice(self, index: int, choice: Collected) -> dict[str, object]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": msgspec.Raw(choice.logprobs.json()),
+            "finish_reason": choice.finish,
+        }
 
     def _chunk(
         self, choice: int, delta: dict[str, object], logprobs: dict[str, object] | None, finish: str | None
@@ -64,14 +69,11 @@ class ChatRendering:
 async def chat(request: Request) -> Response:
     """The route. Raises ApiError."""
     service: Service = request.app.state.service
-    asked = parse(ChatRequest, await service.read_json(request))
-    service.names.check(asked.model)
-    service.unknown_fields += len(unknown_fields(asked))
 
-    def prompts(tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
-        return chat_prompt(asked, tokenizer, info)
-
-    def rendering(base: str, tokenizer: Tokenizer, info: ModelInfo, _prompts: list[Prompt]) -> ChatRendering:
+    def rendering(
+        asked: ChatRequest, base: str, tokenizer: Tokenizer, info: ModelInfo, _echoes: list[str]
+    ) -> ChatRendering:
         return ChatRendering(asked, service.names.served, base, tokenizer, info)
 
-    return respond(request, service, asked, asked.n, prompts, rendering)
+    asked = await read_request(request, lambda _fields: ChatRequest)
+    return respond(request, service, asked, asked.n, chat_prompt, rendering)

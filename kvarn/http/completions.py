@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvarn.http.collect import Collected
 from kvarn.http.generation import Piece, Usage
-from kvarn.http.logprobs import CompletionLogprobs
-from kvarn.http.prompts import Prompt, completion_prompts
-from kvarn.http.respond import Collected, respond
-from kvarn.http.schemas import CompletionRequest, parse, unknown_fields
+from kvarn.http.logprobs import CompletionLogprobs, GrowingCompletionLogprobs, NoLogprobs
+from kvarn.http.prompts import completion_prompts
+from kvarn.http.reading import read_request
+from kvarn.http.respond import respond
+from kvarn.http.schemas import CompletionRequest
 from kvarn.http.service import Service
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import ModelInfo, TokenLogprob
@@ -27,11 +30,12 @@ class CompletionRendering:
         base: str,
         tokenizer: Tokenizer,
         info: ModelInfo,
-        prompts: list[Prompt],
+        echoes: list[str],
     ) -> None:
         self._asked = asked
-        self._prompts = prompts
-        self._logprobs = [CompletionLogprobs(tokenizer) for _ in range(len(prompts) * asked.n)]
+        self._tokenizer = tokenizer
+        self._echoes = echoes
+        self._logprobs = [CompletionLogprobs(tokenizer) for _ in range(len(echoes) * asked.n)]
         self._head: dict[str, object] = {
             "id": f"cmpl-{base}",
             "object": "text_completion",
@@ -49,15 +53,20 @@ class CompletionRendering:
     def usage_chunk(self, usage: Usage) -> dict[str, object]:
         return self._head | {"choices": [], "usage": usage.payload()}
 
-    def whole(self, choices: list[Collected], usage: Usage) -> dict[str, object]:
-        rendered = [
-            self._choice(index, self._echo(index) + choice.text, choice.logprobs, choice.finish)
-            for index, choice in enumerate(choices)
-        ]
-        return self._head | {"choices": rendered, "usage": usage.payload()}
+    def collected(self) -> Collected:
+        wanted = self._asked.logprobs is not None
+        return Collected(GrowingCompletionLogprobs(self._tokenizer) if wanted else NoLogprobs())
+
+    def whole_head(self) -> dict[str, object]:
+        return self._head
+
+    def whole_choice(self, index: int, choice: Collected) -> dict[str, object]:
+        logprobs = msgspec.Raw(choice.logprobs.json())
+        text = self._echo(index) + choice.text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
 
     def _echo(self, choice: int) -> str:
-        return self._prompts[choice // self._asked.n].echo
+        return self._echoes[choice // self._asked.n]
 
     def _chunk(self, choice: int, text: str, entries: list[TokenLogprob], finish: str | None) -> dict[str, object]:
         chunk = self._head | {"choices": [self._choice(choice, text, entries, finish)]}
@@ -72,14 +81,11 @@ class CompletionRendering:
 async def completions(request: Request) -> Response:
     """The route. Raises ApiError."""
     service: Service = request.app.state.service
-    asked = parse(CompletionRequest, await service.read_json(request))
-    service.names.check(asked.model)
-    service.unknown_fields += len(unknown_fields(asked))
 
-    def prompts(tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
-        return completion_prompts(asked, tokenizer, info)
+    def rendering(
+        asked: CompletionRequest, base: str, tokenizer: Tokenizer, info: ModelInfo, echoes: list[str]
+    ) -> CompletionRendering:
+        return CompletionRendering(asked, service.names.served, base, tokenizer, info, echoes)
 
-    def rendering(base: str, tokenizer: Tokenizer, info: ModelInfo, read: list[Prompt]) -> CompletionRendering:
-        return CompletionRendering(asked, service.names.served, base, tokenizer, info, read)
-
-    return respond(request, service, asked, len(asked.prompt) * asked.n, prompts, rendering)
+    asked = await read_request(request, lambda _fields: CompletionRequest)
+    return respond(request, service, asked, len(asked.prompt) * asked.n, completion_prompts, rendering)

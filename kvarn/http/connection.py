@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from kvarn.http.errors import ApiError
@@ -30,6 +31,8 @@ MOST_UNSENT = 64 * 1024
 UNSENT_OPTION = getattr(socket, "TCP_NOTSENT_LOWAT", 0x201 if sys.platform == "darwin" else None)
 LEAST_READ = 32 * 1024
 """A client must take so many bytes, or all there are, of what waits for it in each write time-out."""
+PIECE = 8 * 1024
+"""Bytes of a request that are parsed at a time, unless they are known to be a body's: chunks may be a byte each."""
 CONNECTIONS = "kvarn.connections"
 """Key of the scope under which a request finds how many connections were open when it came, its own included."""
 NO_HTTP = ApiError(400, "the request is not valid HTTP", code="bad_http").body()
@@ -48,6 +51,29 @@ def protocol(most: int, head_seconds: float, write_seconds: float) -> Callable[.
         return Connection(config, server_state, app_state, _loop, most, head_seconds, write_seconds)
 
     return make
+
+
+class Flow(FlowControl):
+    """uvicorn's, which may also be held: nothing is read then, whatever anybody else wants."""
+
+    _held = False
+
+    def hold(self) -> None:
+        if not self._held:
+            self._held = True
+            self._transport.pause_reading()
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            if not self.read_paused:
+                self._transport.resume_reading()
+
+    def resume_reading(self) -> None:
+        if self._held:
+            self.read_paused = False
+        else:
+            super().resume_reading()
 
 
 class Connection(H11Protocol):
@@ -70,6 +96,7 @@ class Connection(H11Protocol):
         self._write_seconds = write_seconds
         self._unread_timer: asyncio.TimerHandle | None = None
         self._answering = False
+        self._unparsed = bytearray()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -77,20 +104,49 @@ class Connection(H11Protocol):
             log.warning("too many connections", extra=kv(most=self._most))
             transport.abort()
             return
+        self.flow = self._flow = Flow(transport)
         if UNSENT_OPTION is not None:
             with contextlib.suppress(OSError):  # a kernel without it only notices later that nothing is read
                 transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, UNSENT_OPTION, MOST_UNSENT)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._unparsed.clear()
         self._head_came()
         self._was_read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._unparsed:
+            self._unparsed += data
+        elif len(data) <= PIECE or (self._answering and not self._chunked):
+            self._parse(data)
+        else:
+            self._unparsed += data
+            self._flow.hold()
+            self._parse_pieces()
+
+    def _parse_pieces(self) -> None:
+        """The next piece now, and the rest of them when others have had their turn."""
+        if not self._unparsed or self.transport.is_closing():
+            self._unparsed.clear()
+            return
+        piece = bytes(self._unparsed[:PIECE])
+        del self._unparsed[:PIECE]
+        self._parse(piece)
+        if self._unparsed:
+            self.loop.call_soon(self._parse_pieces)
+        else:
+            self._flow.release()
+
+    def _parse(self, data: bytes) -> None:
         if self._head_timer is None and not self._answering:
             self._await_head()  # of the next request on this connection
         super().data_received(data)
+
+    @property
+    def _chunked(self) -> bool:
+        return any(name == b"transfer-encoding" for name, _ in self.headers)
 
     def handle_events(self) -> None:
         before = self.scope

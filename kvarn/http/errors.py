@@ -22,6 +22,7 @@ RETRY_AFTER = {"Retry-After": "1"}
 ERROR = "kvarn.error"
 """Key of the scope under which the access layer finds the ApiError that a request was answered with."""
 LONGEST_SHOWN = 80
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _PATH = re.compile(r"(?<![\w/])(?:/[\w.@+-]+){2,}/?")
 
 
@@ -61,9 +62,15 @@ def _type(status: int) -> str:
 
 def shown(value: object) -> str:
     """A value as it may stand in a message: JSON, short."""
+    if isinstance(value, str):
+        value = value[: LONGEST_SHOWN + 1]
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
+        for part in _JSON.iterencode(value):  # no more of it than is shown
+            text += part
+            if len(text) > LONGEST_SHOWN:
+                break
+    except (TypeError, ValueError, RecursionError):
         text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 1] + "…"
 

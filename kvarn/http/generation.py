@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,7 @@ from kvarn.http.clock import Clock, Phase
 from kvarn.http.errors import unavailable
 from kvarn.http.service import Service
 from kvarn.text.answer import Answer
+from kvarn.text.stops import StopStrings
 from kvarn.text.tokenizer import Tokenizer
 from kvarn.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
 
@@ -32,12 +33,27 @@ class Piece:
     finish: str | None
 
 
+MOST_LOGPROBS = 32
+"""Tokens whose log-probabilities are rendered at a time: what a stop string held back may come all at once."""
+
+
+def parts(piece: Piece | None) -> Iterator[Piece]:
+    """The piece, in so many that each is little work: the text goes with the first, the end with the last."""
+    if piece is None:
+        return
+    rest = piece
+    while len(rest.logprobs) > MOST_LOGPROBS:
+        yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None)
+        rest = replace(rest, text="", logprobs=rest.logprobs[MOST_LOGPROBS:])
+    yield rest
+
+
 @dataclass(slots=True)
 class _Choice:
     """The text side of one request."""
 
     index: int
-    request: Request
+    prompt_tokens: int
     answer: Answer
     prefix: PrefixReport = field(default_factory=PrefixReport)
     pending: deque[TokenLogprob] = field(default_factory=deque)
@@ -129,7 +145,7 @@ class Generation:
         service: Service,
         tokenizer: Tokenizer,
         requests: Sequence[Request],
-        stops: Sequence[str],
+        stops: StopStrings,
         n: int,
         start: float,
     ) -> None:
@@ -138,8 +154,10 @@ class Generation:
         self._meters = service.meters
         self._n = n
         self._choices = [
-            _Choice(index, request, Answer(tokenizer.detokenizer(), stops)) for index, request in enumerate(requests)
+            _Choice(index, len(request.tokens), Answer(tokenizer.detokenizer(), stops))
+            for index, request in enumerate(requests)
         ]
+        self._requests = deque(requests)
         self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -152,11 +170,16 @@ class Generation:
 
     async def __aenter__(self) -> Self:
         try:
-            for choice in self._choices:
-                self._streams.append(self._client.submit(choice.request))
+            while self._requests:  # the engine has them then; here they would only lie
+                self._streams.append(self._client.submit(self._requests.popleft()))
+                if self._requests:
+                    await asyncio.sleep(0)  # each may be a long prompt
         except EngineUnavailable as error:
             self._give_up()
             raise unavailable(str(error)) from error
+        except asyncio.CancelledError:
+            self._give_up()
+            raise
         self._pumps = [
             asyncio.create_task(self._pump(choice, stream))
             for choice, stream in zip(self._choices, self._streams, strict=True)
@@ -251,14 +274,14 @@ class Generation:
         """A choice's first token is there."""
         choice.first = now
         first = now - self._start
-        self._meters.first_token(first, now - choice.begun, len(choice.request.tokens), choice.prefix.cached)
+        self._meters.first_token(first, now - choice.begun, choice.prompt_tokens, choice.prefix.cached)
         self.first_seconds = first if self.first_seconds is None else self.first_seconds
 
     def _ended(self, choice: _Choice, now: float) -> None:
         """A choice has its whole answer."""
         choice.ended = True
         self._meters.finished(
-            len(choice.request.tokens),
+            choice.prompt_tokens,
             choice.answer.completion_tokens,
             now - self._start,
             now - choice.begun,
@@ -278,7 +301,7 @@ class Generation:
         """Counts so far; exact once iteration has ended."""
         firsts = self._choices[:: self._n]
         return Usage(
-            sum(len(choice.request.tokens) for choice in firsts),
+            sum(choice.prompt_tokens for choice in firsts),
             sum(choice.answer.completion_tokens for choice in self._choices),
             sum(choice.prefix.cached for choice in firsts),
             sum(choice.accepted for choice in self._choices),

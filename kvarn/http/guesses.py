@@ -36,15 +36,17 @@ def read_speculative(value: object) -> SpeculativeOptions:
     """Check a ``speculative`` value. Raises ApiError 400 naming the part at fault."""
     if not isinstance(value, dict):
         raise bad_value("speculative", value, SPECULATIVE)
+    # One is enough: a complaint about each would be work without end.
+    strange = next((name for name in value if name not in SpeculativeOptions.model_fields), None)
+    if strange is not None:
+        allowed = f"absent: the fields are {', '.join(SpeculativeOptions.model_fields)}"
+        raise bad_value(f"speculative.{strange[:LONGEST_NAME]}", value[strange], allowed)
     try:
         return SpeculativeOptions.model_validate(value)
     except ValidationError as error:
         name = str(error.errors(include_url=False)[0]["loc"][0])
-        where, known = f"speculative.{name[:LONGEST_NAME]}", SpeculativeOptions.model_fields.get(name)
-        if known is None:
-            allowed = f"absent: the fields are {', '.join(SpeculativeOptions.model_fields)}"
-            raise bad_value(where, value[name], allowed) from error
-        raise bad_value(where, value[name], str(known.description)) from error
+        known = SpeculativeOptions.model_fields[name]
+        raise bad_value(f"speculative.{name}", value[name], str(known.description)) from error
 
 
 def read_prediction(value: object) -> str:

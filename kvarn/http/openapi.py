@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from kvarn import __version__
@@ -30,6 +31,8 @@ from kvarn.http.openapi_answers import (
     ref,
 )
 from kvarn.http.schemas import (
+    LONGEST_STOP,
+    MOST_BIASES,
     MOST_STOPS,
     NOT_IMPLEMENTED,
     ChatRequest,
@@ -37,12 +40,14 @@ from kvarn.http.schemas import (
     GenerationRequest,
     StreamOptions,
 )
+from kvarn.http.service import Service
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
 REQUESTS: tuple[type[GenerationRequest], ...] = (ChatRequest, CompletionRequest)
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
+_STOP: Schema = {**_TEXT, "maxLength": LONGEST_STOP}
 _TOKENS: Schema = {**listed({"type": "integer", "minimum": 0}), "minItems": 1}
 _TEXT_PART: Schema = {
     "type": "object",
@@ -71,9 +76,10 @@ READ_BY_HAND: Mapping[str, Schema] = {
     "prompt": {
         "anyOf": [_TEXT, _TOKENS, {**listed({"anyOf": [_TEXT, _TOKENS]}), "minItems": 1}],
     },
-    "stop": {"anyOf": [_TEXT, {**listed(_TEXT), "maxItems": MOST_STOPS}]},
+    "stop": {"anyOf": [_STOP, {**listed(_STOP), "maxItems": MOST_STOPS}]},
     "logit_bias": {
         "type": "object",
+        "maxProperties": MOST_BIASES,
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
@@ -168,8 +174,10 @@ async def openapi(request: Request) -> Response:
     """The route."""
     state = request.app.state
     if not hasattr(state, "openapi"):
-        state.openapi = document(request.app.routes)  # too slow to be made on the event loop each time
-    return JSONResponse(state.openapi)
+        service: Service = state.service
+        # Too slow to be made on the event loop, or more than once.
+        state.openapi = await service.in_text_thread(lambda: msgspec.json.encode(document(request.app.routes)))
+    return Response(state.openapi, media_type=JSON)
 
 
 def document(routes: Iterable[BaseRoute]) -> Schema:
@@ -205,6 +213,8 @@ def _operation(path: str, operation: Operation) -> Schema:
     own = operation.answers.keys()
     # Any request may be malformed, announce a huge body or hit a bug; who may ask is for the gate to say.
     refusals = {400, 413, 500, *operation.failures}
+    if operation.body is not None:
+        refusals.add(415)
     if path not in OPEN:
         refusals.add(401)
     if path not in ANY_HOST:

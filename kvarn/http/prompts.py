@@ -45,8 +45,12 @@ def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
 
 def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
     """Apply the template and tokenise. Raises ApiError 400."""
-    contents = [str(message["content"]) for message in asked.messages]
-    if _surely_longer(tokenizer, contents, info.context_length):
+    # Each message is at least one token, were it only that which ends it.
+    texts = [
+        text for message in asked.messages for name, text in message.items() if name != "role" and isinstance(text, str)
+    ]
+    many = len(asked.messages) >= info.context_length
+    if many or _surely_longer(tokenizer, texts, info.context_length, len(asked.messages)):
         raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
     try:
         tokens = tokenizer.chat_tokens(asked.messages, asked.generation_prompt, asked.continue_final_message)
@@ -58,13 +62,17 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> li
 
 def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
     """Tokenise what is text, check what is token ids. Raises ApiError 400."""
+    for prompt in asked.prompt:  # before any work is done for the others
+        if not isinstance(prompt, str) and len(prompt) >= info.context_length:
+            raise _prompt_too_long("prompt", str(len(prompt)), info.context_length)
     return [_completion_prompt(asked, prompt, tokenizer, info) for prompt in asked.prompt]
 
 
 def prediction_tokens(text: str, tokenizer: Tokenizer, most: int) -> list[int]:
     """The tokens that a client expects of its answer; a text that is far too long is read only so far."""
     tokens: list[int] = []
-    for piece in [text] if len(text) <= CHARACTERS_PER_TOKEN * most else _pieces([text]):
+    whole = len(text) <= CHARACTERS_PER_TOKEN * most
+    for piece in [text] if whole else (piece for piece, _ in _pieces([text])):
         tokens += tokenizer.text_tokens(piece)
         if len(tokens) >= most:
             break
@@ -75,12 +83,10 @@ def _completion_prompt(
     asked: CompletionRequest, prompt: str | tuple[int, ...], tokenizer: Tokenizer, info: ModelInfo
 ) -> Prompt:
     if isinstance(prompt, str):
-        if _surely_longer(tokenizer, [prompt], info.context_length):
+        if _surely_longer(tokenizer, [prompt], info.context_length, 0):
             raise _prompt_too_long("prompt", f"more than {info.context_length}", info.context_length)
         tokens = tokenizer.encode(prompt)
         return _checked(asked, "prompt", tokens, prompt if asked.echo else "", info.context_length)
-    if len(prompt) >= info.context_length:
-        raise _prompt_too_long("prompt", str(len(prompt)), info.context_length)
     for token in prompt:
         if not 0 <= token < info.vocab_size:
             raise bad_value("prompt", token, f"token ids from 0 to {info.vocab_size - 1}")
@@ -113,18 +119,31 @@ def _too_many(asked: GenerationRequest, wanted: int, context: int, prompt_tokens
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def _surely_longer(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> bool:
+def _surely_longer(tokenizer: Tokenizer, texts: Sequence[str], context: int, least: int) -> bool:
+    """Whether a prompt of these texts and at least ``least`` tokens between them is longer than the context, if that
+    can be seen without reading all of it."""
     if sum(map(len, texts)) <= CHARACTERS_PER_TOKEN * context:
         return False
-    count = 0
-    for piece in _pieces(texts):
-        count += max(0, len(tokenizer.encode(piece)) - PIECE_SLACK)
+    count = least
+    for piece, ends in _pieces(texts):
+        # A newline stands for what is between two texts: it may be a token, and take one from the text before it.
+        count += max(0, len(tokenizer.text_tokens(piece)) - PIECE_SLACK - 2 * ends)
         if count > context:
             return True
     return False
 
 
-def _pieces(texts: Sequence[str]) -> Iterator[str]:
+def _pieces(texts: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The texts, a newline behind each, cut into pieces, each with how many texts end in it."""
+    short: list[str] = []
+    size = 0
     for text in texts:
+        if len(text) < PIECE - size:
+            short.append(text)
+            size += len(text) + 1
+            continue
+        yield "\n".join(short), len(short)
+        short, size = [], 0
         for start in range(0, len(text), PIECE):
-            yield text[start : start + PIECE]
+            yield text[start : start + PIECE], 1
+    yield "\n".join(short), len(short)

@@ -8,39 +8,33 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.types import Send
 
 from kvarn.client import EngineError
 from kvarn.http.clock import Clock
+from kvarn.http.collect import WholeRendering, collect
 from kvarn.http.errors import from_engine
 from kvarn.http.gate import client_of
-from kvarn.http.generation import Generation, Piece, Usage
+from kvarn.http.generation import Generation, Piece, Usage, parts
 from kvarn.http.guesses import speculation
 from kvarn.http.prompts import Prompt, check_limits, prediction_tokens
 from kvarn.http.schemas import GenerationRequest, SamplingDefaults
 from kvarn.http.service import Service
-from kvarn.http.sse import EventStream, Headers, WatchedResponse, send_json
+from kvarn.http.sse import EventStream, Headers, WatchedResponse
 from kvarn.http.tenants import salt_of
+from kvarn.text.stops import StopStrings
 from kvarn.text.tokenizer import Tokenizer
-from kvarn.types import ModelInfo, Request, Salt, Speculation, TokenLogprob
+from kvarn.types import ModelInfo, Request, Salt, Speculation
 
-ReadPrompts = Callable[[Tokenizer, ModelInfo], list[Prompt]]
+R = TypeVar("R", bound=GenerationRequest)
 
-
-@dataclass(slots=True)
-class Collected:
-    """One whole choice."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: str | None = None
+ReadPrompts = Callable[[R, Tokenizer, ModelInfo], list[Prompt]]
 
 
-class Rendering(Protocol):
+class Rendering(WholeRendering, Protocol):
     """How a route's answers look. Payloads are plain JSON values."""
 
     def opening(self, choice: int) -> dict[str, object] | None:
@@ -52,54 +46,61 @@ class Rendering(Protocol):
     def usage_chunk(self, usage: Usage) -> dict[str, object]:
         """The extra chunk for include_usage."""
 
-    def whole(self, choices: list[Collected], usage: Usage) -> dict[str, object]:
-        """The response of a request that does not stream."""
 
-
-RenderingOf = Callable[[str, Tokenizer, ModelInfo, list[Prompt]], Rendering]
+RenderingOf = Callable[[R, str, Tokenizer, ModelInfo, list[str]], Rendering]
+"""From the request without its content, a base for ids, and the text of each prompt as it is to be repeated."""
 
 
 def respond(
     http: HttpRequest,
     service: Service,
-    asked: GenerationRequest,
+    asked: R,
     count: int,
-    read_prompts: ReadPrompts,
-    rendering_of: RenderingOf,
+    read_prompts: ReadPrompts[R],
+    rendering_of: RenderingOf[R],
 ) -> WatchedResponse:
-    """Answer a checked request. ``count`` is how many answers it asks for in all."""
+    """Answer a checked request. ``count`` is how many answers it asks for in all.
+
+    An answer may run for hours: what is only needed to begin it is let go then.
+    """
 
     async def work(send: Send) -> None:
+        nonlocal asked
         clock = Clock(service.config, asyncio.get_running_loop().time())
         tokenizer, info = service.ready()
         check_limits(asked, info)
         client = client_name(http, asked)
         guessing = speculation(asked.speculative, service.config.speculation, info.speculation)
 
-        def read() -> tuple[list[Prompt], list[int]]:
-            return read_prompts(tokenizer, info), _prediction(asked, guessing, service, tokenizer, info)
+        def read() -> tuple[list[Prompt], list[int], StopStrings]:
+            prompts = read_prompts(asked, tokenizer, info)
+            return prompts, _prediction(asked, guessing, service, tokenizer, info), StopStrings(asked.stop)
 
         with service.permit(count, client):
             try:
                 async with asyncio.timeout_at(clock.deadline):
-                    prompts, prediction = await service.in_text_thread(read)
+                    prompts, prediction, stops = await service.in_text_thread(read)
             except TimeoutError:
                 raise from_engine(clock.late()) from None
+            asked = asked.without_content()
             base = uuid.uuid4().hex
             ends = sorted(tokenizer.eos_token_ids)
             salt, defaults = salt_of(http, asked), service.sampling
             requests = _requests(base, asked, prompts, ends, defaults, client, salt, guessing, prediction)
-            rendering = rendering_of(base, tokenizer, info, prompts)
+            seed = requests[0].params.seed
+            rendering = rendering_of(asked, base, tokenizer, info, [prompt.echo for prompt in prompts])
             for prompt in prompts:
                 service.meters.asked(asked.n, prompt.max_tokens)
-            async with Generation(service, tokenizer, requests, asked.stop, asked.n, clock.start) as generation:
+            generation = Generation(service, tokenizer, requests, stops, asked.n, clock.start)
+            del prompts, prediction, requests
+            async with generation:
                 try:
                     if asked.stream:
                         await _stream(send, service, generation, rendering, asked.include_usage)
                     else:
-                        await _collect(send, generation, rendering, count)
+                        await collect(send, generation, rendering, count, prefix_headers)
                 finally:
-                    _note(http, base, asked, requests, generation)
+                    _note(http, base, asked, count, seed, generation)
 
     return WatchedResponse(work)
 
@@ -146,23 +147,6 @@ def client_name(http: HttpRequest, asked: GenerationRequest) -> str:
     return client_of(http) or asked.user or (http.client.host if http.client is not None else "")
 
 
-async def _collect(send: Send, generation: Generation, rendering: Rendering, count: int) -> None:
-    choices = [Collected() for _ in range(count)]
-    texts: list[list[str]] = [[] for _ in range(count)]
-    try:
-        async for piece in generation.pieces():
-            if piece is None:
-                continue
-            texts[piece.choice].append(piece.text)
-            choices[piece.choice].logprobs.extend(piece.logprobs)
-            choices[piece.choice].finish = piece.finish
-    except EngineError as error:
-        raise from_engine(error) from error
-    for choice, parts in zip(choices, texts, strict=True):
-        choice.text = "".join(parts)
-    await send_json(send, rendering.whole(choices, generation.usage()), prefix_headers(generation))
-
-
 async def _stream(
     send: Send, service: Service, generation: Generation, rendering: Rendering, include_usage: bool
 ) -> None:
@@ -182,7 +166,8 @@ async def _stream(
                 if (opening := rendering.opening(piece.choice)) is not None:
                     await events.event(opening)
             if piece.text or piece.logprobs or piece.finish:
-                await events.event(rendering.chunk(piece))
+                for part in parts(piece):
+                    await events.event(rendering.chunk(part))
     except EngineError as error:
         if not events.started:
             raise from_engine(error) from error
@@ -206,7 +191,7 @@ def prefix_headers(generation: Generation) -> Headers:
 
 
 def _note(
-    http: HttpRequest, base: str, asked: GenerationRequest, requests: list[Request], generation: Generation
+    http: HttpRequest, base: str, asked: GenerationRequest, count: int, seed: int, generation: Generation
 ) -> None:
     """Add to the request's log line what is needed to judge it and to run it again."""
     usage = generation.usage()
@@ -215,7 +200,7 @@ def _note(
     http.scope.setdefault("kvarn.log", {}).update(
         completion=base,
         stream=asked.stream,
-        choices=len(requests),
+        choices=count,
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         cached_disk=prefix.disk,
@@ -225,5 +210,5 @@ def _note(
         accepted_draft_tokens=usage.accepted_tokens,
         rejected_draft_tokens=usage.rejected_tokens,
         ttft=round(first, 4) if first is not None else None,
-        seed=requests[0].params.seed,
+        seed=seed,
     )

@@ -1,6 +1,6 @@
 """What clients may send: fields, ranges, and the parameters that are refused because nothing implements them.
 
-Values are strict (no "5" for 5). A field that is null counts as absent. Unknown fields are ignored and counted; known
+Values are strict (no "5" for 5). A field that is null counts as absent. Unknown fields are counted and dropped; known
 ones with a meaning that is not implemented get a 400 unless their value asks for nothing.
 """
 
@@ -26,6 +26,12 @@ SamplingDefaults = Mapping[str, float]
 NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
 MOST_STOPS = 16
 LONGEST_SALT = 256
+LONGEST_STOP = 1000
+"""Characters."""
+MOST_BIASES = 1024
+LONGEST_USER = 1024
+"""Characters."""
+_STOPS = f"a string of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} of them"
 
 Neutral = Callable[[object], bool]
 R = TypeVar("R", bound="GenerationRequest")
@@ -98,7 +104,7 @@ class StreamOptions(BaseModel):
 class GenerationRequest(BaseModel):
     """The fields that chat and plain completions share. Descriptions complete "must be …"."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
     model: str = Field("", description="a string")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
@@ -106,18 +112,19 @@ class GenerationRequest(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     top_k: int = Field(0, ge=-1, le=2**31 - 1, description="an integer of at least 1, or 0 or -1 for no limit")
     min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
-    stop: tuple[str, ...] = Field((), description=f"a non-empty string or a list of at most {MOST_STOPS} of them")
+    stop: tuple[str, ...] = Field((), description=_STOPS)
     seed: int | None = Field(None, description="an integer")
     n: int = Field(1, ge=1, le=16, description="an integer from 1 to 16")
     logit_bias: dict[int, float] = Field(
-        default_factory=dict, description="an object of token ids, as strings, to numbers from -100 to 100"
+        default_factory=dict,
+        description=f"an object of at most {MOST_BIASES} token ids, as strings, to numbers from -100 to 100",
     )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     repetition_penalty: float = Field(1.0, gt=0, le=100, description="a number above 0, at most 100")
     stream: bool = Field(False, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
-    user: str = Field("", description="a string")
+    user: str = Field("", max_length=LONGEST_USER, description=f"a string of at most {LONGEST_USER} characters")
     ignore_eos: bool = Field(False, description="true or false")
     priority: int = Field(0, ge=-100, le=100, description="an integer from -100 to 100; the lowest goes first")
     cache_salt: str = Field("", max_length=LONGEST_SALT, description=f"a string of at most {LONGEST_SALT} characters")
@@ -130,8 +137,12 @@ class GenerationRequest(BaseModel):
         stops = [value] if isinstance(value, str) else value
         if not isinstance(stops, list) or len(stops) > MOST_STOPS:
             raise ValueError
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise ValueError
+        for stop in stops:
+            if isinstance(stop, str) and len(stop) > LONGEST_STOP:
+                message = f"stop: must be {_STOPS}, got one of {len(stop)} characters"
+                raise ApiError(400, message, param="stop", code="invalid_value")
+            if not isinstance(stop, str) or not stop:
+                raise ValueError
         return tuple(stops)
 
     @field_validator("logit_bias", mode="before")
@@ -139,6 +150,9 @@ class GenerationRequest(BaseModel):
     def _biases(cls, value: object) -> object:
         if not isinstance(value, dict):
             raise ValueError
+        if len(value) > MOST_BIASES:
+            message = f"logit_bias: must have at most {MOST_BIASES} token ids, got {len(value)}"
+            raise ApiError(400, message, param="logit_bias", code="invalid_value")
         biases: dict[int, float] = {}
         for key, bias in value.items():
             if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9):
@@ -182,6 +196,10 @@ class GenerationRequest(BaseModel):
     def wanted_logprobs(self) -> int | None:
         """None: none wanted; else how many alternatives."""
         return None
+
+    def without_content(self) -> Self:
+        """What is still needed once the prompts have been made: all that is small."""
+        return self.model_copy(update={"prediction": None, "stop": ()})
 
     def sampling(
         self, max_tokens: int, choice: int, ends: Sequence[int], defaults: SamplingDefaults = NO_DEFAULTS
@@ -250,6 +268,9 @@ class ChatRequest(GenerationRequest):
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def without_content(self) -> Self:
+        return super().without_content().model_copy(update={"messages": ()})
+
 
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
@@ -278,6 +299,9 @@ class CompletionRequest(GenerationRequest):
     @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
+
+    def without_content(self) -> Self:
+        return super().without_content().model_copy(update={"prompt": ()})
 
 
 def _read_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
@@ -308,19 +332,21 @@ def _bad_prompt(value: object) -> ApiError:
 
 def parse(kind: type[R], fields: Mapping[str, object]) -> R:
     """Check a JSON object against ``kind``. Raises ApiError 400 naming the field, the value and what is allowed."""
-    given = {name: value for name, value in fields.items() if value is not None}
     for name, (neutral, allowed) in NOT_IMPLEMENTED.items():
-        if name in given and name not in kind.model_fields and not neutral(given[name]):
-            raise unsupported(name, given[name], allowed)
+        value = fields.get(name)
+        if value is not None and name not in kind.model_fields and not neutral(value):
+            raise unsupported(name, value, allowed)
+    given = {name: fields[name] for name in kind.model_fields if fields.get(name) is not None}
     try:
         return kind.model_validate(given)
     except ValidationError as error:
         raise _explained(kind, error, given) from error
 
 
-def unknown_fields(request: GenerationRequest) -> list[str]:
-    """Names that were ignored because nothing here knows them."""
-    return [name for name in (request.model_extra or {}) if name not in NOT_IMPLEMENTED]
+def unknown_fields(kind: type[GenerationRequest], fields: Mapping[str, object]) -> list[str]:
+    """Names that are ignored because nothing here knows them; one that is null is not there."""
+    known = kind.model_fields.keys() | NOT_IMPLEMENTED.keys()
+    return [name for name, value in fields.items() if value is not None and name not in known]
 
 
 def _explained(kind: type[GenerationRequest], error: ValidationError, given: Mapping[str, object]) -> ApiError:

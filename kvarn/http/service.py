@@ -14,11 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from starlette.requests import Request
-
 from kvarn.client import EngineClient, EngineError, EngineState
 from kvarn.config import ServeConfig
-from kvarn.http.body import read_json
 from kvarn.http.errors import ApiError, shown, too_many, unavailable
 from kvarn.http.meters import Meters
 from kvarn.http.schemas import SamplingDefaults
@@ -80,13 +77,9 @@ class Service:
         """Load the tokenizer in a text thread. Raises whatever the loader raises."""
         self._tokenizer = await self.in_text_thread(self._load_tokenizer)
 
-    async def in_text_thread(self, work: Callable[[], T]) -> T:
-        """Run templating or tokenising off the event loop."""
-        return await asyncio.wrap_future(self._pool.submit(work))
-
-    async def read_json(self, request: Request) -> dict[str, object]:
-        """The request's body, within the limits. Raises ApiError, ClientDisconnect."""
-        return await read_json(request, int(self.config.max_body), self.config.body_timeout)
+    async def in_text_thread(self, work: Callable[[], T], *, urgent: bool = True) -> T:
+        """Run templating, tokenising or reading off the event loop; what is not urgent comes after all that is."""
+        return await asyncio.wrap_future(self._pool.submit(work, urgent=urgent))
 
     def close(self) -> None:
         self._pool.close()

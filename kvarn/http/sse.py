@@ -25,6 +25,10 @@ HEADERS: Headers = [
 ]
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": working\n\n"
+LARGE = 16 * 1024
+"""Bytes of an event after which others get their turn."""
+WRITTEN = 256 * 1024
+"""Bytes of a whole response that are written at a time."""
 
 
 class WatchedResponse(Response):
@@ -69,7 +73,10 @@ class EventStream:
 
     async def event(self, payload: object) -> None:
         """Write one JSON event now."""
-        await self._write(b"data: " + msgspec.json.encode(payload) + b"\n\n")
+        data = b"data: " + msgspec.json.encode(payload) + b"\n\n"
+        await self._write(data)
+        if len(data) > LARGE:
+            await asyncio.sleep(0)  # many like it may be ready to be written
 
     async def comment(self) -> None:
         """Write a line that clients ignore: the connection is in use."""
@@ -90,9 +97,20 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
-async def send_json(send: Send, payload: object, more: Headers | None = None) -> None:
+async def send_json(send: Send, payload: object) -> None:
     """A whole 200 response."""
-    body = msgspec.json.encode(payload)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(more or [])]
+    await send_parts(send, [msgspec.json.encode(payload)])
+
+
+async def send_parts(send: Send, body: list[bytes], more: Headers | None = None) -> None:
+    """A whole 200 response of JSON in parts, which are taken away as they are sent: no faster than they are read."""
+    size = sum(map(len, body))
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(size).encode()), *(more or [])]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    body.reverse()
+    while body:
+        part = body.pop()
+        for start in range(0, len(part), WRITTEN):
+            await send({"type": "http.response.body", "body": part[start : start + WRITTEN], "more_body": True})
+            await asyncio.sleep(0)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

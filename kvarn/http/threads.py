@@ -1,4 +1,5 @@
-"""Threads for work that must not run on the event loop and that nothing can interrupt: templates and tokenizers.
+"""Threads for work that must not run on the event loop and that nothing can interrupt: templates and tokenizers, and
+bodies that are large.
 
 The standard pool waits for its threads when the interpreter exits, so that one endless template would keep a stopped
 server alive. These are daemons.
@@ -6,40 +7,57 @@ server alive. These are daemons.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+@dataclass(order=True, slots=True)
+class _Job:
+    """The lowest goes first."""
+
+    rank: int
+    number: int
+    run: Callable[[], None] | None = field(compare=False)
+    """None: the thread is to end."""
+
+
 class Threads:
-    """A few of them, which take work in order."""
+    """A few of them, which take work in order, the urgent first."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}_{number}", daemon=True) for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T], *, urgent: bool = True) -> Future[T]:
         """Run ``work`` as soon as a thread is free. Cancelled before that, it is not run. Any thread."""
         future: Future[T] = Future()
-        self._jobs.put(lambda: _run(work, future))
+        self._put(0 if urgent else 1, lambda: _run(work, future))
         return future
 
     def close(self) -> None:
         """Take no more work; what runs is left to itself. Does not wait."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._put(2, None)
+
+    def _put(self, rank: int, run: Callable[[], None] | None) -> None:
+        self._jobs.put(_Job(rank, next(self._numbers), run))
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
+        while (run := self._jobs.get().run) is not None:
+            run()
+            del run  # it holds what it worked on, and the next may be long in coming
 
 
 def _run(work: Callable[[], T], future: Future[T]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvarn.text.detokenize import Detokenizer
-from kvarn.text.stops import StopMatcher
+from kvarn.text.stops import StopMatcher, StopStrings
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,9 @@ class AnswerDelta:
 class Answer:
     """One answer in the making."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
-        """Raises ValueError when a stop string is empty."""
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None = None) -> None:
         self._detokenizer = detokenizer
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops or StopStrings())
         self._fed = 0
         self._emitted = 0
         self._settled = 0

@@ -124,7 +124,11 @@ def test_null_counts_as_absent() -> None:
 
 
 def test_unknown_fields_are_told_apart_from_neutral_ones() -> None:
-    assert unknown_fields(parse(ChatRequest, {**CHAT, "tools": [], "metadata": {}, "zzz": 1})) == ["metadata", "zzz"]
+    fields: dict[str, object] = {**CHAT, "tools": [], "metadata": {}, "zzz": 1, "user": None, "nothing": None}
+    assert unknown_fields(ChatRequest, fields) == ["metadata", "zzz"]
+    kept = parse(ChatRequest, fields)
+    assert not hasattr(kept, "zzz")
+    assert kept.model_extra is None
 
 
 @settings(max_examples=300, deadline=None)

@@ -12,6 +12,7 @@ from tiny_tokenizers import BACKENDS, CORPUS, id_of
 
 from kvarn.text.answer import Answer
 from kvarn.text.decoding import Decoding, decoding_of
+from kvarn.text.stops import StopStrings
 
 KINDS = ["byte level", "byte fallback", "byte fallback, stripped", "metaspace"]
 
@@ -37,7 +38,7 @@ def naive(backend: tokenizers.Tokenizer, ids: list[int], stops: list[str]) -> tu
 
 
 def run(decoding: Decoding, parts: list[list[int]], stops: list[str]) -> tuple[str, bool, int]:
-    answer = Answer(decoding.detokenizer(), stops)
+    answer = Answer(decoding.detokenizer(), StopStrings(stops))
     text, tokens = "", 0
     for part in parts:
         delta = answer.add(part)
@@ -94,7 +95,7 @@ def test_tokens_past_the_stop_are_not_counted(gemma_like: tokenizers.Tokenizer) 
     ids = gemma_like.encode("a 🙂.b", add_special_tokens=False).ids
     pieces = [gemma_like.id_to_token(token) for token in ids]
     assert pieces == ["a", "▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", ".", "b"]
-    answer = Answer(decoding_of(gemma_like).detokenizer(), [".b"])
+    answer = Answer(decoding_of(gemma_like).detokenizer(), StopStrings([".b"]))
     deltas = [answer.add([token]) for token in ids]
     assert [delta.text for delta in deltas] == ["a", " ", "", "", "", "", "🙂", ""]
     assert [delta.tokens for delta in deltas] == [1, 1, 0, 0, 0, 0, 4, 0]
@@ -106,21 +107,21 @@ def test_tokens_past_the_stop_are_not_counted(gemma_like: tokenizers.Tokenizer) 
 def test_a_token_cut_by_the_stop_counts(gemma_like: tokenizers.Tokenizer) -> None:
     ids = gemma_like.encode("a the", add_special_tokens=False).ids
     assert [gemma_like.id_to_token(token) for token in ids] == ["a", "▁the"]
-    answer = Answer(decoding_of(gemma_like).detokenizer(), ["he"])
+    answer = Answer(decoding_of(gemma_like).detokenizer(), StopStrings(["he"]))
     assert answer.add(ids).text == "a t"
     assert answer.completion_tokens == 2
 
 
 def test_special_tokens_before_the_stop_are_not_counted_as_text(gemma_like: tokenizers.Tokenizer) -> None:
     a, dot, special = (id_of(gemma_like, piece) for piece in ("a", ".", "<start_of_turn>"))
-    answer = Answer(decoding_of(gemma_like).detokenizer(), ["."])
+    answer = Answer(decoding_of(gemma_like).detokenizer(), StopStrings(["."]))
     assert answer.add([special, a, special, dot, a]).text == "a"
     assert (answer.stopped, answer.completion_tokens) == (True, 2)
 
 
 def test_without_a_stop_every_token_counts(gemma_like: tokenizers.Tokenizer) -> None:
     a, special = id_of(gemma_like, "a"), id_of(gemma_like, "<start_of_turn>")
-    answer = Answer(decoding_of(gemma_like).detokenizer(), [])
+    answer = Answer(decoding_of(gemma_like).detokenizer(), StopStrings([]))
     assert answer.add([a, special, a, special]).tokens == 3
     assert answer.finish().tokens == 1
     assert answer.completion_tokens == 4
@@ -128,18 +129,18 @@ def test_without_a_stop_every_token_counts(gemma_like: tokenizers.Tokenizer) -> 
 
 def test_a_stop_inside_text_held_to_the_end_still_stops(gemma_like: tokenizers.Tokenizer) -> None:
     byte_a, byte_dot = (id_of(gemma_like, piece) for piece in ("<0x41>", "<0x2E>"))
-    answer = Answer(decoding_of(gemma_like).detokenizer(), ["."])
+    answer = Answer(decoding_of(gemma_like).detokenizer(), StopStrings(["."]))
     assert answer.add([byte_a, byte_dot, byte_a]).text == ""
     last = answer.finish()
     assert (last.text, last.stopped, last.tokens, answer.completion_tokens) == ("A", True, 1, 1)
 
 
 def test_a_stop_at_the_very_beginning_leaves_nothing(gemma_like: tokenizers.Tokenizer) -> None:
-    answer = Answer(decoding_of(gemma_like).detokenizer(), ["the"])
+    answer = Answer(decoding_of(gemma_like).detokenizer(), StopStrings(["the"]))
     assert answer.add(gemma_like.encode("the", add_special_tokens=False).ids).stopped
     assert answer.completion_tokens == 0
 
 
 def test_refuses_an_empty_stop(gemma_like: tokenizers.Tokenizer) -> None:
     with pytest.raises(ValueError, match="empty"):
-        Answer(decoding_of(gemma_like).detokenizer(), [""])
+        Answer(decoding_of(gemma_like).detokenizer(), StopStrings([""]))

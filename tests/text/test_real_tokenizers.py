@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvarn.text.answer import Answer
 from kvarn.text.decoding import ByteFallbackDecoding, ByteLevelDecoding
+from kvarn.text.stops import StopStrings
 from kvarn.text.tokenizer import TemplateError, Tokenizer
 
 pytestmark = pytest.mark.models
@@ -51,7 +52,7 @@ def test_deltas_add_up_to_the_full_decoding(tokenizer: Tokenizer, data: st.DataO
 def test_text_comes_back_up_to_the_stop(tokenizer: Tokenizer, text: str, stop: str) -> None:
     ids = tokenizer.encode("x" + text)
     full = tokenizer.decode(ids)
-    answer = Answer(tokenizer.detokenizer(), [stop])
+    answer = Answer(tokenizer.detokenizer(), StopStrings([stop]))
     out = "".join([answer.add([token]).text for token in ids]) + answer.finish().text
     assert out == full.partition(stop)[0]
     assert tokenizer.decode(ids[: answer.completion_tokens]).startswith(out)

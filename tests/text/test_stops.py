@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.text.stops import StopMatcher
+from kvarn.text.stops import StopMatcher, StopStrings
 
 
 def naive(text: str, stops: list[str]) -> tuple[str, bool]:
@@ -15,7 +17,7 @@ def naive(text: str, stops: list[str]) -> tuple[str, bool]:
 
 
 def run(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     out = []
     for piece in pieces:
         text, stopped = matcher.feed(piece)
@@ -49,7 +51,7 @@ def test_same_as_searching_the_whole_text(alphabet: str, data: st.DataObject) ->
 @settings(max_examples=200, deadline=None)
 @given(pieces=split_texts("ab"), stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4))
 def test_holds_back_less_than_the_longest_stop(pieces: list[str], stops: list[str]) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     fed = emitted = 0
     for piece in pieces:
         text, stopped = matcher.feed(piece)
@@ -61,7 +63,7 @@ def test_holds_back_less_than_the_longest_stop(pieces: list[str], stops: list[st
 
 @given(text=st.text("xyz"))
 def test_holds_back_nothing_that_cannot_match(text: str) -> None:
-    matcher = StopMatcher(["ab", "b"])
+    matcher = StopMatcher(StopStrings(["ab", "b"]))
     assert [matcher.feed(char) for char in text] == [(char, False) for char in text]
 
 
@@ -76,41 +78,70 @@ def test_a_match_in_the_balance_counts_at_the_end() -> None:
 
 
 def test_stops_at_the_shorter_of_two_that_start_together() -> None:
-    matcher = StopMatcher(["ab", "abc"])
+    matcher = StopMatcher(StopStrings(["ab", "abc"]))
     assert matcher.feed("xab") == ("x", True)
 
 
 def test_ignores_everything_after_the_stop() -> None:
-    matcher = StopMatcher(["."])
+    matcher = StopMatcher(StopStrings(["."]))
     assert matcher.feed("a.b") == ("a", True)
     assert matcher.feed("c") == ("", True)
     assert matcher.finish() == ""
 
 
 def test_no_stops_passes_all_through() -> None:
-    matcher = StopMatcher([])
+    matcher = StopMatcher(StopStrings([]))
     assert matcher.feed("abc") == ("abc", False)
     assert matcher.finish() == ""
 
 
 def test_refuses_an_empty_stop() -> None:
     with pytest.raises(ValueError, match=r"stop\[1\] is empty"):
-        StopMatcher(["a", ""])
+        StopStrings(["a", ""])
+
+
+def test_one_automaton_for_many_answers() -> None:
+    """What one answer has seen is nothing to another."""
+    stops = StopStrings(["abc", "xbd"])
+    first, second = StopMatcher(stops), StopMatcher(stops)
+    assert first.feed("ab") == ("", False)
+    assert second.feed("bc") == ("bc", False)
+    assert first.feed("c") == ("", True)
+    assert not second.stopped
+
+
+def test_a_stop_that_leaves_the_path_of_another_behind_a_third() -> None:
+    stops = StopStrings(["ab", "cd", "abx"])
+    assert [stops.string(state) for state in range(6)] == ["", "a", "ab", "c", "cd", "abx"]
+    assert stops.step(4, "x") == 0
+    assert stops.step(2, "x") == 5
+
+
+class CountingStops(StopStrings):
+    lookups = 0
+
+    def _child(self, state: int, char: str) -> int | None:
+        self.lookups += 1
+        return super()._child(state, char)
 
 
 def test_work_is_linear_in_the_text() -> None:
     """The worst text for the worst stop takes at most two automaton moves per character, however it is split."""
-    lookups = 0
-
-    class CountingDict(dict[str, int]):
-        def __contains__(self, key: object) -> bool:
-            nonlocal lookups
-            lookups += 1
-            return super().__contains__(key)
-
-    matcher = StopMatcher(["a" * 200 + "b"])
-    matcher._automaton.next = [CountingDict(node) for node in matcher._automaton.next]
+    stops = CountingStops(["a" * 200 + "b"])
+    stops.lookups = 0
+    matcher = StopMatcher(stops)
     text = ("a" * 199 + "c") * 20 + "a" * 1000
     for char in text:
         matcher.feed(char)
-    assert lookups <= 2 * len(text)
+    assert stops.lookups <= 2 * len(text)
+
+
+def test_memory_is_a_few_bytes_per_character() -> None:
+    """The largest that a request may bring, of one letter and of branches."""
+    for stops in (["a" * 1000 + str(n) for n in range(16)], [chr(0x4E00 + n) * 1000 for n in range(16)]):
+        tracemalloc.start()
+        made = StopStrings(stops)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < 64 * sum(map(len, stops)), held
+        assert made.stops == tuple(stops)
