@@ -89,8 +89,7 @@ def respond(
             requests = _requests(base, asked, prompts, ends, defaults, client, salt, guessing, prediction)
             seed = requests[0].params.seed
             rendering = rendering_of(asked, base, tokenizer, info, [prompt.echo for prompt in prompts])
-            for prompt in prompts:
-                service.meters.asked(asked.n, prompt.max_tokens)
+            _count(service, asked, prompts)
             generation = Generation(service, tokenizer, requests, stops, asked.n, clock.start)
             del prompts, prediction, requests
             async with generation:
@@ -103,6 +102,11 @@ def respond(
                     _note(http, base, asked, count, seed, generation)
 
     return WatchedResponse(work)
+
+
+def _count(service: Service, asked: GenerationRequest, prompts: list[Prompt]) -> None:
+    for prompt in prompts:
+        service.meters.asked(asked.n, prompt.max_tokens)
 
 
 def _prediction(

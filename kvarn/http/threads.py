@@ -2,7 +2,7 @@
 bodies that are large.
 
 The standard pool waits for its threads when the interpreter exits, so that one endless template would keep a stopped
-server alive. These are daemons.
+server alive. These are daemons. What was worked on is let go as soon as it is done.
 """
 
 from __future__ import annotations
@@ -13,9 +13,31 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Task(Generic[T]):
+    """Work and who waits for it; neither once it has been run."""
+
+    work: Callable[[], T] | None
+    future: Future[T] | None
+
+    def run(self) -> None:
+        # An error holds the frames that it went through and those that had called them. If one of them held the
+        # future, which holds the error, all of the work would stay until a garbage collection.
+        work, future = self.work, self.future
+        self.work = self.future = None
+        try:
+            if work is not None and future is not None and future.set_running_or_notify_cancel():
+                future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it, whatever it is
+            if future is not None:
+                future.set_exception(error)
+        finally:
+            del work, future
 
 
 @dataclass(order=True, slots=True)
@@ -43,7 +65,7 @@ class Threads:
     def submit(self, work: Callable[[], T], *, urgent: bool = True) -> Future[T]:
         """Run ``work`` as soon as a thread is free. Cancelled before that, it is not run. Any thread."""
         future: Future[T] = Future()
-        self._put(0 if urgent else 1, lambda: _run(work, future))
+        self._put(0 if urgent else 1, _Task(work, future).run)
         return future
 
     def close(self) -> None:
@@ -57,12 +79,3 @@ class Threads:
     def _work(self) -> None:
         while (run := self._jobs.get().run) is not None:
             run()
-            del run  # it holds what it worked on, and the next may be long in coming
-
-
-def _run(work: Callable[[], T], future: Future[T]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it, whatever it is
-            future.set_exception(error)

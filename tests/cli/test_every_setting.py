@@ -124,6 +124,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_limits.py::test_a_slow_body_is_a_408",
     ),
     "max_body": ("http/test_body_size.py::test_the_limit_is_on_real_bytes",),
+    "max_values": ("http/test_body_size.py::test_the_limit_is_on_values",),
     "max_connections": ("http/test_limits.py::test_one_connection_too_many_is_cut_and_the_others_live",),
     "api_key": ("http/test_keys.py::test_each_key_opens",),
     "api_key_file": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from itertools import repeat
@@ -48,6 +49,48 @@ def test_the_limit_is_on_real_bytes(narrow: Server, size: int, status: int, chun
         error = response.json()["error"]
         assert (error["code"], error["type"]) == ("request_too_large", "invalid_request_error")
         assert "2000" in error["message"]
+
+
+def test_the_limit_is_on_values(start_server: StartServer) -> None:
+    """(B14) Whatever they are, and whether or not the field is known; a text full of commas is one value."""
+    with start_server("plain", "max_values", "1000") as server:
+        for field, value, status in (
+            ("prompt", [5] * 1000, 413),
+            ("junk", [[]] * 500, 413),
+            ("junk", {str(number): 0 for number in range(500)}, 413),
+            ("junk", [5] * 900, 200),
+            ("junk", "[1,2]," * 1000, 200),
+        ):
+            response = httpx.post(f"{server.url}/v1/completions", json={**ASK, field: value}, verify=False)
+            assert response.status_code == status, field
+            if status == 413:
+                error = response.json()["error"]
+                assert error["code"] == "too_many_values"
+                assert "1000" in error["message"]
+                assert "max_values" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "//v1/completions", "/v1//completions", "///v1///completions"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_slashes_and_byte_order_marks_too_many(server: Server, path: str, mark: bytes) -> None:
+    """A base address may end with a slash; some programs begin every file with a mark."""
+    content = mark + json.dumps(ASK).encode()
+    response = httpx.post(server.url + path, content=content, verify=False)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
+def test_a_compressed_body_is_told_apart(server: Server, encoding: str) -> None:
+    """(B4) It is no JSON, and the client should know why."""
+    body = gzip.compress(json.dumps(ASK).encode())
+    headers = {"content-encoding": encoding}
+    response = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, verify=False)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (415, "content-encoding", "unsupported_encoding")
+    assert encoding in error["message"]
+    assert response.headers["accept-encoding"] == "identity"
+    plain = {"content-encoding": "identity"}
+    assert httpx.post(f"{server.url}/v1/completions", json=ASK, headers=plain, verify=False).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -69,6 +69,11 @@ BAD_VALUES: list[tuple[str, object]] = [
     ("stream", "yes"),
     ("stream_options", {"include_usage": True}),
     ("user", 5),
+    ("user", "u" * 1025),
+    ("stop", "s" * 1001),
+    ("stop", ["a", "s" * 1001]),
+    ("logit_bias", {str(token): 1 for token in range(1025)}),
+    ("speculative", {f"key{number}": 1 for number in range(2000)}),
     ("ignore_eos", 1),
     ("model", 5),
 ]

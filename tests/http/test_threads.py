@@ -1,23 +1,32 @@
-"""Templating and tokenising run in text threads, and the event loop answers meanwhile."""
+"""Templating, tokenising and the reading of large bodies run in text threads, and the event loop answers meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import shutil
+import statistics
 import sys
 import threading
-from collections.abc import Awaitable, Sequence
+import time
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 
 from kvarn import wire
 from kvarn.client import EngineClient
 from kvarn.config import ServeConfig
 from kvarn.http.app import create_app
+from kvarn.http.body import json_object
 from kvarn.http.keys import Keys
-from kvarn.http.service import TEXT_THREADS, ModelNames
+from kvarn.http.service import TEXT_THREADS, ModelNames, Service
+from kvarn.http.threads import Threads
 from kvarn.text.template import ChatTemplate
 from kvarn.text.tokenizer import Message, Tokenizer
 
@@ -53,14 +62,127 @@ def tokenizer(byte_tokenizer: Path) -> WatchedTokenizer:
     return made
 
 
+@contextlib.asynccontextmanager
+async def front(tokenizer: Tokenizer, script: str) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+    """A front end within this process."""
+    client = EngineClient(wire.Start(model_path=script, max_rows=8, max_itl_ms=400), command=ENGINE)
+    await client.start()
+    names = ModelNames("test", frozenset())
+    app, service = create_app(ServeConfig(), names, lambda: tokenizer, client, Keys((), None), ())
+    await asyncio.gather(service.load(), client.settled())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
+        yield http, service
+    service.close()
+    await client.stop()
+
+
+def test_the_event_loop_runs_while_a_long_text_becomes_tokens(tmp_path: Path) -> None:
+    """(B13, B14) By a real tokenizer, which is no Python: were it asked by a call that keeps the interpreter, nothing
+    else would run for as long as that takes."""
+    text = "The quick brown fox jumps over the lazy dog, Größe und façade. 12345\n" * 8000
+    write_folder(tmp_path, byte_level_backend(), {"eos_token": "<|im_end|>", "chat_template": CHATML}, {})
+    tokenizer = Tokenizer.load(tmp_path)
+    begin = time.monotonic()
+    tokenizer.encode(text)
+    alone = time.monotonic() - begin
+    bodies = {
+        "/v1/completions": {"prompt": text, "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}], "max_tokens": 2},
+        "/v1/cache/explain": {"prompt": text, "echo": True},
+    }
+
+    async def longest_pause(during: asyncio.Task[httpx.Response]) -> float:
+        longest, last = 0.0, time.monotonic()
+        while not during.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        return longest
+
+    async def test() -> None:
+        async with front(tokenizer, "context=1000000") as (http, _):
+            for path, body in bodies.items():
+                pauses = []
+                for _ in range(3):
+                    asked = asyncio.create_task(http.post(path, json=body))
+                    await asyncio.sleep(0)  # the client makes its JSON
+                    pauses.append(await longest_pause(asked))
+                    assert asked.result().status_code == 200
+                assert statistics.median(pauses) < alone / 3, (path, pauses, alone)
+
+    asyncio.run(asyncio.wait_for(test(), 120))
+
+
+class Holder:
+    """Something that can be seen to be gone."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_worked_on_is_let_go(fails: bool) -> None:
+    """(B14) Without a garbage collection: an error holds the frames that it went through."""
+    threads = Threads(1, "test")
+    held = Holder()
+    gone = weakref.ref(held)
+
+    async def ask(held: Holder) -> str:
+        def work() -> str:
+            if fails:
+                raise ValueError(str(held))
+            return str(held)
+
+        return await asyncio.wrap_future(threads.submit(work))
+
+    async def test(held: Holder) -> None:
+        with pytest.raises(ValueError, match="Holder") if fails else contextlib.nullcontext():
+            await ask(held)
+
+    gc.disable()
+    try:
+        asyncio.run(test(held))
+        del held
+        threads.submit(int).result()  # the thread is done with the other
+        assert gone() is None
+    finally:
+        gc.enable()
+        threads.close()
+
+
+def test_the_urgent_goes_first() -> None:
+    """Prompts that have been read before bodies that have not: what is read is large."""
+    threads = Threads(1, "test")
+    begun, go, done = threading.Event(), threading.Event(), []
+    first = threads.submit(lambda: (begun.set(), go.wait(20)))
+    begun.wait(20)
+    others = [threads.submit(partial(done.append, name), urgent=name.isupper()) for name in "aAbB"]
+    go.set()
+    for future in (first, *others):
+        future.result(20)
+    assert done == ["A", "B", "a", "b"]
+    threads.close()
+
+
+def test_a_large_body_is_read_in_a_text_thread(byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B14)"""
+    names: list[str] = []
+
+    def noted(body: bytearray, most: int) -> dict[str, object]:
+        names.append(threading.current_thread().name)
+        return json_object(body, most)
+
+    monkeypatch.setattr("kvarn.http.reading.json_object", noted)
+
+    async def test() -> None:
+        async with front(Tokenizer.load(byte_tokenizer), "plain") as (http, _):
+            for junk in ("", "x" * 100_000):
+                body = {"prompt": "hi", "max_tokens": 2, "junk": junk}
+                assert (await http.post("/v1/completions", json=body)).status_code == 200
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+    assert [name.startswith("text") for name in names] == [False, True]
+
+
 def test_the_event_loop_answers_while_a_prompt_is_read(tokenizer: WatchedTokenizer) -> None:
     async def test() -> None:
-        client = EngineClient(wire.Start(model_path="plain", max_rows=8, max_itl_ms=400), command=ENGINE)
-        await client.start()
-        names = ModelNames("test", frozenset())
-        app, service = create_app(ServeConfig(), names, lambda: tokenizer, client, Keys((), None), ())
-        await asyncio.gather(service.load(), client.settled())
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        async with front(tokenizer, "plain") as (http, _):
             body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
             chat = asyncio.create_task(http.post("/v1/chat/completions", json=body))
             plain = asyncio.create_task(http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 3}))
@@ -71,8 +193,6 @@ def test_the_event_loop_answers_while_a_prompt_is_read(tokenizer: WatchedTokeniz
             assert not plain.done()
             tokenizer.gate.set()
             assert [response.status_code for response in await asyncio.gather(chat, plain)] == [200, 200]
-        service.close()
-        await client.stop()
         assert all(name.startswith("text") for name in tokenizer.threads)
 
     asyncio.run(asyncio.wait_for(test(), 30))

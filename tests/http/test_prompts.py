@@ -1,0 +1,100 @@
+"""Prompts that are far too long are refused after little of the work, wherever their length is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvarn.http.errors import ApiError
+from kvarn.http.prompts import chat_prompt, completion_prompts
+from kvarn.http.schemas import ChatRequest, CompletionRequest, parse
+from kvarn.text.tokenizer import Message, Tokenizer
+from kvarn.types import ModelInfo
+
+CONTEXT = 512
+
+
+class CountingTokenizer(Tokenizer):
+    """Counts what it reads, and may not be asked for whole conversations."""
+
+    read: int
+
+    def text_tokens(self, text: str) -> list[int]:
+        self.read += len(text)
+        return super().text_tokens(text)
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        raise AssertionError
+
+
+@pytest.fixture
+def tokenizer(byte_tokenizer: Path) -> CountingTokenizer:
+    made = CountingTokenizer.load(byte_tokenizer)
+    assert isinstance(made, CountingTokenizer)
+    made.read = 0
+    return made
+
+
+INFO = ModelInfo(
+    context_length=CONTEXT,
+    vocab_size=1000,
+    lane="slots",
+    lane_reason="",
+    cache_kinds=["kv"],
+    dtype="float32",
+    device="cpu",
+    blas="none",
+    kv_bytes_per_token=64,
+    max_rows=8,
+    kv_limit_bytes=4096,
+    fingerprint="ab" * 32,
+)
+
+
+def chat(*messages: dict[str, str], times: int = 1) -> ChatRequest:
+    return parse(ChatRequest, {"messages": [{"role": "user", **message} for message in messages] * times})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        chat({"content": "x" * 5_000_000}),
+        chat({"content": ""}, times=5000),
+        chat({"content": "a"}, times=5000),
+        chat({"content": "hi", "name": "x" * 5_000_000}),
+        chat({"content": "hi", "tool_call_id": "x" * 5_000_000}),
+        chat({"content": "twelve chars"}, times=CONTEXT - 1),
+        chat({"content": "x" * 40_000, "name": "b"}, {"content": ""}, times=100),
+    ],
+    ids=["one text", "empty ones", "of one letter", "a name", "an id", "short ones", "long and short ones"],
+)
+def test_a_chat_that_is_far_too_long(tokenizer: CountingTokenizer, asked: ChatRequest) -> None:
+    """(L6) Nothing is rendered, and no more is read than one piece beyond the context."""
+    with pytest.raises(ApiError, match="at most 511 tokens") as raised:
+        chat_prompt(asked, tokenizer, INFO)
+    assert raised.value.code == "context_length_exceeded"
+    assert tokenizer.read < 40_000
+
+
+def test_prompts_that_are_far_too_long(tokenizer: CountingTokenizer) -> None:
+    """(L6) Token ids that are too many are seen before any text beside them is read."""
+    given: list[object] = ["x" * 5_000_000, ["a" * 400, *([5] * CONTEXT for _ in range(3))], [[5] * 5000]]
+    for prompt in given:
+        tokenizer.read = 0
+        with pytest.raises(ApiError, match="at most 511 tokens"):
+            completion_prompts(parse(CompletionRequest, {"prompt": prompt}), tokenizer, INFO)
+        assert tokenizer.read < 40_000
+
+
+def test_a_chat_that_fits_is_not_refused_early(byte_tokenizer: Path) -> None:
+    """Whatever is counted, it is no more than what there is."""
+    tokenizer = Tokenizer.load(byte_tokenizer)
+    texts = ["", "a", "ab c\n", "x" * 400]
+    for times in (1, 40):
+        asked = chat(*({"content": text} for text in texts), times=times)
+        length = len(tokenizer.chat_tokens(asked.messages))
+        info = msgspec.structs.replace(INFO, context_length=length + 1)
+        assert len(chat_prompt(asked, tokenizer, info)[0].tokens) == length

@@ -1,0 +1,183 @@
+"""The worst that a client may send in each field of each endpoint, within the default limits on bytes and on values.
+
+``WORST`` has every field of every request schema: a new field is to be given its worst, too. Bodies are made when they
+are asked for. Where a limit of its own refuses the worst there is the worst that it lets pass beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+
+CHAT, PLAIN, EXPLAIN = "/v1/chat/completions", "/v1/completions", "/v1/cache/explain"
+BYTES = 8 * 1024 * 1024 - 1000
+VALUES = 299_000
+CONTEXT = 131_072
+"""Of the server that is asked."""
+HELLO = '[{"role":"user","content":"hi"}]'
+
+Json = Callable[[], str]
+
+
+def many(unit: str, count: int = BYTES, size: int = BYTES, ends: str = "[]") -> Json:
+    """A list, or with other ``ends`` an object, of as many ``unit`` as fit. A {} in it stands for a number."""
+
+    def make() -> str:
+        numbered = "{}" in unit and ends == "{}"
+        longest = len(unit.format(count) if numbered else unit) + 1
+        fit = min(count, size // longest)
+        units = (unit.format(number) for number in range(fit)) if numbered else (unit for _ in range(fit))
+        return ends[0] + ",".join(units) + ends[1]
+
+    return make
+
+
+def text(unit: str = "word, ", size: int = BYTES) -> Json:
+    """A string, of as many ``unit`` as fit."""
+    return lambda: '"' + unit * (size // len(unit.encode())) + '"'
+
+
+def inside(before: str, value: Json, after: str) -> Json:
+    return lambda: before + value() + after
+
+
+def message(value: Json, name: str = "content") -> Json:
+    """One message with this in one of its fields."""
+    rest = '"role":"user",' if name == "content" else '"role":"user","content":"hi",'
+    return inside(f'[{{{rest}"{name}":', value, "}]")
+
+
+LISTS, OBJECTS = many("[]", VALUES // 2), many('{"a":[]}', VALUES // 4)
+PAIRS = many('"k{}":0', VALUES // 2, ends="{}")
+TEXT = text()
+ANYTHING: tuple[Json, ...] = (LISTS, TEXT)
+"""For a field that is refused unless it is something small."""
+SMALL = '{"role":"user","content":""}'
+
+SHARED: dict[str, tuple[Json, ...]] = {
+    **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n"), ANYTHING),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), ANYTHING),
+    **dict.fromkeys(("stream", "ignore_eos", "priority", "model", "user", "cache_salt", "logprobs"), ANYTHING),
+    "seed": (lambda: "9" * 1_000_000, *ANYTHING),
+    "stop": (
+        text("a"),
+        many('"' + "a" * 1000 + '"', 16),
+        lambda: json.dumps([chr(0x4E00 + number) * 1000 for number in range(16)]),
+        LISTS,
+    ),
+    "logit_bias": (many('"{}":100', VALUES // 2, ends="{}"), many('"{}":100', 1000, ends="{}"), TEXT),
+    "stream_options": (PAIRS, TEXT),
+    "speculative": (PAIRS, TEXT),
+    "prediction": (
+        inside('{"type":"content","content":', TEXT, "}"),
+        inside('{"type":"content","content":', many('{"type":"text","text":""}', VALUES // 5), "}"),
+        PAIRS,
+    ),
+}
+
+MESSAGES: tuple[Json, ...] = (
+    message(TEXT),
+    message(text("\\u4e2d\\n")),
+    message(text("🎉")),
+    message(text("a b ", CONTEXT - 1000)),
+    message(many('{"type":"text","text":""}', VALUES // 5)),
+    message(many('{"type":"text","text":"a"}')),
+    message(TEXT, "name"),
+    message(TEXT, "tool_call_id"),
+    message(LISTS, "tool_calls"),
+    message(LISTS, "name"),
+    many(SMALL, VALUES // 5),
+    many(SMALL),
+    many('{"role":"user","content":"a"}', 8_000),
+    many('{"role":"user","content":"a"}', VALUES // 5),
+    LISTS,
+    TEXT,
+)
+PROMPTS: tuple[Json, ...] = (
+    TEXT,
+    text("a b ", CONTEXT - 1000),
+    many("5"),
+    many("5", VALUES),
+    many("5", CONTEXT - 1000),
+    many("123456", VALUES),
+    many("[1]"),
+    many("[1]", VALUES // 3),
+    many('"a"', VALUES // 2),
+    many('"' + "a b " * 4_000 + '"', 500),
+    OBJECTS,
+)
+
+WORST: dict[str, dict[str, tuple[Json, ...]]] = {
+    CHAT: {
+        **SHARED,
+        "messages": MESSAGES,
+        "max_completion_tokens": ANYTHING,
+        "top_logprobs": ANYTHING,
+        "tools": (LISTS, OBJECTS, TEXT),
+        "no_such_field": (LISTS, OBJECTS, PAIRS, TEXT, many("[]"), many('{"a":{"a":{}}}'), text("\\n"), text('\\"')),
+    },
+    PLAIN: {**SHARED, "prompt": PROMPTS, "echo": ANYTHING, "suffix": (LISTS, TEXT), "no_such_field": (LISTS, OBJECTS)},
+}
+"""Endpoint → field → values."""
+
+COMBINED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "prompts of 16 answers": ((PLAIN, f'{{"max_tokens":2,"n":16,"prompt":[{",".join(["5"] * (CONTEXT - 1000))}]}}'),),
+    "an echo of 16 answers": (
+        (PLAIN, f'{{"max_tokens":2,"n":16,"echo":true,"prompt":"{"a" * (CONTEXT - 1000)}"}}'),
+        (PLAIN, f'{{"max_tokens":2,"n":16,"echo":true,"stream":true,"prompt":"{"a" * (CONTEXT - 1000)}"}}'),
+    ),
+    "names without end": ((CHAT, '{"messages":' + HELLO + ',"max_tokens":2,' + PAIRS()[1:]),),
+    "log-probabilities": (
+        (CHAT, f'{{"messages":{HELLO},"max_tokens":400,"n":8,"logprobs":true,"top_logprobs":20}}'),
+        (PLAIN, '{"prompt":"hi","max_tokens":400,"n":8,"logprobs":5}'),
+    ),
+    "no JSON": ((CHAT, "[" * BYTES), (CHAT, '"' * BYTES), (CHAT, '{"a":' * (BYTES // 5)), (CHAT, "\\" * BYTES)),
+}
+"""What is worst in several fields together, or in none."""
+
+
+CLOSE = b"host: localhost\r\nconnection: close\r\n"
+
+
+def chunked(head: str, content: bytes) -> bytes:
+    """A request whose body comes a byte a chunk."""
+    sent = b"".join(b"1\r\n%c\r\n" % byte for byte in content)
+    return head.encode() + CLOSE + b"transfer-encoding: chunked\r\n\r\n" + sent + b"0\r\n\r\n"
+
+
+RAW: Mapping[str, bytes] = {
+    "chunks of a byte": chunked(
+        f"POST {PLAIN} HTTP/1.1\r\n", b'{"prompt":"hi","max_tokens":2,"pad":"%s"}' % (b"x" * 200_000)
+    ),
+    "chunks that nobody reads": chunked("POST /livez HTTP/1.1\r\n", b"x" * 200_000),
+    "many headers": b"GET /v1/models HTTP/1.1\r\n" + CLOSE + b"a:\r\n" * 15_000 + b"\r\n",
+    "a long path": b"GET " + b"//a" * 20_000 + b" HTTP/1.1\r\n" + CLOSE + b"\r\n",
+    "many requests at once": b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 200
+    + b"GET /livez HTTP/1.1\r\n"
+    + CLOSE
+    + b"\r\n",
+}
+"""Whole requests."""
+
+
+def body(endpoint: str, field: str, value: Json) -> bytes:
+    """A whole body that is good but for this field."""
+    needed = {"messages": HELLO} if endpoint == CHAT else {"prompt": '"hi"'}
+    fields = {"max_tokens": "2", **needed, field: value()}
+    if field == "max_completion_tokens":
+        del fields["max_tokens"]
+    if field == "top_logprobs":
+        fields["logprobs"] = "true"
+    if field == "stream_options":
+        fields["stream"] = "true"
+    return ("{" + ",".join(f'"{name}":{given}' for name, given in fields.items()) + "}").encode()
+
+
+def worst(endpoint: str) -> Iterator[tuple[str, bytes]]:
+    """Each of an endpoint's worst bodies, with a name."""
+    for field, values in WORST[PLAIN if endpoint == EXPLAIN else endpoint].items():
+        for number, value in enumerate(values):
+            yield f"{field}[{number}]", body(endpoint, field, value)
+    if endpoint == EXPLAIN:
+        for number, value in enumerate(MESSAGES):
+            yield f"messages[{number}]", ('{"messages":' + value() + "}").encode()
