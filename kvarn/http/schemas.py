@@ -151,7 +151,7 @@ class GenerationRequest(BaseModel):
         if not isinstance(value, dict):
             raise ValueError
         if len(value) > MOST_BIASES:
-            message = f"logit_bias: must have at most {MOST_BIASES} token ids, got {len(value)}"
+            message = f"logit_bias: must be an object of at most {MOST_BIASES} token ids, got {len(value)}"
             raise ApiError(400, message, param="logit_bias", code="invalid_value")
         biases: dict[int, float] = {}
         for key, bias in value.items():

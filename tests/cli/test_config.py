@@ -85,6 +85,7 @@ GOOD = {
     "stall_timeout": ("0", 0),
     "max_restarts": ("0", 0),
     "max_body": ("16MB", 16 * 10**6),
+    "max_values": ("5000", 5000),
     "max_connections": ("1", 1),
     "api_key": (f"{SECRET}, other-{SECRET}", (SECRET, f"other-{SECRET}")),
     "api_key_file": ("/keys", Path("/keys")),

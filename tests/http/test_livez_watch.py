@@ -60,7 +60,7 @@ class Watcher:
 
     def __init__(self, server: Server) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-S", WATCHER, str(port_of(server))],
+            [sys.executable, "-S", WATCHER, str(port_of(server)), str(server.process.pid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
