@@ -26,7 +26,9 @@ class CountingTokenizer(Tokenizer):
         self.read += len(text)
         return super().text_tokens(text)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def chat_tokens(
+        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
+    ) -> list[int]:
         raise AssertionError
 
 

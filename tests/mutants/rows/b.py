@@ -224,8 +224,8 @@ BREAKS = [
     Break(
         name="B14-chunks-parsed-at-once",
         file="kvarn/http/connection.py",
-        old="elif len(data) <= PIECE or (self._answering and not self._chunked):",
-        new="else:",
+        old="PIECE = 8 * 1024\n",
+        new="PIECE = 8 * 1024 * 1024\n",
     ),
     Break(
         name="B14-empty-messages-not-counted",
