@@ -89,13 +89,22 @@ class ChatTemplate:
 
     def _hidden(self, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
         """Indexes of the messages that the template does not show. Raises EndlessError."""
-        marks = Marks()
         try:
-            return marks.hidden(messages, self._run(marks.around(messages), generation_prompt))
+            hidden = self._marked(messages, generation_prompt)
+            if hidden and all(messages[index].get("role") == "assistant" for index in hidden):
+                # Perhaps all of such an answer is a thought, cut off in the midst of it: would it show another?
+                said = {index: {**messages[index], "content": "Hello."} for index in hidden}
+                others = [said.get(index, message) for index, message in enumerate(messages)]
+                hidden = self._marked(others, generation_prompt)
+            return hidden
         except EndlessError:
             raise
         except Exception:  # noqa: BLE001 - what the template has against the messages is told without the marks
             return []
+
+    def _marked(self, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
+        marks = Marks()
+        return marks.hidden(messages, self._run(marks.around(messages), generation_prompt))
 
     def _continued(self, messages: Sequence[Message]) -> str:
         """The prompt up to the end of what the last message says."""

@@ -144,6 +144,18 @@ def test_trimming_and_cutting_reasoning_are_no_loss() -> None:
     assert template(REASONING).render(messages) == "<user>Hi<assistant>Yes.<user>And?"
 
 
+def test_an_answer_that_is_all_thought_is_no_loss() -> None:
+    """Cut off in the midst of it, as ``max_tokens`` does."""
+    cut = "{% set text = m.content.split('<think>')[0] if m.role == 'assistant' else m.content %}"
+    made = template("{% for m in messages %}" + cut + "<{{ m.role }}>{{ text }}{% endfor %}")
+    messages = chat("user: Hi", "assistant: <think>Let me see", "user: And?")
+    assert made.render(messages) == "<user>Hi<assistant><user>And?"
+    without = template("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(TemplateError, match="role assistant") as caught:
+        without.render(messages)
+    assert caught.value.index == 1
+
+
 def test_editing_within_a_message_is_no_loss() -> None:
     made = template("{% for m in messages %}{{ m.content.replace('/no_think', '') }}{% endfor %}")
     assert made.render(chat("system: Be /no_think brief.")) == "Be  brief."
