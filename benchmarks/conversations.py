@@ -30,7 +30,7 @@ async def most_running(client: httpx.AsyncClient, name: str, over: asyncio.Event
 
 
 async def measure(url: str, requests: int) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=1800.0) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=1800.0, trust_env=False) as client:
         model = (await client.get("/v1/models")).json()["data"][0]
         text = story("conversations", PROMPT)
         over = asyncio.Event()

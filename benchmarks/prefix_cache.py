@@ -80,7 +80,7 @@ def ask(server: Running, model: str, text: str, tokens: int) -> Reply:
     """One streamed request, temperature 0."""
 
     async def send() -> Reply:
-        async with httpx.AsyncClient(base_url=server.url, timeout=600.0) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600.0, trust_env=False) as client:
             return await Endpoint(client, model, 600.0).ask(Ask([{"role": "user", "content": text}], tokens))
 
     return asyncio.run(send())
@@ -102,7 +102,7 @@ def engine_pid(server: Running) -> int:
 
 def wait_until_back(server: Running) -> None:
     """Until another engine has taken the place of the first."""
-    with httpx.Client(base_url=server.url, timeout=60.0) as client:
+    with httpx.Client(base_url=server.url, timeout=60.0, trust_env=False) as client:
         while not (client.get("/health").json()["engine"]["restarts"] and client.get("/readyz").status_code == 200):
             time.sleep(0.05)
 
@@ -125,7 +125,7 @@ def main() -> None:
     text = story("prefix-bench", args.tokens)
     try:
         with running(kvarn, LOG) as server:
-            name = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
+            name = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"][0]["id"]
             first = ask(server, name, text, 32)
             pace = step(first)
             print(

@@ -86,7 +86,7 @@ def _free_port() -> int:
 def _wait_for_first_token(process: subprocess.Popen[bytes], url: str, server: Server, log: Path) -> None:
     """Ask for one token until it comes: the only sign of readiness that all servers share."""
     until = time.monotonic() + START_SECONDS
-    with httpx.Client(base_url=url, timeout=60.0) as client:
+    with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
         while time.monotonic() < until:
             if _answers(client, server.model):
                 return

@@ -394,6 +394,12 @@ def read_config(
             given[name], source[name] = flag, f"--{name.replace('_', '-')}"
         elif variable in environ:
             given[name], source[name] = environ[variable], variable
+    for name, value in given.items():
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{source[name]}: must be UTF-8 text (got {value!r})") from None
     try:
         return ServeConfig.model_validate(given)
     except ValidationError as error:

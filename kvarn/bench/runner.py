@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import httpx
 
+from kvarn.bench.connection import connection
 from kvarn.bench.prompts import request_text
 from kvarn.bench.stream import Ask, Endpoint, Json, Reply
 from kvarn.bench.summary import Summary, machine, reply_as_json, summarise
@@ -92,16 +93,15 @@ async def run_workloads(
     progress: Progress | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Run:
-    """Run the workloads in order after one unmeasured request. Raises UnreachableError when nobody answers.
+    """Run the workloads in order after one unmeasured request. Raises UnreachableError when nobody
+    answers, Unusable for a proxy that cannot be used.
 
     ``on_run`` gets the Run object before the first workload, so that an interrupted run still has its results.
     """
     progress = progress or Progress()
-    headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(None, connect=10.0)
-    base = target.url.rstrip("/").removesuffix("/v1")
-    async with httpx.AsyncClient(base_url=base, limits=limits, timeout=timeout, headers=headers) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=timeout, **connection(target.url, target.api_key)) as client:
         model, server = await _identify(client, target)
         endpoint = Endpoint(client, model, target.timeout)
         run = Run(target, model, server, sizes, label)

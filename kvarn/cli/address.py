@@ -13,7 +13,7 @@ def address(text: str) -> str:
     """Check the address of a server as given to a flag."""
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address such as {DEFAULT_URL}")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from kvarn.bench.connection import Unusable, key_from
 from kvarn.bench.report import BarProgress, print_report
 from kvarn.bench.runner import Run, Target, UnreachableError, fresh_salt, run_workloads
 from kvarn.bench.workloads import ALL, BY_NAME, Sizes, Workload
 from kvarn.cli.address import DEFAULT_URL, address
+from kvarn.cli.text import argument
 
 
 def _workloads(text: str) -> list[Workload]:
@@ -52,7 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url", type=address, default=DEFAULT_URL, help="address of the server; default: %(default)s")
-    parser.add_argument("--model", default="", help="model to name in requests; default: the first the server lists")
+    parser.add_argument(
+        "--model", type=argument, default="", help="model to name in requests; default: the first the server lists"
+    )
     parser.add_argument(
         "--workload",
         type=_workloads,
@@ -68,8 +71,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--timeout", type=_positive, default=300.0, help="seconds that one request may take; default: %(default)s"
     )
-    parser.add_argument("--salt", default="", help="text that varies the prompts; default: a new one in every run")
-    parser.add_argument("--label", default="", help="name of this run in the report")
+    parser.add_argument(
+        "--salt", type=argument, default="", help="text that varies the prompts; default: a new one in every run"
+    )
+    parser.add_argument("--label", type=argument, default="", help="name of this run in the report")
     parser.add_argument("--json", default="", metavar="FILE", help="write all raw figures here; - for standard output")
 
 
@@ -79,15 +84,15 @@ def run(args: argparse.Namespace) -> int:
     to_stdout = args.json == "-"
     console = Console(stderr=to_stdout)
     sizes = Sizes(args.salt or fresh_salt(), args.tokens, args.prompt_scale, args.repeats)
-    target = Target(args.url, args.model, args.timeout, os.environ.get("OPENAI_API_KEY", ""))
     interrupted = False
     try:
+        target = Target(args.url, args.model, args.timeout, key_from(("OPENAI_API_KEY",)))
         with BarProgress(Console(stderr=True)) as progress:
             work = run_workloads(
                 target, args.workload, sizes, label=args.label, progress=progress, on_run=results.append
             )
             asyncio.run(work)
-    except UnreachableError as error:
+    except (UnreachableError, Unusable) as error:
         print(f"kvarn bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -103,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 def _write(path: str, result: Run) -> None:
     if not path:
         return
-    text = json.dumps(result.as_json(), ensure_ascii=False)
+    text = json.dumps(result.as_json())  # in ASCII, for pipes and terminals of any encoding
     if path == "-":
         print(text)
     else:

@@ -7,8 +7,8 @@ conversation goes on with what had been said so far.
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -22,14 +22,18 @@ from types import FrameType
 import httpx
 from rich.console import Console
 
+from kvarn.bench.connection import Unusable, connection, key_from
 from kvarn.bench.sse import DONE, EventReader
 from kvarn.cli.address import DEFAULT_URL, address
+from kvarn.cli.text import NoText, argument, is_text, piped
 
 HELP = (
     "/exit or Ctrl-D leaves, /clear forgets the conversation, /system TEXT sets the system prompt (without TEXT: "
     "removes it), Ctrl-C stops an answer"
 )
 STOP_SECONDS = 15.0
+KEYS = ("KVARN_API_KEY", "OPENAI_API_KEY")
+"""Variables with the key to show, the first one set."""
 
 
 class ChatError(Exception):
@@ -102,7 +106,8 @@ def _piece_of(data: str, answer: Answer) -> str:
             raise ChatError(_message_of(data.encode(), "the server reports an error"))
         usage = event.get("usage") or {}
         choices = event.get("choices") or [{}]
-        piece = str((choices[0].get("delta") or {}).get("content") or "")
+        said = str((choices[0].get("delta") or {}).get("content") or "")
+        piece = said.encode("utf-8", "replace").decode()  # JSON may carry halves of characters, which are no text
     except (ValueError, LookupError, AttributeError) as error:
         raise ChatError(f"the server sent an event that is not a chat chunk: {data[:200]}") from error
     if piece:
@@ -148,6 +153,8 @@ class Terminal:
     def loop(self) -> int:
         """Talk until /exit or the end of input; returns the exit code."""
         self._hints.print(f"{self._conversation.model} · {HELP}", style="dim", markup=False)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is told from others below
         while True:
             try:
                 line = self._colour.input("[bold green]> [/]").strip()
@@ -156,6 +163,9 @@ class Terminal:
                 return 0
             except KeyboardInterrupt:
                 self._hints.print("\n/exit or Ctrl-D leaves", style="dim")
+                continue
+            if not is_text(line):
+                self._hints.print("that line is not in the terminal's encoding", style="red")
                 continue
             if line == "/exit":
                 return 0
@@ -233,7 +243,7 @@ def _free_port() -> int:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    with httpx.Client(base_url=url, timeout=5.0) as client:
+    with httpx.Client(timeout=5.0, **connection(url)) as client:
         while True:
             try:
                 # The wait notices a dead child at once; its time-out only paces the probe.
@@ -280,8 +290,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     where = parser.add_mutually_exclusive_group()
     where.add_argument("target", nargs="?", default="", metavar="MODEL", help="start a server for this model")
     where.add_argument("--url", type=address, default=None, help=f"use a running server; default: {DEFAULT_URL}")
-    parser.add_argument("--model", default="", help="model to name in requests; default: the first the server lists")
-    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--model", type=argument, default="", help="model to name in requests; default: the first the server lists"
+    )
+    parser.add_argument("--system", type=argument, default="", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=_tokens, default=None, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=None, metavar="T", help="0: always the likeliest token")
 
@@ -295,7 +307,7 @@ def run(args: argparse.Namespace) -> int:
             with own_server(args.target) as url:
                 return _talk(url, args)
         return _talk(args.url or DEFAULT_URL, args)
-    except ChatError as error:
+    except (ChatError, NoText, Unusable) as error:
         print(f"kvarn chat: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -303,16 +315,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _talk(url: str, args: argparse.Namespace) -> int:
-    key = os.environ.get("KVARN_API_KEY", "").partition(",")[0].strip() or os.environ.get("OPENAI_API_KEY", "")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    timeout = httpx.Timeout(None, connect=10.0)
-    base = url.rstrip("/").removesuffix("/v1")
-    with httpx.Client(base_url=base, timeout=timeout, headers={**headers, "accept-encoding": "identity"}) as client:
+    options = connection(url, key_from(KEYS))
+    options["headers"]["accept-encoding"] = "identity"
+    with httpx.Client(timeout=httpx.Timeout(None, connect=10.0), **options) as client:
         model = args.model or first_model(client)
         conversation = Conversation(model, args.system, args.max_tokens, args.temperature)
-        if sys.stdin.isatty():
+        if sys.stdin is not None and sys.stdin.isatty():
             return Terminal(client, conversation).loop()
-        question = sys.stdin.read().strip()
+        question = piped().strip()
         if not question:
             raise ChatError("nothing was piped in; give a question on standard input")
         return answer_once(client, conversation, question)

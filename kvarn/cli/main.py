@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from kvarn import __version__
+from kvarn.cli.text import forgive_terminal
 
 COMMANDS = ("serve", "chat", "bench", "pull", "doctor", "cache", "service")
 INTERNAL = ("rank",)
@@ -27,6 +28,7 @@ class Command(Protocol):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    forgive_terminal()
     given = sys.argv[1:] if arguments is None else list(arguments)
     wanted = [name for name in (*COMMANDS, *INTERNAL) if name == (given[0] if given else "")] or list(COMMANDS)
     parser = argparse.ArgumentParser(prog="kvarn", description="Serve language models on MLX.")

@@ -210,7 +210,7 @@ class Front:
                 if loading in done:
                     loading.result()
                 if gone in done:
-                    raise StartError(self._client.unavailable_reason())
+                    raise StartError(self._client.whole_reason())
                 if serving in done:
                     serving.result()
                     raise StartError("the HTTP server ended by itself")
@@ -251,8 +251,10 @@ class Front:
             await service.load()
             settle()
             await self._client.settled()
-        except (TokenizerError, EngineUnavailable) as error:
+        except TokenizerError as error:
             raise StartError(str(error)) from error
+        except EngineUnavailable as error:
+            raise StartError(error.whole) from error
         seconds = round(time.monotonic() - self._begun, 2)
         log.info("ready", extra=kv(api=f"{url}/v1", model=self._served, seconds=seconds))
 

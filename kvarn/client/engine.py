@@ -20,6 +20,7 @@ from enum import StrEnum
 from kvarn import wire
 from kvarn.client.counts import Counts
 from kvarn.client.crew import Crew
+from kvarn.client.public import public
 from kvarn.client.ranks import RankPlan
 from kvarn.client.stream import EngineError, EngineUnavailable, Stream
 from kvarn.client.watchdog import Watchdog
@@ -137,7 +138,7 @@ class EngineClient:
         """Wait until the engine is ready, or until it is certain that it will not be. Raises EngineUnavailable."""
         while self._state is not EngineState.READY:
             if self._state in (EngineState.FAILED, EngineState.STOPPED):
-                raise EngineUnavailable(self.unavailable_reason())
+                raise EngineUnavailable(self.whole_reason())
             self._settled.clear()
             await self._settled.wait()
 
@@ -176,7 +177,7 @@ class EngineClient:
         the second. Raises EngineUnavailable, ValueError for an id that is open.
         """
         if self._state is not EngineState.READY or self._crew is None or self._stopping:
-            raise EngineUnavailable(self.unavailable_reason())
+            raise EngineUnavailable(self.whole_reason())
         if request.id in self._open:
             raise ValueError(f"request id {request.id!r} is in use")
         self._crew.send(wire.Submit(request))
@@ -188,7 +189,7 @@ class EngineClient:
     async def explain(self, tokens: list[int], cache_salt: Salt) -> PrefixReport:
         """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
         if self._state is not EngineState.READY or self._crew is None or self._stopping:
-            raise EngineUnavailable(self.unavailable_reason())
+            raise EngineUnavailable(self.whole_reason())
         name = uuid.uuid4().hex
         answer: asyncio.Future[PrefixReport] = asyncio.get_running_loop().create_future()
         self._explaining[name] = answer
@@ -206,7 +207,11 @@ class EngineClient:
         self._end_all(error)
 
     def unavailable_reason(self) -> str:
-        """Why no request is taken now, for people."""
+        """Why no request is taken now, for anybody who asks: without paths."""
+        return public(self.whole_reason())
+
+    def whole_reason(self) -> str:
+        """The same for whoever runs the server."""
         if self._stopping or self._state is EngineState.STOPPED:
             return "the server is shutting down"
         if self._state is EngineState.STARTING:

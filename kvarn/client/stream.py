@@ -12,20 +12,26 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kvarn.client.public import public
 from kvarn.types import Delta, ErrorKind, Finish
 
 
 class EngineError(Exception):
-    """A request ended without its answer; ``kind`` says why, the message is meant for the client."""
+    """A request ended without its answer; ``kind`` says why, the message is for the client, and freed of paths."""
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
-        super().__init__(message)
         self.kind = kind
-        self.message = message
+        self.message = public(message)
+        super().__init__(self.message)
 
 
 class EngineUnavailable(Exception):  # noqa: N818 - it names a state, not a mistake
-    """The engine takes no requests now: starting, restarting, stopped or failed; the message says which."""
+    """The engine takes no requests now: starting, restarting, stopped or failed; the message, freed of paths, says
+    which, and ``whole`` all of it to whoever runs the server."""
+
+    def __init__(self, whole: str) -> None:
+        super().__init__(public(whole))
+        self.whole = whole
 
 
 class Stream:

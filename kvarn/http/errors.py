@@ -7,7 +7,6 @@ and what is allowed; none contains a file path or a stack trace.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 
 import msgspec
@@ -16,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvarn.client import EngineError
+from kvarn.client.public import public
 from kvarn.types import ErrorKind
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -23,7 +23,6 @@ ERROR = "kvarn.error"
 """Key of the scope under which the access layer finds the ApiError that a request was answered with."""
 LONGEST_SHOWN = 80
 _JSON = json.JSONEncoder(ensure_ascii=False)
-_PATH = re.compile(r"(?<![\w/])(?:/[\w.@+-]+){2,}/?")
 
 
 class ApiError(Exception):
@@ -40,7 +39,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        # Who failed a request need not think of what a message from inside may show.
+        self.message = public(message) if status >= 500 else message
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
@@ -105,27 +105,20 @@ def from_engine(error: EngineError) -> ApiError:
     """The status for a request that the engine did not answer."""
     match error.kind:
         case ErrorKind.INVALID:
-            return ApiError(400, public(error.message), code=error.kind.value)
+            return ApiError(400, error.message, code=error.kind.value)
         case ErrorKind.UNAVAILABLE:
-            return unavailable(public(error.message))
+            return unavailable(error.message)
         case (
             ErrorKind.QUEUE_TIMEOUT
             | ErrorKind.FIRST_TOKEN_TIMEOUT
             | ErrorKind.TOKEN_TIMEOUT
             | ErrorKind.REQUEST_TIMEOUT
         ):
-            return ApiError(504, public(error.message), code=error.kind.value)
+            return ApiError(504, error.message, code=error.kind.value)
         case ErrorKind.OVERRUN:
-            return ApiError(429, public(error.message), code=error.kind.value)
+            return ApiError(429, error.message, code=error.kind.value)
         case ErrorKind.ENGINE | ErrorKind.DIED:
-            return ApiError(500, public(error.message), code=error.kind.value)
-
-
-def public(message: str) -> str:
-    """A message from inside, cut to its first line and freed of file paths."""
-    lines = message.strip().splitlines()
-    first = lines[0] if lines else "unknown error"
-    return _PATH.sub("…", first)[:300]
+            return ApiError(500, error.message, code=error.kind.value)
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvarn.client.public import public
 from kvarn.http.service import Service
 
 
@@ -33,7 +34,7 @@ def _model(service: Service) -> dict[str, object]:
         model["max_model_len"] = info.context_length
         model["kvarn"] = {
             "lane": info.lane,
-            "lane_reason": info.lane_reason,
+            "lane_reason": _told(info.lane_reason),
             "cache_kinds": info.cache_kinds,
             "dtype": info.dtype,
             "device": info.device,
@@ -45,8 +46,12 @@ def _model(service: Service) -> dict[str, object]:
             "sampling_defaults": dict(service.sampling),
             "fingerprint": info.fingerprint,
             "prefix_cache": info.prefix_cache,
-            "prefix_cache_reason": info.prefix_cache_reason,
+            "prefix_cache_reason": _told(info.prefix_cache_reason),
             "speculation": info.speculation,
-            "speculation_reason": info.speculation_reason,
+            "speculation_reason": _told(info.speculation_reason),
         }
     return model
+
+
+def _told(reason: str) -> str:
+    return public(reason) if reason else ""

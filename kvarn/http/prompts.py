@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvarn.http.errors import ApiError, bad_value, public
+from kvarn.client.public import public
+from kvarn.http.errors import ApiError, bad_value
 from kvarn.http.guesses import check_mode
 from kvarn.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from kvarn.text.tokenizer import TemplateError, Tokenizer

@@ -11,7 +11,7 @@ The model path of the Start message selects the script, as words joined by comma
 - ``figures``: beats tell made-up numbers of the engine's own work, all of them so many times as requests have ended;
 - ``rows=N``: report max_rows N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM;
 - ``spec=MODES``: guess ahead, in modes joined by + (none: the model cannot); without the word nothing is guessed;
-- ``tell``: the reason for the lane is what Start says of guessing, as JSON.
+- ``tell``: the device is what Start says of guessing, as JSON.
 
 Where it guesses, a step confirms as many tokens as are asked for (by default 4), all of them right unless the request
 has a prediction: then the guesses are the tokens of the prediction at the same places.
@@ -21,7 +21,7 @@ commands: 900 fails the request with an engine error, 901 ends it with ``stop`` 
 never answers, 904 kills the process, 905 sends a frame of nonsense, 906 stops the process as SIGSTOP does, 908 refuses
 it as invalid with what the request says of guessing, and its salt if it has one, as JSON, 910 with how it is sampled. A
 prompt that begins with 907 is never begun, nor explained; one with 909 in it is explained by a number that its salt
-alone decides.
+alone decides. 911 and 912 are 900 and 902 with a message full of paths.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ from kvarn.types import (
 COMMANDS = 900
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Token ids from here on are commands."""
+PATHS = (
+    "[Errno 2] No such file or directory: 'secret-place/model-x/config.json' and \"/secret place/it's/x\" in "
+    '/secret/model, secret/model.gguf ~/secret (see /secret) file:///secret/x\n  File "/secret/y.py", line 3'
+)
 DEPTH = 4
 """Tokens guessed ahead in a step unless told otherwise."""
 
@@ -101,10 +105,10 @@ class Engine:
             context_length=int(self.script.number("context", 512)),
             vocab_size=1000,
             lane="slots",
-            lane_reason=msgspec.json.encode(self.spec).decode() if "tell" in self.script.words else "",
+            lane_reason="",
             cache_kinds=["kv"],
             dtype="float32",
-            device="cpu",
+            device=msgspec.json.encode(self.spec).decode() if "tell" in self.script.words else "cpu",
             blas="none",
             kv_bytes_per_token=64,
             max_rows=int(self.script.number("rows", 8)),
@@ -189,6 +193,9 @@ class Engine:
                 self.send(wire.Deltas([Delta(request.id, [], Finish.STOP, verdict=verdict)]))
             case 902:
                 self.send(wire.Failed(request.id, ErrorKind.INVALID, "can never fit in memory"))
+            case 911 | 912:
+                kind = ErrorKind.ENGINE if token == 911 else ErrorKind.INVALID
+                self.send(wire.Failed(request.id, kind, PATHS))
             case 904:
                 os.kill(os.getpid(), signal.SIGKILL)
             case 905:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.client import EngineError
-from kvarn.http.errors import ApiError, from_engine, public, shown
+from kvarn.client.public import public
+from kvarn.http.errors import ApiError, from_engine, shown
 from kvarn.http.guesses import speculation
 from kvarn.http.schemas import NOT_IMPLEMENTED, ChatRequest, CompletionRequest, GenerationRequest, parse, unknown_fields
 from kvarn.types import ErrorKind, SpecMode, Speculation

@@ -94,7 +94,7 @@ def test_the_engine_is_told_every_setting(start_server: StartServer, byte_tokeni
     def start(*flags: str) -> dict[str, Any]:
         with start_server("tell,spec=ngram", *flags) as server:
             [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
-            found: dict[str, Any] = json.loads(model["kvarn"]["lane_reason"])
+            found: dict[str, Any] = json.loads(model["kvarn"]["device"])
             return found
 
     assert start() == {"default": DEFAULTS, "draft_path": "", "shared": False}

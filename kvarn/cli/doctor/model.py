@@ -49,7 +49,7 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
     try:
         info = asyncio.run(_loaded(_start(str(source.path), config, str(draft or ""))))
     except EngineUnavailable as error:
-        yield fail("model", str(error), "correct what it says, or take another model")
+        yield fail("model", error.whole, "correct what it says, or take another model")
         return
     yield ok("model", f"{source.name}: {info.dtype}, context {info.context_length}, weights {shown(info.weight_bytes)}")
     yield _room(info, free if info.device.startswith("cpu") else None)
