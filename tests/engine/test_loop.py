@@ -200,7 +200,14 @@ def test_one_bad_request_never_kills_others(where: str) -> None:
     for name, tokens in prompts.items():
         driven.submit(request(name, tokens, 20, logit_bias={bad: -100.0}))
     poison = [5, bad, 7, 8, 9] if where == "prefill" else [5, 6, 7, 8, bad]
-    driven.run(lambda turn: driven.submit(request("poison", poison, 20)) if turn == 8 else None)
+
+    def watch(turn: int) -> None:
+        if turn == 8:
+            driven.submit(request("poison", poison, 20))
+        # Once for all of them, once more for whoever is found out, and not for ever.
+        assert driven.beat.counters.failed_steps <= 2 + len(prompts)
+
+    driven.run(watch)
     failure = driven.outcomes["poison"].failure
     assert failure is not None
     assert failure.kind is ErrorKind.ENGINE

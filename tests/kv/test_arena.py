@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -276,3 +278,31 @@ def test_arrays_are_written_in_place() -> None:
             del keys, values
         arena.advance([1])
     assert mx.get_peak_memory() - before < arena.nbytes // 4
+
+
+def test_joining_and_leaving_cost_one_row() -> None:
+    """Whoever leaves in the middle is replaced by the last row; nobody else's numbers are copied (D1)."""
+    spec = LayerSpec(2, 64, 64, mx.float32, None)
+    arena = Arena([spec] * 3)
+    rows, row_bytes = 16, spec.row_bytes(256)
+
+    def joining() -> None:
+        arena.adopt([LayerRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
+
+    def most_bytes(work: Callable[[], object]) -> int:
+        """Held at once besides the arena itself."""
+        mx.eval(arena.arrays())
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        work()
+        mx.eval(arena.arrays())
+        return mx.get_peak_memory() - before
+
+    for _ in range(rows):
+        joining()
+    assert arena.nbytes == 3 * rows * row_bytes
+    arena.release(rows - 1)
+    assert most_bytes(joining) < 4 * row_bytes
+    for row in (3, 0, rows - 3):
+        assert most_bytes(lambda row=row: arena.release(row)) < 4 * row_bytes  # type: ignore[misc]
+    assert most_bytes(lambda: arena.release(1, scrub=True)) < 4 * row_bytes

@@ -214,6 +214,23 @@ def test_forced_guesses_are_not_the_purses() -> None:
     assert world.controller.choose([Offer("r1", MOST, 5)], 1) > 0
 
 
+@pytest.mark.parametrize("way", ["verified", "read", "waited"])
+def test_no_debt_is_so_large_that_it_is_not_paid_back(way: str) -> None:
+    """Whatever a stall or a run of bad luck has cost: some hundred plain steps later it is tried again."""
+    controller = Controller(CostModel(), Pace(CPU))
+    for _ in range(200):
+        if way == "verified":
+            controller.verified({Offer("r0", MOST, 0): 0}, 1, 1, 100, 1e6, 0.0)
+        elif way == "read":
+            controller.may_read(0, read_ms=1e6)
+        else:
+            controller.waited()
+    assert controller.choose([Offer("r1", MOST, 0)], 1) == 0
+    for _ in range(600):
+        controller.plain()
+    assert controller.choose([Offer("r1", MOST, 0)], 1) > 0
+
+
 def test_waiting_in_vain_is_not_for_ever() -> None:
     world = World(CPU, 1, source=5)
     waits = 0

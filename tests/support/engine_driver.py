@@ -175,6 +175,9 @@ class Driver:
             raise AssertionError(f"requests still open after {most_turns} turns")
         self.engine.rest()
         assert all(outcome.endings == 1 for outcome in self.outcomes.values())
+        assert not self.engine._sequences
+        assert not self.guessing._guessers
+        assert not self.controller._rows
         assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
         assert not self.guessing._guessers, "what guesses for a request goes with it"
 

@@ -1,0 +1,29 @@
+"""How long the SSD tier stays away from a disk that fails."""
+
+from __future__ import annotations
+
+import errno
+import time
+
+import pytest
+
+from kvarn.prefix.disk.pause import PAUSES, Pause
+from kvarn.prefix.disk.stats import Tally
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ENOSPC, "No space left")])
+def test_a_disk_that_goes_on_failing_is_tried_for_ever(error: OSError) -> None:
+    """(F7) After ever longer pauses, up to the longest; once something was written the next failure is the first."""
+    pause = Pause(Tally())
+    for _ in range(2):
+        waits = []
+        for _ in range(3 * len(PAUSES)):
+            begun = time.monotonic()
+            assert pause.begin(error)
+            assert pause.active
+            assert pause.reason
+            waits.append(pause.until - begun)
+            pause.end()
+            assert not pause.active
+        assert waits == pytest.approx([*PAUSES, *PAUSES[-1:] * (2 * len(PAUSES))], abs=0.5)
+        pause.succeeded()
