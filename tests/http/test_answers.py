@@ -38,6 +38,7 @@ def test_chat_stream_begins_with_the_role_and_ends_with_usage(ai: openai.OpenAI)
         model="test-model", messages=HELLO, max_tokens=9, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert chunks[0].choices[0].delta.role == "assistant"
     assert all(not chunk.choices[0].delta.role for chunk in chunks[1:-1])
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == repeated(PROMPT, 9)
@@ -59,7 +60,9 @@ def test_the_async_client(server: Server) -> None:
             whole = await client.chat.completions.create(model="test-model", messages=HELLO, max_tokens=5)
             assert whole.choices[0].message.content == "user:"
             stream = await client.completions.create(model="test-model", prompt="abc", max_tokens=5, stream=True)
-            assert "".join([chunk.choices[0].text async for chunk in stream]) == "abcab"
+            chunks = [chunk async for chunk in stream]
+            assert "".join(chunk.choices[0].text for chunk in chunks) == "abcab"
+            assert {chunk.object for chunk in chunks} == {"text_completion"}
 
     asyncio.run(test())
 

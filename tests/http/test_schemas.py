@@ -64,6 +64,8 @@ def test_fields_reach_the_sampler() -> None:
     assert params.logit_bias == {3: -100.0, 4: 2.5}
     assert params.logprobs == 0
     assert params.stop_token_ids == []
+    params = parse(CompletionRequest, {**PLAIN, "top_k": 40, "seed": 7}).sampling(9, 1, [2])
+    assert (params.top_k, params.seed, params.max_tokens, params.stop_token_ids) == (40, 8, 9, [2])
 
 
 @pytest.mark.parametrize(
