@@ -182,7 +182,7 @@ BREAKS = [
             "            self._finish(request_id, why)"
         ),
         new="            self._finish(request_id, why)",
-        by=("test_disconnects_empty_the_engine",),
+        by=("test_disconnects_cancel_the_work",),
     ),
     Break(
         name="B12-kernel-takes-megabytes",
