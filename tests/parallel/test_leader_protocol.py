@@ -11,6 +11,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 from engine_driver import request
@@ -27,7 +28,8 @@ from kvarn.engine.orders import (
     Took,
 )
 from kvarn.parallel.backend import versions
-from kvarn.parallel.channel import ChannelError
+from kvarn.parallel.channel import Channel, ChannelError
+from kvarn.parallel.leader import Follower
 from kvarn.parallel.messages import (
     Alive,
     Broken,
@@ -175,6 +177,28 @@ def test_the_least_that_a_rank_can_restore_is_what_counts() -> None:
             told.say(Restorable("name", answer))
             assert found.get(timeout=PATIENCE) == answer
         assert told.leader.ceiling("name") == (0, True)  # after a Begin all have to look again
+
+
+class Deaf:
+    """The connection of a rank that takes what it is told."""
+
+    def send(self, body: bytes) -> None:
+        pass
+
+
+def test_of_several_ranks_the_one_that_has_least_counts() -> None:
+    with scene() as told:
+        leader = told.join().leader
+        leader._followers[2] = Follower(leader._followers[1].hello, cast(Channel, Deaf()))
+        leader.tell(Arrive(request("name", [1, 2], 3)))
+        leader.heard(Offered(2, "name", 64, True))
+        assert leader.ceiling("name") == (0, True)
+        leader.heard(Offered(1, "name", 128, False))
+        assert leader.ceiling("name") == (64, True)
+        for has in ((128, 64), (0, 128)):
+            for follower, position in zip(leader._followers.values(), has, strict=True):
+                follower.answers.put(Restorable("name", position))
+            assert leader.restorable(Begin("name", 128)) == min(has)
 
 
 def test_forwards_are_done_in_order_and_once() -> None:

@@ -66,7 +66,7 @@ BREAKS = [
         file="kvarn/parallel/leader.py",
         old="return min(answer.position for answer in answers)",
         new="return max(answer.position for answer in answers)",
-        by=("test_the_least_that_a_rank_can_restore_is_what_counts",),
+        by=("test_of_several_ranks_the_one_that_has_least_counts",),
     ),
     Break(
         name="G7-a-rank-left-out",
