@@ -131,7 +131,14 @@ def test_a_late_system_message_is_an_error_where_it_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    "cut", ["m.content[:20]", "m.content[-20:]", "m.content.split('\n')[0]", "'x' if 'a' in m.content else m.content"]
+    "cut",
+    [
+        "m.content[:20]",
+        "m.content[-20:]",
+        "m.content.split('\n')[0]",
+        "m.content.split('\n')[-1]",
+        "'x' if 'a' in m.content else m.content",
+    ],
 )
 def test_half_a_message_is_not_enough(cut: str) -> None:
     made = template(f"{{% for m in messages %}}{{{{ {cut} }}}}{{% endfor %}}")
