@@ -10,8 +10,12 @@ import pytest
 from kvarn.hub.progress import SilentProgress
 from kvarn.hub.source import resolve
 from kvarn.model import blas
+from kvarn.model.open_files import limit_kept
 
 blas.prepare()
+
+limit_kept().__enter__()
+"""Tests import mlx-lm themselves, and what it takes from them it takes from every process that they start."""
 
 os.environ["KVARN_CACHE_SSD"] = "0"
 """Servers that tests start keep nothing on disk unless the test says so: no test depends on an earlier run."""

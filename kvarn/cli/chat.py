@@ -24,6 +24,7 @@ from rich.console import Console
 
 from kvarn.bench.connection import Unusable, connection, key_from
 from kvarn.bench.sse import DONE, EventReader
+from kvarn.child import python, search_path
 from kvarn.cli.address import DEFAULT_URL, address
 from kvarn.cli.text import NoText, argument, is_text, piped
 
@@ -226,9 +227,16 @@ def own_server(model: str) -> Iterator[str]:
     """Serve ``model`` on a free local port while the block runs; gives its base URL. Raises ChatError."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "kvarn.cli.main", "serve", model, "--port", str(port), "--log-level", "warning"]
-    # A process group of its own keeps the terminal's Ctrl-C, meant for an answer, away from the server.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, process_group=0)
+    command = python("-m", "kvarn.cli.held", "serve", model, "--port", str(port), "--log-level", "warning")
+    # A process group of its own keeps the terminal's Ctrl-C, meant for an answer, away from the server; what is at the
+    # other end of its input is never written to, and closed by our end.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr,
+        process_group=0,
+        env={**os.environ, **search_path()},
+    )
     try:
         _wait_until_ready(process, url)
         yield url
@@ -265,6 +273,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _leave(number: int, _: FrameType | None) -> None:

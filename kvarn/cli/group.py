@@ -21,11 +21,12 @@ from pathlib import Path
 
 import msgspec
 
+from kvarn.child import inherited
 from kvarn.cli.given import find_model
-from kvarn.client.process import described, inherited, send_signal
+from kvarn.client.process import described, send_signal
 from kvarn.client.ranks import RANK_COMMAND, RankPlan
 from kvarn.config import ServeConfig
-from kvarn.observe.log import kv
+from kvarn.observe.log import kv, last_words
 from kvarn.parallel.layout import Layout, plan
 from kvarn.types import GroupSettings
 
@@ -173,6 +174,7 @@ class Keeper:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled:
             self._kill()
+            last_words()
             os._exit(128 + number)
         # A lost terminal is no impatience: mlx.launch sends a SIGTERM behind it.
         self._signalled = number != signal.SIGHUP

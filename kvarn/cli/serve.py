@@ -24,13 +24,13 @@ from kvarn.cli.certificate import BadCertificate, Certificate
 from kvarn.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
 from kvarn.cli.group import input_ended, keep, layout_of, log_environment, rank_plan
 from kvarn.cli.interpreter import settle
-from kvarn.cli.listen import allow_files, bind, loopback
+from kvarn.cli.listen import allow_files, bind, loopback, url_of
 from kvarn.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
 from kvarn.client.ranks import RANK_COMMAND, RankPlan
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
 from kvarn.http.keys import BadKeys, Keys
 from kvarn.hub.cache import problem as cache_problem
-from kvarn.observe.log import configure, kv
+from kvarn.observe.log import configure, kv, last_words
 from kvarn.types import ModelInfo, PrefixSettings
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             return keep(layout, config, args.model)
         keys = read_keys(config)
         certificate = read_certificate(config)
-        listener = bind(config)
+        listeners = bind(config)
         allow_files(config.max_connections + SPARE_FILES)
         if wrong := cache_problem():
             log.warning("this start finds out everything anew, and keeps nothing of it", extra=kv(reason=wrong))
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             draft_path=draft,
             group=rank_plan(layout, config, args.model, model.path) if layout is not None else None,
         )
-        asyncio.run(front.serve(listener))
+        asyncio.run(front.serve(listeners))
     except (ConfigError, StartError) as error:
         print(f"kvarn serve: {error}", file=sys.stderr)
         return 1
@@ -164,7 +164,7 @@ class Front:
             group=group,
         )
 
-    async def serve(self, listener: socket.socket) -> None:
+    async def serve(self, listeners: Sequence[socket.socket]) -> None:
         """Serve until a stop signal. Raises StartError when the engine or the tokenizer cannot be had."""
         self._catch_signals()
         try:
@@ -172,17 +172,15 @@ class Front:
         except OSError as error:
             raise StartError(f"the engine process cannot be started: {error.strerror}") from error
         try:
-            await self._serve_http(listener)
+            await self._serve_http(listeners)
         finally:
             await self._client.stop(ENGINE_STOP_SECONDS)
 
-    async def _serve_http(self, listener: socket.socket) -> None:
-        app, service = self._application(listener)
+    async def _serve_http(self, listeners: Sequence[socket.socket]) -> None:
+        app, service = self._application(listeners)
         server = _server(app, self._config, self._certificate)
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-        host, port = listener.getsockname()[:2]
-        url = f"{'https' if self._certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-        listener.listen()  # who connects from now on waits until the server is up, instead of being refused
+        serving = asyncio.create_task(server.serve(sockets=list(listeners)), name="http")
+        url = url_of(listeners, self._config.host, "https" if self._certificate else "http")
         log.info("listening", extra=kv(url=url, model=self._served))
         loading = asyncio.create_task(self._load(service, url), name="load")
         try:
@@ -229,7 +227,7 @@ class Front:
                 ended.cancel()
         self._stop.set()
 
-    def _application(self, listener: socket.socket) -> tuple[Starlette, Service]:
+    def _application(self, listeners: Sequence[socket.socket]) -> tuple[Starlette, Service]:
         from kvarn.http.app import create_app
         from kvarn.http.gate import served_hosts
         from kvarn.http.sampling import read_sampling_defaults
@@ -238,7 +236,7 @@ class Front:
         from kvarn.text.tokenizer import Tokenizer
 
         names = ModelNames(self._served, self._aliases)
-        hosts = served_hosts(self._config.allowed_hosts, self._config.host, loopback(listener))
+        hosts = served_hosts(self._config.allowed_hosts, self._config.host, loopback(listeners))
         sampling = read_sampling_defaults(self._path) if self._config.sampling_defaults == "model" else NO_DEFAULTS
         return create_app(
             self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts, sampling
@@ -286,6 +284,7 @@ class Front:
         if self._signalled:
             log.warning("second signal, ending at once", extra=kv(signal=number.name))
             self._client.kill()
+            last_words()
             os._exit(128 + number)
         self._signalled = True
         self._stop.set()

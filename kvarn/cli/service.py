@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from kvarn.child import python
 from kvarn.cli.units import Plan, Unwritable, launchd_plist, systemd_unit
 from kvarn.config import ConfigError, ServeConfig, add_flags, read_config
 from kvarn.hub.cache import NoCache, cache_root
@@ -94,7 +95,7 @@ def planned(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -
     model = _model(args.model)
     draft = _model(args.draft_model) if args.draft_model else ""
     flags = [f"--config={_absolute(args.config)}"] if args.config else []
-    read = [Path(place) for place in (sys.executable, model, draft) if place]
+    read = [Path(place) for place in (model, draft, sys.executable) if place]
     for name in ServeConfig.model_fields:
         given: str | None = getattr(args, name)
         if given is not None:
@@ -113,9 +114,8 @@ def planned(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -
     return Plan(
         name=args.name,
         model=config.model_name or args.model,
-        command=(sys.executable, "-m", "kvarn.cli.main", "serve", model, *flags),
-        # The folder a process starts in is no place to import from: it may contain another kvarn.
-        environment={"PYTHONSAFEPATH": "1", **carried},
+        command=python("-m", "kvarn.cli.main", "serve", model, *flags),
+        environment=carried,
         stop_seconds=math.ceil(config.drain_seconds) + STOP_MARGIN,
         open_files=config.max_connections + SPARE_FILES,
         port=config.port,
@@ -152,7 +152,7 @@ def _absolute(path: str) -> Path:
 
 def _check_importable() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [sys.executable, "-P", "-c", "import kvarn.cli.main"]
+    command = python("-c", "import kvarn.cli.main")
     if subprocess.run(command, cwd="/", env=environment, capture_output=True, check=False).returncode != 0:
         raise Refused(
             f"kvarn is not installed for {sys.executable}: it is only found from this folder or through PYTHONPATH. "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 import time
 import uuid
 from collections import deque
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from kvarn import wire
+from kvarn.child import python
 from kvarn.client.counts import Counts
 from kvarn.client.crew import Crew
 from kvarn.client.public import public
@@ -29,7 +29,7 @@ from kvarn.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Reque
 
 log = logging.getLogger("kvarn.client")
 
-ENGINE_COMMAND = (sys.executable, "-m", "kvarn.engine")
+ENGINE_COMMAND = python("-m", "kvarn.engine")
 FIRST_DELAY = 0.2
 LONGEST_DELAY = 10.0
 MOST_FAILURES = 5
@@ -400,7 +400,7 @@ class EngineClient:
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         self._set_state(EngineState.FAILED)
-        log.error("engine failed", extra={"reason": reason})
+        log.error("engine failed", extra=kv(reason=reason))
 
     def _set_state(self, state: EngineState) -> None:
         self._state = state

@@ -15,9 +15,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from kvarn import wire
-
-SECRETS = ("KVARN_API_KEY", "KVARN_TP_SECRET")
-"""The engine has no business with them, and whoever may read its environment neither."""
+from kvarn.child import inherited
 
 
 class EngineProcess:
@@ -119,11 +117,6 @@ def send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> 
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
-
-
-def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without its secrets, and ``environment`` on top."""
-    return {**{name: os.environ[name] for name in os.environ if name not in SECRETS}, **environment}
 
 
 def described(status: int) -> str:

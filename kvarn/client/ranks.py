@@ -22,15 +22,16 @@ from pathlib import Path
 
 import msgspec
 
-from kvarn.client.process import described, inherited, send_signal
+from kvarn.child import inherited, python
+from kvarn.client.process import described, send_signal
+from kvarn.lifeline import LOST_STATUS
 from kvarn.observe.log import kv
 from kvarn.parallel.layout import Layout
-from kvarn.parallel.lifeline import LOST_STATUS
 from kvarn.types import GroupSettings
 
 log = logging.getLogger("kvarn.client")
 
-RANK_COMMAND = (sys.executable, "-m", "kvarn.parallel")
+RANK_COMMAND = python("-m", "kvarn.parallel")
 """Rank 0 with ``--fd N``, a follower without."""
 SSH_OPTIONS = ("-T", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5", "-oServerAliveCountMax=3")
 SSH_FAILED = 255
@@ -148,8 +149,7 @@ class RankProcesses:
             log.info("rank started", extra=kv(rank=rank, pid=follower.pid, host=host or None))
 
     def _over_ssh(self, host: str) -> list[str]:
-        # -P: the folder that ssh begins in is no place to import from.
-        keeper = [self._plan.python, "-P", "-m", "kvarn.cli.main", "rank", *self._plan.options]
+        keeper = python("-m", "kvarn.cli.main", "rank", *self._plan.options, program=self._plan.python)
         return [*self._plan.ssh, *SSH_OPTIONS, "--", host, f"exec {shlex.join(keeper)}"]
 
     def _ended(self, ending: Ending) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 
+from kvarn.lifeline import die_with_parent
 from kvarn.observe.log import configure
 
 
@@ -15,6 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="kvarn.engine", description="Internal: started by the kvarn front end.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front end")
     descriptor = parser.parse_args().fd
+    die_with_parent()
     configure(os.environ.get("KVARN_LOG_LEVEL", "info"), os.environ.get("KVARN_LOG_FORMAT", "text"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides when we stop
     from kvarn.engine.process import serve

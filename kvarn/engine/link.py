@@ -1,7 +1,8 @@
 """The engine's end of the socket: a thread that reads messages and a thread that writes them.
 
 They see messages only, never MLX. The engine thread takes from ``inbox`` and calls ``send``; a load report (Beat) is an
-immutable object that it hands over whole with ``report``. When the front end is gone, the inbox ends with a Stop.
+immutable object that it hands over whole with ``report``. A front end that can no longer be understood makes the inbox
+end with a Stop; one that is gone leaves nothing to do, whatever the engine is busy with.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from kvarn.engine.orders import Offered
@@ -35,9 +36,11 @@ class Outbox(Protocol):
 class Link:
     """Serves one connected socket until the front end closes it."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, lost: Callable[[], None] = lambda: None) -> None:
+        """``lost`` is called, in the reading thread, when the front end is gone."""
         self.inbox: Inbox = queue.SimpleQueue()
         self._connection = connection
+        self._lost = lost
         self._outgoing: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
         self._beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)
         self._reader = threading.Thread(target=self._read, name="link-reader", daemon=True)
@@ -63,8 +66,11 @@ class Link:
         try:
             for body in _frames(self._connection):
                 self.inbox.put(decode_to_engine(body))
-        except (OSError, WireError):
-            pass  # whatever broke the connection, there is nobody left to serve: the Stop below says so
+            self._lost()
+        except OSError:
+            self._lost()
+        except WireError:
+            pass  # it lives, but there is no working for it: the Stop below says so
         finally:
             self.inbox.put(Stop())
 

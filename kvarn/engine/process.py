@@ -9,6 +9,7 @@ import logging
 import socket
 
 from kvarn.engine.link import Link
+from kvarn.lifeline import lost
 from kvarn.model import blas
 from kvarn.model.memory import keep_freed_memory
 from kvarn.wire import VERSION, Fatal, Start
@@ -17,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def serve(connection: socket.socket) -> int:
-    """Serve one front end over ``connection`` until it goes or says Stop; returns the exit code."""
-    link = Link(connection)
+    """Serve one front end over ``connection`` until it says Stop; returns the exit code. The process ends with it."""
+    link = Link(connection, lost)
     link.start()
     try:
         keep_freed_memory()

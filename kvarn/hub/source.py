@@ -64,7 +64,9 @@ def _folder(name: str, path: Path) -> ResolvedModel:
         raise SourceError(f"model {name!r} has no config.json; allowed are {ALLOWED}")
     if not any(path.glob("*.safetensors")):
         raise SourceError(f"model {name!r} has no *.safetensors; allowed are {ALLOWED}")
-    return ResolvedModel(path.resolve().name, path.resolve())
+    # A link's own name is what it was given for: models/current stays "current" when it leads elsewhere one day.
+    own, real = path.absolute().name, path.resolve()
+    return ResolvedModel(real.name if own == ".." else own, real)
 
 
 def _gguf(name: str, path: Path, progress: Progress) -> ResolvedModel:

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from kvarn.hub.cache import keep, recalled
+from kvarn.model.cgroups import ControlGroups
 from kvarn.native.library import needed, shim_path
 
 SPIN_US = 50
@@ -122,12 +123,13 @@ def load_shim(openblas: OpenBlas, threads: int) -> ctypes.CDLL | None:
 
 
 def thread_count() -> int:
-    """Physical cores this process may use, a container's share counted; OPENBLAS_NUM_THREADS overrides it."""
+    """Physical cores this process may use, no more than its control groups allow; OPENBLAS_NUM_THREADS overrides it."""
     given = os.environ.get("OPENBLAS_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
     cores = {_core_of(cpu) for cpu in os.sched_getaffinity(0)}
-    return max(1, min(len(cores), _container_share()))
+    share = ControlGroups.own().cpu_limit()
+    return max(1, len(cores) if share is None else min(len(cores), int(share)))
 
 
 def _core_of(cpu: int) -> str:
@@ -136,16 +138,6 @@ def _core_of(cpu: int) -> str:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
         return str(cpu)
-
-
-def _container_share() -> int:
-    """Whole CPUs a cgroup's quota allows, at least one; a large number when there is none."""
-    unlimited = 1 << 16
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return unlimited
-    return unlimited if quota == "max" else max(1, int(quota) // int(period))
 
 
 # --- own products or OpenBLAS -----------------------------------------------------------------------------------

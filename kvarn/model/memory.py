@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from pathlib import Path
 
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+from kvarn.model.cgroups import ControlGroups
+
 KEPT_BYTES = 512 * 1024 * 1024
 """Freed memory that stays with the process for the next array."""
 LARGEST_KEPT = 32 * 1024 * 1024
@@ -21,14 +21,10 @@ PIECE_BYTES = 8 * 1024 * 1024
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process may count on: the machine's, or the container's limit when that is lower."""
+    """Bytes of memory that this process may count on: the machine's, or less where control groups say so."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        try:
-            total = min(total, int(path.read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return total
+    limit = ControlGroups.own().memory_limit()
+    return total if limit is None else min(total, limit)
 
 
 def keep_freed_memory() -> None:

@@ -12,13 +12,16 @@ from typing import Protocol, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.activations import swiglu as swiglu
-from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
-from mlx_lm.utils import dequantize_model, load_model
 
 from kvarn.kv.format import KvFormat
 from kvarn.kv.slots import LayerRow, LayerSpec
+from kvarn.model.open_files import limit_kept
+
+with limit_kept():
+    from mlx_lm.models.activations import swiglu as swiglu
+    from mlx_lm.models.base import scaled_dot_product_attention
+    from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+    from mlx_lm.utils import dequantize_model, load_model
 
 
 class LayerCache(Protocol):

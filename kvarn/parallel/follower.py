@@ -34,12 +34,12 @@ from kvarn.engine.orders import (
 )
 from kvarn.engine.party import Found
 from kvarn.engine.prepare import Prepared, prepare
+from kvarn.lifeline import LOST_STATUS
 from kvarn.model.load import ModelError
 from kvarn.model.shard import Group, agreement
-from kvarn.observe.log import kv
+from kvarn.observe.log import kv, last_words
 from kvarn.parallel.backend import machine, versions
 from kvarn.parallel.channel import Channel, ChannelError
-from kvarn.parallel.lifeline import LOST_STATUS
 from kvarn.parallel.messages import (
     Alive,
     Broken,
@@ -136,7 +136,7 @@ class Rank:
         """Tell rank 0 and end this process, whatever its other threads are doing: a collective cannot be woken."""
         log.error("this rank cannot go on", extra=kv(rank=self.rank, reason=reason))
         self.say(Broken(reason))
-        logging.shutdown()
+        last_words()
         os._exit(status)
 
     def close(self) -> None:

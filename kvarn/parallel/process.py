@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from kvarn.engine.link import Link
 from kvarn.engine.process import first_message
+from kvarn.lifeline import lost
 from kvarn.model import blas
 from kvarn.model.memory import keep_freed_memory
+from kvarn.observe.log import kv, last_words
 from kvarn.parallel.backend import set_environment
 from kvarn.types import GroupSettings
 from kvarn.wire import Fatal
@@ -28,14 +30,16 @@ log = logging.getLogger(__name__)
 
 
 def lead(connection: socket.socket) -> int:
-    """Rank 0: serve one front end over ``connection`` until it goes or says Stop; returns the exit code."""
-    link = Link(connection)
+    """Rank 0: serve one front end over ``connection`` until it says Stop; returns the exit code. The process ends with
+    it."""
+    link = Link(connection, lost)
     link.start()
 
     def fail(reason: str) -> NoReturn:
-        log.error("the group is broken", extra={"reason": reason})
+        log.error("the group is broken", extra=kv(reason=reason))
         link.send(Fatal(reason))
         link.close()
+        last_words()
         os._exit(1)
 
     leader = None

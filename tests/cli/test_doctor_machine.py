@@ -37,17 +37,6 @@ def test_a_low_limit_of_open_files() -> None:
     assert machine.open_files(read_config({"max_connections": "10"}, {})).state == "ok"
 
 
-def test_a_containers_limit(tmp_path: Path) -> None:
-    limit, used, statistics = (tmp_path / name for name in ("memory.max", "memory.current", "memory.stat"))
-    limit.write_text("1000\n")
-    used.write_text("700\n")
-    statistics.write_text("anon 400\ninactive_file 250\n")
-    assert machine._left(limit, used) == 550
-    limit.write_text("max\n")
-    assert machine._left(limit, used) is None
-    assert machine._left(tmp_path / "none", used) is None
-
-
 def test_packages_of_another_version_and_missing_ones(tmp_path: Path) -> None:
     for name, version in (("mlx_lm", "0.1"), ("numpy", "1.0")):
         folder = tmp_path / f"{name}-{version}.dist-info"
@@ -81,7 +70,7 @@ def test_no_c_part(tmp_path: Path) -> None:
     """A copy of the package without the library."""
     source = Path(machine.__file__).parents[2]
     shutil.copytree(source, tmp_path / "kvarn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    report = doctor(cwd=tmp_path)
+    report = doctor(cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert report.state["C part"] == "warn"
     assert "compiler" in report.remedy["C part"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

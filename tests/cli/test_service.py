@@ -23,7 +23,7 @@ from kvarn.cli.units import Plan, Unwritable, launchd_plist, systemd_unit
 
 NASTY = """-a b%n "q" 's' \\ $HOME ${HOME} $$ é😀 ; & <x> %% --x=1 #\tend\\"""
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
-PROGRAM = (sys.executable, "-m", "kvarn.cli.main", "serve")
+PROGRAM = (sys.executable, "-P", "-m", "kvarn.cli.main", "serve")
 SECONDS = 60
 
 
@@ -120,7 +120,7 @@ def argv(unit: str) -> list[str]:
 
 
 def environment(unit: str) -> dict[str, str]:
-    found = [word for line in read(unit)["Service"]["Environment"] for word in words(line)]
+    found = [word for line in read(unit)["Service"].get("Environment", []) for word in words(line)]
     return {name: value for name, _, value in (word.partition("=") for word in found)}
 
 
@@ -156,7 +156,7 @@ def test_nasty_arguments_survive_the_command(kind: str, tmp_path: Path) -> None:
         command, carried = argv(result.stdout), environment(result.stdout)
     expected = ["demo", "--port=0", f"--model-name={NASTY}", f"--api-key-file={keys}"]
     assert command == [*PROGRAM, *expected]
-    assert carried == {"PYTHONSAFEPATH": "1", "KVARN_CACHE": str(keys)}
+    assert carried == {"KVARN_CACHE": str(keys)}
 
 
 def test_a_draft_model_in_this_folder_is_found_from_any_other(tmp_path: Path) -> None:

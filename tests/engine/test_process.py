@@ -14,12 +14,14 @@ from typing import BinaryIO
 
 import mlx.core as mx
 import pytest
+from endless_model import endless_model
 from engine_driver import request
 from tiny_models import save
 
 from kvarn import wire
 from kvarn.engine.boot import boot
 from kvarn.engine.link import Link
+from kvarn.lifeline import LOST_STATUS
 from kvarn.types import Finish
 
 SILENCE = 60.0
@@ -126,24 +128,33 @@ def test_a_rest_gives_the_rows_memory_back(folder: Path) -> None:
             assert next(held for held in loads if not held) == 0
 
 
-def test_it_exits_when_the_front_end_is_gone(folder: Path) -> None:
+@pytest.mark.parametrize("rest", [b"", b"\x00\x00\x00\x09abc"])
+def test_it_ends_when_the_front_end_is_gone(folder: Path, rest: bytes) -> None:
     with engine() as (peer, process):
         peer.send(start(folder))
         peer.until(wire.Ready)
         peer.send(wire.Submit(request("x", [1, 2, 3], 400)))
         peer.until(wire.Deltas)
+        peer.send_bytes(rest)
         peer.close()
-        assert process.wait(SILENCE) == 0
+        assert process.wait(SILENCE) == LOST_STATUS
 
 
-@pytest.mark.parametrize("data", [b"\x00\x00\x00\x02\xc1\xc1", b"\xff\xff\xff\xff", b"\x00\x00\x00\x09abc"])
+def test_it_ends_when_the_front_end_is_gone_while_it_loads(tmp_path: Path) -> None:
+    """(A6)"""
+    with engine() as (peer, process), endless_model(tmp_path / "model", "config.json") as being_read:
+        peer.send(start(tmp_path / "model"))
+        being_read(process)
+        peer.close()
+        assert process.wait(SILENCE) == LOST_STATUS
+
+
+@pytest.mark.parametrize("data", [b"\x00\x00\x00\x02\xc1\xc1", b"\xff\xff\xff\xff"])
 def test_an_undecodable_message_ends_it(folder: Path, data: bytes) -> None:
     with engine() as (peer, process):
         peer.send(start(folder))
         peer.until(wire.Ready)
         peer.send_bytes(data)
-        if data.endswith(b"abc"):
-            peer.close()
         assert process.wait(SILENCE) == 0
 
 

@@ -32,14 +32,14 @@ class ScriptedFront(Front):
             read_certificate(config),
             find_draft(config),
         )
-        self.listener = bind(config)
+        self.listeners = bind(config)
 
 
 def main() -> int:
     script, folder, *rest = sys.argv[1:]
     try:
         front = ScriptedFront(script, Path(folder), dict(zip(rest[::2], rest[1::2], strict=True)))
-        asyncio.run(front.serve(front.listener))
+        asyncio.run(front.serve(front.listeners))
     except StartError as error:
         print(f"kvarn serve: {error}", file=sys.stderr)
         return 1

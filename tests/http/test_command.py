@@ -71,12 +71,15 @@ def test_the_front_end_does_not_import_mlx() -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+@pytest.mark.parametrize(
+    ("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True), ("::", True)]
+)
 def test_listening_beyond_this_machine_is_warned_about(
     caplog: pytest.LogCaptureFixture, host: str, warned: bool
 ) -> None:
-    with bind(ServeConfig(host=host, port=0)):
-        assert any("beyond this machine" in record.message for record in caplog.records) == warned
+    for listener in bind(ServeConfig(host=host, port=0)):
+        listener.close()
+    assert any("beyond this machine" in record.message for record in caplog.records) == warned
 
 
 def test_the_default_address_is_this_machine_only() -> None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "client"))
 import scripted_engine
 
 from kvarn import wire
-from kvarn.parallel.lifeline import LOST_STATUS, die_with_parent
+from kvarn.lifeline import LOST_STATUS, die_with_parent
 from kvarn.types import GroupSettings, ModelInfo
 
 

@@ -38,10 +38,10 @@ from kvarn.engine.orders import (
     Took,
 )
 from kvarn.engine.prepare import Prepared, prepare
+from kvarn.lifeline import LOST_STATUS
 from kvarn.model.shard import agreement
 from kvarn.parallel.channel import Channel, ChannelError
 from kvarn.parallel.follower import Worker
-from kvarn.parallel.lifeline import LOST_STATUS
 from kvarn.parallel.messages import (
     Broken,
     Content,

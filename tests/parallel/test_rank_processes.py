@@ -31,7 +31,7 @@ from group_support import (
 
 from kvarn.client import EngineClient, EngineError, EngineState, EngineUnavailable
 from kvarn.client.watchdog import Watchdog
-from kvarn.parallel.lifeline import LOST_STATUS
+from kvarn.lifeline import LOST_STATUS
 from kvarn.types import ErrorKind, Finish, GroupSettings
 from kvarn.wire import Beat
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import socket
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +11,7 @@ import httpx
 
 from kvarn.cli.doctor.finding import Finding, fail, ok, warn
 from kvarn.cli.given import StartError, read_keys
+from kvarn.cli.listen import addresses, listen_on, local
 from kvarn.config import ServeConfig
 
 ASK_SECONDS = 3.0
@@ -23,24 +23,16 @@ def port(config: ServeConfig) -> Finding:
     """Whether the server could listen there."""
     where = f"{config.host} port {config.port}"
     try:
-        family, kind, protocol, address = _resolved(config)
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(1)  # two may bind, one may listen
-    except socket.gaierror as error:
-        return fail("port", f"{where}: {error.strerror}", "give --host an address or name of this machine")
+        wanted = addresses(config)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return fail("port", f"{where}: {reason}", "give --host an address or name of this machine")
+    try:
+        for listener in listen_on(wanted):
+            listener.close()
     except OSError as error:
-        return _not_free(config, where, str(address[0]), error)
+        return _not_free(config, where, str(wanted[0][1][0]), error)
     return ok("port", f"{config.host}: any free port" if config.port == 0 else f"{where} is free")
-
-
-def _resolved(config: ServeConfig) -> tuple[int, int, int, tuple[object, ...]]:
-    """What ``serve`` would listen on. Raises socket.gaierror."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    return family, kind, protocol, address
 
 
 def _not_free(config: ServeConfig, where: str, host: str, error: OSError) -> Finding:
@@ -98,7 +90,6 @@ def access(config: ServeConfig) -> Iterator[Finding]:
 
 def _loopback(config: ServeConfig) -> bool:
     try:
-        host = str(_resolved(config)[-1][0])
-    except OSError:  # the port's finding tells
+        return all(local(str(address[0])) for _, address in addresses(config))
+    except (OSError, UnicodeError):  # the port's finding tells
         return True
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback

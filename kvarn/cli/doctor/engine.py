@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvarn.child import python
 from kvarn.cli.doctor.finding import Finding, fail, ok, warn
 from kvarn.cli.doctor.packages import PIP
 
@@ -60,7 +60,7 @@ class Probe:
 
 def probe() -> Probe:
     """Let mlx compute something."""
-    command = [sys.executable, "-c", PROGRAM]
+    command = python("-c", PROGRAM)
     error = ""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)

@@ -1,0 +1,95 @@
+"""(A6) Processes whose front end is killed: whatever they are doing, they go with it.
+
+Reading weights that never come, the engine keeps Python's lock: no thread of it could notice anything.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from endless_model import endless_model
+from tiny_models import save
+
+from kvarn.child import python
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process that is stopped lives on")
+PATIENCE = 120
+FRONT = """
+import asyncio, socket, subprocess, sys
+from kvarn import wire
+from kvarn.child import python
+from kvarn.cli.group import start_follower
+from kvarn.client.engine import ENGINE_COMMAND
+from kvarn.client.process import EngineProcess
+from kvarn.client.ranks import RANK_COMMAND
+from kvarn.types import GroupSettings
+
+async def main(model, endless):
+    ready, loading, leader = [await EngineProcess.spawn(command, {}) for command in
+        (ENGINE_COMMAND, ENGINE_COMMAND, RANK_COMMAND)]
+    silent = socket.create_server(("127.0.0.1", 0))
+    follower = await start_follower(GroupSettings(rank=1, world=2, backend="ring", host="127.0.0.1",
+        port=silent.getsockname()[1], secret="ab" * 32, model=model), {})
+    held = subprocess.Popen(python("-m", "kvarn.cli.held", "serve", endless, "--port", "0"), stdin=subprocess.PIPE)
+    for engine, folder in ((ready, model), (loading, endless)):
+        engine.send(wire.Start(model_path=folder, max_rows=4, max_itl_ms=400.0))
+    silent.setblocking(False)
+    await asyncio.get_running_loop().sock_accept(silent)
+    while not isinstance(await ready.receive(), wire.Ready):
+        pass
+    print(ready.pid, loading.pid, leader.pid, follower.pid, held.pid, flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def child_of(pid: int) -> int:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while not (found := children.read_text().split()):
+        assert alive(pid)
+        time.sleep(0.01)
+    return int(found[0])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_nobody_outlives_a_killed_front_end(tmp_path: Path, stopped: bool) -> None:
+    """An idle engine, one that loads for ever, rank 0 of a group, another rank, the server of a chat and its engine."""
+    model = save("llama", tmp_path / "model")
+    with endless_model(tmp_path / "endless") as being_read:
+        command = python("-c", FRONT, str(model), str(tmp_path / "endless"))
+        front = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        pids: list[int] = []
+        try:
+            assert front.stdout is not None
+            pids = [int(pid) for pid in front.stdout.readline().split()]
+            assert len(pids) == 5
+            being_read(None)
+            pids.append(child_of(pids[-1]))
+            if stopped:
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
+            front.kill()
+            front.wait()
+            deadline = time.monotonic() + PATIENCE
+            while any(map(alive, pids)):
+                assert time.monotonic() < deadline, [alive(pid) for pid in pids]
+                time.sleep(0.01)
+        finally:
+            front.kill()
+            front.wait()
+            for pid in filter(alive, pids):
+                os.kill(pid, signal.SIGKILL)
