@@ -14,7 +14,8 @@ from kvarn.model.open_files import limit_kept
 
 blas.prepare()
 
-limit_kept().__enter__()
+FILES = limit_kept()
+FILES.__enter__()
 """Tests import mlx-lm themselves, and what it takes from them it takes from every process that they start."""
 
 os.environ["KVARN_CACHE_SSD"] = "0"
