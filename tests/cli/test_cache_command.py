@@ -51,6 +51,22 @@ def test_ls_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no cache" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cache(tmp_path / "file", "ls") == 1
+    assert cache(tmp_path / "file" / "below", "verify") == 1
+    for variable in ("KVARN_CACHE_DIR", "KVARN_CACHE"):
+        monkeypatch.setenv(variable, "~nobody-of-this-name/cache")
+        assert main(["cache", "ls"]) == 1
+        monkeypatch.delenv(variable)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert ["no folder" in lines[0], "Not a directory" in lines[1]] == [True, True]
+    assert all("no such user" in line and "FOLDER names another folder" in line for line in lines[2:])
+
+
 def test_verify_of_a_sound_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cache(folder, "verify") == 0
     assert capsys.readouterr().out == "6 records are sound\n"

@@ -405,6 +405,19 @@ def test_a_folder_that_cannot_be_made(start: StartTiny, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_no_cache_folder_costs_time_only(tiny: Callable[[str], Path], launch: Launch, tmp_path: Path) -> None:
+    """(A6) Neither what a start finds out nor prefixes on disk can be kept: that is said, and requests are served."""
+    (tmp_path / "file").touch()
+    started = [sys.executable, "-m", "kvarn.cli.main", *command(tiny("llama"), "--cache-ssd", "1GB")]
+    with launch(["env", "-u", "KVARN_CACHE_DIR", f"KVARN_CACHE={tmp_path / 'file'}", *started]) as server:
+        server.wait_for_line("Not a directory; KVARN_CACHE=FOLDER names another folder")
+        server.wait_for_line("the SSD tier only reads")
+        assert [answer.cached for answer in ask(server, 1, 1)] == [0, PROMPT - 1]
+        assert ssd(server)["writing"] == 0
+        assert server.stop() == 0
+        assert not [line for line in server.lines if "Traceback" in line]
+
+
 # --- for hours ---------------------------------------------------------------------------------------------------
 
 
