@@ -68,4 +68,32 @@ BREAKS = [
         ),
         by=("test_one_thread_alone_touches_mlx",),
     ),
+    Break(
+        name="A6-imports-from-here",
+        file="kvarn/child.py",
+        old='return (program, "-P", *arguments)',
+        new="return (program, *arguments)",
+        by=("test_no_child_imports_from_the_folder_it_starts_in",),
+    ),
+    Break(
+        name="A6-orphans",
+        file="kvarn/lifeline.py",
+        old='if sys.platform == "linux":',
+        new='if sys.platform == "nowhere":',
+        by=("test_nobody_outlives_a_killed_front_end",),
+    ),
+    Break(
+        name="A6-own-group-unread",
+        file="kvarn/model/cgroups.py",
+        old="            yield folder\n",
+        new="            yield self.point\n",
+        by=("test_version_1", "test_version_2"),
+    ),
+    Break(
+        name="A6-files-taken",
+        file="kvarn/model/open_files.py",
+        old="    resource.setrlimit = raising\n",
+        new="",
+        by=("test_it_is_kept_and_used",),
+    ),
 ]

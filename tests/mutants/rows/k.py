@@ -47,4 +47,11 @@ BREAKS = [
         new='[*message.get("headers", ())]',
         by=("test_request_ids_are_echoed_or_made",),
     ),
+    Break(
+        name="K3-reason-lost",
+        file="kvarn/client/engine.py",
+        old='log.error("engine failed", extra=kv(reason=reason))',
+        new='log.error("engine failed", extra={"reason": reason})',
+        by=("test_giving_up_says_why", "test_no_field_is_lost"),
+    ),
 ]
