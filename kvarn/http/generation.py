@@ -19,7 +19,7 @@ from kvarn.http.errors import unavailable
 from kvarn.http.service import Service
 from kvarn.text.answer import Answer
 from kvarn.text.stops import StopStrings
-from kvarn.text.tokenizer import Tokenizer
+from kvarn.text.tokenizer import TextError, Tokenizer
 from kvarn.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
 
 
@@ -226,6 +226,8 @@ class Generation:
         try:
             async with stream:
                 await self._read(choice, stream)
+        except TextError as error:
+            self._queue.put_nowait(EngineError(ErrorKind.ENGINE, str(error)))
         except Exception as error:  # noqa: BLE001 - the reader waits on the queue: it gets it, and raises it there
             self._queue.put_nowait(error)
 

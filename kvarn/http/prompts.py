@@ -13,7 +13,7 @@ from kvarn.client.public import public
 from kvarn.http.errors import ApiError, bad_value
 from kvarn.http.guesses import check_mode
 from kvarn.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from kvarn.text.tokenizer import TemplateError, Tokenizer
+from kvarn.text.tokenizer import TemplateError, TextError, Tokenizer
 from kvarn.types import ModelInfo
 
 CHARACTERS_PER_TOKEN = 4
@@ -51,10 +51,13 @@ def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> li
         text for message in asked.messages for name, text in message.items() if name != "role" and isinstance(text, str)
     ]
     many = len(asked.messages) >= info.context_length
-    if many or _surely_longer(tokenizer, texts, info.context_length, len(asked.messages)):
-        raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
     try:
+        # Control tokens recognised are one token each, which is the least that they can be.
+        if many or _surely_longer(tokenizer, texts, info.context_length, len(asked.messages), parse_special=True):
+            raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
         tokens = tokenizer.chat_tokens(asked.messages, asked.generation_prompt, asked.continue_final_message)
+    except TextError as error:
+        raise _unreadable("messages", error) from error
     except TemplateError as error:
         param = "messages" if error.index is None else f"messages[{error.index}]"
         raise ApiError(400, f"{param}: {public(str(error))}", param=param, code="template_error") from error
@@ -69,12 +72,18 @@ def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer, info: Mod
     return [_completion_prompt(asked, prompt, tokenizer, info) for prompt in asked.prompt]
 
 
-def prediction_tokens(text: str, tokenizer: Tokenizer, most: int) -> list[int]:
-    """The tokens that a client expects of its answer; a text that is far too long is read only so far."""
+def prediction_tokens(text: str, tokenizer: Tokenizer, most: int, *, parse_special: bool = False) -> list[int]:
+    """The tokens that a client expects of its answer; a text that is far too long is read only so far.
+
+    So is one that the tokenizer cannot read: what is expected changes nothing of the answer.
+    """
     tokens: list[int] = []
     whole = len(text) <= CHARACTERS_PER_TOKEN * most
     for piece in [text] if whole else (piece for piece, _ in _pieces([text])):
-        tokens += tokenizer.text_tokens(piece)
+        try:
+            tokens += tokenizer.text_tokens(piece, parse_special=parse_special)
+        except TextError:
+            break
         if len(tokens) >= most:
             break
     return tokens[:most]
@@ -84,14 +93,20 @@ def _completion_prompt(
     asked: CompletionRequest, prompt: str | tuple[int, ...], tokenizer: Tokenizer, info: ModelInfo
 ) -> Prompt:
     if isinstance(prompt, str):
-        if _surely_longer(tokenizer, [prompt], info.context_length, 0):
-            raise _prompt_too_long("prompt", f"more than {info.context_length}", info.context_length)
-        tokens = tokenizer.encode(prompt)
+        try:
+            if _surely_longer(tokenizer, [prompt], info.context_length, 0, parse_special=asked.parse_special):
+                raise _prompt_too_long("prompt", f"more than {info.context_length}", info.context_length)
+            tokens = tokenizer.encode(prompt, parse_special=asked.parse_special)
+        except TextError as error:
+            raise _unreadable("prompt", error) from error
         return _checked(asked, "prompt", tokens, prompt if asked.echo else "", info.context_length)
     for token in prompt:
         if not 0 <= token < info.vocab_size:
             raise bad_value("prompt", token, f"token ids from 0 to {info.vocab_size - 1}")
-    echo = tokenizer.decode(prompt) if asked.echo else ""
+    try:
+        echo = tokenizer.decode(prompt) if asked.echo else ""
+    except TextError as error:
+        raise _unreadable("prompt", error) from error
     return _checked(asked, "prompt", list(prompt), echo, info.context_length)
 
 
@@ -120,7 +135,13 @@ def _too_many(asked: GenerationRequest, wanted: int, context: int, prompt_tokens
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def _surely_longer(tokenizer: Tokenizer, texts: Sequence[str], context: int, least: int) -> bool:
+def _unreadable(param: str, error: TextError) -> ApiError:
+    return ApiError(400, f"{param}: {error}", param=param, code="unreadable_text")
+
+
+def _surely_longer(
+    tokenizer: Tokenizer, texts: Sequence[str], context: int, least: int, *, parse_special: bool
+) -> bool:
     """Whether a prompt of these texts and at least ``least`` tokens between them is longer than the context, if that
     can be seen without reading all of it."""
     if sum(map(len, texts)) <= CHARACTERS_PER_TOKEN * context:
@@ -128,7 +149,7 @@ def _surely_longer(tokenizer: Tokenizer, texts: Sequence[str], context: int, lea
     count = least
     for piece, ends in _pieces(texts):
         # A newline stands for what is between two texts: it may be a token, and take one from the text before it.
-        count += max(0, len(tokenizer.text_tokens(piece)) - PIECE_SLACK - 2 * ends)
+        count += max(0, len(tokenizer.text_tokens(piece, parse_special=parse_special)) - PIECE_SLACK - 2 * ends)
         if count > context:
             return True
     return False

@@ -21,7 +21,7 @@ from kvarn.http.gate import client_of
 from kvarn.http.generation import Generation, Piece, Usage, parts
 from kvarn.http.guesses import speculation
 from kvarn.http.prompts import Prompt, check_limits, prediction_tokens
-from kvarn.http.schemas import GenerationRequest, SamplingDefaults
+from kvarn.http.schemas import CompletionRequest, GenerationRequest, SamplingDefaults
 from kvarn.http.service import Service
 from kvarn.http.sse import EventStream, Headers, WatchedResponse
 from kvarn.http.tenants import salt_of
@@ -116,7 +116,8 @@ def _prediction(
     mode = (guessing or service.config.speculation).mode
     if not asked.prediction or mode not in info.speculation:
         return []
-    return prediction_tokens(asked.prediction, tokenizer, info.context_length)
+    parse_special = isinstance(asked, CompletionRequest) and asked.parse_special
+    return prediction_tokens(asked.prediction, tokenizer, info.context_length, parse_special=parse_special)
 
 
 def _requests(

@@ -84,6 +84,7 @@ NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
     "add_generation_prompt": (_one_of(True), "true"),
     "continue_final_message": (_one_of(False), "false"),
     "documents": (_empty, "none"),
+    "parse_special": (_one_of(False), "false: what messages say is text"),
     "grammar": (_empty, "no grammar"),
     "json_schema": (_empty, "no schema"),
     "structured_outputs": (_empty, "none"),
@@ -280,6 +281,7 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(None, description="an integer from 0 to 5")
     echo: bool = Field(False, description="true or false")
+    parse_special: bool = Field(False, description="true or false")
 
     @field_validator("prompt", mode="plain")
     @classmethod

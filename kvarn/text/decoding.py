@@ -26,6 +26,7 @@ from kvarn.text.detokenize import (
     PieceDetokenizer,
     WholeDetokenizer,
 )
+from kvarn.text.errors import reading
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Pieces:
         return self.shown(token) is None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """All ids at once, special tokens left out, by `tokenizers` itself."""
-        return self._backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
+        """All ids at once, special tokens left out, by `tokenizers` itself. Raises TextError."""
+        return decoded(self._backend, ids)
 
 
 class ByteLevelDecoding:
@@ -162,8 +163,9 @@ class PieceDecoding:
     def _read(self, piece: str, first: bool) -> str:
         if self._decoder is None:
             return piece if first else " " + piece
-        # An empty piece in front makes this one a later one, and reads as nothing itself.
-        return self._decoder.decode([piece] if first else ["", piece])
+        with reading("decode these tokens"):
+            # An empty piece in front makes this one a later one, and reads as nothing itself.
+            return self._decoder.decode([piece] if first else ["", piece])
 
 
 class WholeDecoding:
@@ -180,6 +182,13 @@ class WholeDecoding:
         if piece is None:
             return b""
         return (piece if self._pieces.hidden(token) else self._pieces.decode([token])).encode()
+
+
+def decoded(backend: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
+    """Text of token ids, special tokens and unknown ids left out. Raises TextError."""
+    with reading("decode these tokens"):
+        # The batch call lets other threads run meanwhile.
+        return backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
 
 
 def decoding_of(backend: tokenizers.Tokenizer) -> Decoding:

@@ -4,7 +4,8 @@ Invariants: no prompt begins with two BOS tokens; ends of turn are known by id. 
 so every method may be called from any number of threads at once.
 
 Its parts: ``settings``, ``template_files`` and ``loading`` read the files, ``template`` makes a conversation into a
-text, ``decoding`` turns ids back into text.
+text, ``masks`` and ``encoder`` see to it that what clients write is text and nothing else, ``decoding`` turns ids back
+into text.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from pathlib import Path
 
 import tokenizers
 
-from kvarn.text.decoding import decoding_of
+from kvarn.text.control import control_tokens
+from kvarn.text.decoding import decoded, decoding_of
 from kvarn.text.detokenize import Detokenizer
+from kvarn.text.encoder import Encoder
 from kvarn.text.ends import configured_ends, turn_ends
+from kvarn.text.errors import TextError
 from kvarn.text.loading import TokenizerError, load_backend
+from kvarn.text.masks import Masks
 from kvarn.text.settings import TokenizerSettings, read_settings
 from kvarn.text.template import ChatTemplate, EndlessTemplateError, Message, TemplateError
 from kvarn.text.template_files import TemplateFileError, find_template
 
-__all__ = ["Message", "TemplateError", "Tokenizer", "TokenizerError"]
+__all__ = ["Message", "TemplateError", "TextError", "Tokenizer", "TokenizerError"]
 
 
 class Tokenizer:
@@ -34,6 +39,9 @@ class Tokenizer:
         self._decoding = decoding_of(backend)
         source = find_template(folder)
         self._template = None if source is None else ChatTemplate(source, settings.special_tokens)
+        controls = control_tokens(backend, source or "")
+        self._encoder = Encoder(backend, controls)
+        self._masks = Masks(controls, source or "", backend.normalizer)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
         self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
@@ -59,31 +67,41 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain text, after the BOS that the tokenizer puts first, unless the text begins with it.
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a plain text, after the BOS that the tokenizer puts first.
 
-        Special tokens written out in the text are recognised. Lone surrogates read as U+FFFD.
+        Control tokens written out in the text are text, unless ``parse_special``: then they are recognised, and a text
+        that begins with BOS gets no second one. Lone surrogates read as U+FFFD. Raises TextError.
         """
-        ids = self._encode(text)
-        return ids if ids[:1] == self._prefix[:1] else self._prefix + ids
+        ids = self.text_tokens(text, parse_special=parse_special)
+        return ids if parse_special and ids[:1] == self._prefix[:1] else self._prefix + ids
 
-    def text_tokens(self, text: str) -> list[int]:
+    def text_tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Like ``encode``, but of a text that stands behind another: nothing is put first."""
-        return self._encode(text)
+        return self._encoder.parsed(text) if parse_special else self._encoder.plain(text)
 
     def chat_tokens(
         self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant to answer.
 
-        The template alone decides about BOS, as it did when the model was trained. ``generation_prompt``: with the
-        beginning of an answer; ``continued``: up to the end of what the last message says. Raises TemplateError.
+        The template alone decides about BOS and writes control tokens. What the messages say is text, whatever it
+        spells, except for the marks of thoughts and calls in the assistant's own answers, which are as they were
+        drawn. ``generation_prompt``: with the beginning of an answer; ``continued``: up to the end of what the last
+        message says. Raises TemplateError, TextError.
         """
-        return self._encode(self._render(messages, generation_prompt, continued))
+        masked = None if self._template is None else self._masks.of(messages)
+        if masked is None:
+            return self._encoder.parsed(self._render(messages, generation_prompt, continued))
+        try:
+            text = self._render(masked.messages, generation_prompt, continued)
+        except TemplateError as error:
+            raise TemplateError(masked.lifted(str(error)), error.index) from error
+        return self._encoder.plain(masked.lifted(self._encoder.named(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens and unknown ids left out."""
-        return self._backend.decode_batch([list(ids)], skip_special_tokens=True)[0]
+        """Text of token ids, special tokens and unknown ids left out. Raises TextError."""
+        return decoded(self._backend, ids)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental form of ``decode``, for one answer."""
@@ -96,15 +114,6 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """``token_bytes`` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token).decode("utf-8", "replace")
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            # JSON may carry half a surrogate pair, which no tokenizer accepts.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        # The batch calls let other threads run meanwhile; `encode` and `decode` hold the interpreter for seconds.
-        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, continued: bool = False) -> str:
         if self._template is None:

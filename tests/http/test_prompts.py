@@ -22,9 +22,9 @@ class CountingTokenizer(Tokenizer):
 
     read: int
 
-    def text_tokens(self, text: str) -> list[int]:
+    def text_tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
         self.read += len(text)
-        return super().text_tokens(text)
+        return super().text_tokens(text, parse_special=parse_special)
 
     def chat_tokens(
         self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False

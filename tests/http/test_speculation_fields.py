@@ -259,7 +259,7 @@ def test_a_prediction_is_tokenised_without_what_a_prompt_begins_with() -> None:
         def __init__(self) -> None:
             self.read = 0
 
-        def text_tokens(self, text: str) -> list[int]:
+        def text_tokens(self, text: str, *, parse_special: bool) -> list[int]:
             self.read += len(text)
             return [ord(character) for character in text]
 

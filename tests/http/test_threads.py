@@ -39,9 +39,9 @@ class WatchedTokenizer(Tokenizer):
     threads: set[str]
     gate: threading.Event
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         self.note()
-        return super().encode(text)
+        return super().encode(text, parse_special=parse_special)
 
     def chat_tokens(
         self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False

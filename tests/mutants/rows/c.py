@@ -15,7 +15,7 @@ BREAKS = [
     Break(
         name="C1-two-bos",
         file="kvarn/text/tokenizer.py",
-        old="return ids if ids[:1] == self._prefix[:1] else self._prefix + ids",
+        old="return ids if parse_special and ids[:1] == self._prefix[:1] else self._prefix + ids",
         new="return self._prefix + ids",
         by=("test_completion_has_one_bos_even_if_the_text_brings_it",),
     ),
