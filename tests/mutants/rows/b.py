@@ -291,4 +291,25 @@ BREAKS = [
         new="many = False",
         by=("test_a_chat_that_is_far_too_long",),
     ),
+    Break(
+        name="B15-nothing-is-missed",
+        file="kvarn/text/template.py",
+        old="        if hidden:\n            raise _not_shown(messages, hidden[0])\n",
+        new="",
+        by=("test_a_role_without_a_branch_is_an_error",),
+    ),
+    Break(
+        name="B15-the-end-is-enough",
+        file="kvarn/text/marks.py",
+        old='message.get("role") == "assistant" or _begin(index) in found',
+        new="True",
+        by=("test_half_a_message_is_not_enough",),
+    ),
+    Break(
+        name="B15-second-system-message-lost",
+        file="kvarn/text/form.py",
+        old="if not _shows(render, form, pair) and _shows(render, merging, pair):",
+        new="if False:",
+        by=("test_system_messages_at_the_beginning_become_one_if_only_one_is_shown",),
+    ),
 ]
