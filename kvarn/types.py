@@ -373,6 +373,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Modes that requests may use besides off."""
     speculation_reason: str = ""
     """Why there are none; empty when there are."""
+    remarks: list[str] = []
+    """What of the model's files is not used, or not as they say."""
 
 
 # --- step plans -------------------------------------------------------------------------------------------------

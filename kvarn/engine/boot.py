@@ -50,6 +50,8 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
+    for remark in model.remarks:
+        log.warning("the model's files are not followed to the letter", extra=kv(remark=remark))
     if capabilities.reason:
         log.warning("this model runs without a batched forward", extra=kv(reason=capabilities.reason))
     if ready.uncached:
@@ -80,6 +82,7 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
                 speculation=[mode.value for mode in modes],
                 speculation_reason="" if modes else capabilities.reason,
                 ranks=party.world,
+                remarks=list(model.remarks),
             )
         )
     )

@@ -49,7 +49,7 @@ class LoadedDraft:
             model = load(folder, 0, lambda _: None)
         except ModelError as error:
             raise ModelError(f"draft_model: {error}") from error
-        capabilities = remembered_probe(model, content)
+        capabilities = remembered_probe(model, model.identity(content))
         if not capabilities.slots:
             raise ModelError(f"draft_model: it cannot be run in a batch: {capabilities.reason}")
         self.model = capabilities.fitted(model)

@@ -16,6 +16,7 @@ from kvarn.engine.boot_guessing import LoadedDraft
 from kvarn.engine.party import Found, Party
 from kvarn.engine.prefixes import Prefixes
 from kvarn.hub.cache import NoCache, prefix_folder
+from kvarn.hub.errors import SourceError
 from kvarn.hub.fingerprint import folder_fingerprint
 from kvarn.hub.progress import SilentProgress
 from kvarn.model.blocks import BlockFormat, agree, stored
@@ -85,11 +86,11 @@ def prepare(
     mx.set_cache_limit(BUFFER_CACHE_BYTES)
     drafter = Path(start.spec.draft_path) if start.spec.draft_path and party.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        digest = pool.submit(folder_fingerprint, folder, SilentProgress())  # reads files only: runs beside the load
-        draft_digest = pool.submit(folder_fingerprint, drafter, SilentProgress()) if drafter is not None else None
+        digest = pool.submit(_digest, folder)  # reads files only: runs beside the load
+        draft_digest = pool.submit(_digest, drafter) if drafter is not None else None
         group = party.join(digest.result()) if party.world > 1 else None
         model = load(folder, start.context_length, partial(progress, "weights"), start.packing, group)
-        content = digest.result()
+        content = model.identity(digest.result())
         progress("probe", 1.0)
         capabilities = remembered_probe(model, content, (party.rank, party.world), party.unanimous)
         model = capabilities.fitted(model)
@@ -121,6 +122,13 @@ def prepare(
         draft=draft,
         draft_bytes=draft_bytes,
     )
+
+
+def _digest(folder: Path) -> str:
+    try:
+        return folder_fingerprint(folder, SilentProgress())
+    except (SourceError, OSError) as error:
+        raise ModelError(f"cannot read the model in {folder.name!r}: {error}") from error
 
 
 def _prefixes(

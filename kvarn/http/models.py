@@ -49,6 +49,7 @@ def _model(service: Service) -> dict[str, object]:
             "prefix_cache_reason": _told(info.prefix_cache_reason),
             "speculation": info.speculation,
             "speculation_reason": _told(info.speculation_reason),
+            "remarks": [_told(remark) for remark in info.remarks],
         }
     return model
 

@@ -14,6 +14,7 @@ import msgspec
 
 from kvarn.hub.cache import keep, recalled
 from kvarn.hub.progress import Progress
+from kvarn.hub.weights import weight_files
 
 CHUNK = 1 << 22
 MEMO = "digests.json"
@@ -31,8 +32,10 @@ class DigestMemo(msgspec.Struct):
 
 
 def folder_fingerprint(folder: Path, progress: Progress) -> str:
-    """sha256, hex, over config.json and every *.safetensors file of a folder, names included."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    """sha256, hex, over config.json and the weight files that count, names included. Raises SourceError."""
+    files = [folder / "config.json", *weight_files(folder).used]
+    if (quantization := folder / "hf_quant_config.json").is_file():  # says what the weights mean where config does not
+        files.append(quantization)
     total = hashlib.sha256()
     digests = _digest_all(files, progress)
     for file in files:

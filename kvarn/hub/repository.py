@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,17 +12,19 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from kvarn.hub.errors import SourceError
 from kvarn.hub.progress import Progress
+from kvarn.hub.weights import files_of_index, weight_files
 
+WEIGHTS = "model*.safetensors"
 HUB_FILES = [
     "*.json",
-    "model*.safetensors",
+    WEIGHTS,
     "tokenizer.model",
     "*.tiktoken",
     "*.txt",
     "*.jsonl",
     "*.jinja",
 ]
-"""What of a hub repository is fetched: weights and tokenizer, no code."""
+"""What of a hub repository is fetched: weights and tokenizer, no code; and what its index names besides."""
 
 
 def snapshot(name: str, progress: Progress) -> Path:
@@ -29,25 +32,29 @@ def snapshot(name: str, progress: Progress) -> Path:
     if not progress.visible:
         disable_progress_bars()
     try:
-        folder = Path(_fetched(name))
+        folder = Path(_fetched(name, HUB_FILES))
     except HFValidationError as error:
         raise SourceError(f"model {name!r} is not a hub name: {error}") from error
-    if not any(folder.glob("*.safetensors")):
-        raise SourceError(f"hub model {name!r} has no *.safetensors")
+    try:
+        if any(not fnmatch(file, WEIGHTS) for file in files_of_index(folder)):
+            folder = Path(_fetched(name, [*HUB_FILES, *files_of_index(folder)]))
+        weight_files(folder)
+    except SourceError as error:
+        raise SourceError(f"hub model {name!r}: {error}") from error
     return folder
 
 
-def _fetched(name: str) -> str:
+def _fetched(name: str, patterns: list[str]) -> str:
     if HF_HUB_CACHE.startswith("~"):  # without a home folder it would be one of that name, wherever we are
         why = "there is no home folder to keep it in; HF_HUB_CACHE=FOLDER names a folder"
         raise SourceError(f"hub model {name!r} cannot be fetched: {why}")
     try:
-        return snapshot_download(name, allow_patterns=HUB_FILES)
+        return snapshot_download(name, allow_patterns=patterns)
     except HFValidationError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         try:
-            return snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+            return snapshot_download(name, allow_patterns=patterns, local_files_only=True)
         except (LocalEntryNotFoundError, OSError):
             why = str(error)
             if error.errno is not None and error.filename is not None:  # of this machine's disk, not of the network

@@ -11,6 +11,7 @@ from kvarn.hub.demo import WHEEL_MODELS, wheel_model
 from kvarn.hub.errors import SourceError
 from kvarn.hub.fingerprint import file_digest
 from kvarn.hub.progress import Progress
+from kvarn.hub.weights import weight_files
 from kvarn.paths import expanded
 
 ALLOWED = "demo, gemma3-270m, an MLX folder (config.json and *.safetensors), a .gguf file, or a hub name (owner/model)"
@@ -62,8 +63,10 @@ def _found(name: str, path: Path, progress: Progress) -> ResolvedModel:
 def _folder(name: str, path: Path) -> ResolvedModel:
     if not (path / "config.json").is_file():
         raise SourceError(f"model {name!r} has no config.json; allowed are {ALLOWED}")
-    if not any(path.glob("*.safetensors")):
-        raise SourceError(f"model {name!r} has no *.safetensors; allowed are {ALLOWED}")
+    try:
+        weight_files(path)
+    except SourceError as error:
+        raise SourceError(f"model {name!r}: {error}; allowed are {ALLOWED}") from error
     # A link's own name is what it was given for: models/current stays "current" when it leads elsewhere one day.
     own, real = path.absolute().name, path.resolve()
     return ResolvedModel(real.name if own == ".." else own, real)

@@ -9,16 +9,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from kvarn.hub.errors import SourceError
 from kvarn.kv.format import KvFormat
 from kvarn.kv.slots import LayerSpec
 from kvarn.model import attention
 from kvarn.model.blocks import BlockFormat, block_format
+from kvarn.model.checkpoint import WrongWeightsError
+from kvarn.model.config_keys import RefusedKeyError
+from kvarn.model.config_rope import UnmappedRopeError
+from kvarn.model.context import context_of
 from kvarn.model.memory import total_memory
 from kvarn.model.rotary import share_angles
 from kvarn.model.shard import CannotShard, Group, shard
@@ -39,8 +45,10 @@ CACHE_STEP = 256
 """Tokens by which mlx-lm's caches grow."""
 COMPILER = "g++"
 """What mx.compile calls at run time on a CPU."""
-DEFAULT_CONTEXT = 4096
-"""Context length of a model whose config names none."""
+
+
+UNDERSTOOD = (SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, FileNotFoundError, ValueError)
+"""Errors whose text speaks for itself."""
 
 
 class ModelError(Exception):
@@ -73,8 +81,16 @@ class LoadedModel:
     chunk_token_bytes: int
     """Bytes that one token of a prompt chunk adds to the windows while the chunk is being read."""
     weight_bytes: int
+    remarks: tuple[str, ...]
+    """What of the folder is not used, or not as its files say; for people."""
+    reading: str
+    """What was done to the files' content on the way; empty for those that mlx-lm reads as they are."""
     blocks: BlockFormat | str
     """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
+
+    def identity(self, content: str) -> str:
+        """What tells this model from others, hex: the digest of its files and, if they were changed on the way, how."""
+        return sha256(f"{content}\0{self.reading}".encode()).hexdigest() if self.reading else content
 
 
 def load(
@@ -90,9 +106,11 @@ def load(
     Raises ModelError when the folder is not a model that mlx-lm can run.
     """
     try:
-        network, config = load_weights(folder)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot load the model in {folder.name!r}: {error}") from error
+        checkpoint = load_weights(folder)
+    except Exception as error:  # whatever mlx-lm does with files that are not what it expects
+        raise ModelError(f"cannot load the model in {folder.name!r}: {_told(error)}") from error
+    network, config = checkpoint.network, checkpoint.config
+    context_length = _context(config, context_length)
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
         network = _in_float32(network)
@@ -106,13 +124,14 @@ def load(
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network, on_cpu)
     _evaluate(network, progress)
-    own_context = _own_context(config)
-    if context_length > own_context:
-        raise ModelError(f"context_length: {context_length} is more than the model's own {own_context}")
-    logits = network(mx.array([[0]]), cache=new_cache(network))
+    try:
+        logits = network(mx.array([[0]]), cache=new_cache(network))
+        mx.eval(logits)
+    except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
+        raise ModelError(f"cannot run the model in {folder.name!r}: {_told(error)}") from error
     model = LoadedModel(
         network=network,
-        context_length=context_length or own_context,
+        context_length=context_length,
         vocab_size=int(logits.shape[-1]),
         dtype=str(logits.dtype).removeprefix("mlx.core."),
         on_cpu=on_cpu,
@@ -125,9 +144,19 @@ def load(
         exact_row_bytes=0,
         chunk_token_bytes=0,
         weight_bytes=_bytes(network),
+        remarks=checkpoint.remarks,
+        reading=checkpoint.reading,
         blocks="",
     )
     return kept_as(model, KvFormat(packing, native=decode.available()))
+
+
+def _told(error: Exception) -> str:
+    """One line; what others raise bare, such as a KeyError, gets its name before it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UNDERSTOOD):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _in_float32(network: nn.Module) -> nn.Module:
@@ -165,14 +194,15 @@ def _bytes(network: nn.Module) -> int:
     return sum(int(array.nbytes) for _, array in tree_flatten(network.parameters()))
 
 
-def _own_context(config: dict[str, object]) -> int:
-    text = config.get("text_config")
-    for source in (config, text if isinstance(text, dict) else {}):
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length"):
-            value = source.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
-    return DEFAULT_CONTEXT
+def _context(config: dict[str, object], asked: int) -> int:
+    """Tokens to serve: those ``asked`` for, or the model's own. Raises ModelError for more than it was made for."""
+    context = context_of(config)
+    if context.most is not None and asked > context.most:
+        raise ModelError(
+            f"context_length: {asked} is more than the {context.most} that the model was made for ({context.reason}); "
+            f"allowed are 0 to {context.most}"
+        )
+    return asked or context.usual
 
 
 def kept_as(model: LoadedModel, form: KvFormat) -> LoadedModel:

@@ -5,23 +5,32 @@ Everything Kvarn assumes about mlx-lm's caches is in this file; the probe checks
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from kvarn.hub.weights import weight_files
 from kvarn.kv.format import KvFormat
 from kvarn.kv.slots import LayerRow, LayerSpec
+from kvarn.model.checkpoint import check_weights, read_arrays
+from kvarn.model.config_keys import pattern_change, remarks_of
+from kvarn.model.config_rope import check_scaling, rope_changes
+from kvarn.model.float8 import block_of, holds_float8, must_widen, quantization_of, widen_float8
 from kvarn.model.open_files import limit_kept
 
 with limit_kept():
     from mlx_lm.models.activations import swiglu as swiglu
-    from mlx_lm.models.base import scaled_dot_product_attention
+    from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
     from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm.utils import MODEL_REMAPPING, _get_classes, dequantize_model, load_config, load_model
 
 
 class LayerCache(Protocol):
@@ -36,10 +45,124 @@ Model = Callable[..., mx.array]
 """A model: (tokens int [n, L], cache=...) -> logits [n, L, vocab]."""
 
 
-def load_weights(folder: Path) -> tuple[nn.Module, dict[str, object]]:
-    """Load a local MLX folder lazily. Raises what mlx-lm raises for a folder it cannot read."""
-    model, config = load_model(folder, lazy=True)
-    return cast(nn.Module, model), cast(dict[str, object], config)
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, read: weights are lazy still."""
+
+    network: nn.Module
+    config: dict[str, object]
+    """config.json as the model's class got it."""
+    remarks: tuple[str, ...]
+    """What of the folder is not used, or not as it says; for people."""
+    reading: str
+    """What was changed of the files' content on the way to the class; empty for those that it reads as they are."""
+
+
+class _ConfigsOnly:
+    """What mlx-lm's loader is given for a folder: its JSON files, and no weights, which are read here."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __truediv__(self, name: str) -> Path | str:
+        return "" if name.endswith(".safetensors") else self._folder / name
+
+
+def load_weights(folder: Path) -> Checkpoint:
+    """Load a local MLX folder lazily: the weight files that its index names, keys of config.json in the class's words.
+
+    Raises SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, and what mlx-lm raises for a folder that
+    it cannot read.
+    """
+    files = weight_files(folder)
+    config = _read_config(folder)
+    module, level, taken = _class_of(config)
+    changes: dict[str, object] = {}
+    remarks = [f"weights beside the model's own are ignored: {', '.join(files.ignored)}"] if files.ignored else []
+    if taken is not None:
+        changes = rope_changes(level, taken, module) | pattern_change(level, taken)
+        check_scaling(level, taken, module)
+        remarks += remarks_of(level, taken, module)
+    arrays, dtypes = read_arrays(files)
+    quantization = quantization_of(config, folder)
+    widened = holds_float8(dtypes) and must_widen(quantization)
+    if widened:
+        arrays = widen_float8(arrays, dtypes, block_of(quantization))
+    overrides: dict[str, object] = dict(changes)
+    if level is not config:
+        overrides = {"text_config": {**level, **changes}}
+    if widened:
+        overrides["quantization_config"] = None  # nothing is packed any more
+
+    def build(arguments: object) -> nn.Module:
+        network = cast(nn.Module, model_class(arguments))
+        upstream_sanitize = getattr(network, "sanitize", dict)
+        upstream_load = network.load_weights
+
+        def load(weights: list[tuple[str, mx.array]], strict: bool) -> None:
+            check_weights(dict(weights), dict(tree_flatten(network.parameters())), dtypes)
+            upstream_load(weights, strict=strict)
+
+        # Both are called once, by load_model, which has no weights to give.
+        network.sanitize = lambda _: upstream_sanitize(arrays)
+        network.load_weights = load
+        return network
+
+    model_class, arguments_class = _get_classes(config)
+    view = cast(Path, _ConfigsOnly(folder))
+    model, config = load_model(
+        view, lazy=True, strict=False, model_config=overrides, get_model_classes=lambda **_: (build, arguments_class)
+    )
+    del model.sanitize, model.load_weights
+    reading = repr((sorted(changes.items()), widened)) if changes or widened else ""
+    return Checkpoint(cast(nn.Module, model), cast(dict[str, object], config), tuple(remarks), reading)
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    try:
+        config = load_config(folder)
+    except RecursionError as error:
+        raise ValueError("config.json is nested too deeply") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError("config.json names no model_type")
+    return cast(dict[str, object], config)
+
+
+def _class_of(config: dict[str, object]) -> tuple[str, dict[str, object], frozenset[str] | None]:
+    """Module of the class that runs the text model, the part of config.json that it gets, and the keys that it takes.
+
+    The keys are None for classes that read the configuration in a way of their own.
+    """
+    try:
+        model_class, arguments = _get_classes(config)
+    except SystemExit as error:  # a class that needs a package of its own ends the process when it is imported
+        raise ValueError(f"model_type {config['model_type']!r} needs a package that is not installed") from error
+    module = sys.modules[model_class.__module__]
+    name = module.__name__.rpartition(".")[2]
+    keys = frozenset(inspect.signature(arguments).parameters)
+    if "text_config" not in keys:
+        own = "from_dict" in vars(arguments)
+        return name, config, None if own else keys
+    text = config.get("text_config")
+    level = cast(dict[str, object], text) if isinstance(text, dict) else config
+    inner = {
+        held.__name__.rpartition(".")[2]: frozenset(inspect.signature(held.ModelArgs).parameters)
+        for held in vars(module).values()
+        if isinstance(held, ModuleType) and hasattr(held, "ModelArgs")
+    }
+    kind = str(level.get("model_type", ""))
+    kind = MODEL_REMAPPING.get(kind, kind)
+    if kind in inner:
+        return kind, level, inner[kind]
+    if len(inner) == 1:
+        return next((held, level, taken) for held, taken in inner.items())
+    others = [held for held in vars(module).values() if _takes_keys(held) and held is not arguments]
+    keys = frozenset().union(*inner.values(), *(inspect.signature(held).parameters for held in others))
+    return name, level, keys or None
+
+
+def _takes_keys(held: object) -> bool:
+    return isinstance(held, type) and issubclass(held, BaseModelArgs) and held is not BaseModelArgs
 
 
 def dequantized(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -147,14 +148,15 @@ def test_models_that_cannot_be_served(tmp_path: Path) -> None:
     assert report.failed == {"model"}
     assert "nonsense" in report.text["model"]
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
-    assert "not a safetensors file" in doctor(str(folder)).text["model"]
+    assert "not a whole safetensors file" in doctor(str(folder)).text["model"]
 
 
 def test_a_model_that_is_too_large_is_not_loaded(tmp_path: Path) -> None:
-    """Its files are missing all but their heads: loading it would fail in another way."""
-    size = 10**15
+    """Its file is all hole behind the head."""
+    size = 2**42
     head = json.dumps({"a.weight": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(head) + size)
     (tmp_path / "config.json").write_text("{}")
     report = doctor(str(tmp_path))
     assert report.failed == {"model"}
@@ -173,3 +175,12 @@ def test_the_estimate_of_the_weights_is_what_they_take(bits: int | None, tmp_pat
         (folder / "config.json").write_text(json.dumps(config))
     on_cpu = mx.default_device() == mx.cpu
     assert weight_bytes(folder, on_cpu, 2**40) == load(folder, 0, lambda _: None).weight_bytes
+
+
+def test_files_that_are_not_followed_to_the_letter_are_told(tmp_path: Path) -> None:
+    folder = tiny_models.save("llama", tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = doctor(str(folder))
+    assert "sliding_window: 64 is not followed" in report.text["files"]
+    assert report.remedy["files"]

@@ -34,6 +34,16 @@ def test_a_copy_has_the_same_fingerprint(folder: Path, tmp_path: Path) -> None:
     assert len(fingerprint(folder)) == 64
 
 
+def test_it_is_the_one_under_which_prefixes_were_kept(folder: Path) -> None:
+    """Of a folder with nothing beside its weights: sha256 over the name and digest of each file."""
+    (folder / "model-2.safetensors").write_bytes(b"more")
+    parts = [
+        f"{name}\0{hashlib.sha256((folder / name).read_bytes()).hexdigest()}\0"
+        for name in ("config.json", "model-2.safetensors", "model.safetensors")
+    ]
+    assert fingerprint(folder) == hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_weights_and_config_both_count(folder: Path, name: str) -> None:
     before = fingerprint(folder)

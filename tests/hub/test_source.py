@@ -63,7 +63,7 @@ def test_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no config\.json"):
         resolve(str(folder), SilentProgress())
     (folder / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"no \*\.safetensors"):
+    with pytest.raises(SourceError, match=r"no model\*\.safetensors"):
         resolve(str(folder), SilentProgress())
 
 

@@ -9,7 +9,7 @@ from kvarn import wire
 from kvarn.cli.doctor.engine import Probe
 from kvarn.cli.doctor.finding import Finding, fail, ok, shown, warn
 from kvarn.cli.doctor.machine import free_memory
-from kvarn.cli.doctor.weights import UnreadableWeights, weight_bytes
+from kvarn.cli.doctor.weights import weight_bytes
 from kvarn.client import EngineClient, EngineUnavailable
 from kvarn.config import ServeConfig
 from kvarn.hub.errors import SourceError
@@ -18,6 +18,7 @@ from kvarn.hub.source import resolve
 from kvarn.model.memory import total_memory
 from kvarn.types import ModelInfo, PrefixSettings
 
+REMARKED = "nothing, if the answers are what they should be; else remove what is named, or take another model"
 SMALLER = "take a smaller or more strongly quantised model"
 
 
@@ -37,8 +38,8 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
     free, total = free_memory(), probed.memory or total_memory()
     try:
         weights = sum(weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
-    except UnreadableWeights as error:
-        yield fail("model", str(error), "fetch the model again")
+    except SourceError as error:
+        yield fail("model", str(error), "correct what it says, or fetch the model again")
         return
     room = free if probed.on_cpu and free is not None else total
     if weights > room:
@@ -52,6 +53,8 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         yield fail("model", error.whole, "correct what it says, or take another model")
         return
     yield ok("model", f"{source.name}: {info.dtype}, context {info.context_length}, weights {shown(info.weight_bytes)}")
+    for remark in info.remarks:
+        yield warn("files", remark, REMARKED)
     yield _room(info, free if info.device.startswith("cpu") else None)
     if info.lane == "slots":
         yield ok("batching", "requests share one forward")
