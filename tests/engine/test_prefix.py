@@ -682,7 +682,10 @@ def test_a_disk_that_is_slower_than_computing_is_not_read(tmp_path: Path) -> Non
         ask("llama", both.cache, tokens, **both.options)
         both.forget()
         both.cache.attach(both.ssd, SavePolicy.ALL, lambda start, count: 1e-6)
+        asked: list[object] = []
+        both.ssd.read = lambda expected, ticket: asked.append(expected)  # type: ignore[method-assign]
         predicted = ask("llama", both.cache, tokens, **both.options)
+        assert not asked
         assert predicted.prefix == PrefixReport(end="slower", known=199)
         right("llama", tokens, predicted)
         both.forget()

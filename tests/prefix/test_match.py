@@ -263,6 +263,28 @@ def test_an_eviction_costs_the_same_in_a_small_and_a_large_pool(blocks: int) -> 
     assert counts == {"_link": 0, "_unlink": 50, "looked": 50}
 
 
+def test_what_was_used_last_goes_last() -> None:
+    """A hit counts as a use, for the whole path, and the deepest of it goes first (E5)."""
+    cache = new_cache(LAYOUTS["kv"], 1 << 40)
+    visits = [cache.visit([prompt] * 200, "") for prompt in range(4)]
+    for visit in visits:
+        for begin in range(0, 192, BLOCK):
+            cache.keep(visit, begin, begin + BLOCK, {Kind.KV: Fake(b"x" * 100)})
+    again = cache.visit([1] * 200, "")
+    assert cache.take(again, cache.offer(again, 0.0).position).position == 192
+    keys = [[visit.match.chain.key(begin, begin + BLOCK) for begin in range(0, 192, BLOCK)] for visit in visits]
+    one = cache.nbytes // 12
+    left = []
+    for _ in range(12):
+        cache.fit(cache.nbytes - one)
+        left.append([sum(cache.tree.get(key) is not None for key in chain) for chain in keys])
+    assert [sum(counts) for counts in left] == list(range(11, -1, -1))
+    assert left[8] == [0, 3, 0, 0]
+    gone = [next(i for i in range(12) if left[i][chain] == 0) for chain in range(4)]
+    assert gone == [2, 11, 5, 8]
+    assert cache.tree.get(keys[1][0]) is None
+
+
 @pytest.mark.parametrize("chains", [10, 1000])
 def test_pinned_leaves_and_their_ancestors_cost_once(chains: int) -> None:
     """Whoever cannot go is passed over once, not at each eviction, and comes back when it can (E5)."""

@@ -1,0 +1,85 @@
+"""Breaks of section D: the engine."""
+
+from __future__ import annotations
+
+from mutants import Break
+
+BREAKS = [
+    Break(
+        name="D1-leaving-copies-all",
+        file="kvarn/kv/stretch.py",
+        old="mx.take(array, index, axis=0)[:, :, : self._held(length)]",
+        new="array[row : row + 1, :, : self._held(length)]",
+        by=("test_joining_and_leaving_cost_one_row",),
+    ),
+    Break(
+        name="D2-all-tables-in-one-row",
+        file="kvarn/sample/edits.py",
+        old="table.ids + row * vocab_size",
+        new="table.ids",
+        by=("test_everything_batches_together",),
+    ),
+    Break(
+        name="D3-age-does-not-count",
+        file="kvarn/schedule/scheduler.py",
+        old="seconds -= age_weight * (now - entry.arrival)",
+        new="seconds -= age_weight * 0.0",
+        by=("test_a_long_prompt_is_not_starved_by_an_endless_stream_of_short_ones",),
+    ),
+    Break(
+        name="D3-requeued-lose-their-age",
+        file="kvarn/schedule/scheduler.py",
+        old="entry.arrival = min(entry.arrival, now)",
+        new="entry.arrival = now",
+        by=("test_requeue_recomputes_from_the_start_and_keeps_the_arrival",),
+    ),
+    Break(
+        name="D4-rows-change-places",
+        file="kvarn/engine/executor.py",
+        old="        self.rows[row] = self.rows[-1]\n        self.rows.pop()\n",
+        new="        self.rows.pop(row)\n",
+        by=("test_batched_answers_equal_single_ones",),
+    ),
+    Break(
+        name="D5-noise-by-row",
+        file="kvarn/sample/sampler.py",
+        old="self.states[row].params.seed for",
+        new="self.states[row].params.seed + row for",
+        by=("test_a_row_is_the_same_alone_and_in_any_batch",),
+    ),
+    Break(
+        name="D6-a-state-fails-the-step",
+        file="kvarn/engine/flight.py",
+        old="                sequence.fault = error\n",
+        new="                raise\n",
+        by=("test_what_sampling_knows_of_a_request_may_fail_at_any_step",),
+    ),
+    Break(
+        name="D6-guesses-fail-the-engine",
+        file="kvarn/engine/guessing.py",
+        old='            log.exception("guessing for request %s failed; it goes on without", name)\n',
+        new="            raise\n",
+        by=("test_whatever_guessing_raises_costs_guesses_and_nothing_else",),
+    ),
+    Break(
+        name="D7-the-oldest-goes",
+        file="kvarn/schedule/admission.py",
+        old="(entry.priority, -entry.arrival, -entry.number)",
+        new="(entry.priority, entry.arrival, entry.number)",
+        by=("test_growth_preempts_the_youngest_row",),
+    ),
+    Break(
+        name="D9-launched-elsewhere",
+        file="kvarn/engine/flight.py",
+        old="mx.async_eval(*self.waiting)",
+        new='__import__("concurrent.futures").futures.ThreadPoolExecutor().submit(mx.eval, *self.waiting).result()',
+        by=("test_one_thread_alone_touches_mlx",),
+    ),
+    Break(
+        name="D8-twice-the-context",
+        file="kvarn/http/prompts.py",
+        old="wanted > room:",
+        new="wanted > room + context:",
+        by=("test_prompt_and_max_tokens_beyond_the_context",),
+    ),
+]

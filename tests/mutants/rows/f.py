@@ -1,0 +1,79 @@
+"""Breaks of section F: the SSD tier."""
+
+from __future__ import annotations
+
+from mutants import Break
+
+BREAKS = [
+    Break(
+        name="F1-not-synced",
+        file="kvarn/prefix/disk/pool.py",
+        old="                    self.files.sync(descriptor)\n",
+        new="                    pass\n",
+        by=("test_a_durable_write_is_synced_before_its_row",),
+    ),
+    Break(
+        name="F2-no-checksum",
+        file="kvarn/prefix/disk/block_file.py",
+        old="if xxhash.xxh3_128_digest(file[: parts.payload_end]) != bytes(",
+        new="if len(file) < parts.payload_end and bytes(",
+        by=("test_every_flipped_bit_is_found",),
+    ),
+    Break(
+        name="F3-children-are-searched",
+        file="kvarn/prefix/disk/index.py",
+        old="CREATE INDEX records_by_parent ON records(parent);\n",
+        new="",
+        by=("test_no_query_on_the_way_of_writes_reads_the_whole_table",),
+    ),
+    Break(
+        name="F4-what-has-no-row-is-free",
+        file="kvarn/prefix/disk/limits.py",
+        old="limits.cap_bytes - under_way - nbytes",
+        new="limits.cap_bytes - nbytes",
+        by=("test_the_cap_holds_after_every_event",),
+    ),
+    Break(
+        name="F5-a-discard-waits-for-the-disk",
+        file="kvarn/prefix/disk/tier.py",
+        old="self._inbox.discard(ids)",
+        new='self._reader._files.read(0, memoryview(b"")) or self._inbox.discard(ids)',
+        by=("test_a_disk_that_does_not_answer_holds_up_no_call",),
+        hangs=60,
+    ),
+    Break(
+        name="F6-the-rest-is-not-answered",
+        file="kvarn/prefix/disk/writer.py",
+        old="self._refuse(CLOSING)",
+        new="self._writes.clear()",
+        by=("test_closing_with_a_full_queue_answers_every_write",),
+    ),
+    Break(
+        name="F7-the-writer-dies",
+        file="kvarn/prefix/disk/pause.py",
+        old="PAUSES[min(self._failures, len(PAUSES) - 1)]",
+        new="PAUSES[self._failures]",
+        by=("test_a_disk_that_goes_on_failing_is_tried_for_ever",),
+    ),
+    Break(
+        name="F8-reading-always-pays",
+        file="kvarn/prefix/loader.py",
+        old="return reading < self._prefill_seconds(start, end - start)",
+        new="return reading >= 0.0",
+        by=("test_a_disk_that_is_slower_than_computing_is_not_read",),
+    ),
+    Break(
+        name="F9-written-anew-is-dropped",
+        file="kvarn/prefix/disk/pool.py",
+        old="if known is not None and self.has_file(known.namespace, known.id):",
+        new="if known is None:",
+        by=("test_a_missing_file_that_another_has_written_since_stays",),
+    ),
+    Break(
+        name="F10-files-for-everybody",
+        file="kvarn/prefix/disk/files.py",
+        old="FILE_MODE = 0o600",
+        new="FILE_MODE = 0o644",
+        by=("test_everything_is_private_to_the_user",),
+    ),
+]

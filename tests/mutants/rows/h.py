@@ -1,0 +1,64 @@
+"""Breaks of section H: speculation."""
+
+from __future__ import annotations
+
+from mutants import Break
+
+BREAKS = [
+    Break(
+        name="H1-matches-must-be-longer",
+        file="kvarn/speculate/ngrams.py",
+        old="            if length >= n:\n",
+        new="            if length > n:\n",
+        by=("test_finds_what_a_search_finds",),
+    ),
+    Break(
+        name="H2-as-many-for-all-rows",
+        file="kvarn/engine/executor.py",
+        old="[max(1, count) for count in kept]",
+        new="[max(1, min(kept)) for _ in kept]",
+        by=("test_every_answer_is_that_of_plain_decoding",),
+    ),
+    Break(
+        name="H3-tables-are-shared",
+        file="kvarn/sample/state.py",
+        old="state._edits = self._edits.copy()",
+        new="state._edits = self._edits",
+        by=("test_what_may_come_is_apart_from_what_has_come",),
+    ),
+    Break(
+        name="H3-bad-guesses-are-taken",
+        file="kvarn/engine/flight.py",
+        old="if drawn != guessed), len(draft))",
+        new="if drawn != guessed + 0 * drawn and drawn < 0), len(draft))",
+        by=("test_every_answer_is_that_of_plain_decoding",),
+    ),
+    Break(
+        name="H4-goes-on-behind-the-end",
+        file="kvarn/engine/loop.py",
+        old="while finish is None and count < len(drawn.tokens):",
+        new="while count < len(drawn.tokens):",
+        by=("test_endings_in_the_middle_of_a_run",),
+    ),
+    Break(
+        name="H5-debt-without-bound",
+        file="kvarn/speculate/controller.py",
+        old="min(PURSE, max(LEAST_PURSE, self._purse + saved))",
+        new="min(PURSE, self._purse + saved)",
+        by=("test_no_debt_is_so_large_that_it_is_not_paid_back",),
+    ),
+    Break(
+        name="H5-reading-without-bound",
+        file="kvarn/speculate/controller.py",
+        old="max(LEAST_PURSE, self._purse - read_ms",
+        new="max(-1e9, self._purse - read_ms",
+        by=("test_no_debt_is_so_large_that_it_is_not_paid_back",),
+    ),
+    Break(
+        name="H6-all-count-as-accepted",
+        file="kvarn/engine/guessing.py",
+        old="self.accepted += agreed",
+        new="self.accepted += row.drafts",
+        by=("test_a_draft_model_and_the_text_itself",),
+    ),
+]
