@@ -113,6 +113,8 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         "messages": MESSAGES,
         "max_completion_tokens": ANYTHING,
         "top_logprobs": ANYTHING,
+        "continue_final_message": ANYTHING,
+        "add_generation_prompt": ANYTHING,
         "tools": (LISTS, OBJECTS, TEXT),
         "no_such_field": (LISTS, OBJECTS, PAIRS, TEXT, many("[]"), many('{"a":{"a":{}}}'), text("\\n"), text('\\"')),
     },
