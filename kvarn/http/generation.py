@@ -162,8 +162,8 @@ class Generation:
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._running = len(self._choices)
-        self._hungry = False
-        """The reader waits for a piece: whatever the queue holds, it has not been given the time to take it."""
+        self._hungry = True
+        """The reader waits for a piece, or has yet to begin: it has not been given the time to take what is queued."""
         self._start = start
         self.first_seconds: float | None = None
         """From ``start`` to the first token of any choice."""

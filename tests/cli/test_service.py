@@ -180,7 +180,7 @@ def test_what_is_not_utf8_is_refused() -> None:
     for kind in ("systemd", "launchd"):
         result = service(kind, "demo", "--model-name", os.fsdecode(b"\xff"))
         assert result.returncode == 1
-        assert "argument" in result.stderr
+        assert "--model-name: must be UTF-8" in result.stderr
         assert "Traceback" not in result.stderr
 
 

@@ -111,7 +111,7 @@ def test_only_the_probes_are_open(guarded: Server) -> None:
     """(B8) Whatever routes there are or will be."""
     paths = {route.path.replace("{model:path}", "test-model") for route in ROUTES}
     assert paths >= PROBES
-    for path in sorted(paths | {"/", "/v1/nothing", "//livez", "/livez/", "/v1/../livez", "/LIVEZ", "/livez%2f"}):
+    for path in sorted(paths | {"/", "/v1/nothing", "//metrics", "/livez/", "/v1/../livez", "/LIVEZ", "/livez%2f"}):
         assert get(guarded, path).status == (200 if path in PROBES else 401), path
 
 

@@ -128,7 +128,7 @@ def checked_or_cut(received: bytes) -> None:
     try:
         checked(received)
     except NotHttp:
-        assert received.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 200 " in received  # of several, the first may have been refused
 
 
 @pytest.mark.parametrize("how", LEAVINGS)

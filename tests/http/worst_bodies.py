@@ -118,7 +118,14 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         "tools": (LISTS, OBJECTS, TEXT),
         "no_such_field": (LISTS, OBJECTS, PAIRS, TEXT, many("[]"), many('{"a":{"a":{}}}'), text("\\n"), text('\\"')),
     },
-    PLAIN: {**SHARED, "prompt": PROMPTS, "echo": ANYTHING, "suffix": (LISTS, TEXT), "no_such_field": (LISTS, OBJECTS)},
+    PLAIN: {
+        **SHARED,
+        "prompt": PROMPTS,
+        "echo": ANYTHING,
+        "parse_special": ANYTHING,
+        "suffix": (LISTS, TEXT),
+        "no_such_field": (LISTS, OBJECTS),
+    },
 }
 """Endpoint → field → values."""
 
@@ -127,6 +134,10 @@ COMBINED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "an echo of 16 answers": (
         (PLAIN, f'{{"max_tokens":2,"n":16,"echo":true,"prompt":"{"a" * (CONTEXT - 1000)}"}}'),
         (PLAIN, f'{{"max_tokens":2,"n":16,"echo":true,"stream":true,"prompt":"{"a" * (CONTEXT - 1000)}"}}'),
+    ),
+    "control tokens as text": tuple(
+        (path, '{"max_tokens":2,' + asked % ("<end>" * (CONTEXT // 5 - 100)) + "}")
+        for path, asked in ((CHAT, '"messages":[{"role":"user","content":"%s"}]'), (PLAIN, '"prompt":"%s"'))
     ),
     "names without end": ((CHAT, '{"messages":' + HELLO + ',"max_tokens":2,' + PAIRS()[1:]),),
     "log-probabilities": (
