@@ -25,7 +25,7 @@ from kvarn.hub.progress import Progress
 from kvarn.paths import expanded
 
 FORMAT = 1
-"""Raise it when the same GGUF file would convert to a different folder."""
+"""Raise it when the same source would be built into a different folder."""
 VARIABLE = "KVARN_CACHE"
 ELSEWHERE = f"{VARIABLE}=FOLDER names another folder"
 

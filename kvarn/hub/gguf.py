@@ -14,12 +14,16 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 
 from kvarn.hub.errors import SourceError
-from kvarn.hub.gguf_config import Config, architecture, build_config, read_metadata
+from kvarn.hub.gguf_config import Config, Json, architecture, build_config, read_metadata
+from kvarn.hub.gguf_file import open_gguf, text_or_number
+from kvarn.hub.gguf_keys import check_keys
 from kvarn.hub.gguf_tensors import GROUP, KEPT_TYPES, mlx_name, pack, row_order, to_float
 from kvarn.hub.gguf_tokenizer import build_tokenizer, read_vocabulary
 from kvarn.hub.progress import Progress
 from kvarn.hub.shards import ShardWriter
 
+FORMAT = 2
+"""Raise it when the same file would convert to a different folder, or is refused where it was not."""
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -27,20 +31,33 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
     """Write the model in ``source`` as config.json, *.safetensors and tokenizer files into ``target``.
 
     ``target`` must exist and be empty. Raises SourceError when the file is no GGUF or holds a model we cannot convert;
-    ``target`` is then left half filled.
+    ``target`` is then left half filled. Raises OSError where it cannot be written.
     """
-    reader = _open(source)
+    try:
+        _convert(open_gguf(source), source, target, progress)
+    except (SourceError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a vocabulary or shapes that do not go together, which no check above has named
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SourceError(f"{source} cannot be converted, its content does not fit together: {told}") from error
+
+
+def _convert(reader: GGUFReader, source: Path, target: Path, progress: Progress) -> None:
     metadata = read_metadata(reader)
     arch = architecture(metadata)
     names = {tensor.name for tensor in reader.tensors}
     embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
     if embedding is None:
         raise SourceError(f"{source}: GGUF tensor token_embd.weight is missing")
+    if len(embedding.shape) != 2:
+        raise SourceError(f"{source}: GGUF tensor token_embd.weight has {len(embedding.shape)} dimensions, not 2")
     config = build_config(
         metadata, vocab_size=int(embedding.shape[1]), tied="output.weight" not in names, rope_factors=_rope(reader)
     )
     context = config["max_position_embeddings"]
     assert isinstance(context, int)
+    check_keys(arch, ((name, text_or_number(reader, name)) for name in reader.fields), context)
+    _check_layers(arch, names, config["num_hidden_layers"])
     progress.say(f"Converting {source.name}: tokenizer")
     built = build_tokenizer(read_vocabulary(reader), metadata, context)
     (target / "tokenizer.json").write_text(built.tokenizer_json, encoding="utf-8")
@@ -54,11 +71,10 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
     _write_json(target / "generation_config.json", ends)
 
 
-def _open(source: Path) -> GGUFReader:
-    try:
-        return GGUFReader(source)
-    except (ValueError, IndexError, KeyError) as error:
-        raise SourceError(f"{source} is not a readable GGUF file: {error}") from error
+def _check_layers(arch: str, names: set[str], told: Json) -> None:
+    found = {name.split(".")[1] for name in names if name.startswith("blk.")}
+    if told != len(found):
+        raise SourceError(f"GGUF field {arch}.block_count is {told}: the file has tensors of {len(found)} layers")
 
 
 def _rope(reader: GGUFReader) -> npt.NDArray[np.float32] | None:

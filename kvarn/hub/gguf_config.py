@@ -7,7 +7,7 @@ and that we do not map is refused here: a model converted wrongly answers fluent
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gguf import GGUFReader, GGUFValueType
 
 from kvarn.hub.errors import SourceError
+from kvarn.hub.gguf_file import text_or_number
 
 Scalar: TypeAlias = int | float | bool | str
 Json: TypeAlias = "Scalar | list[Json] | dict[str, Json] | None"
@@ -27,18 +28,19 @@ MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "
 GEMMA3_WINDOW_PATTERN = 6
 """Every sixth layer of Gemma 3 looks at the whole context; GGUF files do not say so."""
 GEMMA3_LOCAL_ROPE_BASE = 10_000.0
+MOST = 1 << 30
+"""Of any count in the file."""
 LLAMA3_ORIGINAL_CONTEXT = 8192
 LLAMA3_LOW_FACTOR, LLAMA3_HIGH_FACTOR = 1.0, 4.0
 
 
 def read_metadata(reader: GGUFReader) -> dict[str, Scalar]:
-    """All scalar and string fields; arrays (the vocabulary) are left where they are."""
-    found: dict[str, Scalar] = {}
-    for name, field in reader.fields.items():
-        if field.types and field.types[0] != GGUFValueType.ARRAY:
-            value = field.contents()
-            found[name] = value if isinstance(value, str | bool | float) else int(value)
-    return found
+    """All scalar and string fields; arrays (the vocabulary) are left where they are. Raises SourceError."""
+    return {
+        name: text_or_number(reader, name)
+        for name, field in reader.fields.items()
+        if field.types and field.types[0] != GGUFValueType.ARRAY
+    }
 
 
 def architecture(metadata: Metadata) -> str:
@@ -64,37 +66,43 @@ def build_config(
 
     def number(key: str, default: float | None = None) -> float:
         value = metadata.get(f"{arch}.{key}", default)
-        if not isinstance(value, int | float):
-            raise SourceError(f"GGUF field {arch}.{key} is missing")
+        if value is None:
+            raise SourceError(f"GGUF field {arch}.{key} is missing, or is an array")
+        if isinstance(value, str | bool) or not 0 < value < math.inf:
+            raise SourceError(f"GGUF field {arch}.{key} is {value!r}: a number above 0 is allowed")
         return value
 
-    heads = int(number("attention.head_count"))
-    width = int(number("embedding_length"))
-    head_dim = int(number("attention.key_length", width // heads))
-    context = int(number("context_length"))
-    rotary = int(number("rope.dimension_count", head_dim))
-    if rotary != head_dim:
-        raise SourceError(
-            f"GGUF field {arch}.rope.dimension_count is {rotary}: only {head_dim}, a whole head, is allowed"
-        )
+    def count(key: str, default: int | None = None) -> int:
+        value = number(key, default)
+        if value != int(value) or value > MOST:
+            raise SourceError(f"GGUF field {arch}.{key} is {value}: a whole number of at most {MOST} is allowed")
+        return int(value)
+
+    heads = count("attention.head_count")
+    width = count("embedding_length")
+    head_dim = count("attention.key_length", width // heads)
+    context = count("context_length")
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (given := count(key, head_dim)) != head_dim:
+            raise SourceError(f"GGUF field {arch}.{key} is {given}: only {head_dim}, a whole head, is allowed")
     config: Config = {
         "model_type": MODEL_TYPES[arch],
         "hidden_size": width,
-        "num_hidden_layers": int(number("block_count")),
-        "intermediate_size": int(number("feed_forward_length")),
+        "num_hidden_layers": count("block_count"),
+        "intermediate_size": count("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(number("attention.head_count_kv", heads)),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": _shortest(number("attention.layer_norm_rms_epsilon")),
         "rope_theta": _shortest(number("rope.freq_base", 10_000.0)),
         "max_position_embeddings": context,
         "vocab_size": vocab_size,
         "tie_word_embeddings": tied,
-        "rope_scaling": _rope_scaling(metadata, arch, config_head_dim=head_dim, factors=rope_factors),
+        "rope_scaling": _rope_scaling(metadata, arch, head_dim, rope_factors, number),
     }
     if arch == "gemma3":
         config |= {
-            "sliding_window": int(number("attention.sliding_window")),
+            "sliding_window": count("attention.sliding_window"),
             "sliding_window_pattern": GEMMA3_WINDOW_PATTERN,
             "rope_local_base_freq": GEMMA3_LOCAL_ROPE_BASE,
             "query_pre_attn_scalar": _gemma3_query_scalar(width, heads, head_dim),
@@ -111,15 +119,19 @@ def _gemma3_query_scalar(width: int, heads: int, head_dim: int) -> int:
 
 
 def _rope_scaling(
-    metadata: Metadata, arch: str, config_head_dim: int, factors: npt.NDArray[np.float32] | None
+    metadata: Metadata,
+    arch: str,
+    head_dim: int,
+    factors: npt.NDArray[np.float32] | None,
+    number: Callable[[str], float],
 ) -> Config | None:
     kind = str(metadata.get(f"{arch}.rope.scaling.type", "none"))
     if factors is not None:
-        return _llama3_scaling(metadata, arch, config_head_dim, factors)
+        return _llama3_scaling(metadata, arch, head_dim, factors)
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "type": "linear", "factor": float(metadata[f"{arch}.rope.scaling.factor"])}
+        return {"rope_type": "linear", "type": "linear", "factor": float(number("rope.scaling.factor"))}
     raise SourceError(f"GGUF field {arch}.rope.scaling.type is {kind!r}: allowed are 'none' and 'linear'")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import msgspec
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from kvarn.hub.errors import SourceError
@@ -87,16 +87,31 @@ def read_vocabulary(reader: GGUFReader) -> Vocabulary:
 
     def array(name: str) -> list[object]:
         field = reader.fields.get(f"tokenizer.ggml.{name}")
-        return list(field.contents()) if field is not None else []
+        if field is None:
+            return []
+        if field.types[0] != GGUFValueType.ARRAY:
+            raise SourceError(f"GGUF field tokenizer.ggml.{name} is no array")
+        try:
+            return list(field.contents())
+        except UnicodeDecodeError as error:
+            raise SourceError(f"GGUF field tokenizer.ggml.{name} is not UTF-8 text") from error
 
     tokens = [str(token) for token in array("tokens")]
     if not tokens:
         raise SourceError("GGUF field tokenizer.ggml.tokens is missing: only files with a vocabulary are allowed")
+    types, scores, merges = array("token_type"), array("scores"), [str(merge) for merge in array("merges")]
+    for name, entries in (("token_type", types), ("scores", scores)):
+        if entries and len(entries) != len(tokens):
+            raise SourceError(f"GGUF field tokenizer.ggml.{name} has {len(entries)} entries for {len(tokens)} tokens")
+    if wrong := next((merge for merge in merges if " " not in merge[1:]), None):
+        raise SourceError(
+            f"GGUF field tokenizer.ggml.merges has {wrong!r}: two pieces with a space between are allowed"
+        )
     return Vocabulary(
         tokens,
-        [int(str(kind)) for kind in array("token_type")] or [int(TokenType.NORMAL)] * len(tokens),
-        [float(str(score)) for score in array("scores")],
-        [str(merge) for merge in array("merges")],
+        [int(str(kind)) for kind in types] or [int(TokenType.NORMAL)] * len(tokens),
+        [float(str(score)) for score in scores],
+        merges,
     )
 
 
@@ -111,6 +126,11 @@ def build_tokenizer(vocabulary: Vocabulary, metadata: Metadata, context_length: 
         raise SourceError(f"GGUF field tokenizer.ggml.model is {kind!r}: allowed are 'gpt2' and 'llama'")
     _add_whole_tokens(tokenizer, vocabulary)
     bos = _id(metadata, "bos")
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        index = _id(metadata, name)
+        if index is not None and not 0 <= index < len(vocabulary.tokens):
+            most = len(vocabulary.tokens) - 1
+            raise SourceError(f"GGUF field tokenizer.ggml.{name}_token_id is {index}: allowed are 0 to {most}")
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
     if add_bos and bos is not None:
         _prepend(tokenizer, vocabulary.tokens[bos], bos)

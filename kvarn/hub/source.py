@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvarn.hub.cache import FORMAT, build_once
+from kvarn.hub.cache import build_once
 from kvarn.hub.demo import WHEEL_MODELS, wheel_model
 from kvarn.hub.errors import SourceError
 from kvarn.hub.fingerprint import file_digest
@@ -75,7 +75,7 @@ def _folder(name: str, path: Path) -> ResolvedModel:
 def _gguf(name: str, path: Path, progress: Progress) -> ResolvedModel:
     if not path.is_file():
         raise SourceError(f"model {name!r} does not exist; allowed are {ALLOWED}")
-    from kvarn.hub.gguf import convert_gguf
+    from kvarn.hub.gguf import FORMAT, convert_gguf
 
     key = f"{path.stem}-{file_digest(path, progress)[:12]}-{FORMAT}"
     return ResolvedModel(path.stem, build_once(key, lambda target: convert_gguf(path, target, progress), progress))

@@ -54,6 +54,8 @@ BUILT_IN: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "deepseek_v2": {"scoring_func": ("softmax",)},
     "qwen": {"rotary_emb_base": (10000,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
     "jamba": {"mamba_inner_layernorms": (True,)},
+    "mamba2": {"norm_before_gate": (True,)},  # which its own code never read
+    "qwen3_next": {"attn_output_gate": (True,)},
 }
 """Keys whose one value is part of a class, by its module in mlx-lm."""
 TOLD_ONLY: Mapping[str, frozenset[str]] = {"glm": frozenset({"partial_rotary_factor"})}

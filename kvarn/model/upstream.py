@@ -76,7 +76,7 @@ def load_weights(folder: Path) -> Checkpoint:
     """
     files = weight_files(folder)
     config = _read_config(folder)
-    module, level, taken = _class_of(config)
+    module, level, taken = class_of(config)
     changes: dict[str, object] = {}
     remarks = [f"weights beside the model's own are ignored: {', '.join(files.ignored)}"] if files.ignored else []
     if taken is not None:
@@ -128,7 +128,7 @@ def _read_config(folder: Path) -> dict[str, object]:
     return cast(dict[str, object], config)
 
 
-def _class_of(config: dict[str, object]) -> tuple[str, dict[str, object], frozenset[str] | None]:
+def class_of(config: dict[str, object]) -> tuple[str, dict[str, object], frozenset[str] | None]:
     """Module of the class that runs the text model, the part of config.json that it gets, and the keys that it takes.
 
     The keys are None for classes that read the configuration in a way of their own.
