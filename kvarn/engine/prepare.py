@@ -128,7 +128,7 @@ def _digest(folder: Path) -> str:
     try:
         return folder_fingerprint(folder, SilentProgress())
     except (SourceError, OSError) as error:
-        raise ModelError(f"cannot read the model in {folder.name!r}: {error}") from error
+        raise ModelError(f"cannot read the model in {str(folder)!r}: {error}") from error
 
 
 def _prefixes(

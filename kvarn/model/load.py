@@ -108,7 +108,7 @@ def load(
     try:
         checkpoint = load_weights(folder)
     except Exception as error:  # whatever mlx-lm does with files that are not what it expects
-        raise ModelError(f"cannot load the model in {folder.name!r}: {_told(error)}") from error
+        raise ModelError(f"cannot load the model in {str(folder)!r}: {_told(error)}") from error
     network, config = checkpoint.network, checkpoint.config
     context_length = _context(config, context_length)
     on_cpu = mx.default_device() == mx.cpu
@@ -128,7 +128,7 @@ def load(
         logits = network(mx.array([[0]]), cache=new_cache(network))
         mx.eval(logits)
     except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
-        raise ModelError(f"cannot run the model in {folder.name!r}: {_told(error)}") from error
+        raise ModelError(f"cannot run the model in {str(folder)!r}: {_told(error)}") from error
     model = LoadedModel(
         network=network,
         context_length=context_length,

@@ -78,7 +78,7 @@ class Tokenizer:
 
     def text_tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Like ``encode``, but of a text that stands behind another: nothing is put first."""
-        return self._encoder.parsed(text) if parse_special else self._encoder.plain(text)
+        return self._encode(text) if parse_special else self._encoder.plain(text)
 
     def chat_tokens(
         self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
@@ -92,7 +92,7 @@ class Tokenizer:
         """
         masked = None if self._template is None else self._masks.of(messages)
         if masked is None:
-            return self._encoder.parsed(self._render(messages, generation_prompt, continued))
+            return self._encode(self._render(messages, generation_prompt, continued))
         try:
             text = self._render(masked.messages, generation_prompt, continued)
         except TemplateError as error:
@@ -114,6 +114,10 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """``token_bytes`` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token).decode("utf-8", "replace")
+
+    def _encode(self, text: str) -> list[int]:
+        """What tokenizer.json makes of a text, control tokens in it recognised."""
+        return self._encoder.parsed(text)
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, continued: bool = False) -> str:
         if self._template is None:

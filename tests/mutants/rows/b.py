@@ -225,8 +225,8 @@ BREAKS = [
     Break(
         name="B15-control-tokens-in-completions",
         file="kvarn/text/tokenizer.py",
-        old="self._encoder.parsed(text) if parse_special else self._encoder.plain(text)",
-        new="self._encoder.parsed(text)",
+        old="self._encode(text) if parse_special else self._encoder.plain(text)",
+        new="self._encode(text)",
         by=("test_plain_text_has_no_control_tokens",),
     ),
     Break(
