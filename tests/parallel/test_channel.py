@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+from allocations import traced
 from channel_middle import (
     GREETING,
     HEADER,
@@ -291,31 +291,38 @@ def test_frames_of_another_session_with_the_same_secret_are_refused(tapped: Midd
 # --- limits and silence -----------------------------------------------------------------------------------------
 
 
+def peak_of_a_refusal(side: Side, stream: bytes, why: str, *, ends: bool) -> int:
+    """Most bytes held while a channel takes ``stream`` from ``side``, which ends there or goes on, and refuses it."""
+
+    @contextlib.contextmanager
+    def setting() -> Iterator[Callable[[], None]]:
+        with middle() as between:
+            between.handshake()
+            receiver = between.channel(other(side))
+            between.pass_on(side, stream)
+            if ends:
+                between.hang_up(side)
+
+            def refused() -> None:
+                with pytest.raises(ChannelError, match=why):
+                    started(receiver.receive).result(PATIENCE)
+
+            yield refused
+
+    return traced(setting)[1]
+
+
 @pytest.mark.parametrize("announced", [MOST_BYTES + 1, 2**31, 2**32 - 1])
-def test_a_frame_too_large_is_refused_by_its_length_alone(tapped: Middle, side: Side, announced: int) -> None:
-    receiver = tapped.channel(other(side))
-    tapped.pass_on(side, announced.to_bytes(4, "big") + bytes(16))
-    tracemalloc.start()
-    try:
-        # The stream goes on: to wait for what was announced would never end.
-        with pytest.raises(ChannelError, match=f"{announced} bytes announced; the largest allowed is {MOST_BYTES}"):
-            started(receiver.receive).result(PATIENCE)
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    finally:
-        tracemalloc.stop()
+def test_a_frame_too_large_is_refused_by_its_length_alone(side: Side, announced: int) -> None:
+    """The stream goes on: to wait for what was announced would never end."""
+    why = f"{announced} bytes announced; the largest allowed is {MOST_BYTES}"
+    assert peak_of_a_refusal(side, announced.to_bytes(4, "big") + bytes(16), why, ends=False) < 1_000_000
 
 
-def test_memory_follows_what_arrives_not_what_is_announced(tapped: Middle, side: Side) -> None:
-    receiver = tapped.channel(other(side))
-    tapped.pass_on(side, MOST_BYTES.to_bytes(4, "big") + bytes(16) + bytes(1000))
-    tapped.hang_up(side)
-    tracemalloc.start()
-    try:
-        with pytest.raises(ChannelError, match=f"after 1000 of {MOST_BYTES} bytes of a body"):
-            receiver.receive()
-        assert tracemalloc.get_traced_memory()[1] < 2_000_000
-    finally:
-        tracemalloc.stop()
+def test_memory_follows_what_arrives_not_what_is_announced(side: Side) -> None:
+    why = f"after 1000 of {MOST_BYTES} bytes of a body"
+    stream = MOST_BYTES.to_bytes(4, "big") + bytes(16) + bytes(1000)
+    assert peak_of_a_refusal(side, stream, why, ends=True) < 2_000_000
 
 
 @settings(deadline=None, max_examples=60)
