@@ -20,9 +20,9 @@ endif
 comma := ,
 RUN_EXTRAS := $(if $(BACKEND),[$(BACKEND)])
 DEV_EXTRAS := [$(if $(BACKEND),$(BACKEND)$(comma))dev]
-RUN_STAMP := $(VENV)/.kvarn-run-$(BACKEND)
-DEV_STAMP := $(VENV)/.kvarn-dev-$(BACKEND)
-PACKAGE := pyproject.toml setup.py $(wildcard kvarn/native/*.c kvarn/native/*.h)
+RUN_STAMP := $(VENV)/.millpond-run-$(BACKEND)
+DEV_STAMP := $(VENV)/.millpond-dev-$(BACKEND)
+PACKAGE := pyproject.toml setup.py $(wildcard millpond/native/*.c millpond/native/*.h)
 
 .PHONY: setup setup-run serve chat test test-all test-mutants lint format reference bench clean
 
@@ -33,7 +33,7 @@ setup-run: $(RUN_STAMP)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Kvarn needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.12 setup" >&2; exit 1; }
+		{ echo "Millpond needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.12 setup" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 
@@ -46,10 +46,10 @@ $(DEV_STAMP): $(PACKAGE) | $(BIN)/python
 	@touch $@ $(RUN_STAMP)
 
 serve: setup
-	$(BIN)/kvarn serve demo $(ARGS)
+	$(BIN)/millpond serve demo $(ARGS)
 
 chat: setup
-	$(BIN)/kvarn chat $(ARGS)
+	$(BIN)/millpond chat $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -63,7 +63,7 @@ format: setup
 
 # docs/configuration.md, from the settings themselves.
 reference: setup
-	$(BIN)/python -c 'import kvarn.config as config, pathlib; \
+	$(BIN)/python -c 'import millpond.config as config, pathlib; \
 		pathlib.Path("docs/configuration.md").write_text(config.reference(), encoding="utf-8")'
 
 test: lint
@@ -79,8 +79,8 @@ test-mutants: setup
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 bench: setup
-	$(BIN)/kvarn bench $(ARGS)
+	$(BIN)/millpond bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis kvarn/native/*.so \
-		$(VENV)/.kvarn-*
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis millpond/native/*.so \
+		$(VENV)/.millpond-*

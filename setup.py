@@ -5,12 +5,12 @@ import sys
 from setuptools import Extension, setup
 
 ROWBLAS = Extension(
-    "kvarn.native._rowblas",
-    sources=[f"kvarn/native/{name}.c" for name in ("rowblas", "pool", "attention", "decode", "packed")],
-    depends=[f"kvarn/native/{name}.h" for name in ("rowblas", "pool", "kernels", "packed", "packing", "softmax")],
+    "millpond.native._rowblas",
+    sources=[f"millpond/native/{name}.c" for name in ("rowblas", "pool", "attention", "decode", "packed")],
+    depends=[f"millpond/native/{name}.h" for name in ("rowblas", "pool", "kernels", "packed", "packing", "softmax")],
     extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
     libraries=["pthread"],
-    # Without a compiler the package installs all the same; kvarn.model.blas then says what is missing.
+    # Without a compiler the package installs all the same; millpond.model.blas then says what is missing.
     optional=True,
 )
 

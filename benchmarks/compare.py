@@ -1,4 +1,4 @@
-"""Measure Kvarn beside other servers on this machine: the same workloads, round by round, one server at a time.
+"""Measure Millpond beside other servers on this machine: the same workloads, round by round, one server at a time.
 
 Every round starts each server afresh, runs the workloads and stops it; the order turns by one from round to round, so
 that a machine that gets slower hits nobody alone. The result is the median over the rounds and its ratio to one of the
@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from servers import Running, Server, ServerError, running
 
-from kvarn.bench.report import BarProgress, print_report
-from kvarn.bench.runner import Run, Target, fresh_salt, run_workloads
-from kvarn.bench.stream import Json
-from kvarn.bench.summary import Summary, machine
-from kvarn.bench.workloads import BY_NAME, Sizes
+from millpond.bench.report import BarProgress, print_report
+from millpond.bench.runner import Run, Target, fresh_salt, run_workloads
+from millpond.bench.stream import Json
+from millpond.bench.summary import Summary, machine
+from millpond.bench.workloads import BY_NAME, Sizes
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -50,12 +50,12 @@ class Measured:
 def fast_blas() -> dict[str, str]:
     """Environment that makes an MLX program on Linux use the OpenBLAS wheel of this environment.
 
-    KVARN_BENCH_PRELOAD, when set, is used as it is; empty switches preloading off.
+    MILLPOND_BENCH_PRELOAD, when set, is used as it is; empty switches preloading off.
     """
     if sys.platform != "linux":
         return {}
-    if "KVARN_BENCH_PRELOAD" in os.environ:
-        preload = os.environ["KVARN_BENCH_PRELOAD"]
+    if "MILLPOND_BENCH_PRELOAD" in os.environ:
+        preload = os.environ["MILLPOND_BENCH_PRELOAD"]
         return {"LD_PRELOAD": preload} if preload else {}
     question = "import scipy_openblas32 as o; print(o.get_lib_dir())"
     folder = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout.strip()
@@ -71,9 +71,9 @@ def servers_from(args: argparse.Namespace) -> list[Server]:
     """The servers that were asked for, in the order of the flags."""
     float_model = str(args.float_model or args.model)
     found: list[Server] = []
-    if not args.no_kvarn:
-        command = f"{args.kvarn} serve {args.model} --port {{port}} --log-level warning {args.kvarn_args}"
-        found.append(Server("kvarn", command, ""))
+    if not args.no_millpond:
+        command = f"{args.millpond} serve {args.model} --port {{port}} --log-level warning {args.millpond_args}"
+        found.append(Server("millpond", command, ""))
     if args.mlx_lm:
         command = f"{args.mlx_lm} -m mlx_lm server --model {float_model} --port {{port}} --log-level WARNING"
         found.append(Server("mlx-lm", f"{command} {args.mlx_lm_args}", float_model, fast_blas()))
@@ -208,13 +208,13 @@ def as_json(args: argparse.Namespace, measured: dict[str, Measured]) -> dict[str
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    kvarn = f"{sys.executable} -m kvarn.cli.main"
+    millpond = f"{sys.executable} -m millpond.cli.main"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="what kvarn serves: a hub name, an MLX folder, a GGUF file or demo")
+    parser.add_argument("model", help="what millpond serves: a hub name, an MLX folder, a GGUF file or demo")
     parser.add_argument("--float-model", default="", help="MLX folder with float32 weights for the MLX peers")
-    parser.add_argument("--kvarn", default=kvarn, help="command that runs kvarn; default: %(default)s")
-    parser.add_argument("--kvarn-args", default="", help="more arguments of kvarn serve")
-    parser.add_argument("--no-kvarn", action="store_true", help="measure only the others")
+    parser.add_argument("--millpond", default=millpond, help="command that runs millpond; default: %(default)s")
+    parser.add_argument("--millpond-args", default="", help="more arguments of millpond serve")
+    parser.add_argument("--no-millpond", action="store_true", help="measure only the others")
     parser.add_argument("--mlx-lm", default="", metavar="PYTHON", help="interpreter that has mlx-lm")
     parser.add_argument("--mlx-lm-args", default="", help="more arguments of mlx_lm.server")
     parser.add_argument("--rapid-mlx", default="", metavar="PROGRAM", help="the rapid-mlx program")

@@ -24,11 +24,11 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 
-from kvarn.engine.orders import Arrive, Begin, Close, Decode, Fit, Launch, Order, SetAside, Took
-from kvarn.parallel.backend import machine, versions
-from kvarn.parallel.channel import Channel
-from kvarn.parallel.leader import Leader
-from kvarn.parallel.messages import (
+from millpond.engine.orders import Arrive, Begin, Close, Decode, Fit, Launch, Order, SetAside, Took
+from millpond.parallel.backend import machine, versions
+from millpond.parallel.channel import Channel
+from millpond.parallel.leader import Leader
+from millpond.parallel.messages import (
     Alive,
     Content,
     Done,
@@ -40,8 +40,8 @@ from kvarn.parallel.messages import (
     decode_from_leader,
     encode,
 )
-from kvarn.types import GroupSettings, Request, SamplingParams
-from kvarn.wire import Start
+from millpond.types import GroupSettings, Request, SamplingParams
+from millpond.wire import Start
 
 LOOPBACK = "127.0.0.1"
 DIGEST = "0" * 64

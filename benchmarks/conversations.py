@@ -13,7 +13,7 @@ import asyncio
 
 import httpx
 
-from kvarn.bench.prompts import story
+from millpond.bench.prompts import story
 
 PROMPT, ANSWER = 2000, 140
 
@@ -49,7 +49,9 @@ async def measure(url: str, requests: int) -> None:
         await ask(0)
         sizes = await asyncio.gather(*(ask(number) for number in range(1, requests + 1)))
         over.set()
-        print(f"{model['kvarn']['kv_format']}: {await watching} at once, of {min(sizes)} to {max(sizes)} tokens each")
+        print(
+            f"{model['millpond']['kv_format']}: {await watching} at once, of {min(sizes)} to {max(sizes)} tokens each"
+        )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Kvarn's CPU attention, SwiGLU and rotary embeddings beside MLX's own: ms per call, best of several, one table.
+"""Millpond's CPU attention, SwiGLU and rotary embeddings beside MLX's own: ms per call, best of several, one table.
 
     python benchmarks/cpu_math.py
 
@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kvarn.model import blas
+from millpond.model import blas
 
 print(blas.prepare())
 
 import mlx.core as mx  # noqa: E402 - the BLAS comes first
 import mlx.nn as nn  # noqa: E402
 
-from kvarn.model.cpu_math import attention, gated  # noqa: E402
-from kvarn.model.rotary import Angles, SharedRotary  # noqa: E402
-from kvarn.model.upstream import upstream_attention, upstream_swiglu  # noqa: E402
+from millpond.model.cpu_math import attention, gated  # noqa: E402
+from millpond.model.rotary import Angles, SharedRotary  # noqa: E402
+from millpond.model.upstream import upstream_attention, upstream_swiglu  # noqa: E402
 
 HEADS, GROUPS, DIMS, HIDDEN = 9, 3, 64, 1536
 REPEATS, CALLS = 7, 10

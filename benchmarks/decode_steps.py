@@ -12,18 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-from kvarn.model import blas
+from millpond.model import blas
 
 print(blas.prepare())
 
 import mlx.core as mx  # noqa: E402 - the BLAS comes first
 
-from kvarn.kv.format import KvFormat  # noqa: E402
-from kvarn.model.forwards import decode  # noqa: E402
-from kvarn.model.lanes import SlotsLane  # noqa: E402
-from kvarn.model.load import LoadedModel, kept_as, load  # noqa: E402
-from kvarn.model.prompt import new_prompt  # noqa: E402
-from kvarn.types import KvPacking  # noqa: E402
+from millpond.kv.format import KvFormat  # noqa: E402
+from millpond.model.forwards import decode  # noqa: E402
+from millpond.model.lanes import SlotsLane  # noqa: E402
+from millpond.model.load import LoadedModel, kept_as, load  # noqa: E402
+from millpond.model.prompt import new_prompt  # noqa: E402
+from millpond.types import KvPacking  # noqa: E402
 
 FORMATS = {
     "MLX": KvFormat(),

@@ -24,13 +24,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvarn import wire
-from kvarn.client import EngineClient
-from kvarn.client.ranks import RANK_COMMAND, RankPlan
-from kvarn.client.stream import EngineError
-from kvarn.config import read_config
-from kvarn.parallel.layout import plan
-from kvarn.types import PrefixSettings, Request, SamplingParams, SpecMode, SpecSettings, Speculation
+from millpond import wire
+from millpond.client import EngineClient
+from millpond.client.ranks import RANK_COMMAND, RankPlan
+from millpond.client.stream import EngineError
+from millpond.config import read_config
+from millpond.parallel.layout import plan
+from millpond.types import PrefixSettings, Request, SamplingParams, SpecMode, SpecSettings, Speculation
 
 CLIENTS = 8
 PATIENCE = 60.0

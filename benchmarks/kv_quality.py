@@ -17,7 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple, Protocol, cast
 
-from kvarn.model import blas
+from millpond.model import blas
 
 print(blas.prepare())
 
@@ -27,15 +27,15 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from kvarn.kv.format import Arrays, KvFormat  # noqa: E402
-from kvarn.model.forwards import decode, prefill  # noqa: E402
-from kvarn.model.lanes import SlotsLane  # noqa: E402
-from kvarn.model.load import LoadedModel, kept_as, load  # noqa: E402
-from kvarn.model.prompt import Piece, Prompt, new_prompt  # noqa: E402
-from kvarn.model.upstream import LayerCache, cache_arrays, window_of  # noqa: E402
-from kvarn.native.decode import available  # noqa: E402
-from kvarn.text.tokenizer import Tokenizer  # noqa: E402
-from kvarn.types import KvPacking  # noqa: E402
+from millpond.kv.format import Arrays, KvFormat  # noqa: E402
+from millpond.model.forwards import decode, prefill  # noqa: E402
+from millpond.model.lanes import SlotsLane  # noqa: E402
+from millpond.model.load import LoadedModel, kept_as, load  # noqa: E402
+from millpond.model.prompt import Piece, Prompt, new_prompt  # noqa: E402
+from millpond.model.upstream import LayerCache, cache_arrays, window_of  # noqa: E402
+from millpond.native.decode import available  # noqa: E402
+from millpond.text.tokenizer import Tokenizer  # noqa: E402
+from millpond.types import KvPacking  # noqa: E402
 
 ROWS, PROMPT, STEPS, CHUNK = 8, 640, 512, 256
 Numbers = NDArray[np.float64]

@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    names = [f"kvarn-{os.getpid()}-{side}" for side in "ab"]
+    names = [f"millpond-{os.getpid()}-{side}" for side in "ab"]
     with tempfile.TemporaryDirectory() as folder:
         hostfile, ssh = Path(folder) / "hosts.json", Path(folder) / "ssh"
         hosts = [{"ssh": name, "ips": [address]} for name, address in zip(("first", "second"), ADDRESSES, strict=True)]

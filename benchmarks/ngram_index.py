@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from kvarn.speculate.lookup import Lookup, PastOutputs
+from millpond.speculate.lookup import Lookup, PastOutputs
 
 CONTEXTS = (1_000, 8_000, 32_000, 128_000)
 VOCABULARY, STEPS, MOST, BUILDS = 49_152, 2_000, 15, 5

@@ -1,6 +1,6 @@
 /* Gives OpenBLAS from the scipy-openblas32 wheel the plain cblas names that libmlx calls, so that preloading this
- * library lets any MLX program on Linux use it. Nothing else: peers are measured with the same matrix library as Kvarn,
- * without Kvarn's own products. */
+ * library lets any MLX program on Linux use it. Nothing else: peers are measured with the same matrix library as Millpond,
+ * without Millpond's own products. */
 
 typedef int blasint;
 

@@ -1,6 +1,6 @@
 """What the prefix cache costs and saves: lookup, eviction, a hit in decode steps, and TTFT after restart and kill -9.
 
-The first part needs no model: it drives the index with empty payloads. The second starts ``kvarn serve MODEL`` with
+The first part needs no model: it drives the index with empty payloads. The second starts ``millpond serve MODEL`` with
 write-through to a fresh folder, and sends one long prompt several times. Every figure is of this one run.
 """
 
@@ -21,13 +21,13 @@ from pathlib import Path
 import httpx
 from servers import Running, Server, running
 
-from kvarn.bench.prompts import story
-from kvarn.bench.stream import Ask, Endpoint, Reply
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.planner import Layout
-from kvarn.prefix.records import BLOCK, Kind, Tensor
+from millpond.bench.prompts import story
+from millpond.bench.stream import Ask, Endpoint, Reply
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.planner import Layout
+from millpond.prefix.records import BLOCK, Kind, Tensor
 
-LOG = Path(tempfile.gettempdir()) / "kvarn-prefix-bench.log"
+LOG = Path(tempfile.gettempdir()) / "millpond-prefix-bench.log"
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,21 @@ def wait_until_back(server: Running) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--kvarn", default="kvarn")
+    parser.add_argument("--millpond", default="millpond")
     parser.add_argument("--tokens", type=int, default=2000, help="length of the prompt")
     args = parser.parse_args()
 
     print(f"lookup of a cached prompt: 32k tokens {lookup_ms(32768):.2f} ms, 2k tokens {lookup_ms(2048):.2f} ms")
     print("one eviction: " + ", ".join(f"{n} blocks {eviction_us(n):.1f} us" for n in (1000, 10_000, 100_000)))
 
-    folder = Path(tempfile.mkdtemp(prefix="kvarn-prefix-bench-"))
+    folder = Path(tempfile.mkdtemp(prefix="millpond-prefix-bench-"))
     command = (
-        f"{args.kvarn} serve {args.model} --port {{port}} --log-level warning --cache-dir {folder} --ssd-policy all"
+        f"{args.millpond} serve {args.model} --port {{port}} --log-level warning --cache-dir {folder} --ssd-policy all"
     )
-    kvarn = Server("kvarn", command, "")
+    millpond = Server("millpond", command, "")
     text = story("prefix-bench", args.tokens)
     try:
-        with running(kvarn, LOG) as server:
+        with running(millpond, LOG) as server:
             name = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"][0]["id"]
             first = ask(server, name, text, 32)
             pace = step(first)
@@ -138,7 +138,7 @@ def main() -> None:
                     f"RAM hit {attempt + 1}: TTFT {ttft(hit):.3f} s, cached {hit.cached_tokens} tokens; "
                     f"beyond the one token computed: {extra:.2f} decode steps"
                 )
-        with running(kvarn, LOG) as server:
+        with running(millpond, LOG) as server:
             again = ask(server, name, text, 32)
             print(
                 f"after a restart: TTFT {ttft(again):.3f} s = 1/{ttft(first) / ttft(again):.0f} of the first, "

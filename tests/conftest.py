@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.hub.progress import SilentProgress
-from kvarn.hub.source import resolve
-from kvarn.model import blas
-from kvarn.model.open_files import limit_kept
+from millpond.hub.progress import SilentProgress
+from millpond.hub.source import resolve
+from millpond.model import blas
+from millpond.model.open_files import limit_kept
 
 blas.prepare()
 
@@ -18,7 +18,7 @@ FILES = limit_kept()
 FILES.__enter__()
 """Tests import mlx-lm themselves, and what it takes from them it takes from every process that they start."""
 
-os.environ["KVARN_CACHE_SSD"] = "0"
+os.environ["MILLPOND_CACHE_SSD"] = "0"
 """Servers that tests start keep nothing on disk unless the test says so: no test depends on an earlier run."""
 
 
@@ -35,9 +35,9 @@ def gemma3_folder() -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where everything that tests need was installed (KVARN_TEST_SKIPS=fail), a skipped test is a failure."""
+    """Where everything that tests need was installed (MILLPOND_TEST_SKIPS=fail), a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("KVARN_TEST_SKIPS") == "fail" and reporter is not None and reporter.stats.get("skipped"):
+    if os.environ.get("MILLPOND_TEST_SKIPS") == "fail" and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         reporter.ensure_newline()
         reporter.write_line("skipped tests are failures here", red=True)

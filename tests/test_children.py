@@ -1,4 +1,4 @@
-"""(A6) What Kvarn starts imports what is installed, wherever it was started."""
+"""(A6) What Millpond starts imports what is installed, wherever it was started."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ import pytest
 from tiny_models import CONFIGS, save
 from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 
-import kvarn
-from kvarn.child import inherited, python
-from kvarn.client.engine import ENGINE_COMMAND
-from kvarn.client.ranks import RANK_COMMAND
+import millpond
+from millpond.child import inherited, python
+from millpond.client.engine import ENGINE_COMMAND
+from millpond.client.ranks import RANK_COMMAND
 
-PACKAGE = Path(kvarn.__file__).parent
-HOSTILE = ("kvarn", "mlx", "mlx_lm", "numpy.py", "types.py", "tokenizers.py", "json.py", "pip", "uvicorn", "signal.py")
+PACKAGE = Path(millpond.__file__).parent
+HOSTILE = (
+    "millpond",
+    "mlx",
+    "mlx_lm",
+    "numpy.py",
+    "types.py",
+    "tokenizers.py",
+    "json.py",
+    "pip",
+    "uvicorn",
+    "signal.py",
+)
 
 
 @pytest.fixture
@@ -53,7 +64,9 @@ def run(command: tuple[str, ...], cwd: Path, *, said: str = "", more: bool = Tru
 
 
 @pytest.mark.parametrize(
-    "command", [ENGINE_COMMAND, RANK_COMMAND, python("-m", "kvarn.cli.held"), python("-m", "pip")], ids=lambda c: c[-1]
+    "command",
+    [ENGINE_COMMAND, RANK_COMMAND, python("-m", "millpond.cli.held"), python("-m", "pip")],
+    ids=lambda c: c[-1],
 )
 def test_no_child_imports_from_the_folder_it_starts_in(
     command: tuple[str, ...], hostile: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,7 +82,7 @@ def test_no_child_imports_from_the_folder_it_starts_in(
 
 
 def test_python_is_started_in_one_way_only() -> None:
-    """Whoever starts it without ``kvarn.child.python`` forgets what that is for."""
+    """Whoever starts it without ``millpond.child.python`` forgets what that is for."""
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.List | ast.Tuple) and node.elts and file.name != "child.py":
@@ -88,7 +101,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_chat_with_its_own_server_in_a_hostile_folder(hostile: Path, model: Path) -> None:
     """The server, and its engine."""
-    command = python("-m", "kvarn.cli.main", "chat", str(model), "--max-tokens", "2")
+    command = python("-m", "millpond.cli.main", "chat", str(model), "--max-tokens", "2")
     done = run(command, hostile, said="hello", more=False)
     assert done.returncode == 0, done.stderr
     assert "imported from here" not in done.stderr
@@ -96,7 +109,7 @@ def test_a_chat_with_its_own_server_in_a_hostile_folder(hostile: Path, model: Pa
 
 @pytest.mark.slow
 def test_ranks_in_a_hostile_folder(hostile: Path, model: Path) -> None:
-    command = python("-m", "kvarn.cli.main", "serve", str(model), "--tp", "2", "--port", "0")
+    command = python("-m", "millpond.cli.main", "serve", str(model), "--tp", "2", "--port", "0")
     with subprocess.Popen(command, cwd=hostile, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None

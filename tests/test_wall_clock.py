@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent / "kvarn"
+PACKAGE = Path(__file__).resolve().parent.parent / "millpond"
 WALL = {"time", "time_ns", "now", "today", "utcnow"}
 """What reads the wall clock, of the modules time and datetime."""
 DATES = {

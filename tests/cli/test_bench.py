@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvarn.bench.workloads import ALL
-from kvarn.cli import bench
+from millpond.bench.workloads import ALL
+from millpond.cli import bench
 
 if TYPE_CHECKING:
     from tests.cli.conftest import ScriptedServer

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarn.bench.prompts import WORDS_PER_TOKEN, request_text, story
-from kvarn.bench.sse import EventReader
-from kvarn.bench.stream import Reply
-from kvarn.bench.summary import percentile, summarise
-from kvarn.bench.workloads import Outcome, _interference
+from millpond.bench.prompts import WORDS_PER_TOKEN, request_text, story
+from millpond.bench.sse import EventReader
+from millpond.bench.stream import Reply
+from millpond.bench.summary import percentile, summarise
+from millpond.bench.workloads import Outcome, _interference
 
 LINE = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), min_size=1, max_size=8)
 

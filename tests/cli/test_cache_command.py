@@ -1,4 +1,4 @@
-"""``kvarn cache`` on real folders, also beside a running tier."""
+"""``millpond cache`` on real folders, also beside a running tier."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from ssd_support import NAMESPACE, OTHER, SetClock, chain, file_of, record_files, running
 
-from kvarn.cli.cache import default_folder, duration, size
-from kvarn.cli.main import main
-from kvarn.prefix.disk.block_file import file_bytes
-from kvarn.prefix.disk.index import DiskIndex
+from millpond.cli.cache import default_folder, duration, size
+from millpond.cli.main import main
+from millpond.prefix.disk.block_file import file_bytes
+from millpond.prefix.disk.index import DiskIndex
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
@@ -57,7 +57,7 @@ def test_a_folder_that_is_none(
     (tmp_path / "file").touch()
     assert cache(tmp_path / "file", "ls") == 1
     assert cache(tmp_path / "file" / "below", "verify") == 1
-    for variable in ("KVARN_CACHE_DIR", "KVARN_CACHE"):
+    for variable in ("MILLPOND_CACHE_DIR", "MILLPOND_CACHE"):
         monkeypatch.setenv(variable, "~nobody-of-this-name/cache")
         assert main(["cache", "ls"]) == 1
         monkeypatch.delenv(variable)
@@ -164,7 +164,7 @@ def test_all_of_it_beside_a_running_server(folder: Path) -> None:
 def test_a_locked_index_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("millpond.prefix.disk.index.BUSY_SECONDS", 0.01)
     other = DiskIndex(folder / "index.sqlite")
     with other.transaction():
         assert cache(folder, "clear") == 1
@@ -183,5 +183,5 @@ def test_sizes_and_durations() -> None:
 
 
 def test_where_the_cache_is() -> None:
-    assert default_folder({"KVARN_CACHE_DIR": "/a/b", "KVARN_CACHE": "/c"}) == Path("/a/b")
-    assert default_folder({"KVARN_CACHE": "/c"}) == Path("/c/prefix")
+    assert default_folder({"MILLPOND_CACHE_DIR": "/a/b", "MILLPOND_CACHE": "/c"}) == Path("/a/b")
+    assert default_folder({"MILLPOND_CACHE": "/c"}) == Path("/c/prefix")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.cli.conftest import ScriptedServer
 
 CHAT = (
-    "import argparse; from kvarn.cli import chat; p = argparse.ArgumentParser(); "
+    "import argparse; from millpond.cli import chat; p = argparse.ArgumentParser(); "
     "chat.add_parser(p.add_subparsers()); a = p.parse_args(); raise SystemExit(chat.run(a))"
 )
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.config import ConfigError, ServeConfig, read_config, reference
-from kvarn.types import SpecMode, SpecSettings, Speculation
+from millpond.config import ConfigError, ServeConfig, read_config, reference
+from millpond.types import SpecMode, SpecSettings, Speculation
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("flag", "environment", "file")
@@ -24,15 +24,15 @@ def given(source: str, name: str, text: str, folder: Path) -> tuple[ServeConfig,
     if source == "flag":
         return read_config({name: text}, {}), f"--{name.replace('_', '-')}"
     if source == "environment":
-        return read_config({}, {f"KVARN_{name.upper()}": text}), f"KVARN_{name.upper()}"
-    file = folder / "kvarn.toml"
+        return read_config({}, {f"MILLPOND_{name.upper()}": text}), f"MILLPOND_{name.upper()}"
+    file = folder / "millpond.toml"
     file.write_text(f"{name} = '{text}'\n")
     return read_config({}, {}, str(file)), f"{file}: {name}"
 
 
 def called(source: str, name: str, folder: Path) -> str:
-    names = {"flag": f"--{name.replace('_', '-')}", "environment": f"KVARN_{name.upper()}"}
-    return names.get(source, f"{folder / 'kvarn.toml'}: {name}")
+    names = {"flag": f"--{name.replace('_', '-')}", "environment": f"MILLPOND_{name.upper()}"}
+    return names.get(source, f"{folder / 'millpond.toml'}: {name}")
 
 
 GOOD = {
@@ -70,7 +70,7 @@ GOOD = {
     "tp_port": ("40000", 40000),
     "tp_secret_file": ("/secret", Path("/secret")),
     "tp_silence": ("1m", 60),
-    "tp_python": ("/opt/kvarn/bin/python", "/opt/kvarn/bin/python"),
+    "tp_python": ("/opt/millpond/bin/python", "/opt/millpond/bin/python"),
     "tp_ssh": ('ssh -F "a file"', 'ssh -F "a file"'),
     "max_waiting": ("1", 1),
     "max_per_client": ("9", 9),
@@ -244,21 +244,21 @@ def test_a_key_is_never_shown(source: str, tmp_path: Path) -> None:
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
     """(J1, J2) Whole: an empty value is a value, too, and a bad one that loses is no matter."""
-    file = tmp_path / "kvarn.toml"
+    file = tmp_path / "millpond.toml"
     file.write_text("max-batch = 3\nport = 3\ndrain_seconds = 3.5\nmodel_name = 'file'\n")
-    environ = {"KVARN_CONFIG": str(file), "KVARN_MAX_BATCH": "2", "KVARN_PORT": "2", "KVARN_MODEL_NAME": ""}
+    environ = {"MILLPOND_CONFIG": str(file), "MILLPOND_MAX_BATCH": "2", "MILLPOND_PORT": "2", "MILLPOND_MODEL_NAME": ""}
     config = read_config({"max_batch": "1", "port": None}, environ)
     assert (config.max_batch, config.port, config.drain_seconds, config.model_name) == (1, 2, 3.5, "")
     assert config.max_waiting == DEFAULTS.max_waiting
-    assert read_config({"port": "1"}, {"KVARN_PORT": "nonsense"}).port == 1
+    assert read_config({"port": "1"}, {"MILLPOND_PORT": "nonsense"}).port == 1
     other = tmp_path / "other.toml"
     other.write_text("port = 9\n")
-    assert read_config({}, {"KVARN_CONFIG": str(file)}, str(other)).port == 9, "--config beats KVARN_CONFIG"
-    assert read_config({}, {"KVARN_CONFIG": ""}).port == DEFAULTS.port
+    assert read_config({}, {"MILLPOND_CONFIG": str(file)}, str(other)).port == 9, "--config beats MILLPOND_CONFIG"
+    assert read_config({}, {"MILLPOND_CONFIG": ""}).port == DEFAULTS.port
 
 
 def test_a_file_may_hold_the_types_of_toml(tmp_path: Path) -> None:
-    file = tmp_path / "kvarn.toml"
+    file = tmp_path / "millpond.toml"
     file.write_text(
         "# a comment\nport = 9000\nmax-itl-ms = 200\ncache_ram = '8GB'\nssd_ttl = 60\nmax_body = 4096\n"
         "allowed_hosts = ['a.example', '*.b.example']\napi_key = ['key,with-a-comma']\n"
@@ -297,7 +297,7 @@ def test_a_file_may_hold_the_types_of_toml(tmp_path: Path) -> None:
 )
 def test_bad_files_are_refused(tmp_path: Path, content: str | None, said: str) -> None:
     """(J2) With the file's name, whatever is wrong."""
-    file = tmp_path / "kvarn.toml"
+    file = tmp_path / "millpond.toml"
     if content is not None:
         file.write_text(content)
     if not said:
@@ -316,25 +316,25 @@ def test_a_file_that_is_no_text_or_no_file(tmp_path: Path) -> None:
             read_config({}, {}, str(path))
 
 
-def kvarn(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvarn.cli.main", *arguments]
+def millpond(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "millpond.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environ)
 
 
 def test_the_command_refuses_at_once_and_in_one_line(tmp_path: Path) -> None:
     """(J2) From each source, before a model is looked for or an address is taken."""
-    file = tmp_path / "kvarn.toml"
+    file = tmp_path / "millpond.toml"
     file.write_text("max_batch = 999\n")
     for arguments, environ, source in (
         (["--max-batch", "999"], {}, "--max-batch"),
-        ([], {"KVARN_MAX_BATCH": "999"}, "KVARN_MAX_BATCH"),
+        ([], {"MILLPOND_MAX_BATCH": "999"}, "MILLPOND_MAX_BATCH"),
         (["--config", str(file)], {}, f"{file}: max_batch"),
-        ([], {"KVARN_CONFIG": str(file)}, f"{file}: max_batch"),
+        ([], {"MILLPOND_CONFIG": str(file)}, f"{file}: max_batch"),
     ):
-        done = kvarn("serve", "no-such-model", *arguments, **environ)
+        done = millpond("serve", "no-such-model", *arguments, **environ)
         assert done.returncode == 1
         [line] = done.stderr.splitlines()
-        assert line.startswith(f"kvarn serve: {source}: ")
+        assert line.startswith(f"millpond serve: {source}: ")
         assert "1 to 256" in line
         assert "999" in line
 
@@ -342,14 +342,14 @@ def test_the_command_refuses_at_once_and_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["..", "a" * 100, "no-such-host.invalid", "", "[::1]", "256.1.1.1"])
 def test_a_host_that_is_none_is_refused(host: str) -> None:
     """(J2)"""
-    done = kvarn("serve", "no-such-model", f"--host={host}", "--port", "0")
+    done = millpond("serve", "no-such-model", f"--host={host}", "--port", "0")
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"kvarn serve: --host {host} --port 0: cannot listen there: ")
+    assert line.startswith(f"millpond serve: --host {host} --port 0: cannot listen there: ")
 
 
 def test_help_names_every_setting_with_its_default() -> None:
-    said = re.sub(r"\s+", " ", kvarn("serve", "--help", COLUMNS="200").stdout)
+    said = re.sub(r"\s+", " ", millpond("serve", "--help", COLUMNS="200").stdout)
     for name in ServeConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in said
     for default in ("Default: 8MiB.", "Default: 10m.", "Default: 30d.", "Default: 100GB.", "Default: 400."):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-import kvarn
-from kvarn.bench.connection import Unusable, connection, is_local, key_from
-from kvarn.config import ConfigError, read_config
-from kvarn.hub.errors import SourceError
-from kvarn.hub.progress import SilentProgress
-from kvarn.hub.source import resolve
+import millpond
+from millpond.bench.connection import Unusable, connection, is_local, key_from
+from millpond.config import ConfigError, read_config
+from millpond.hub.errors import SourceError
+from millpond.hub.progress import SilentProgress
+from millpond.hub.source import resolve
 
 if TYPE_CHECKING:
     from tests.cli.conftest import ScriptedServer
@@ -66,7 +66,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 LOCAL = (
-    *("localhost", "LOCALHOST", "localhost.", "kvarn.localhost", "127.0.0.1", "127.1", "127.0.0.53", "2130706433"),
+    *("localhost", "LOCALHOST", "localhost.", "millpond.localhost", "127.0.0.1", "127.1", "127.0.0.53", "2130706433"),
     *("[::1]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]", "0.0.0.0", "[::]"),
 )
 REMOTE = (
@@ -111,9 +111,9 @@ def test_a_proxy_that_cannot_be_used(bad: str, proxy: Proxy, monkeypatch: pytest
 
 @pytest.mark.parametrize("key", ["schlüssel-0123", "a\nb", LATIN])
 def test_a_key_that_no_header_can_carry(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVARN_API_KEY", key)
-    with pytest.raises(Unusable, match="KVARN_API_KEY") as refused:
-        key_from(("KVARN_API_KEY", "OPENAI_API_KEY"))
+    monkeypatch.setenv("MILLPOND_API_KEY", key)
+    with pytest.raises(Unusable, match="MILLPOND_API_KEY") as refused:
+        key_from(("MILLPOND_API_KEY", "OPENAI_API_KEY"))
     assert key not in str(refused.value)
 
 
@@ -121,8 +121,8 @@ CLIENTS = {"Client", "AsyncClient", "get", "post", "stream", "request"}
 
 
 def test_every_connection_of_ours_is_made_with_care() -> None:
-    """No httpx client anywhere in Kvarn, nor in its benchmarks, trusts the environment about this machine's servers."""
-    folder = Path(kvarn.__file__).parent
+    """No httpx client in Millpond, nor in its benchmarks, trusts the environment about this machine's servers."""
+    folder = Path(millpond.__file__).parent
     careless = []
     for path in [*folder.rglob("*.py"), *(folder.parent / "benchmarks").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -136,22 +136,22 @@ def test_every_connection_of_ours_is_made_with_care() -> None:
     assert not careless
 
 
-def kvarn_command(*arguments: str, given: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "kvarn.cli.main", *arguments]
-    environment = {**os.environ, "KVARN_API_KEY": KEY, "OPENAI_API_KEY": KEY, **environ}
+def millpond_command(*arguments: str, given: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "millpond.cli.main", *arguments]
+    environment = {**os.environ, "MILLPOND_API_KEY": KEY, "OPENAI_API_KEY": KEY, **environ}
     return subprocess.run(command, input=given, capture_output=True, timeout=60, check=False, env=environment)
 
 
 def test_chat_and_bench_beside_a_proxy(scripted_server: ScriptedServer, proxy: Proxy) -> None:
-    done = kvarn_command("chat", "--url", scripted_server.url, given=b"hi", all_proxy="socks5://127.0.0.1:9")
+    done = millpond_command("chat", "--url", scripted_server.url, given=b"hi", all_proxy="socks5://127.0.0.1:9")
     assert (done.returncode, done.stderr) == (0, b"")
     flags = ("--workload", "single", "--repeats", "1", "--tokens", "2", "--prompt-scale", "0.01")
-    done = kvarn_command("bench", "--url", scripted_server.url, *flags, all_proxy="socks5://127.0.0.1:9")
+    done = millpond_command("bench", "--url", scripted_server.url, *flags, all_proxy="socks5://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert not proxy.heard
-    refused = kvarn_command("chat", "--url", "http://example.org", given=b"hi", http_proxy="socks4://127.0.0.1:9")
+    refused = millpond_command("chat", "--url", "http://example.org", given=b"hi", http_proxy="socks4://127.0.0.1:9")
     assert refused.returncode == 1
-    assert refused.stderr.startswith(b"kvarn chat: the proxy ")
+    assert refused.stderr.startswith(b"millpond chat: the proxy ")
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -170,10 +170,10 @@ def test_chat_and_bench_beside_a_proxy(scripted_server: ScriptedServer, proxy: P
 )
 def test_piped_text(scripted_server: ScriptedServer, given: bytes, environ: dict[str, str], asked: str | None) -> None:
     """The scripted answer has characters that ASCII lacks, too."""
-    done = kvarn_command("chat", "--url", scripted_server.url, "--max-tokens", "3", given=given, **environ)
+    done = millpond_command("chat", "--url", scripted_server.url, "--max-tokens", "3", given=given, **environ)
     if asked is None:
         assert (done.returncode, scripted_server.bodies) == (1, [])
-        assert done.stderr.startswith(b"kvarn chat: standard input is not UTF-8 text: byte 4 is 0xe9")
+        assert done.stderr.startswith(b"millpond chat: standard input is not UTF-8 text: byte 4 is 0xe9")
     else:
         assert (done.returncode, done.stderr) == (0, b"")
         assert scripted_server.bodies[0]["messages"] == [{"role": "user", "content": asked}]
@@ -194,14 +194,14 @@ def test_piped_text(scripted_server: ScriptedServer, given: bytes, environ: dict
     ],
 )
 def test_arguments_that_are_no_text(arguments: tuple[str, ...]) -> None:
-    done = kvarn_command(*arguments, LC_ALL="C")
+    done = millpond_command(*arguments, LC_ALL="C")
     assert b"Traceback" not in done.stderr + done.stdout
     assert b"caf\\" in done.stderr + done.stdout
 
 
 def test_settings_and_models_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"KVARN_MODEL_NAME: must be UTF-8 text"):
-        read_config({}, {"KVARN_MODEL_NAME": LATIN})
+    with pytest.raises(ConfigError, match=r"MILLPOND_MODEL_NAME: must be UTF-8 text"):
+        read_config({}, {"MILLPOND_MODEL_NAME": LATIN})
     folder = tmp_path / LATIN
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):

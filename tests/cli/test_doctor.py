@@ -1,4 +1,4 @@
-"""kvarn doctor as a process: settings, address, keys, certificates and disks."""
+"""millpond doctor as a process: settings, address, keys, certificates and disks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from doctor_report import SECONDS, doctor, environment
 from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 
-from kvarn.cli.doctor import address, disk, settings, tls
-from kvarn.config import read_config
+from millpond.cli.doctor import address, disk, settings, tls
+from millpond.config import read_config
 
 SCRIPTED_SERVER = Path(__file__).parent.parent / "http" / "scripted_server.py"
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -27,7 +27,7 @@ needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="need
 def test_a_sound_machine(tmp_path: Path) -> None:
     report = doctor("--cache-dir", str(tmp_path), "--cache-ssd", "1MB", "--ssd-min-free", "0")
     assert not report.failed
-    expected = ("kvarn", "system", "mlx", "mlx-lm", "packages", "device", "C part", "compiler", "memory", "settings")
+    expected = ("millpond", "system", "mlx", "mlx-lm", "packages", "device", "C part", "compiler", "memory", "settings")
     assert {*expected, "cache", "hub", "SSD tier", "files", "port"} <= report.state.keys()
     assert report.state["packages"] == report.state["settings"] == report.state["port"] == "ok"
     assert str(tmp_path) in report.text["SSD tier"]
@@ -35,7 +35,7 @@ def test_a_sound_machine(tmp_path: Path) -> None:
 
 
 def test_for_people_every_line_has_a_state_and_what_to_do_stands_below() -> None:
-    command = [sys.executable, "-m", "kvarn.cli.main", "doctor", "--max-batch", "0"]
+    command = [sys.executable, "-m", "millpond.cli.main", "doctor", "--max-batch", "0"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     lines = result.stdout.splitlines()
     assert result.returncode == 1
@@ -50,7 +50,7 @@ def test_for_people_every_line_has_a_state_and_what_to_do_stands_below() -> None
 
 
 def test_bad_settings_wherever_they_come_from(tmp_path: Path) -> None:
-    file = tmp_path / "kvarn.toml"
+    file = tmp_path / "millpond.toml"
     file.write_text("max_batch = 0\n")
     report = doctor("--config", str(file))
     assert report.failed == {"settings"}
@@ -58,7 +58,7 @@ def test_bad_settings_wherever_they_come_from(tmp_path: Path) -> None:
     assert "port" not in report.state
     for flags, environ, name in (
         ({"drain_seconds": "soon"}, {}, "--drain-seconds"),
-        ({}, {"KVARN_MAX_WAITING": "none"}, "KVARN_MAX_WAITING"),
+        ({}, {"MILLPOND_MAX_WAITING": "none"}, "MILLPOND_MAX_WAITING"),
     ):
         config, (finding,) = settings.read(flags, None, environ)
         assert config is None
@@ -67,10 +67,10 @@ def test_bad_settings_wherever_they_come_from(tmp_path: Path) -> None:
 
 
 def test_a_variable_that_is_no_setting() -> None:
-    report = doctor(KVARN_MAX_BATHC="3")
+    report = doctor(MILLPOND_MAX_BATHC="3")
     assert report.state["settings"] == "warn"
-    assert "KVARN_MAX_BATHC" in report.text["settings"]
-    assert "KVARN_MAX_BATCH?" in report.remedy["settings"]
+    assert "MILLPOND_MAX_BATHC" in report.text["settings"]
+    assert "MILLPOND_MAX_BATCH?" in report.remedy["settings"]
 
 
 # --- the port ---------------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def test_a_port_taken_by_another_program() -> None:
 
 
 @contextlib.contextmanager
-def kvarn_server(folder: Path, *flags: str) -> Iterator[str]:
-    """A running Kvarn with a scripted engine; the port it has."""
+def millpond_server(folder: Path, *flags: str) -> Iterator[str]:
+    """A running Millpond with a scripted engine; the port it has."""
     model = write_folder(
         folder, byte_level_backend(), {"eos_token": "<|endoftext|>", "chat_template": CHATML}, {"model_type": "llama"}
     )
@@ -103,21 +103,21 @@ def kvarn_server(folder: Path, *flags: str) -> Iterator[str]:
             process.communicate()
 
 
-def test_a_port_taken_by_a_running_kvarn(tmp_path: Path) -> None:
-    with kvarn_server(tmp_path / "model") as port:
+def test_a_port_taken_by_a_running_millpond(tmp_path: Path) -> None:
+    with millpond_server(tmp_path / "model") as port:
         report = doctor("--port", port)
     assert report.state["port"] == "warn"
-    assert "running Kvarn" in report.text["port"]
+    assert "running Millpond" in report.text["port"]
     assert report.code == 0
 
 
 @needs_openssl
-def test_a_port_taken_by_a_running_kvarn_with_tls(tmp_path: Path) -> None:
+def test_a_port_taken_by_a_running_millpond_with_tls(tmp_path: Path) -> None:
     certificate, key = pair(tmp_path, "one")
     flags = ("tls_certificate", str(certificate), "tls_key", str(key))
-    with kvarn_server(tmp_path / "model", *flags) as port:
+    with millpond_server(tmp_path / "model", *flags) as port:
         report = doctor("--port", port, "--tls-certificate", str(certificate), "--tls-key", str(key))
-    assert "running Kvarn" in report.text["port"]
+    assert "running Millpond" in report.text["port"]
     assert report.state["TLS"] == "ok"
 
 
@@ -224,27 +224,27 @@ def test_a_certificate_with_another_key(tmp_path: Path) -> None:
 def test_cache_folders_that_are_files(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    report = doctor("--cache-ssd", "1MB", KVARN_CACHE=str(file / "below"), HF_HUB_CACHE=str(file))
+    report = doctor("--cache-ssd", "1MB", MILLPOND_CACHE=str(file / "below"), HF_HUB_CACHE=str(file))
     assert report.failed == {"SSD tier"}  # which was asked for; the others only cost time
     assert report.state["cache"] == report.state["hub"] == "warn"
-    assert "KVARN_CACHE" in report.remedy["cache"]
+    assert "MILLPOND_CACHE" in report.remedy["cache"]
     assert "HF_HUB_CACHE" in report.remedy["hub"]
     assert "--cache-dir" in report.remedy["SSD tier"]
 
 
 def test_folders_that_cannot_be_used_only_cost_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("KVARN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("MILLPOND_CACHE", str(tmp_path / "file"))
     found = [*disk.caches(), disk.ssd(read_config({}, {}))]
     assert [finding.state for finding in found if str(tmp_path) in finding.text] == ["warn", "warn"]
-    monkeypatch.setenv("KVARN_CACHE", "~nobody-of-this-name/cache")
+    monkeypatch.setenv("MILLPOND_CACHE", "~nobody-of-this-name/cache")
     cache, *_, tier = [*disk.caches(), disk.ssd(read_config({}, {}))]
     assert (cache.state, tier.state) == ("warn", "warn")
-    assert "KVARN_CACHE=FOLDER" in cache.remedy
+    assert "MILLPOND_CACHE=FOLDER" in cache.remedy
 
 
 def test_a_cache_that_others_may_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVARN_CACHE", str(tmp_path))
+    monkeypatch.setenv("MILLPOND_CACHE", str(tmp_path))
     assert [finding.state for finding in disk.caches() if finding.subject == "cache"] == ["ok"]
     tmp_path.chmod(0o770)
     assert [finding.state for finding in disk.caches() if finding.subject == "cache"] == ["ok", "warn"]
@@ -263,7 +263,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_disk(read_only: Path) -> None:
-    report = doctor("--cache-dir", str(read_only / "a" / "b"), "--cache-ssd", "1MB", KVARN_CACHE=str(read_only))
+    report = doctor("--cache-dir", str(read_only / "a" / "b"), "--cache-ssd", "1MB", MILLPOND_CACHE=str(read_only))
     assert report.failed == {"SSD tier"}
     assert "ead-only" in report.text["cache"]
 
@@ -281,10 +281,10 @@ def test_an_ssd_tier_without_room(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir() or disk.file_system(Path("/dev/shm")) != "tmpfs", reason="no tmpfs")
 def test_an_ssd_tier_in_memory() -> None:
-    report = doctor("--cache-dir", "/dev/shm/kvarn-no-such-folder", "--cache-ssd", "1MB", "--ssd-min-free", "0")
+    report = doctor("--cache-dir", "/dev/shm/millpond-no-such-folder", "--cache-ssd", "1MB", "--ssd-min-free", "0")
     assert report.state["SSD tier"] == "warn"
     assert "tmpfs" in report.text["SSD tier"]
-    assert not Path("/dev/shm/kvarn-no-such-folder").exists()
+    assert not Path("/dev/shm/millpond-no-such-folder").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of mounts")

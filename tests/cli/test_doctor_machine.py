@@ -1,4 +1,4 @@
-"""kvarn doctor as a process: the machine, the installation and models."""
+"""millpond doctor as a process: the machine, the installation and models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import tiny_models
 from doctor_report import doctor
 from mlx.utils import tree_flatten
 
-from kvarn.cli.doctor import machine, model
-from kvarn.cli.doctor.finding import Finding, ok
-from kvarn.cli.doctor.weights import weight_bytes
-from kvarn.config import read_config
-from kvarn.hub.cache import cache_root
-from kvarn.model.load import load
-from kvarn.types import ModelInfo
+from millpond.cli.doctor import machine, model
+from millpond.cli.doctor.finding import Finding, ok
+from millpond.cli.doctor.weights import weight_bytes
+from millpond.config import read_config
+from millpond.hub.cache import cache_root
+from millpond.model.load import load
+from millpond.types import ModelInfo
 
 # --- the machine and the installation ---------------------------------------------------------------------------
 
@@ -70,12 +70,12 @@ def test_no_compiler(tmp_path: Path) -> None:
 def test_no_c_part(tmp_path: Path) -> None:
     """A copy of the package without the library."""
     source = Path(machine.__file__).parents[2]
-    shutil.copytree(source, tmp_path / "kvarn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(source, tmp_path / "millpond", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     report = doctor(cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert report.state["C part"] == "warn"
     assert "compiler" in report.remedy["C part"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert not (tmp_path / "kvarn" / "native" / f"_rowblas{suffix}").exists()
+    assert not (tmp_path / "millpond" / "native" / f"_rowblas{suffix}").exists()
 
 
 # --- models -----------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_no_c_part(tmp_path: Path) -> None:
 
 def test_a_model_and_the_room_it_leaves(tmp_path: Path) -> None:
     folder = tiny_models.save("llama", tmp_path / "tiny")
-    report = doctor(str(folder), "--kv-memory-mb", "64", KVARN_CACHE=str(cache_root()))
+    report = doctor(str(folder), "--kv-memory-mb", "64", MILLPOND_CACHE=str(cache_root()))
     assert not report.failed
     assert report.state["model"] == report.state["tokens"] == report.state["batching"] == "ok"
     # Keys and values of 4 layers, 2 heads of 16 numbers in float32.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.config import ServeConfig
+from millpond.config import ServeConfig
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""Addresses and names of ``kvarn serve``: every family of a host, one port, one server (B8, A6)."""
+"""Addresses and names of ``millpond serve``: every family of a host, one port, one server (B8, A6)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.cli.listen import bind, listen_on, url_of
-from kvarn.cli.serve import Front, StartError
-from kvarn.config import ServeConfig
-from kvarn.http.keys import Keys
-from kvarn.hub.progress import SilentProgress
-from kvarn.hub.source import resolve
+from millpond.cli.listen import bind, listen_on, url_of
+from millpond.cli.serve import Front, StartError
+from millpond.config import ServeConfig
+from millpond.http.keys import Keys
+from millpond.hub.progress import SilentProgress
+from millpond.hub.source import resolve
 
 V4 = (socket.AF_INET, ("127.0.0.1", 0))
 V6 = (socket.AF_INET6, ("::1", 0, 0, 0))

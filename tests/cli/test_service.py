@@ -1,4 +1,4 @@
-"""kvarn service: what systemd and launchd would read in the files, and what is refused."""
+"""millpond service: what systemd and launchd would read in the files, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, byte_level_backend
 
-from kvarn.cli.units import Plan, Unwritable, launchd_plist, systemd_unit
+from millpond.cli.units import Plan, Unwritable, launchd_plist, systemd_unit
 
 NASTY = """-a b%n "q" 's' \\ $HOME ${HOME} $$ é😀 ; & <x> %% --x=1 #\tend\\"""
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
-PROGRAM = (sys.executable, "-P", "-m", "kvarn.cli.main", "serve")
+PROGRAM = (sys.executable, "-P", "-m", "millpond.cli.main", "serve")
 SECONDS = 60
 
 
 def service(
     *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("KVARN_", "XDG_", "HF_"))}
-    command = [sys.executable, "-m", "kvarn.cli.main", "service", *arguments]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MILLPOND_", "XDG_", "HF_"))}
+    command = [sys.executable, "-m", "millpond.cli.main", "service", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False, env={**clean, **(env or {})}, cwd=cwd
     )
@@ -39,7 +39,7 @@ def service(
 
 def plan(*arguments: str, environment: Mapping[str, str] | None = None, port: int = 8000) -> Plan:
     return Plan(
-        name="kvarn",
+        name="millpond",
         model="demo",
         command=(*PROGRAM, *arguments),
         environment=environment or {},
@@ -129,15 +129,15 @@ def environment(unit: str) -> dict[str, str]:
 
 @given(st.lists(TEXTS), TEXTS)
 def test_any_argument_and_variable_survives_the_unit(arguments: list[str], value: str) -> None:
-    unit = systemd_unit(plan(*arguments, environment={"KVARN_CACHE": value}), system=False)
+    unit = systemd_unit(plan(*arguments, environment={"MILLPOND_CACHE": value}), system=False)
     assert argv(unit) == [*PROGRAM, *arguments]
-    assert environment(unit) == {"KVARN_CACHE": value}
+    assert environment(unit) == {"MILLPOND_CACHE": value}
 
 
 @given(st.lists(TEXTS))
 def test_any_argument_survives_the_property_list_or_is_refused(arguments: list[str]) -> None:
     try:
-        text = launchd_plist(plan(*arguments), "local.kvarn", Path("/l"))
+        text = launchd_plist(plan(*arguments), "local.millpond", Path("/l"))
     except Unwritable:
         assert any(re.search(r"[\x00-\x08\x0b-\x1f]", argument) for argument in arguments)
         return
@@ -148,7 +148,7 @@ def test_any_argument_survives_the_property_list_or_is_refused(arguments: list[s
 def test_nasty_arguments_survive_the_command(kind: str, tmp_path: Path) -> None:
     keys = tmp_path / NASTY.replace("/", "_")
     flags = [f"--model-name={NASTY}", "--api-key-file", str(keys), "--port", "0"]
-    result = service(kind, "demo", *flags, env={"KVARN_CACHE": str(keys)})
+    result = service(kind, "demo", *flags, env={"MILLPOND_CACHE": str(keys)})
     if kind == "launchd":
         found = plistlib.loads(result.stdout.encode())
         command, carried = found["ProgramArguments"], found["EnvironmentVariables"]
@@ -156,7 +156,7 @@ def test_nasty_arguments_survive_the_command(kind: str, tmp_path: Path) -> None:
         command, carried = argv(result.stdout), environment(result.stdout)
     expected = ["demo", "--port=0", f"--model-name={NASTY}", f"--api-key-file={keys}"]
     assert command == [*PROGRAM, *expected]
-    assert carried == {"KVARN_CACHE": str(keys)}
+    assert carried == {"MILLPOND_CACHE": str(keys)}
 
 
 def test_a_draft_model_in_this_folder_is_found_from_any_other(tmp_path: Path) -> None:
@@ -236,8 +236,8 @@ def test_the_unit_restarts_what_fails_and_lets_a_stop_take_its_time() -> None:
 
 
 def test_a_system_unit_has_an_account_and_a_sandbox_that_leaves_it_what_it_needs() -> None:
-    unit = read(systemd_unit(plan(port=443), system=True, user="kvarn"))
-    assert unit["Service"]["User"] == ["kvarn"]
+    unit = read(systemd_unit(plan(port=443), system=True, user="millpond"))
+    assert unit["Service"]["User"] == ["millpond"]
     assert unit["Service"]["PrivateTmp"] == ["yes"]
     assert unit["Service"]["ProtectSystem"] == ["full"]
     assert unit["Service"]["AmbientCapabilities"] == ["CAP_NET_BIND_SERVICE"]
@@ -245,7 +245,7 @@ def test_a_system_unit_has_an_account_and_a_sandbox_that_leaves_it_what_it_needs
     inside = plan()
     object.__setattr__(inside, "read", (Path("/tmp/model"),))
     object.__setattr__(inside, "written", (Path("/usr/local/cache"),))
-    unit = read(systemd_unit(inside, system=True, user="kvarn"))
+    unit = read(systemd_unit(inside, system=True, user="millpond"))
     assert not {"PrivateTmp", "ProtectSystem", "AmbientCapabilities"} & unit["Service"].keys()
 
 
@@ -259,11 +259,11 @@ def test_systemd_finds_nothing_wrong_with_it(flags: tuple[str, ...], tmp_path: P
     simple.write_text("[Service]\nExecStart=/bin/true\n")
     if verified(simple).returncode != 0:
         pytest.skip("systemd-analyze does not work here")
-    path = tmp_path / "kvarn.service"
+    path = tmp_path / "millpond.service"
     assert service("systemd", "demo", f"--model-name={NASTY}", "--output", str(path), *flags).returncode == 0
     result = verified(path)
     assert result.returncode == 0
-    assert "kvarn.service" not in result.stdout + result.stderr
+    assert "millpond.service" not in result.stdout + result.stderr
 
 
 def test_the_property_list_keeps_the_server_alive() -> None:
@@ -284,8 +284,8 @@ def test_the_property_list_keeps_the_server_alive() -> None:
 @pytest.mark.parametrize(
     ("kind", "where", "start"),
     [
-        ("systemd", ".config/systemd/user/kvarn.service", "systemctl --user enable --now kvarn.service"),
-        ("launchd", "Library/LaunchAgents/local.kvarn.plist", "launchctl bootstrap"),
+        ("systemd", ".config/systemd/user/millpond.service", "systemctl --user enable --now millpond.service"),
+        ("launchd", "Library/LaunchAgents/local.millpond.plist", "launchctl bootstrap"),
     ],
 )
 def test_install_writes_once_and_says_how_to_start(kind: str, where: str, start: str, tmp_path: Path) -> None:
@@ -353,9 +353,9 @@ def test_systems_accounts() -> None:
 
 
 def test_settings_of_this_shell_are_neither_taken_nor_forgotten() -> None:
-    result = service("systemd", "demo", env={"KVARN_PORT": "nonsense", "KVARN_API_KEY": "sk-secret-secret"})
+    result = service("systemd", "demo", env={"MILLPOND_PORT": "nonsense", "MILLPOND_API_KEY": "sk-secret-secret"})
     assert result.returncode == 0
     assert argv(result.stdout) == [*PROGRAM, "demo"]
-    assert "KVARN_PORT" in result.stderr
+    assert "MILLPOND_PORT" in result.stderr
     assert "--api-key-file" in result.stderr
     assert "sk-secret" not in result.stdout + result.stderr

@@ -37,9 +37,9 @@ import zlib
 
 import msgspec
 
-from kvarn import wire
-from kvarn.prefix.disk.stats import SsdStats
-from kvarn.types import (
+from millpond import wire
+from millpond.prefix.disk.stats import SsdStats
+from millpond.types import (
     Delta,
     Distribution,
     EngineCounters,

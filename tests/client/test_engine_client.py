@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kvarn import wire
-from kvarn.client import EngineClient, EngineError, EngineState, EngineUnavailable
-from kvarn.types import ErrorKind, Finish, Request, SamplingParams
+from millpond import wire
+from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
+from millpond.types import ErrorKind, Finish, Request, SamplingParams
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
@@ -205,7 +205,7 @@ def test_fatal_before_ready_is_final_and_says_why() -> None:
 
 
 def test_crashing_starts_end_after_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.client.engine.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("millpond.client.engine.FIRST_DELAY", 0.01)
 
     async def test() -> None:
         client = client_for("crash")
@@ -301,8 +301,8 @@ def test_front_end_death_ends_the_engine(tmp_path: Path) -> None:
     program = tmp_path / "front.py"
     program.write_text(
         "import asyncio, sys\n"
-        "from kvarn import wire\n"
-        "from kvarn.client import EngineClient\n"
+        "from millpond import wire\n"
+        "from millpond.client import EngineClient\n"
         "async def main():\n"
         "    client = EngineClient(wire.Start(model_path='plain', max_rows=8, max_itl_ms=400), command=sys.argv[1:])\n"
         "    await client.start()\n"

@@ -16,19 +16,19 @@ import pytest
 from endless_model import endless_model
 from tiny_models import save
 
-from kvarn.child import python
+from millpond.child import python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process that is stopped lives on")
 PATIENCE = 120
 FRONT = """
 import asyncio, socket, subprocess, sys
-from kvarn import wire
-from kvarn.child import python
-from kvarn.cli.group import start_follower
-from kvarn.client.engine import ENGINE_COMMAND
-from kvarn.client.process import EngineProcess
-from kvarn.client.ranks import RANK_COMMAND
-from kvarn.types import GroupSettings
+from millpond import wire
+from millpond.child import python
+from millpond.cli.group import start_follower
+from millpond.client.engine import ENGINE_COMMAND
+from millpond.client.process import EngineProcess
+from millpond.client.ranks import RANK_COMMAND
+from millpond.types import GroupSettings
 
 async def main(model, endless):
     ready, loading, leader = [await EngineProcess.spawn(command, {}) for command in
@@ -36,7 +36,7 @@ async def main(model, endless):
     silent = socket.create_server(("127.0.0.1", 0))
     follower = await start_follower(GroupSettings(rank=1, world=2, backend="ring", host="127.0.0.1",
         port=silent.getsockname()[1], secret="ab" * 32, model=model), {})
-    held = subprocess.Popen(python("-m", "kvarn.cli.held", "serve", endless, "--port", "0"), stdin=subprocess.PIPE)
+    held = subprocess.Popen(python("-m", "millpond.cli.held", "serve", endless, "--port", "0"), stdin=subprocess.PIPE)
     for engine, folder in ((ready, model), (loading, endless)):
         engine.send(wire.Start(model_path=folder, max_rows=4, max_itl_ms=400.0))
     silent.setblocking(False)

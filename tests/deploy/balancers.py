@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {
-    "nginx": ROOT / "deploy" / "nginx" / "kvarn.conf",
-    "haproxy": ROOT / "deploy" / "haproxy" / "kvarn.cfg",
+    "nginx": ROOT / "deploy" / "nginx" / "millpond.conf",
+    "haproxy": ROOT / "deploy" / "haproxy" / "millpond.cfg",
 }
 # Debian keeps both where only root's PATH leads.
 _WHERE = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
@@ -35,7 +35,7 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    include {folder}/kvarn.conf;
+    include {folder}/millpond.conf;
 }}
 """
 
@@ -53,9 +53,9 @@ class Balancer:
         text = _of(SHIPPED[name].read_text(encoding="utf-8"), replicas)
         if name == "nginx":
             text = _with(
-                text, {"listen 8080;": f"listen 127.0.0.1:{self.port};", "/var/log/nginx/kvarn.log": f"{folder}/log"}
+                text, {"listen 8080;": f"listen 127.0.0.1:{self.port};", "/var/log/nginx/millpond.log": f"{folder}/log"}
             )
-            (folder / "kvarn.conf").write_text(text)
+            (folder / "millpond.conf").write_text(text)
             # Started by root, the workers would otherwise be nobody, who may not enter the tests' folders.
             user = "user root;" if os.geteuid() == 0 else ""
             (folder / "nginx.conf").write_text(_NGINX.format(folder=folder, user=user))
@@ -63,8 +63,8 @@ class Balancer:
             self.check = [*self.command, "-t"]
         else:
             text = _with(text, {"bind :8080": f"bind 127.0.0.1:{self.port}"})
-            (folder / "kvarn.cfg").write_text(text)
-            self.command = [program, "-db", "-f", str(folder / "kvarn.cfg")]
+            (folder / "millpond.cfg").write_text(text)
+            self.command = [program, "-db", "-f", str(folder / "millpond.cfg")]
             self.check = [*self.command, "-c"]
 
     @contextlib.contextmanager

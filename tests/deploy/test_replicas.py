@@ -75,7 +75,7 @@ def placed(client: httpx.Client, session: str = "") -> str:
 def refused(server: Server, code: str) -> float:
     """How many requests a replica has refused with this code."""
     page = httpx.get(f"{server.url}/metrics", verify=False, trust_env=False).text
-    found = re.findall(rf'^kvarn_requests_refused_total{{.*code="{code}".*}} (\S+)$', page, re.M)
+    found = re.findall(rf'^millpond_requests_refused_total{{.*code="{code}".*}} (\S+)$', page, re.M)
     return sum(float(value) for value in found)
 
 
@@ -271,7 +271,7 @@ def test_request_ids_pass_and_numbers_do_not(shared: Site) -> None:
         for path in ("/metrics", "/%6detrics", "/health", "/metrics?a=b"):
             answer = client.get(path)
             assert answer.status_code == 404, path
-            assert "kvarn_" not in answer.text
+            assert "millpond_" not in answer.text
         assert client.get("/readyz").status_code == 200
 
 

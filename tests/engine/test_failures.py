@@ -14,13 +14,13 @@ import pytest
 from engine_driver import Driver, Outcome, prefix_cache, request
 from tiny_models import CONFIGS, VOCAB, save
 
-from kvarn.engine.refusals import failure
-from kvarn.model.load import LoadedModel, load
-from kvarn.model.probe import Capabilities, probe
-from kvarn.sample.edits import RowEdits
-from kvarn.sample.state import SamplingState
-from kvarn.types import ErrorKind, Finish, Request
-from kvarn.wire import Beat, Explain, Explained, Failed, FromEngine
+from millpond.engine.refusals import failure
+from millpond.model.load import LoadedModel, load
+from millpond.model.probe import Capabilities, probe
+from millpond.sample.edits import RowEdits
+from millpond.sample.state import SamplingState
+from millpond.types import ErrorKind, Finish, Request
+from millpond.wire import Beat, Explain, Explained, Failed, FromEngine
 
 OUT_OF_MEMORY = (
     MemoryError("std::bad_alloc"),

@@ -12,10 +12,10 @@ import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, reference, request
 from tiny_models import CONFIGS, VOCAB, save
 
-from kvarn.kv.slots import Slot
-from kvarn.model.load import LoadedModel, load
-from kvarn.model.probe import Capabilities, probe
-from kvarn.types import ErrorKind, Finish
+from millpond.kv.slots import Slot
+from millpond.model.load import LoadedModel, load
+from millpond.model.probe import Capabilities, probe
+from millpond.types import ErrorKind, Finish
 
 
 @cache

@@ -23,16 +23,16 @@ from engine_driver import (
 )
 from tiny_models import CONFIGS_WIDE, VOCAB, save
 
-from kvarn.engine.link import Inbox
-from kvarn.kv.format import KvFormat
-from kvarn.model.blocks import BlockFormat
-from kvarn.model.load import LoadedModel, ModelError, kept_as, load
-from kvarn.model.probe import Capabilities, probe
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.disk.events import Opened
-from kvarn.prefix.disk.tier import SsdTier
-from kvarn.prefix.records import BLOCK, Kind
-from kvarn.types import KvPacking, PrefixReport
+from millpond.engine.link import Inbox
+from millpond.kv.format import KvFormat
+from millpond.model.blocks import BlockFormat
+from millpond.model.load import LoadedModel, ModelError, kept_as, load
+from millpond.model.probe import Capabilities, probe
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import Opened
+from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.records import BLOCK, Kind
+from millpond.types import KvPacking, PrefixReport
 
 INT8, INT4, EXACT_START = KvPacking(bits=8), KvPacking(bits=4), KvPacking(bits=8, start=128)
 SMALL_GROUPS = KvPacking(bits=4, group_size=32)

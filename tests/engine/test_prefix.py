@@ -19,19 +19,19 @@ from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, pref
 from prefix_support import check_memory, check_tree
 from tiny_models import CONFIGS, SOLO_KINDS, VOCAB, save
 
-from kvarn.engine import prefixes
-from kvarn.engine.link import Inbox
-from kvarn.model.blocks import BlockFormat, Stored
-from kvarn.model.load import LoadedModel, load
-from kvarn.model.probe import Capabilities, probe
-from kvarn.model.upstream import cache_arrays
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.disk.events import Opened
-from kvarn.prefix.disk.tier import SsdTier
-from kvarn.prefix.policy import SavePolicy
-from kvarn.prefix.records import BLOCK, Kind
-from kvarn.prefix.visit import End
-from kvarn.types import Finish, PrefixReport
+from millpond.engine import prefixes
+from millpond.engine.link import Inbox
+from millpond.model.blocks import BlockFormat, Stored
+from millpond.model.load import LoadedModel, load
+from millpond.model.probe import Capabilities, probe
+from millpond.model.upstream import cache_arrays
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import Opened
+from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.policy import SavePolicy
+from millpond.prefix.records import BLOCK, Kind
+from millpond.prefix.visit import End
+from millpond.types import Finish, PrefixReport
 
 TOP = 20
 ANSWER = 8

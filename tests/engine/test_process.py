@@ -18,11 +18,11 @@ from endless_model import endless_model
 from engine_driver import request
 from tiny_models import save
 
-from kvarn import wire
-from kvarn.engine.boot import boot
-from kvarn.engine.link import Link
-from kvarn.lifeline import LOST_STATUS
-from kvarn.types import Finish
+from millpond import wire
+from millpond.engine.boot import boot
+from millpond.engine.link import Link
+from millpond.lifeline import LOST_STATUS
+from millpond.types import Finish
 
 SILENCE = 60.0
 """Seconds after which a peer that says nothing has hung; generous, because machines are busy."""
@@ -60,7 +60,7 @@ class Peer:
 @contextmanager
 def engine() -> Iterator[tuple[Peer, subprocess.Popen[bytes]]]:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "kvarn.engine", "--fd", str(theirs.fileno())]
+    command = [sys.executable, "-m", "millpond.engine", "--fd", str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stderr=subprocess.DEVNULL)
     theirs.close()
     peer = Peer(ours)

@@ -21,7 +21,7 @@ from guessing_support import (
 )
 from tiny_models import SLOT_KINDS
 
-from kvarn.types import Finish, Request, SamplingParams, SpecMode, SpecSettings, Speculation
+from millpond.types import Finish, Request, SamplingParams, SpecMode, SpecSettings, Speculation
 
 
 @pytest.mark.parametrize("kind", SLOT_KINDS)

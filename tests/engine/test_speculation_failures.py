@@ -27,13 +27,13 @@ from guessing_support import (
 )
 from tiny_models import VOCAB, save
 
-from kvarn.engine.flight import Flight, Steps
-from kvarn.model.load import LoadedModel, load
-from kvarn.sample.state import SamplingState
-from kvarn.speculate.controller import Controller
-from kvarn.speculate.draft import Draft
-from kvarn.speculate.lookup import Lookup, PastOutputs
-from kvarn.types import Finish, SpecMode, SpecSettings, Speculation
+from millpond.engine.flight import Flight, Steps
+from millpond.model.load import LoadedModel, load
+from millpond.sample.state import SamplingState
+from millpond.speculate.controller import Controller
+from millpond.speculate.draft import Draft
+from millpond.speculate.lookup import Lookup, PastOutputs
+from millpond.types import Finish, SpecMode, SpecSettings, Speculation
 
 
 def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

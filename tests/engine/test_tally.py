@@ -12,10 +12,10 @@ import pytest
 from engine_driver import Driver, request
 from tiny_models import VOCAB, save
 
-from kvarn.engine.tally import Tally
-from kvarn.model.load import LoadedModel, load
-from kvarn.observe.histogram import SECONDS, Histogram
-from kvarn.types import PrefillChunk, SpecCounters
+from millpond.engine.tally import Tally
+from millpond.model.load import LoadedModel, load
+from millpond.observe.histogram import SECONDS, Histogram
+from millpond.types import PrefillChunk, SpecCounters
 
 
 @cache

@@ -184,16 +184,16 @@ def start_server(byte_tokenizer: Path, nursery: Nursery | None) -> StartServer:
 
 
 @pytest.fixture(scope="session")
-def kvarn(nursery: Nursery | None) -> Launch:
-    """Start Kvarn itself: ``with kvarn(["serve", model, *flags]) as server``.
+def millpond(nursery: Nursery | None) -> Launch:
+    """Start Millpond itself: ``with millpond(["serve", model, *flags]) as server``.
 
     Where the command's own start is what matters, use ``launch``.
     """
 
     def start(arguments: list[str], ready: bool = True) -> contextlib.AbstractContextManager[Server]:
         if nursery is None:
-            return launched([sys.executable, "-m", "kvarn.cli.main", *arguments], ready)
-        return running(nursery.start("kvarn.cli.main", arguments), ready)
+            return launched([sys.executable, "-m", "millpond.cli.main", *arguments], ready)
+        return running(nursery.start("millpond.cli.main", arguments), ready)
 
     return start
 

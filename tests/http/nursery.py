@@ -1,9 +1,9 @@
 """Servers by fork: one process imports what a front end needs, and every server is a copy of it.
 
 A front end then starts in a tenth of the processor time, most of which goes into importing transformers. What runs is
-what ``scripted_server.py`` or ``kvarn`` run in a process of their own, with an engine that is started as ever; only the
-imports are shared. ``nursery.py FD`` is the process that forks: it takes a request per message on a socket and writes
-each server's process id and, at its end, exit status to the server's own pipe. Linux only.
+what ``scripted_server.py`` or ``millpond`` run in a process of their own, with an engine that is started as ever; only
+the imports are shared. ``nursery.py FD`` is the process that forks: it takes a request per message on a socket and
+writes each server's process id and, at its end, exit status to the server's own pipe. Linux only.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ AVAILABLE = sys.platform == "linux"
 MESSAGE_BYTES = 1 << 20
 IMPORTED = (
     "scripted_server",
-    "kvarn.cli.main",
-    "kvarn.hub.source",
-    "kvarn.http.app",
-    "kvarn.http.connection",
-    "kvarn.http.gate",
-    "kvarn.http.service",
-    "kvarn.text.tokenizer",
+    "millpond.cli.main",
+    "millpond.hub.source",
+    "millpond.http.app",
+    "millpond.http.connection",
+    "millpond.http.gate",
+    "millpond.http.service",
+    "millpond.text.tokenizer",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
     "uvicorn.lifespan.off",

@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from kvarn.cli.serve import Front, StartError, bind, find_draft, read_certificate, read_keys
-from kvarn.config import read_config
-from kvarn.observe.log import configure
+from millpond.cli.serve import Front, StartError, bind, find_draft, read_certificate, read_keys
+from millpond.config import read_config
+from millpond.observe.log import configure
 
 ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
 
@@ -41,7 +41,7 @@ def main() -> int:
         front = ScriptedFront(script, Path(folder), dict(zip(rest[::2], rest[1::2], strict=True)))
         asyncio.run(front.serve(front.listeners))
     except StartError as error:
-        print(f"kvarn serve: {error}", file=sys.stderr)
+        print(f"millpond serve: {error}", file=sys.stderr)
         return 1
     return 0
 

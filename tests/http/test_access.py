@@ -10,7 +10,7 @@ import httpx
 import pytest
 from plain_http import bearer, get, one_answer
 
-from kvarn.http.gate import ANY_HOST, host_name, served_hosts
+from millpond.http.gate import ANY_HOST, host_name, served_hosts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -241,12 +241,12 @@ def test_completion_logprobs(ai: openai.OpenAI) -> None:
 def test_models(ai: openai.OpenAI, raw: httpx.Client) -> None:
     models = ai.models.list().data
     assert [model.id for model in models] == ["test-model"]
-    assert ai.models.retrieve("test-model").owned_by == "kvarn"
+    assert ai.models.retrieve("test-model").owned_by == "millpond"
     assert ai.models.retrieve("org/test-model").id == "test-model"
     with pytest.raises(openai.NotFoundError):
         ai.models.retrieve("other")
     body = raw.get("/v1/models").json()["data"][0]
-    assert body["kvarn"]["lane"] == "slots"
+    assert body["millpond"]["lane"] == "slots"
     assert body["max_model_len"] == 512
 
 

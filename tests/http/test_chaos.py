@@ -190,7 +190,7 @@ def test_chaos(seconds: float, byte_tokenizer: Path, tmp_path: Path, launch: Lau
         "write-timeout": "10s",
         "queue-timeout": "30s",
     }
-    command = [sys.executable, "-m", "kvarn.cli.main", "serve", str(folder)]
+    command = [sys.executable, "-m", "millpond.cli.main", "serve", str(folder)]
     with launch([*command, *(word for name, value in flags.items() for word in (f"--{name}", value))], False) as server:
         ready(server)
         asyncio.run(Chaos(server, 0, random.Random(1)).warm_up())

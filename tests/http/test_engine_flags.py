@@ -15,18 +15,18 @@ import httpx
 import pytest
 import tiny_models
 
-from kvarn import wire
-from kvarn.config import read_config
-from kvarn.engine import boot
-from kvarn.engine.link import Inbox
+from millpond import wire
+from millpond.config import read_config
+from millpond.engine import boot
+from millpond.engine.link import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import Launch, Server
 
-    from kvarn.engine.link import Link
-    from kvarn.schedule.scheduler import Limits
+    from millpond.engine.link import Link
+    from millpond.schedule.scheduler import Limits
 
 KEY = "environment-key-0123456789"
 PROMPT = 250
@@ -42,7 +42,7 @@ def folder(byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def command(folder: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "kvarn.cli.main", "serve", str(folder), "--port", "0", *flags]
+    return [sys.executable, "-m", "millpond.cli.main", "serve", str(folder), "--port", "0", *flags]
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +55,16 @@ def plain(folder: Path, launch: Launch) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def told(folder: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Told by flags, variables and a file, each overruled once."""
-    file = tmp_path_factory.mktemp("config") / "kvarn.toml"
+    file = tmp_path_factory.mktemp("config") / "millpond.toml"
     file.write_text(
         'context-length = 300\nmax_batch = 7\nmax_waiting = 1\nlog_format = "json"\nmodel_name = "from-file"\n'
     )
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("KVARN_CONFIG", str(file))
-            patch.setenv("KVARN_API_KEY", KEY)
-            patch.setenv("KVARN_MAX_BATCH", "2")
-            patch.setenv("KVARN_PREFILL_CHUNK", "128")
+            patch.setenv("MILLPOND_CONFIG", str(file))
+            patch.setenv("MILLPOND_API_KEY", KEY)
+            patch.setenv("MILLPOND_MAX_BATCH", "2")
+            patch.setenv("MILLPOND_PREFILL_CHUNK", "128")
             flags = ["--prefill-chunk", "64", "--model-name", "from-flag"]
             server = stack.enter_context(launch(command(folder, *flags), ready=False))
         server.wait_for_line('"message": "ready"')
@@ -100,7 +100,7 @@ def test_settings_from_all_sources_reach_the_engine(told: Server, plain: Server,
         [shown], [usual] = (each.get("/v1/models").json()["data"] for each in (client, other))
         assert (shown["id"], usual["id"]) == ("from-flag", folder.name)
         assert shown["max_model_len"] == 300
-        assert (shown["kvarn"]["max_rows"], usual["kvarn"]["max_rows"]) == (2, 32)
+        assert (shown["millpond"]["max_rows"], usual["millpond"]["max_rows"]) == (2, 32)
         ask = {"model": "from-flag", "prompt": "ab", "max_tokens": 4}
         assert client.post("/v1/completions", json=ask).status_code == 200
         assert other.post("/v1/completions", json=ask).status_code == 404
@@ -130,8 +130,8 @@ def test_both_processes_write_json(told: Server) -> None:
         told.wait_for_line("/v1/models")
     lines = [json.loads(line) for line in told.lines]
     loggers = {line["logger"] for line in lines}
-    assert loggers >= {"kvarn.serve", "kvarn.http"}
-    assert any(logger.startswith("kvarn.engine") for logger in loggers)
+    assert loggers >= {"millpond.serve", "millpond.http"}
+    assert any(logger.startswith("millpond.engine") for logger in loggers)
     assert not any("key-0123456789" in line for line in told.lines)
 
 

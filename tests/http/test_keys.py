@@ -15,8 +15,8 @@ import pytest
 from plain_http import bearer, get, one_answer, port_of
 from raw_client import connect
 
-from kvarn.http.app import ROUTES
-from kvarn.http.keys import BadKeys, Keys
+from millpond.http.app import ROUTES
+from millpond.http.keys import BadKeys, Keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +147,7 @@ def test_every_known_key_is_compared_in_constant_time(monkeypatch: pytest.Monkey
         compared.append((known, shown))
         return original(known, shown)
 
-    monkeypatch.setattr("kvarn.http.keys.hmac.compare_digest", compare)
+    monkeypatch.setattr("millpond.http.keys.hmac.compare_digest", compare)
     file = tmp_path / "keys"
     file.write_text(FILE)
     keys = Keys([BY_FLAG], file)
@@ -277,7 +277,7 @@ def test_sighup_reads_keys_again_and_disturbs_nobody(start_server: StartServer, 
                     file.write_bytes(broken)
                 server.process.send_signal(signal.SIGHUP)
                 line = server.wait_for_line(why)
-                assert " error kvarn.serve: nothing was read again " in line
+                assert " error millpond.serve: nothing was read again " in line
                 assert "key-0123456789" not in line
                 assert [status(server, key) for key in (BOB, ALICE)] == [200, 401]
             pieces += [chunk.choices[0].text for chunk in stream]
@@ -301,17 +301,17 @@ def test_sighup_before_anything_listens_does_not_end_the_start() -> None:
     """While a model is downloaded, say; a service manager takes that death for an orderly one and leaves it."""
     program = (
         "import os, signal, sys\n"
-        "import kvarn.hub.source\n"
-        "from kvarn.cli.main import main\n"
-        "from kvarn.hub.errors import SourceError\n"
+        "import millpond.hub.source\n"
+        "from millpond.cli.main import main\n"
+        "from millpond.hub.errors import SourceError\n"
         "def resolve(*_):\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
         "    raise SourceError('alive')\n"
-        "kvarn.hub.source.resolve = resolve\n"
+        "millpond.hub.source.resolve = resolve\n"
         "sys.exit(main(['serve', 'demo', '--port', '0']))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "kvarn serve: alive")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "millpond serve: alive")
 
 
 # --- what others on the machine can see ---------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def killed_when(server: Server, condition: Callable[[Health], bool], **more: obj
 @pytest.mark.models
 def test_killed_while_it_reads_restores_and_draws(smollm2_folder: Path, tmp_path: Path, launch: Launch) -> None:
     flags = ["--cache-dir", str(tmp_path / "cache"), "--cache-ssd", "1GB", "--ssd-policy", "all", "--ssd-min-free", "0"]
-    command = [sys.executable, "-m", "kvarn.cli.main", "serve", str(smollm2_folder), "--model-name", MODEL]
+    command = [sys.executable, "-m", "millpond.cli.main", "serve", str(smollm2_folder), "--model-name", MODEL]
     with launch([*command, "--port", "0", *flags]) as server:
         killed_when(server, lambda health: health["prefix_cache"]["ram_blocks"] > 2)
         right = ask(server).json()["choices"][0]["text"]

@@ -74,7 +74,7 @@ def test_livez_answers_and_work_is_refused_while_the_model_loads(start_server: S
 def test_a_model_that_cannot_be_loaded_ends_the_server(start_server: StartServer) -> None:
     with start_server("fatal", ready=False) as server:
         assert server.process.wait(20) == 1
-        assert "model_type 'nonsense' is not supported" in server.wait_for_line("kvarn serve:")
+        assert "model_type 'nonsense' is not supported" in server.wait_for_line("millpond serve:")
 
 
 def test_killed_engine_during_eight_streams(slow: Server) -> None:

@@ -189,8 +189,8 @@ def test_open_files_are_asked_for() -> None:
     """As many as the connections need, and more; what the system refuses is said, and keeps nobody from starting."""
     program = (
         "import resource, sys\n"
-        "from kvarn.cli.serve import allow_files\n"
-        "from kvarn.observe.log import configure\n"
+        "from millpond.cli.serve import allow_files\n"
+        "from millpond.observe.log import configure\n"
         "configure('info')\n"
         "hard = int(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"

@@ -27,8 +27,8 @@ from plain_http import port_of
 from starlette.routing import Route
 from worst_bodies import CHAT, COMBINED, CONTEXT, EXPLAIN, PLAIN, RAW, WORST, worst
 
-from kvarn.http.app import ROUTES
-from kvarn.http.schemas import ChatRequest, CompletionRequest
+from millpond.http.app import ROUTES
+from millpond.http.schemas import ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_http import bearer
 
-from kvarn.client import EngineError, EngineUnavailable
-from kvarn.client.public import public
-from kvarn.http.errors import ApiError
-from kvarn.types import ErrorKind
+from millpond.client import EngineError, EngineUnavailable
+from millpond.client.public import public
+from millpond.http.errors import ApiError
+from millpond.types import ErrorKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ def test_failed_requests(server: Server, token: int, status: int, stream: bool) 
 
 
 @pytest.fixture
-def lost(byte_tokenizer: Path, kvarn: Launch, tmp_path: Path) -> Iterator[Server]:
+def lost(byte_tokenizer: Path, millpond: Launch, tmp_path: Path) -> Iterator[Server]:
     """A server whose model's folder has been renamed, and its engine killed."""
     folder = tmp_path / "secret place" / "model-x"
     tiny_models.save("llama", folder)
@@ -94,7 +94,7 @@ def lost(byte_tokenizer: Path, kvarn: Launch, tmp_path: Path) -> Iterator[Server
         shutil.copy(byte_tokenizer / name, folder / name)
     (tmp_path / "keys").write_text(f"{KEY}\n")
     flags = ("--port", "0", "--cache-ssd", "0", "--api-key-file", str(tmp_path / "keys"))
-    with kvarn(["serve", str(folder), *flags]) as server:
+    with millpond(["serve", str(folder), *flags]) as server:
         folder.rename(folder.with_name("gone"))
         os.kill(server.engine_pid(), signal.SIGKILL)
         yield server

@@ -17,10 +17,10 @@ from metrics_page import DASHBOARDS, ROOT, RULES, Page, Samples, asked, expressi
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvarn import __version__
-from kvarn.http.metrics import SSD_COUNTERS, SSD_GAUGES, SSD_SKIPPED
-from kvarn.prefix.disk.stats import SsdStats
-from kvarn.types import ErrorKind
+from millpond import __version__
+from millpond.http.metrics import SSD_COUNTERS, SSD_GAUGES, SSD_SKIPPED
+from millpond.prefix.disk.stats import SsdStats
+from millpond.types import ErrorKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,18 +71,18 @@ def test_plain_text_by_default(server: Server) -> None:
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     page = Page(answer.text)
-    assert page.value("kvarn_build_info", model_name="test-model", version=__version__) == 1
-    assert page.value("kvarn_model_info", device="cpu", dtype="float32", lane="slots") == 1
-    assert page.value("kvarn_ready") == 1
-    assert page.value("kvarn_engine_state", state="ready") == 1
-    assert page.value("kvarn_engine_state", state="restarting") == 0
-    assert page.value("kvarn_connections") >= 1
+    assert page.value("millpond_build_info", model_name="test-model", version=__version__) == 1
+    assert page.value("millpond_model_info", device="cpu", dtype="float32", lane="slots") == 1
+    assert page.value("millpond_ready") == 1
+    assert page.value("millpond_engine_state", state="ready") == 1
+    assert page.value("millpond_engine_state", state="restarting") == 0
+    assert page.value("millpond_connections") >= 1
     families = list(text_string_to_metric_families(answer.text))
     read = {(each.name, frozenset(each.labels.items())): each.value for family in families for each in family.samples}
     assert read == page.samples
     for family in families:
         assert family.documentation, family.name
-        assert family.name.startswith(("vllm:", "kvarn_", "process_")), family.name
+        assert family.name.startswith(("vllm:", "millpond_", "process_")), family.name
         for sample in family.samples:
             labelled = sample.labels.get("model_name") == "test-model"
             assert labelled != family.name.startswith("process_"), sample
@@ -93,7 +93,7 @@ def test_openmetrics_when_asked(server: Server) -> None:
     assert answer.headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
     assert answer.text.endswith("# EOF\n")
     families = {family.name: family for family in openmetrics_families(answer.text)}
-    wanted = {"kvarn_requests_submitted": 1, "vllm:prompt_tokens": 1, "vllm:request_success": 4}
+    wanted = {"millpond_requests_submitted": 1, "vllm:prompt_tokens": 1, "vllm:request_success": 4}
     for name, samples in wanted.items():
         assert [sample.name for sample in families[name].samples] == [f"{name}_total"] * samples
     assert families["vllm:iteration_tokens_total"].type == "histogram"
@@ -111,7 +111,7 @@ def test_behind_the_key(start_server: StartServer) -> None:
     with start_server("plain", "api_key", "a-secret-key") as server:
         assert httpx.get(f"{server.url}/metrics").status_code == 401
         answer = httpx.get(f"{server.url}/metrics", headers={"authorization": "Bearer a-secret-key"})
-        assert Page(answer.text).value("kvarn_requests_refused_total", status="401", code="invalid_api_key") == 1
+        assert Page(answer.text).value("millpond_requests_refused_total", status="401", code="invalid_api_key") == 1
 
 
 # --- known requests -----------------------------------------------------------------------------------------------
@@ -128,17 +128,17 @@ def test_known_requests_give_known_numbers(known: Server) -> None:
     assert post(known, prompt=[64, 900], max_tokens=9).status_code == 500
     assert post(known, prompt=[902], max_tokens=9).status_code == 400
     hang_up(known, [64, 65])
-    page = until(known, lambda page: page.value("kvarn_requests_open") == 0)
+    page = until(known, lambda page: page.value("millpond_requests_open") == 0)
 
-    assert page.value("kvarn_requests_submitted_total") == 10
-    assert page.value("kvarn_requests_finished_total") == 7
-    assert page.value("kvarn_requests_failed_total") == 2
-    assert page.value("kvarn_requests_cancelled_total") == 1
+    assert page.value("millpond_requests_submitted_total") == 10
+    assert page.value("millpond_requests_finished_total") == 7
+    assert page.value("millpond_requests_failed_total") == 2
+    assert page.value("millpond_requests_cancelled_total") == 1
     for reason, count in {"length": 5, "stop": 2, "error": 2, "abort": 1}.items():
         assert page.value("vllm:request_success_total", finished_reason=reason) == count, reason
     for kind in ErrorKind:
         wanted = kind in (ErrorKind.ENGINE, ErrorKind.INVALID)
-        assert page.value("kvarn_request_failures_total", kind=kind.value) == wanted, kind
+        assert page.value("millpond_request_failures_total", kind=kind.value) == wanted, kind
 
     begun = 1 + 4 + 1 + 1 + 1 + 1  # the refused one has no token: nor had it one to be counted
     prompts = 4 + 2 * (2 + 3) + 3 + 8 + 2 + 2
@@ -204,7 +204,7 @@ def test_refusals_by_code(start_server: StartServer) -> None:
     key = {"authorization": "Bearer a-secret-key"}
     with start_server("rows=1", *flags) as server, httpx.Client(base_url=server.url, headers=key, timeout=20) as client:
         page = Page(client.get("/metrics").text)
-        assert "kvarn_requests_refused_total" not in page.names
+        assert "millpond_requests_refused_total" not in page.names
         for _ in range(3):
             assert client.get("/v1/models", headers={"authorization": "Bearer another-key"}).status_code == 401
         assert client.get("/v1/models", headers={"host": "elsewhere.test"}).status_code == 403
@@ -220,14 +220,14 @@ def test_refusals_by_code(start_server: StartServer) -> None:
             next(lines)
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429
         until_free = httpx.Client(base_url=server.url, headers=key)
-        while Page(until_free.get("/metrics").text).value("kvarn_permits_held"):
+        while Page(until_free.get("/metrics").text).value("millpond_permits_held"):
             pass
         assert client.post("/v1/completions", json={"prompt": [900]}).status_code == 500
         page = Page(client.get("/metrics").text)
     found = {
         (labels["status"], labels["code"]): value
         for (name, said), value in page.samples.items()
-        if name == "kvarn_requests_refused_total" and (labels := dict(said))
+        if name == "millpond_requests_refused_total" and (labels := dict(said))
     }
     assert found == {
         ("400", "invalid_value"): 2,
@@ -239,19 +239,19 @@ def test_refusals_by_code(start_server: StartServer) -> None:
         ("413", "request_too_large"): 1,
         ("429", "queue_full"): 1,
     }
-    assert page.value("kvarn_request_failures_total", kind="engine_error") == 1
+    assert page.value("millpond_request_failures_total", kind="engine_error") == 1
 
 
 def test_a_server_that_is_not_ready_has_numbers(start_server: StartServer) -> None:
     with start_server("load=2", ready=False) as server:
         page = scrape(server.url)
-        assert page.value("kvarn_ready") == 0
-        assert page.value("kvarn_engine_state", state="starting") == 1
-        assert "kvarn_model_info" not in page.names
+        assert page.value("millpond_ready") == 0
+        assert page.value("millpond_engine_state", state="starting") == 1
+        assert "millpond_model_info" not in page.names
         assert post(server, prompt="a").status_code == 503
-        page = until(server, lambda page: page.value("kvarn_ready") == 1)
-        assert page.value("kvarn_requests_refused_total", status="503", code="unavailable") == 1
-        assert page.value("kvarn_requests_submitted_total") == 0
+        page = until(server, lambda page: page.value("millpond_ready") == 1)
+        assert page.value("millpond_requests_refused_total", status="503", code="unavailable") == 1
+        assert page.value("millpond_requests_submitted_total") == 0
 
 
 def test_time_outs_and_places(start_server: StartServer) -> None:
@@ -260,10 +260,10 @@ def test_time_outs_and_places(start_server: StartServer) -> None:
         assert post(server, prompt=[64, 903], max_tokens=1).status_code == 200
         assert post(server, prompt=[903], max_tokens=1).status_code == 504
         page = scrape(server.url)
-        assert page.value("kvarn_request_failures_total", kind="first_token_timeout") == 1
-        assert page.value("kvarn_requests_cancelled_total") == 0
-        assert page.value("kvarn_permits_held") == 0
-        assert page.value("kvarn_permits_limit") == 8 + 512
+        assert page.value("millpond_request_failures_total", kind="first_token_timeout") == 1
+        assert page.value("millpond_requests_cancelled_total") == 0
+        assert page.value("millpond_permits_held") == 0
+        assert page.value("millpond_permits_limit") == 8 + 512
 
 
 # --- the engine's numbers -----------------------------------------------------------------------------------------
@@ -272,38 +272,38 @@ ENGINE_NUMBERS = {
     "vllm:num_requests_waiting": 3,
     "vllm:num_requests_running": 0,
     "vllm:kv_cache_usage_perc": 64 / 4096,
-    "kvarn_kv_bytes": 64,
-    "kvarn_queue_wait_seconds": 0.5,
-    "kvarn_engine_prefill_tokens_total": 7,
-    "kvarn_engine_drawn_tokens_total": 11,
+    "millpond_kv_bytes": 64,
+    "millpond_queue_wait_seconds": 0.5,
+    "millpond_engine_prefill_tokens_total": 7,
+    "millpond_engine_drawn_tokens_total": 11,
     "vllm:num_preemptions_total": 2,
-    "kvarn_engine_failed_steps_total": 3,
-    "kvarn_engine_step_seconds_sum": 0.75,
-    "kvarn_engine_step_seconds_count": 9,
-    "kvarn_engine_step_rows_sum": 20,
-    "kvarn_engine_step_rows_count": 6,
+    "millpond_engine_failed_steps_total": 3,
+    "millpond_engine_step_seconds_sum": 0.75,
+    "millpond_engine_step_seconds_count": 9,
+    "millpond_engine_step_rows_sum": 20,
+    "millpond_engine_step_rows_count": 6,
     "vllm:iteration_tokens_total_sum": 130,
     "vllm:iteration_tokens_total_count": 7,
     "vllm:spec_decode_num_drafts_total": 6,
     "vllm:spec_decode_num_draft_tokens_total": 17,
     "vllm:spec_decode_num_accepted_tokens_total": 12,
-    "kvarn_spec_steps_total": 4,
-    "kvarn_spec_fallback_steps_total": 5,
-    "kvarn_spec_drawn_tokens_total": 18,
-    "kvarn_spec_bonus_tokens_total": 3,
-    "kvarn_spec_depth": 2.5,
+    "millpond_spec_steps_total": 4,
+    "millpond_spec_fallback_steps_total": 5,
+    "millpond_spec_drawn_tokens_total": 18,
+    "millpond_spec_bonus_tokens_total": 3,
+    "millpond_spec_depth": 2.5,
     "vllm:prefix_cache_queries_total": 1900,
     "vllm:prefix_cache_hits_total": 1000,
-    "kvarn_prefix_cache_bytes": 1000,
-    "kvarn_prefix_cache_blocks": 10,
-    "kvarn_prefix_cache_misses_total": 5,
-    "kvarn_prefix_cache_computed_tokens_total": 900,
-    "kvarn_prefix_cache_evicted_blocks_total": 13,
-    "kvarn_prefix_cache_unsaved_blocks_total": 6,
-    "kvarn_prefix_cache_selfchecks_total": 8,
-    "kvarn_prefix_cache_mismatches_total": 1,
-    "kvarn_ssd_queue_records": 12,
-    "kvarn_ssd_queue_bytes": 640,
+    "millpond_prefix_cache_bytes": 1000,
+    "millpond_prefix_cache_blocks": 10,
+    "millpond_prefix_cache_misses_total": 5,
+    "millpond_prefix_cache_computed_tokens_total": 900,
+    "millpond_prefix_cache_evicted_blocks_total": 13,
+    "millpond_prefix_cache_unsaved_blocks_total": 6,
+    "millpond_prefix_cache_selfchecks_total": 8,
+    "millpond_prefix_cache_mismatches_total": 1,
+    "millpond_ssd_queue_records": 12,
+    "millpond_ssd_queue_bytes": 640,
 }
 """What the scripted engine's figures come out as, for each ended request."""
 
@@ -312,35 +312,35 @@ def test_the_engines_numbers(start_server: StartServer) -> None:
     with start_server("figures") as server:
         for _ in range(3):
             assert post(server, prompt=[64, 65], max_tokens=4).status_code == 200
-        page = until(server, lambda page: page.value("kvarn_prefix_cache_mismatches_total") == 3)
+        page = until(server, lambda page: page.value("millpond_prefix_cache_mismatches_total") == 3)
         for name, each in ENGINE_NUMBERS.items():
             assert page.value(name) == 3 * each, name
-        assert page.value("kvarn_engine_steps_total") == 12
-        assert page.value("kvarn_kv_limit_bytes") == page.value("kvarn_prefix_cache_limit_bytes") == 4096
+        assert page.value("millpond_engine_steps_total") == 12
+        assert page.value("millpond_kv_limit_bytes") == page.value("millpond_prefix_cache_limit_bytes") == 4096
         for le, count in {"0.01": 15, "0.1": 24, "+Inf": 27}.items():
-            assert page.value("kvarn_engine_step_seconds_bucket", le=le) == count
+            assert page.value("millpond_engine_step_seconds_bucket", le=le) == count
         for place, (proposed, accepted) in enumerate(((6, 5), (6, 4), (5, 3))):
             where = {"position": str(place)}
-            assert page.value("kvarn_spec_draft_tokens_per_pos_total", **where) == 3 * proposed
+            assert page.value("millpond_spec_draft_tokens_per_pos_total", **where) == 3 * proposed
             assert page.value("vllm:spec_decode_num_accepted_tokens_per_pos_total", **where) == 3 * accepted
-        assert page.value("kvarn_prefix_cache_hits_total", tier="memory") == 15
-        assert page.value("kvarn_prefix_cache_hits_total", tier="disk") == 12
-        assert page.value("kvarn_prefix_cache_tokens_total", tier="memory") == 1800
-        assert page.value("kvarn_prefix_cache_tokens_total", tier="disk") == 1200
+        assert page.value("millpond_prefix_cache_hits_total", tier="memory") == 15
+        assert page.value("millpond_prefix_cache_hits_total", tier="disk") == 12
+        assert page.value("millpond_prefix_cache_tokens_total", tier="memory") == 1800
+        assert page.value("millpond_prefix_cache_tokens_total", tier="disk") == 1200
         for number, name in enumerate(SsdStats.__struct_fields__, 1):
             if name in SSD_SKIPPED:
-                assert page.value("kvarn_ssd_skipped_total", reason=SSD_SKIPPED[name]) == 3 * number, name
+                assert page.value("millpond_ssd_skipped_total", reason=SSD_SKIPPED[name]) == 3 * number, name
             else:
-                exported = f"kvarn_ssd_{name}" + ("_total" if name in SSD_COUNTERS else "")
+                exported = f"millpond_ssd_{name}" + ("_total" if name in SSD_COUNTERS else "")
                 assert page.value(exported) == 3 * number, name
 
         os.kill(server.engine_pid(), signal.SIGKILL)
-        page = until(server, lambda page: page.value("kvarn_engine_restarts_total") == 1)
-        page = until(server, lambda page: page.value("kvarn_ready") == 1)
-        assert page.value("kvarn_requests_finished_total") == 3
-        assert page.value("kvarn_engine_steps_total") == 0
-        assert page.value("kvarn_engine_step_seconds_count") == 0
-        assert page.value("kvarn_prefix_cache_mismatches_total") == 0
+        page = until(server, lambda page: page.value("millpond_engine_restarts_total") == 1)
+        page = until(server, lambda page: page.value("millpond_ready") == 1)
+        assert page.value("millpond_requests_finished_total") == 3
+        assert page.value("millpond_engine_steps_total") == 0
+        assert page.value("millpond_engine_step_seconds_count") == 0
+        assert page.value("millpond_prefix_cache_mismatches_total") == 0
 
 
 def test_every_figure_of_the_ssd_tier_has_a_metric() -> None:
@@ -351,7 +351,7 @@ def test_every_figure_of_the_ssd_tier_has_a_metric() -> None:
 
 def test_without_an_ssd_tier_there_are_no_figures_of_it(server: Server) -> None:
     page = scrape(server.url)
-    assert not [name for name in page.names if name.startswith("kvarn_ssd")]
+    assert not [name for name in page.names if name.startswith("millpond_ssd")]
 
 
 # --- at all times -------------------------------------------------------------------------------------------------
@@ -361,10 +361,10 @@ def test_every_scrape_adds_up(start_server: StartServer) -> None:
     """Answers that finish, stop, fail and are given up, and engines that die, while 200 scrapes look on."""
     with start_server("slow=0.004,queue=0.002", "max_restarts", "1000") as server:
         asyncio.run(look_on(server.url))
-        page = until(server, lambda page: page.value("kvarn_requests_open") == 0)
-        ended = {end: page.value(f"kvarn_requests_{end}_total") for end in ENDS}
+        page = until(server, lambda page: page.value("millpond_requests_open") == 0)
+        ended = {end: page.value(f"millpond_requests_{end}_total") for end in ENDS}
         assert min(ended.values()) >= 5, ended
-        assert page.value("kvarn_engine_restarts_total") >= 1
+        assert page.value("millpond_engine_restarts_total") >= 1
         reasons = {"stop": "finished", "length": "finished", "abort": "cancelled", "error": "failed"}
         for reason, end in reasons.items():
             assert page.value("vllm:request_success_total", finished_reason=reason) <= ended[end]
@@ -382,11 +382,11 @@ async def look_on(url: str) -> None:
         for number in range(SCRAPES):
             answer = await client.get("/metrics")
             page = Page(answer.text)
-            parts = [page.value(f"kvarn_requests_{end}_total") for end in ENDS]
-            assert page.value("kvarn_requests_submitted_total") == sum(parts) + page.value("kvarn_requests_open")
+            parts = [page.value(f"millpond_requests_{end}_total") for end in ENDS]
+            assert page.value("millpond_requests_submitted_total") == sum(parts) + page.value("millpond_requests_open")
             reasons = ("stop", "length", "abort", "error")
             assert sum(page.value("vllm:request_success_total", finished_reason=each) for each in reasons) == sum(parts)
-            failures = (page.value("kvarn_request_failures_total", kind=kind.value) for kind in ErrorKind)
+            failures = (page.value("millpond_request_failures_total", kind=kind.value) for kind in ErrorKind)
             assert sum(failures) == parts[1]
             fallen = [key for key, value in before.items() if page.rising[key] < value and not by_the_engine(key[0])]
             assert not fallen, fallen
@@ -417,8 +417,8 @@ async def ask(client: httpx.AsyncClient, chooser: random.Random, done: asyncio.E
 def by_the_engine(name: str) -> bool:
     """Whether a number begins anew with each engine."""
     own = ("vllm:num_preemptions", "vllm:prefix_cache", "vllm:iteration_tokens", "vllm:spec_decode")
-    steps = name.startswith("kvarn_engine") and name != "kvarn_engine_restarts_total"
-    return steps or name.startswith((*own, "kvarn_prefix_cache", "kvarn_ssd", "kvarn_spec"))
+    steps = name.startswith("millpond_engine") and name != "millpond_engine_restarts_total"
+    return steps or name.startswith((*own, "millpond_prefix_cache", "millpond_ssd", "millpond_spec"))
 
 
 # --- what asks for them -------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_dashboards_and_rules_ask_for_metrics_that_there_are(start_server: Start
     with start_server("figures") as server:
         assert post(server, prompt=[64], max_tokens=2).status_code == 200
         assert post(server, prompt=[64], max_tokens=2, model="none").status_code == 404
-        there = until(server, lambda page: "kvarn_ssd_bytes" in page.names).names
+        there = until(server, lambda page: "millpond_ssd_bytes" in page.names).names
     for file in (*DASHBOARDS, *RULES):
         for expression in expressions(file):
             assert asked(expression), expression
@@ -441,12 +441,12 @@ def test_the_documentation_names_every_metric_and_no_other(start_server: StartSe
     with start_server("figures") as server:
         assert post(server, prompt=[64], model="none").status_code == 404
         assert post(server, prompt=[64]).status_code == 200
-        page = until(server, lambda page: "kvarn_ssd_bytes" in page.names)
+        page = until(server, lambda page: "millpond_ssd_bytes" in page.names)
     parts = ("_bucket", "_sum", "_count")
-    there = {name for name in page.names if name.startswith(("vllm:", "kvarn_")) and not name.endswith(parts)}
+    there = {name for name in page.names if name.startswith(("vllm:", "millpond_")) and not name.endswith(parts)}
     there |= {name.removesuffix("_count") for name in page.names if name.endswith("_count")}
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`((?:vllm:|kvarn_)[a-z0-9_]+)", text)) == there
+    assert set(re.findall(r"`((?:vllm:|millpond_)[a-z0-9_]+)", text)) == there
 
 
 @pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.name)

@@ -27,7 +27,7 @@ SEA = "The sea was calm and"
 @pytest.fixture(scope="module")
 def real(smollm2_folder: Path, launch: Launch) -> Iterator[Server]:
     arguments = ["serve", str(smollm2_folder), "--port", "0", "--model-name", "demo"]
-    with launch([sys.executable, "-m", "kvarn.cli.main", *arguments]) as server:
+    with launch([sys.executable, "-m", "millpond.cli.main", *arguments]) as server:
         yield server
 
 
@@ -67,7 +67,7 @@ def test_chat_knows_paris_streamed_or_not(ai: openai.OpenAI) -> None:
 
 
 def test_token_ids_answer_like_their_text(ai: openai.OpenAI, smollm2_folder: Path) -> None:
-    from kvarn.text.tokenizer import Tokenizer
+    from millpond.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(smollm2_folder)
     expected = complete(ai)
@@ -113,7 +113,7 @@ def test_logprobs_of_a_greedy_answer(ai: openai.OpenAI) -> None:
 
 
 def test_a_bias_forbids_and_forces(ai: openai.OpenAI, smollm2_folder: Path) -> None:
-    from kvarn.text.tokenizer import Tokenizer
+    from millpond.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(smollm2_folder)
     [forced] = tokenizer.encode(" blue")

@@ -17,10 +17,10 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-import kvarn.http
-from kvarn.http.app import ROUTES
-from kvarn.http.gate import ANY_HOST, OPEN
-from kvarn.http.openapi import OPERATIONS, READ_BY_HAND, REQUESTS, document
+import millpond.http
+from millpond.http.app import ROUTES
+from millpond.http.gate import ANY_HOST, OPEN
+from millpond.http.openapi import OPERATIONS, READ_BY_HAND, REQUESTS, document
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +95,7 @@ def test_every_status_of_the_code_is_in_it(written: Document) -> None:
     """Statuses that handlers raise by number; a 405 belongs to methods that a document cannot have."""
     raised = {
         node.args[0].value
-        for file in Path(kvarn.http.__file__).parent.glob("*.py")
+        for file in Path(millpond.http.__file__).parent.glob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ApiError" and node.args
         if isinstance(node.args[0], ast.Constant)

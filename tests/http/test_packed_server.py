@@ -42,7 +42,7 @@ def command(folder: Path, cache: Path, *flags: str) -> list[str]:
 
 
 def told(server: Server) -> dict[str, object]:
-    return dict(httpx.get(f"{server.url}/v1/models").json()["data"][0]["kvarn"])
+    return dict(httpx.get(f"{server.url}/v1/models").json()["data"][0]["millpond"])
 
 
 def metric(server: Server, start: str) -> float:
@@ -55,7 +55,7 @@ def record_bytes(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.rglob("*.kv"))
 
 
-def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], kvarn: Launch, tmp_path: Path) -> None:
+def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], millpond: Launch, tmp_path: Path) -> None:
     """(I1, J1, K1) The format is told everywhere, the SSD gets about so many bytes less, and a killed server's cache is
     found again in that format only."""
     folder = folder_of("wide_llama")
@@ -68,12 +68,12 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], kvarn: L
     each, files, texts = {}, {}, {}
     for number, (name, flags) in enumerate(ways.items()):
         cache = tmp_path / str(number)
-        with kvarn(command(folder, cache, *flags)) as server:
+        with millpond(command(folder, cache, *flags)) as server:
             texts[name] = complete(server, PROMPT, ignore_eos=True).text
             info = told(server)
             assert info["kv_format"] == name
             each[name] = info["kv_bytes_per_token"]
-            assert metric(server, f'kvarn_kv_bytes_per_token{{kv_format="{name}"') == each[name]
+            assert metric(server, f'millpond_kv_bytes_per_token{{kv_format="{name}"') == each[name]
             until_ssd(server, lambda ssd: ssd["files"] >= 4)
             again = complete(server, PROMPT, ignore_eos=True)
             assert (again.cached, again.text) == (len(PROMPT) - 1, texts[name])
@@ -82,7 +82,7 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], kvarn: L
         files[name] = record_bytes(cache)
         if name not in RESTARTED:
             continue
-        with kvarn(command(folder, cache, *flags)) as server:
+        with millpond(command(folder, cache, *flags)) as server:
             restarted = complete(server, PROMPT, ignore_eos=True)
             assert restarted.disk > 0
             assert restarted.text == texts[name]
@@ -91,7 +91,7 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], kvarn: L
     assert each["int4 in groups of 32"] == each[floats] * 10 // 64
     assert files[packed] < 0.35 * files[floats]
     assert files[packed] < files["int8 in groups of 64 from token 128"] < files[floats]
-    with kvarn(command(folder, tmp_path / "0", "--kv-bits", "8")) as server:
+    with millpond(command(folder, tmp_path / "0", "--kv-bits", "8")) as server:
         assert complete(server, PROMPT, ignore_eos=True).cached == 0
 
 
@@ -105,9 +105,9 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], kvarn: L
     ],
 )
 def test_what_cannot_be_packed_is_an_error_at_start(
-    kind: str, flags: tuple[str, ...], says: str, folder_of: Callable[[str], Path], kvarn: Launch, tmp_path: Path
+    kind: str, flags: tuple[str, ...], says: str, folder_of: Callable[[str], Path], millpond: Launch, tmp_path: Path
 ) -> None:
     """Not a silent fall-back: the command ends with a line that names the setting."""
-    with kvarn(command(folder_of(kind), tmp_path, *flags), ready=False) as server:
+    with millpond(command(folder_of(kind), tmp_path, *flags), ready=False) as server:
         assert server.process.wait(120) != 0
         server.wait_for_line(says)

@@ -33,7 +33,7 @@ from prefix_client import (
     wait_until,
 )
 
-from kvarn.text.tokenizer import Tokenizer
+from millpond.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -71,9 +71,9 @@ def tokenizer(smollm2_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def plain(smollm2_folder: Path, kvarn: Launch) -> Iterator[Server]:
+def plain(smollm2_folder: Path, millpond: Launch) -> Iterator[Server]:
     """A server that caches in memory only. Tests that share it keep apart by their salts."""
-    with kvarn(command(smollm2_folder)) as server:
+    with millpond(command(smollm2_folder)) as server:
         yield server
 
 
@@ -183,7 +183,7 @@ def test_a_shared_beginning_is_computed_and_stored_once(plain: Server, tokenizer
     prompts = [tokenizer.chat_tokens(question) for question in questions]
     shared = min(common(prompts[0], prompt) for prompt in prompts[1:])
     assert shared > 400
-    per_token = httpx.get(f"{plain.url}/v1/models").json()["data"][0]["kvarn"]["kv_bytes_per_token"]
+    per_token = httpx.get(f"{plain.url}/v1/models").json()["data"][0]["millpond"]["kv_bytes_per_token"]
     before = figures(plain)
     with ThreadPoolExecutor(len(questions)) as pool:
         answers = list(pool.map(lambda question: chat(plain, question, "crowd"), questions))
@@ -313,19 +313,19 @@ def test_a_null_field_is_an_absent_one(plain: Server) -> None:
 
 def test_models_say_what_is_cached(plain: Server) -> None:
     """(E7) The kinds of records, and no reason against it."""
-    shown = client_of(plain).models.retrieve(MODEL).model_dump()["kvarn"]
+    shown = client_of(plain).models.retrieve(MODEL).model_dump()["millpond"]
     assert (shown["prefix_cache"], shown["prefix_cache_reason"]) == ("kv", "")
 
 
-def test_no_cache_says_so(smollm2_folder: Path, kvarn: Launch) -> None:
+def test_no_cache_says_so(smollm2_folder: Path, millpond: Launch) -> None:
     """(J1, E6) --cache-ram 0 turns it off everywhere; while the model loads, nothing is explained."""
-    with kvarn(command(smollm2_folder, "--cache-ram", "0"), ready=False) as server:
+    with millpond(command(smollm2_folder, "--cache-ram", "0"), ready=False) as server:
         early = httpx.post(f"{server.url}/v1/cache/explain", json={"prompt": "a"})
         assert early.status_code == 503
         assert int(early.headers["retry-after"]) > 0
         assert "loading" in early.json()["error"]["message"] or "starting" in early.json()["error"]["message"]
         server.wait_for_line("ready api=")
-        shown = httpx.get(f"{server.url}/v1/models/{MODEL}").json()["kvarn"]
+        shown = httpx.get(f"{server.url}/v1/models/{MODEL}").json()["millpond"]
         assert shown["prefix_cache"] == ""
         assert "cache_ram" in shown["prefix_cache_reason"]
         prompt = story("Yacht", 3)
@@ -387,8 +387,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def all_killed(smollm2_folder: Path, kvarn: Launch, cache: Path) -> Written:
-    with kvarn(command(smollm2_folder, *on_disk(cache, "--ssd-policy", "all"))) as server:
+def all_killed(smollm2_folder: Path, millpond: Launch, cache: Path) -> Written:
+    with millpond(command(smollm2_folder, *on_disk(cache, "--ssd-policy", "all"))) as server:
         seen = ask_once_and_twice(server, "Alpha", "Beta")
         writes = until_writes(server, blocks_of(seen.once) + blocks_of(seen.twice))
         kill(server)
@@ -396,8 +396,8 @@ def all_killed(smollm2_folder: Path, kvarn: Launch, cache: Path) -> Written:
 
 
 @pytest.fixture(scope="module")
-def second_use_killed(smollm2_folder: Path, kvarn: Launch, cache: Path) -> Written:
-    with kvarn(command(smollm2_folder, *on_disk(cache, "--ssd-policy", "second-use"))) as server:
+def second_use_killed(smollm2_folder: Path, millpond: Launch, cache: Path) -> Written:
+    with millpond(command(smollm2_folder, *on_disk(cache, "--ssd-policy", "second-use"))) as server:
         seen = ask_once_and_twice(server, "Gamma", "Delta")
         writes = until_writes(server, -(-seen.twice.prompt_tokens // BLOCK))
         kill(server)
@@ -405,10 +405,10 @@ def second_use_killed(smollm2_folder: Path, kvarn: Launch, cache: Path) -> Writt
 
 
 @pytest.fixture(scope="module")
-def evicted_stopped(smollm2_folder: Path, kvarn: Launch, cache: Path) -> Written:
+def evicted_stopped(smollm2_folder: Path, millpond: Launch, cache: Path) -> Written:
     """Memory for two of the three prompts."""
     flags = on_disk(cache, "--ssd-policy", "evicted", "--cache-ram", "13MB")
-    with kvarn(command(smollm2_folder, *flags)) as server:
+    with millpond(command(smollm2_folder, *flags)) as server:
         once = complete(server, story("Omega", 8))
         first = ssd(server)["writes"]
         for name in ("Sigma", "Lambda"):
@@ -423,14 +423,14 @@ def evicted_stopped(smollm2_folder: Path, kvarn: Launch, cache: Path) -> Written
 @pytest.fixture(scope="module")
 def reader(
     smollm2_folder: Path,
-    kvarn: Launch,
+    millpond: Launch,
     cache: Path,
     all_killed: Written,
     second_use_killed: Written,
     evicted_stopped: Written,
 ) -> Iterator[Server]:
     """A server that may only read, on what the others left."""
-    with kvarn(command(smollm2_folder, *on_disk(cache, "--ssd-policy", "off"))) as server:
+    with millpond(command(smollm2_folder, *on_disk(cache, "--ssd-policy", "off"))) as server:
         yield server
 
 
@@ -469,19 +469,19 @@ def test_policy_off_reads_and_changes_nothing(reader: Server, cache: Path) -> No
 
 
 @pytest.mark.slow
-def test_conversations_outlive_their_servers(smollm2_folder: Path, kvarn: Launch, tmp_path: Path) -> None:
+def test_conversations_outlive_their_servers(smollm2_folder: Path, millpond: Launch, tmp_path: Path) -> None:
     """(A2, F1, F6, L) second-use saves live conversations at a stop, with all writes pending, although used once.
 
     After SIGTERM the exit code is 0 and the next server goes on from disk. After kill -9 of the front end alone, the
     engine does not outlive it, and saves the same.
     """
     messages = [user(story("Harbour", 10))]
-    with kvarn(command(smollm2_folder, *on_disk(tmp_path))) as server:
+    with millpond(command(smollm2_folder, *on_disk(tmp_path))) as server:
         first = chat(server, messages)
         assert ssd(server)["writes"] == 0
         assert server.stop() == 0
     assert len(records(tmp_path)) >= blocks_of(first)
-    with kvarn(command(smollm2_folder, *on_disk(tmp_path))) as server:
+    with millpond(command(smollm2_folder, *on_disk(tmp_path))) as server:
         turn = [*messages, {"role": "assistant", "content": first.text}, user(story("Lighthouse", 6))]
         second = chat(server, turn)
         assert second.cached >= first.prompt_tokens + first.completion_tokens - 1
@@ -505,10 +505,10 @@ def shaky_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shaky(smollm2_folder: Path, kvarn: Launch, shaky_cache: Path) -> Iterator[Server]:
+def shaky(smollm2_folder: Path, millpond: Launch, shaky_cache: Path) -> Iterator[Server]:
     """Writes everything at once, and has memory for four blocks, so that one long prompt sends the others to disk."""
     flags = on_disk(shaky_cache, "--ssd-policy", "all", "--cache-ram", "13MB")
-    with kvarn(command(smollm2_folder, *flags)) as server:
+    with millpond(command(smollm2_folder, *flags)) as server:
         yield server
 
 
@@ -618,10 +618,10 @@ def test_a_deleted_folder_is_made_anew(shaky: Server, shaky_cache: Path) -> None
     assert {path.stat().st_mode & 0o777 for path in records(shaky_cache)} == {0o600}
 
 
-def test_two_servers_share_a_folder(shaky: Server, shaky_cache: Path, smollm2_folder: Path, kvarn: Launch) -> None:
+def test_two_servers_share_a_folder(shaky: Server, shaky_cache: Path, smollm2_folder: Path, millpond: Launch) -> None:
     """(F9, L) The second finds what the first wrote before; both go on writing; the folder stays sound."""
     prompt, first, _ = saved(shaky, shaky_cache, "Shared")
-    with kvarn(command(smollm2_folder, *on_disk(shaky_cache, "--ssd-policy", "all"))) as second:
+    with millpond(command(smollm2_folder, *on_disk(shaky_cache, "--ssd-policy", "all"))) as second:
         answer = complete(second, prompt)
         check_from_disk(answer, first)
         with ThreadPoolExecutor(2) as pool:

@@ -29,8 +29,8 @@ from prefix_client import (
     wait_until,
 )
 
-from kvarn.config import ConfigError, ServeConfig, read_config
-from kvarn.hub.cache import prefix_folder
+from millpond.config import ConfigError, ServeConfig, read_config
+from millpond.hub.cache import prefix_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,7 +65,7 @@ PROMPT = 448
 def test_sizes_are_read(name: str, text: str, size: int) -> None:
     """(J1)"""
     assert getattr(read_config({name: text}, {}), name) == size
-    assert getattr(read_config({}, {f"KVARN_{name.upper()}": text}), name) == size
+    assert getattr(read_config({}, {f"MILLPOND_{name.upper()}": text}), name) == size
 
 
 @pytest.mark.parametrize("text", ["", "-1", "lots", "8 apples", "1e9", "0.5", "8bit", "1 B B", "nan", "2EB", "1001PB"])
@@ -117,7 +117,7 @@ def test_bad_values_are_refused(name: str, text: str, allowed: str) -> None:
     """(J2) From flags and from the environment, each by its own name."""
     for flags, environ, shown in (
         ({name: text}, {}, f"--{name.replace('_', '-')}"),
-        ({}, {f"KVARN_{name.upper()}": text}, f"KVARN_{name.upper()}"),
+        ({}, {f"MILLPOND_{name.upper()}": text}, f"MILLPOND_{name.upper()}"),
     ):
         with pytest.raises(ConfigError) as refused:
             read_config(flags, environ)
@@ -151,12 +151,12 @@ def tiny(byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 @pytest.fixture(scope="module")
-def start(tiny: Callable[[str], Path], kvarn: Launch) -> StartTiny:
+def start(tiny: Callable[[str], Path], millpond: Launch) -> StartTiny:
     """Start the real server with a tiny llama: ``with start(*flags) as server``."""
     folder = tiny("llama")
 
     def started(*flags: str) -> AbstractContextManager[Server]:
-        return kvarn(command(folder, *flags))
+        return millpond(command(folder, *flags))
 
     return started
 
@@ -198,10 +198,10 @@ def sizes_of(paths: list[Path]) -> dict[Path, int]:
     return sizes
 
 
-def test_recurrent_models_show_what_is_kept(tiny: Callable[[str], Path], kvarn: Launch) -> None:
+def test_recurrent_models_show_what_is_kept(tiny: Callable[[str], Path], millpond: Launch) -> None:
     """(E7) A Mamba model caches snapshots besides its (empty) blocks, and its hits are real."""
-    with kvarn(command(tiny("mamba"))) as server:
-        shown = httpx.get(f"{server.url}/v1/models").json()["data"][0]["kvarn"]
+    with millpond(command(tiny("mamba"))) as server:
+        shown = httpx.get(f"{server.url}/v1/models").json()["data"][0]["millpond"]
         assert (shown["prefix_cache"], shown["prefix_cache_reason"]) == ("kv+state", "")
         assert shown["cache_kinds"] == ["state"]
         first, second = ask(server, 1, 1)
@@ -408,9 +408,9 @@ def test_a_folder_that_cannot_be_made(start: StartTiny, tmp_path: Path) -> None:
 def test_no_cache_folder_costs_time_only(tiny: Callable[[str], Path], launch: Launch, tmp_path: Path) -> None:
     """(A6) Neither what a start finds out nor prefixes on disk can be kept: that is said, and requests are served."""
     (tmp_path / "file").touch()
-    started = [sys.executable, "-m", "kvarn.cli.main", *command(tiny("llama"), "--cache-ssd", "1GB")]
-    with launch(["env", "-u", "KVARN_CACHE_DIR", f"KVARN_CACHE={tmp_path / 'file'}", *started]) as server:
-        server.wait_for_line("Not a directory; KVARN_CACHE=FOLDER names another folder")
+    started = [sys.executable, "-m", "millpond.cli.main", *command(tiny("llama"), "--cache-ssd", "1GB")]
+    with launch(["env", "-u", "MILLPOND_CACHE_DIR", f"MILLPOND_CACHE={tmp_path / 'file'}", *started]) as server:
+        server.wait_for_line("Not a directory; MILLPOND_CACHE=FOLDER names another folder")
         server.wait_for_line("the SSD tier only reads")
         assert [answer.cached for answer in ask(server, 1, 1)] == [0, PROMPT - 1]
         assert ssd(server)["writing"] == 0

@@ -56,7 +56,7 @@ class Prometheus:
         config.write_text(
             "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
             f"rule_files: {rules}\n"
-            f"scrape_configs: [{{job_name: kvarn, static_configs: [{{targets: ['{target}']}}]}}]\n"
+            f"scrape_configs: [{{job_name: millpond, static_configs: [{{targets: ['{target}']}}]}}]\n"
         )
         self.url = f"http://127.0.0.1:{port}"
         assert PROMETHEUS is not None
@@ -131,14 +131,14 @@ def test_prometheus_answers_every_question(start_server: StartServer, tmp_path: 
         scrapes: list[float] = []
         while not scrapes or scrapes[0] < SCRAPES:
             some_of_everything(server)
-            scrapes = asked.ask('count_over_time(up{job="kvarn"}[5m])')
+            scrapes = asked.ask('count_over_time(up{job="millpond"}[5m])')
             assert time.monotonic() < deadline, asked.lines[-5:]
-        assert asked.ask('min_over_time(up{job="kvarn"}[5m])') == [1]
+        assert asked.ask('min_over_time(up{job="millpond"}[5m])') == [1]
 
-        [submitted] = asked.ask("kvarn_requests_submitted_total")
+        [submitted] = asked.ask("millpond_requests_submitted_total")
         assert submitted > 10
-        told = "kvarn_requests_finished_total + kvarn_requests_failed_total + kvarn_requests_cancelled_total"
-        assert asked.ask(f"kvarn_requests_submitted_total - ({told} + kvarn_requests_open)") == [0]
+        told = "millpond_requests_finished_total + millpond_requests_failed_total + millpond_requests_cancelled_total"
+        assert asked.ask(f"millpond_requests_submitted_total - ({told} + millpond_requests_open)") == [0]
 
         for file in DASHBOARDS:
             answers = {each: asked.ask(filled(each)) for each in expressions(file)}
@@ -181,4 +181,4 @@ def test_promtool_accepts_the_files() -> None:
     for command in (["config", str(config)], ["rules", *(str(file) for file in RULES if file != config)]):
         checked = subprocess.run([PROMTOOL, "check", *command], capture_output=True, text=True, timeout=60)
         assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert re.search(r"^rule_files:\n  - kvarn-alerts.yml$", config.read_text(), re.M)
+    assert re.search(r"^rule_files:\n  - millpond-alerts.yml$", config.read_text(), re.M)

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvarn.http.errors import ApiError
-from kvarn.http.prompts import chat_prompt, completion_prompts
-from kvarn.http.schemas import ChatRequest, CompletionRequest, parse
-from kvarn.text.tokenizer import Message, Tokenizer
-from kvarn.types import ModelInfo
+from millpond.http.errors import ApiError
+from millpond.http.prompts import chat_prompt, completion_prompts
+from millpond.http.schemas import ChatRequest, CompletionRequest, parse
+from millpond.text.tokenizer import Message, Tokenizer
+from millpond.types import ModelInfo
 
 CONTEXT = 512
 

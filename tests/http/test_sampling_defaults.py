@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from kvarn.http.sampling import read_sampling_defaults
-from kvarn.http.schemas import ChatRequest, CompletionRequest, parse
+from millpond.http.sampling import read_sampling_defaults
+from millpond.http.schemas import ChatRequest, CompletionRequest, parse
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer
@@ -93,7 +93,7 @@ def sampled(url: str, **body: object) -> dict[str, Any]:
 
 def shown(url: str) -> dict[str, float]:
     [model] = httpx.get(f"{url}/v1/models", timeout=20, verify=False).json()["data"]
-    found: dict[str, float] = model["kvarn"]["sampling_defaults"]
+    found: dict[str, float] = model["millpond"]["sampling_defaults"]
     return found
 
 

@@ -6,12 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.client import EngineError
-from kvarn.client.public import public
-from kvarn.http.errors import ApiError, from_engine, shown
-from kvarn.http.guesses import speculation
-from kvarn.http.schemas import NOT_IMPLEMENTED, ChatRequest, CompletionRequest, GenerationRequest, parse, unknown_fields
-from kvarn.types import ErrorKind, SpecMode, Speculation
+from millpond.client import EngineError
+from millpond.client.public import public
+from millpond.http.errors import ApiError, from_engine, shown
+from millpond.http.guesses import speculation
+from millpond.http.schemas import (
+    NOT_IMPLEMENTED,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse,
+    unknown_fields,
+)
+from millpond.types import ErrorKind, SpecMode, Speculation
 
 CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}
 PLAIN: dict[str, object] = {"prompt": "hi"}

@@ -334,10 +334,10 @@ def test_a_slow_line_gets_a_whole_answer_however_long_it_takes(strict: Server) -
 
 
 @pytest.fixture(scope="module")
-def real(kvarn: Launch, smollm2_folder: Path) -> Iterator[Server]:
+def real(millpond: Launch, smollm2_folder: Path) -> Iterator[Server]:
     """The demo model, which reads a long prompt in many short steps."""
     arguments = ["serve", str(smollm2_folder), "--port", "0", "--model-name", MODEL, "--prefill-chunk", "64"]
-    with kvarn(arguments) as server:
+    with millpond(arguments) as server:
         yield server
 
 

@@ -15,8 +15,8 @@ import openai
 import pytest
 from metrics_page import scrape
 
-from kvarn.http.prompts import prediction_tokens
-from kvarn.text.tokenizer import Tokenizer
+from millpond.http.prompts import prediction_tokens
+from millpond.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +94,7 @@ def test_the_engine_is_told_every_setting(start_server: StartServer, byte_tokeni
     def start(*flags: str) -> dict[str, Any]:
         with start_server("tell,spec=ngram", *flags) as server:
             [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
-            found: dict[str, Any] = json.loads(model["kvarn"]["device"])
+            found: dict[str, Any] = json.loads(model["millpond"]["device"])
             return found
 
     assert start() == {"default": DEFAULTS, "draft_path": "", "shared": False}
@@ -120,8 +120,8 @@ def test_a_draft_model_that_is_not_there_is_said_at_start(start_server: StartSer
     for name, said in (("no-such-model", "does not exist"), ("/tmp", "has no config.json")):
         with start_server("plain", "draft_model", name, ready=False) as server:
             assert server.process.wait(60) == 1
-            line = server.wait_for_line("kvarn serve:")
-        assert line.startswith(f"kvarn serve: --draft-model {name}: ")
+            line = server.wait_for_line("millpond serve:")
+        assert line.startswith(f"millpond serve: --draft-model {name}: ")
         assert said in line
 
 
@@ -156,10 +156,10 @@ def test_a_request_overrides_part_of_the_default(start_server: StartServer) -> N
 
 def test_the_models_route_says_what_is_offered(server: Server, guessing: Server) -> None:
     [model] = httpx.get(f"{guessing.url}/v1/models").json()["data"]
-    assert (model["kvarn"]["speculation"], model["kvarn"]["speculation_reason"]) == (["ngram", "draft"], "")
+    assert (model["millpond"]["speculation"], model["millpond"]["speculation_reason"]) == (["ngram", "draft"], "")
     [model] = httpx.get(f"{server.url}/v1/models").json()["data"]
     reason = "its caches cannot take a guess back"
-    assert (model["kvarn"]["speculation"], model["kvarn"]["speculation_reason"]) == ([], reason)
+    assert (model["millpond"]["speculation"], model["millpond"]["speculation_reason"]) == ([], reason)
 
 
 def test_a_draft_model_must_be_there_to_be_asked_for(start_server: StartServer) -> None:

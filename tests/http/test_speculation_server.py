@@ -36,12 +36,12 @@ def folder_of(byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def command(folder: Path, *flags: str) -> list[str]:
-    program = [sys.executable, "-m", "kvarn.cli.main", "serve", str(folder), "--port", "0", "--model-name", "tiny"]
+    program = [sys.executable, "-m", "millpond.cli.main", "serve", str(folder), "--port", "0", "--model-name", "tiny"]
     return [*program, "--cache-ssd", "0", *flags]
 
 
 def told(server: Server) -> dict[str, object]:
-    return dict(httpx.get(f"{server.url}/v1/models").json()["data"][0]["kvarn"])
+    return dict(httpx.get(f"{server.url}/v1/models").json()["data"][0]["millpond"])
 
 
 def answers(server: Server, mode: str, adaptive: bool = True, **fields: object) -> list[tuple[str, int, int, int]]:
@@ -101,7 +101,7 @@ def test_a_draft_model_and_the_text_itself(folder_of: Callable[..., Path], launc
                 break
         assert page.value("vllm:spec_decode_num_draft_tokens_total") == proposed
         assert page.value("vllm:spec_decode_num_accepted_tokens_total") == accepted
-        assert page.value("kvarn_spec_steps_total") > 0
+        assert page.value("millpond_spec_steps_total") > 0
 
 
 def test_a_draft_model_that_speaks_of_other_tokens_is_an_error_at_start(

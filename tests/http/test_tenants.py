@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_http import bearer
 
-from kvarn.http.schemas import LONGEST_SALT
-from kvarn.http.tenants import salted
+from millpond.http.schemas import LONGEST_SALT
+from millpond.http.tenants import salted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,7 @@ def test_without_keys_a_salt_is_what_the_client_gives(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def tenants(byte_tokenizer: Path, kvarn: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tenants(byte_tokenizer: Path, millpond: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real server with a tiny model, where past answers are used for guessing, and two owners."""
     folder = tmp_path_factory.mktemp("tenants")
     tiny_models.save("llama", folder / "tiny")
@@ -102,7 +102,7 @@ def tenants(byte_tokenizer: Path, kvarn: Launch, tmp_path_factory: pytest.TempPa
     (folder / "keys").write_text(FILE)
     flags = ["--api-key-file", str(folder / "keys"), "--spec-shared", "on", "--spec-adaptive", "off"]
     flags += ["--cache-dir", str(folder / "cache"), "--ssd-min-free", "0", "--ssd-policy", "all"]
-    with kvarn(["serve", str(folder / "tiny"), "--port", "0", "--model-name", "tiny", *flags]) as server:
+    with millpond(["serve", str(folder / "tiny"), "--port", "0", "--model-name", "tiny", *flags]) as server:
         yield server
 
 
@@ -120,7 +120,7 @@ def found_out(server: Server, key: str, guess: list[int], given_salt: str = "") 
     [entry] = ask(server, key, guess, given_salt, "cache/explain").json()["data"]
     answer = ask(server, key, guess, given_salt)
     usage = answer.json()["usage"]
-    header = re.sub(r"end=\w+", "", answer.headers["x-kvarn-prefix-cache"])
+    header = re.sub(r"end=\w+", "", answer.headers["x-millpond-prefix-cache"])
     return {
         "explained": [entry[name] for name in ("cached_tokens", "memory_tokens", "disk_tokens", "known_tokens")],
         "header": [int(number) for number in re.findall(r"\d+", header)],

@@ -19,16 +19,16 @@ import httpx
 import pytest
 from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 
-from kvarn import wire
-from kvarn.client import EngineClient
-from kvarn.config import ServeConfig
-from kvarn.http.app import create_app
-from kvarn.http.body import json_object
-from kvarn.http.keys import Keys
-from kvarn.http.service import TEXT_THREADS, ModelNames, Service
-from kvarn.http.threads import Threads
-from kvarn.text.template import ChatTemplate
-from kvarn.text.tokenizer import Message, Tokenizer
+from millpond import wire
+from millpond.client import EngineClient
+from millpond.config import ServeConfig
+from millpond.http.app import create_app
+from millpond.http.body import json_object
+from millpond.http.keys import Keys
+from millpond.http.service import TEXT_THREADS, ModelNames, Service
+from millpond.http.threads import Threads
+from millpond.text.template import ChatTemplate
+from millpond.text.tokenizer import Message, Tokenizer
 
 ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
 
@@ -168,7 +168,7 @@ def test_a_large_body_is_read_in_a_text_thread(byte_tokenizer: Path, monkeypatch
         names.append(threading.current_thread().name)
         return json_object(body, most)
 
-    monkeypatch.setattr("kvarn.http.reading.json_object", noted)
+    monkeypatch.setattr("millpond.http.reading.json_object", noted)
 
     async def test() -> None:
         async with front(Tokenizer.load(byte_tokenizer), "plain") as (http, _):

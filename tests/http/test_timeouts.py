@@ -213,7 +213,7 @@ def test_reading_a_prompt_counts_and_holds_up_no_exit(launch: Launch, slow_text:
 
 CLOCK = """
 import os, time
-_real, _file = time.time, os.environ["KVARN_TEST_CLOCK"]
+_real, _file = time.time, os.environ["MILLPOND_TEST_CLOCK"]
 def _shifted():
     try:
         with open(_file) as file:
@@ -234,7 +234,7 @@ def test_a_clock_that_jumps_moves_nothing(
     shift = tmp_path / "shift"
     shift.write_text("0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH", "")))))
-    monkeypatch.setenv("KVARN_TEST_CLOCK", str(shift))
+    monkeypatch.setenv("MILLPOND_TEST_CLOCK", str(shift))
     program = str(Path(__file__).with_name("scripted_server.py"))
     limits = [word for name in ("queue_timeout", "first_token_timeout", "token_timeout") for word in (name, "4")]
     flags = (*limits, "request_timeout", "60", "stall_timeout", "15", "write_timeout", "4", "keepalive", "1")

@@ -19,7 +19,7 @@ import openai
 import pytest
 from raw_client import connect, receive, send
 
-from kvarn.cli.certificate import BadCertificate, Certificate
+from millpond.cli.certificate import BadCertificate, Certificate
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer
@@ -167,7 +167,7 @@ def test_a_bad_pair_is_refused_with_what_is_wrong(authority: Authority, tmp_path
 def test_a_mismatched_pair_stops_the_command_before_the_model_is_looked_for(authority: Authority) -> None:
     """(J2)"""
     (certificate, _), (_, key) = authority.issue("mine"), authority.issue("yours")
-    command = [sys.executable, "-m", "kvarn.cli.main", "serve", "no-such-model", "--port", "0"]
+    command = [sys.executable, "-m", "millpond.cli.main", "serve", "no-such-model", "--port", "0"]
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

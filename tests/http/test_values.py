@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.http import values
-from kvarn.http.body import json_object
-from kvarn.http.errors import ApiError
-from kvarn.http.values import more_values_than
+from millpond.http import values
+from millpond.http.body import json_object
+from millpond.http.errors import ApiError
+from millpond.http.values import more_values_than
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text('a,:[{"\\\n', max_size=6),

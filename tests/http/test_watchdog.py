@@ -17,8 +17,8 @@ import openai
 import pytest
 from prefix_client import MODEL, complete, story, wait_until
 
-from kvarn.client.watchdog import LEAST_SILENCE, Watchdog
-from kvarn.wire import Beat
+from millpond.client.watchdog import LEAST_SILENCE, Watchdog
+from millpond.wire import Beat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -236,8 +236,8 @@ def test_headers_that_go_out_with_a_comment_claim_nothing(start_server: StartSer
         body = {"prompt": [907], "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             assert next(answer.iter_lines()).startswith(":")
-            assert "x-kvarn-prefix-cache" not in answer.headers
-        assert "x-kvarn-prefix-cache" in other.result().headers
+            assert "x-millpond-prefix-cache" not in answer.headers
+        assert "x-millpond-prefix-cache" in other.result().headers
 
 
 def test_too_many_deaths_end_the_server_and_it_says_why(start_server: StartServer) -> None:
@@ -257,7 +257,7 @@ def test_too_many_deaths_end_the_server_and_it_says_why(start_server: StartServe
                 assert '"engine_died"' in answer.result().text
                 assert "[DONE]" not in answer.result().text
         assert server.process.wait(20) == 1
-        assert "SIGKILL (3 deaths within 600 s)" in server.wait_for_line("kvarn serve:")
+        assert "SIGKILL (3 deaths within 600 s)" in server.wait_for_line("millpond serve:")
 
 
 def test_no_restart_at_all_may_be_asked_for(start_server: StartServer) -> None:
@@ -332,7 +332,7 @@ def test_a_second_signal_takes_the_engine_along(busy: Server, second: signal.Sig
 
 @pytest.mark.models
 def test_a_stop_with_work_and_writes_under_way_loses_no_block(
-    launch: Launch, kvarn: Launch, smollm2_folder: Path, tmp_path: Path
+    launch: Launch, millpond: Launch, smollm2_folder: Path, tmp_path: Path
 ) -> None:
     """(A3; L: stop with work queued, running, disk writes pending) Exit code 0 in time, everybody has got an answer
     or an error, and what was computed is on disk: the next server finds the whole prompt."""
@@ -341,7 +341,7 @@ def test_a_stop_with_work_and_writes_under_way_loses_no_block(
     command += [MODEL, "--max-batch", "1", "--ssd-durability", "durable", "--drain-seconds", "1", *flags]
     prompt = story("Ketch", 60)
     body = {"prompt": prompt, "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
-    with launch([sys.executable, "-m", "kvarn.cli.main", *command]) as server, ThreadPoolExecutor(3) as pool:
+    with launch([sys.executable, "-m", "millpond.cli.main", *command]) as server, ThreadPoolExecutor(3) as pool:
         running = pool.submit(post, server, **body, stream=True)
         wait_until(server, lambda health: health["engine"]["running"] == 1)
         queued = [pool.submit(post, server, **body | {"prompt": word}, stream=word == "b") for word in "ab"]
@@ -354,7 +354,7 @@ def test_a_stop_with_work_and_writes_under_way_loses_no_block(
     print(f"exit {seconds:.2f} s after SIGTERM with a drain of 1 s")
     assert status == 0
     assert seconds < 1 + 10
-    with kvarn(command) as server:
+    with millpond(command) as server:
         again = complete(server, prompt)
     assert again.prompt_tokens > 600
     assert again.disk >= again.prompt_tokens // 64 * 64 - 64

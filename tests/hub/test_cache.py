@@ -11,61 +11,61 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.hub.cache import NoCache, build_once, cache_root, keep, prefix_folder, problem, recalled
-from kvarn.hub.errors import SourceError
-from kvarn.hub.progress import SilentProgress
-from kvarn.hub.source import resolve
+from millpond.hub.cache import NoCache, build_once, cache_root, keep, prefix_folder, problem, recalled
+from millpond.hub.errors import SourceError
+from millpond.hub.progress import SilentProgress
+from millpond.hub.source import resolve
 
 
 def test_where_the_cache_is() -> None:
-    assert cache_root({"KVARN_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
-    assert cache_root({"XDG_CACHE_HOME": "/b"}) == Path("/b/kvarn")
-    assert cache_root({}) == Path.home() / ".cache" / "kvarn"
+    assert cache_root({"MILLPOND_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert cache_root({"XDG_CACHE_HOME": "/b"}) == Path("/b/millpond")
+    assert cache_root({}) == Path.home() / ".cache" / "millpond"
 
 
 def no_home(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
     """An account that the system does not know, without HOME."""
-    for name in ("HOME", "KVARN_CACHE", "XDG_CACHE_HOME"):
+    for name in ("HOME", "MILLPOND_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     return "no home folder"
 
 
 def somebody_unknown(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
-    monkeypatch.setenv("KVARN_CACHE", "~nobody-of-this-name/cache")
+    monkeypatch.setenv("MILLPOND_CACHE", "~nobody-of-this-name/cache")
     return "nobody-of-this-name"
 
 
 def no_text(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
-    monkeypatch.setenv("KVARN_CACHE", str(folder) + os.fsdecode(b"/caf\xe9"))
+    monkeypatch.setenv("MILLPOND_CACHE", str(folder) + os.fsdecode(b"/caf\xe9"))
     return "UTF-8"
 
 
 def a_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     (folder / "file").touch()
-    monkeypatch.setenv("KVARN_CACHE", str(folder / "file"))
+    monkeypatch.setenv("MILLPOND_CACHE", str(folder / "file"))
     return "Not a directory"
 
 
 def below_a_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     (folder / "file").touch()
-    monkeypatch.setenv("KVARN_CACHE", str(folder / "file" / "a" / "b"))
+    monkeypatch.setenv("MILLPOND_CACHE", str(folder / "file" / "a" / "b"))
     return "Not a directory"
 
 
 def a_system_folder(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
-    monkeypatch.setenv("KVARN_CACHE", "/proc/nowhere/cache" if sys.platform == "linux" else "/dev/nowhere")
+    monkeypatch.setenv("MILLPOND_CACHE", "/proc/nowhere/cache" if sys.platform == "linux" else "/dev/nowhere")
     return "nowhere"
 
 
 def a_link_to_itself(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     (folder / "loop").symlink_to(folder / "loop")
-    monkeypatch.setenv("KVARN_CACHE", str(folder / "loop"))
+    monkeypatch.setenv("MILLPOND_CACHE", str(folder / "loop"))
     return "Not a directory"
 
 
 def a_full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
-    monkeypatch.setenv("KVARN_CACHE", str(folder))
+    monkeypatch.setenv("MILLPOND_CACHE", str(folder))
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -85,17 +85,17 @@ def test_a_cache_that_cannot_be_used_costs_time_only(
     said = unusable(monkeypatch, tmp_path)
     keep("probes/finding.json", b"found")
     assert recalled("probes/finding.json") is None
-    assert "KVARN_CACHE=FOLDER" in problem()
+    assert "MILLPOND_CACHE=FOLDER" in problem()
     with pytest.raises(SourceError) as refused:
         build_once("model", lambda folder: None, SilentProgress())
     assert said in str(refused.value)
-    assert "KVARN_CACHE=FOLDER" in str(refused.value)
+    assert "MILLPOND_CACHE=FOLDER" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
 
 
 def test_without_a_home_there_is_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     no_home(monkeypatch, tmp_path)
-    with pytest.raises(NoCache, match="KVARN_CACHE=FOLDER"):
+    with pytest.raises(NoCache, match="MILLPOND_CACHE=FOLDER"):
         prefix_folder()
     for name in ("~", "~/model", "~/model.gguf", "~nobody-of-this-name/model"):
         with pytest.raises(SourceError, match=r"home|no such user"):
@@ -107,7 +107,7 @@ def test_the_disk_gets_full_in_the_middle_of_a_conversion(cache: Path) -> None:
         (folder / "half").write_text("")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(SourceError, match=r"No space left on device; KVARN_CACHE=FOLDER") as refused:
+    with pytest.raises(SourceError, match=r"No space left on device; MILLPOND_CACHE=FOLDER") as refused:
         build_once("model", build, SilentProgress())
     assert str(cache) in str(refused.value)
     assert [path.name for path in (cache / "models").iterdir()] == [".lock-model"]
@@ -175,8 +175,8 @@ def test_leftovers_of_a_crash_are_removed(cache: Path) -> None:
 SLOW_BUILD = """
 import sys, threading
 from pathlib import Path
-from kvarn.hub.cache import build_once
-from kvarn.hub.progress import SilentProgress
+from millpond.hub.cache import build_once
+from millpond.hub.progress import SilentProgress
 
 def build(folder):
     with Path(sys.argv[1]).open("a") as log:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.hub.fingerprint import file_digest, folder_fingerprint
-from kvarn.hub.progress import SilentProgress
+from millpond.hub.fingerprint import file_digest, folder_fingerprint
+from millpond.hub.progress import SilentProgress
 
 pytestmark = pytest.mark.usefixtures("cache")
 

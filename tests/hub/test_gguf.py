@@ -12,10 +12,10 @@ import pytest
 import tiny_gguf as tiny
 from mlx_lm import load
 
-from kvarn.hub import shards
-from kvarn.hub.errors import SourceError
-from kvarn.hub.gguf import convert_gguf
-from kvarn.hub.progress import SilentProgress
+from millpond.hub import shards
+from millpond.hub.errors import SourceError
+from millpond.hub.gguf import convert_gguf
+from millpond.hub.progress import SilentProgress
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3"]
 

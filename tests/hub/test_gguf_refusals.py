@@ -10,10 +10,10 @@ import gguf
 import pytest
 import tiny_gguf as tiny
 
-from kvarn.hub.errors import SourceError
-from kvarn.hub.gguf import convert_gguf
-from kvarn.hub.gguf_keys import check_keys
-from kvarn.hub.progress import SilentProgress
+from millpond.hub.errors import SourceError
+from millpond.hub.gguf import convert_gguf
+from millpond.hub.gguf_keys import check_keys
+from millpond.hub.progress import SilentProgress
 
 Extra = dict[str, int | float | str]
 

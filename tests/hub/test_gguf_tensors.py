@@ -8,8 +8,8 @@ import pytest
 from gguf import GGMLQuantizationType, ReaderField, ReaderTensor
 from gguf.quants import dequantize, quantize
 
-from kvarn.hub.errors import SourceError
-from kvarn.hub.gguf_tensors import GROUP, mlx_name, pack, row_order, to_float
+from millpond.hub.errors import SourceError
+from millpond.hub.gguf_tensors import GROUP, mlx_name, pack, row_order, to_float
 
 KEPT = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0]
 FIELD = ReaderField(0, "tensor", [], [], [])

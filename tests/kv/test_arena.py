@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvarn.kv.arena import Arena
-from kvarn.kv.format import Arrays, KvFormat
-from kvarn.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot
-from kvarn.types import KvPacking
+from millpond.kv.arena import Arena
+from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot
+from millpond.types import KvPacking
 
 HEADS, KEY_DIM, VALUE_DIM, WINDOW = 2, 3, 5, 8
 SPECS = [

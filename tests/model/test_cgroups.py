@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.child import python
-from kvarn.model.cgroups import ControlGroups
+from millpond.child import python
+from millpond.model.cgroups import ControlGroups
 
 GIB = 2**30
 UNLIMITED = "9223372036854771712"
@@ -41,7 +41,7 @@ V1 = {
     "cgroup/cpu,cpuacct": "/ cgroup rw,cpu,cpuacct",
     "cgroup/systemd": "/ cgroup rw,xattr,name=systemd",
 }
-V1_GROUPS = "9:memory:/system.slice/kvarn.service\n4:cpu,cpuacct:/system.slice\n1:name=systemd:/x\n0::/x\n"
+V1_GROUPS = "9:memory:/system.slice/millpond.service\n4:cpu,cpuacct:/system.slice\n1:name=systemd:/x\n0::/x\n"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_version_1(tmp_path: Path) -> None:
     files = {
         "cgroup/memory/memory.limit_in_bytes": UNLIMITED,
         "cgroup/memory/system.slice/memory.limit_in_bytes": f"{4 * GIB}",
-        "cgroup/memory/system.slice/kvarn.service/memory.limit_in_bytes": f"{2 * GIB}",
+        "cgroup/memory/system.slice/millpond.service/memory.limit_in_bytes": f"{2 * GIB}",
         "cgroup/cpu,cpuacct/system.slice/cpu.cfs_quota_us": "300000",
         "cgroup/cpu,cpuacct/system.slice/cpu.cfs_period_us": "100000",
         "cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
@@ -81,7 +81,7 @@ def test_both_versions_side_by_side(tmp_path: Path) -> None:
     """Memory by version 1, CPUs by version 2."""
     mounts = {**V1, "cgroup/unified": "/ cgroup2 rw"}
     files = {
-        "cgroup/memory/system.slice/kvarn.service/memory.limit_in_bytes": f"{2 * GIB}",
+        "cgroup/memory/system.slice/millpond.service/memory.limit_in_bytes": f"{2 * GIB}",
         "cgroup/unified/x/cpu.max": "200000 100000",
     }
     found = groups(tmp_path, V1_GROUPS, mounts, files)
@@ -125,7 +125,7 @@ def test_a_system_without_groups(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root makes control groups, on Linux")
 def test_a_real_group() -> None:
     version_2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
-    group = Path("/sys/fs/cgroup" if version_2 else "/sys/fs/cgroup/memory") / f"kvarn-test-{os.getpid()}"
+    group = Path("/sys/fs/cgroup" if version_2 else "/sys/fs/cgroup/memory") / f"millpond-test-{os.getpid()}"
     try:
         group.mkdir()
         (group / ("memory.max" if version_2 else "memory.limit_in_bytes")).write_text("1500000000")
@@ -134,7 +134,7 @@ def test_a_real_group() -> None:
     try:
         program = (
             f"import os, pathlib; pathlib.Path({str(group / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
-            "from kvarn.model.memory import total_memory; print(total_memory())"
+            "from millpond.model.memory import total_memory; print(total_memory())"
         )
         done = subprocess.run(python("-c", program), capture_output=True, text=True, check=True)
         assert 1_400_000_000 < int(done.stdout) <= 1_500_000_000

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.model.config_keys import remarks_of
-from kvarn.model.config_rope import check_scaling, rope_changes
-from kvarn.model.context import context_of
-from kvarn.model.upstream import class_of
+from millpond.model.config_keys import remarks_of
+from millpond.model.config_rope import check_scaling, rope_changes
+from millpond.model.context import context_of
+from millpond.model.upstream import class_of
 
 Config = dict[str, object]
 PUBLISHED: dict[str, Config] = json.loads((Path(__file__).parent / "published_configs.json").read_text())

@@ -7,9 +7,9 @@ import pytest
 from engine_driver import upstream_math
 from tiny_models import build
 
-from kvarn.model.attention import install
-from kvarn.model.cpu_math import attention, gated
-from kvarn.model.upstream import upstream_attention, upstream_swiglu
+from millpond.model.attention import install
+from millpond.model.cpu_math import attention, gated
+from millpond.model.upstream import upstream_attention, upstream_swiglu
 
 
 def close(ours: mx.array, reference: mx.array) -> bool:

@@ -9,8 +9,8 @@ import pytest
 from engine_driver import Driver, assert_right, request
 from tokenizers import Tokenizer
 
-from kvarn.model.load import load
-from kvarn.types import UNPACKED, KvPacking, Request
+from millpond.model.load import load
+from millpond.types import UNPACKED, KvPacking, Request
 
 ROOT = Path(__file__).parents[2]
 TEXT = "\n\n".join((ROOT / name).read_text() for name in ("README.md", "docs/architecture.md", "CHANGELOG.md"))
@@ -60,4 +60,4 @@ def test_packed(fixture: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("fixture", ["smollm2_folder", "gemma3_folder"])
 def test_sixteen_prompts(fixture: str, request: pytest.FixtureRequest) -> None:
     lengths = [5, 900, 6, 64, 65, 17, 300, 129, 512, 700, 33, 128, 250, 40, 511, 620]
-    check(request.getfixturevalue(fixture), lengths, int(os.environ.get("KVARN_TEST_ANSWER", "24")))
+    check(request.getfixturevalue(fixture), lengths, int(os.environ.get("MILLPOND_TEST_ANSWER", "24")))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_models import CONTEXT, save
 
-from kvarn.hub.fingerprint import folder_fingerprint
-from kvarn.hub.progress import SilentProgress
-from kvarn.hub.weights import INDEX
-from kvarn.model.load import LoadedModel, ModelError, load
+from millpond.hub.fingerprint import folder_fingerprint
+from millpond.hub.progress import SilentProgress
+from millpond.hub.weights import INDEX
+from millpond.model.load import LoadedModel, ModelError, load
 
 Weights = dict[str, mx.array]
 Header = dict[str, dict[str, object]]

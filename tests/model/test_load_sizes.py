@@ -7,8 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import build
 
-from kvarn.model.load import float_bytes
-from kvarn.model.upstream import dequantized
+from millpond.model.load import float_bytes
+from millpond.model.upstream import dequantized
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8, 3])

@@ -7,13 +7,13 @@ import subprocess
 
 import pytest
 
-from kvarn.child import python
+from millpond.child import python
 
 PROGRAM = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 before = resource.setrlimit
-import kvarn.model.upstream
+import millpond.model.upstream
 assert resource.setrlimit is before
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """

@@ -17,13 +17,13 @@ from test_fidelity import TEXT
 from tiny_models import CONFIGS, VOCAB, save
 from tokenizers import Tokenizer
 
-from kvarn.engine.link import Inbox
-from kvarn.model.load import LoadedModel, load
-from kvarn.model.probe import Capabilities, probe
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.disk.events import Opened
-from kvarn.prefix.disk.tier import SsdTier
-from kvarn.types import UNPACKED, KvPacking, PrefixReport
+from millpond.engine.link import Inbox
+from millpond.model.load import LoadedModel, load
+from millpond.model.probe import Capabilities, probe
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import Opened
+from millpond.prefix.disk.tier import SsdTier
+from millpond.types import UNPACKED, KvPacking, PrefixReport
 
 ANSWER = 6
 INT8 = KvPacking(bits=8)

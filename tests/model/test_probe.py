@@ -12,9 +12,9 @@ import pytest
 from engine_driver import Driver, assert_same_or_tied, reference, request
 from tiny_models import SLOT_KINDS, SOLO_KINDS, VOCAB, save
 
-from kvarn.kv.format import AS_COMPUTED
-from kvarn.model.load import LoadedModel, kept_as, load
-from kvarn.model.probe import probe
+from millpond.kv.format import AS_COMPUTED
+from millpond.model.load import LoadedModel, kept_as, load
+from millpond.model.probe import probe
 
 
 @cache

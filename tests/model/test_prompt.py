@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 from tiny_models import VOCAB, build
 
-from kvarn.kv.arena import Arena
-from kvarn.kv.format import AS_COMPUTED, Arrays, KvFormat
-from kvarn.model.forwards import prefill
-from kvarn.model.prompt import Prompt, new_prompt
-from kvarn.model.upstream import cache_bytes, layer_specs, rounded, spans, window_of
-from kvarn.native.decode import available
-from kvarn.types import KvPacking
+from millpond.kv.arena import Arena
+from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
+from millpond.model.forwards import prefill
+from millpond.model.prompt import Prompt, new_prompt
+from millpond.model.upstream import cache_bytes, layer_specs, rounded, spans, window_of
+from millpond.native.decode import available
+from millpond.types import KvPacking
 
 KINDS = ["wide_llama", "wide_gemma3_text"]
 WINDOW = 80

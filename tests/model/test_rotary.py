@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from tiny_models import build
 
-from kvarn.model.rotary import Angles, SharedRotary, share_angles
+from millpond.model.rotary import Angles, SharedRotary, share_angles
 
 
 @pytest.mark.parametrize("offset", [0, 7, "rows"])

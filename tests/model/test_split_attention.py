@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvarn.kv.arena import Arena
-from kvarn.kv.format import KvFormat
-from kvarn.kv.slots import LayerRow, LayerSpec
-from kvarn.model.attention import over
-from kvarn.model.cpu_math import attention
-from kvarn.types import KvPacking
+from millpond.kv.arena import Arena
+from millpond.kv.format import KvFormat
+from millpond.kv.slots import LayerRow, LayerSpec
+from millpond.model.attention import over
+from millpond.model.cpu_math import attention
+from millpond.types import KvPacking
 
 HEADS, GROUPS, DIM, SCALE = 6, 2, 64, 0.2
 Floats = npt.NDArray[np.float32]

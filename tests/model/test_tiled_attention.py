@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvarn.model import blas
+from millpond.model import blas
 
 if not blas.needed() or not blas.shim_path().is_file():
     pytest.skip("only where MLX computes on a Linux CPU and the C part is built", allow_module_level=True)
@@ -14,9 +14,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.model.cpu_math import LOG2_E, attention
-from kvarn.model.tiled_attention import TILED_QUERIES, tiled, tiled_attention
-from kvarn.model.upstream import Mask, upstream_attention
+from millpond.model.cpu_math import LOG2_E, attention
+from millpond.model.tiled_attention import TILED_QUERIES, tiled, tiled_attention
+from millpond.model.upstream import Mask, upstream_attention
 
 
 def drawn(seed: int, n: int, heads: int, groups: int, length: int, width: int, dims: int = 16) -> list[mx.array]:

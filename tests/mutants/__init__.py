@@ -12,7 +12,7 @@ To add breaks, write them into the module of their section in ``rows``, as membe
 
     Break(
         name="B8-metrics-open",             # the row's id, a dash, words; unique
-        file="kvarn/http/gate.py",          # from the root of the tree; C files are built anew
+        file="millpond/http/gate.py",          # from the root of the tree; C files are built anew
         old='OPEN = ("/livez",',            # occurs exactly once in the file, or the break is stale
         new='OPEN = ("/metrics", "/livez",',
         by=("test_only_the_probes_are_open",),

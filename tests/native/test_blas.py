@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.model import blas
+from millpond.model import blas
 
 pytestmark = pytest.mark.skipif(not blas.needed(), reason="only where MLX computes on a Linux CPU")
 
@@ -33,19 +33,19 @@ def test_one_line_says_what_is_used() -> None:
 
 
 def test_too_late_is_an_error() -> None:
-    result = run_python("import mlx.core\nfrom kvarn.model import blas\nblas.prepare()")
+    result = run_python("import mlx.core\nfrom millpond.model import blas\nblas.prepare()")
     assert result.returncode != 0
     assert "must be called before mlx is imported" in result.stderr
 
 
 def test_without_openblas_it_says_what_to_install() -> None:
-    code = "from kvarn.model import blas\nblas.find_openblas = lambda: None\nprint(blas.prepare())"
-    assert "install kvarn[cpu]" in run_python(code).stdout
+    code = "from millpond.model import blas\nblas.find_openblas = lambda: None\nprint(blas.prepare())"
+    assert "install millpond[cpu]" in run_python(code).stdout
 
 
 def test_without_the_c_part_it_says_so() -> None:
     code = (
-        "from pathlib import Path\nfrom kvarn.model import blas\n"
+        "from pathlib import Path\nfrom millpond.model import blas\n"
         "blas.shim_path = lambda: Path('/nonexistent')\nprint(blas.prepare())"
     )
     shown = run_python(code).stdout
@@ -55,11 +55,11 @@ def test_without_the_c_part_it_says_so() -> None:
 def test_the_choice_is_kept_between_starts(tmp_path: Path) -> None:
     if not blas.shim_path().is_file():
         pytest.skip("the C part is not built")
-    code = "from kvarn.model import blas\nblas.prepare()"
-    assert run_python(code, KVARN_CACHE=str(tmp_path)).returncode == 0
+    code = "from millpond.model import blas\nblas.prepare()"
+    assert run_python(code, MILLPOND_CACHE=str(tmp_path)).returncode == 0
     kept = (tmp_path / "rowblas.json").read_bytes()
-    never = "from kvarn.model import blas\ndel blas.measure_row_limit\nprint(blas.prepare())"
-    again = run_python(never, KVARN_CACHE=str(tmp_path))
+    never = "from millpond.model import blas\ndel blas.measure_row_limit\nprint(blas.prepare())"
+    again = run_python(never, MILLPOND_CACHE=str(tmp_path))
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "rowblas.json").read_bytes() == kept
 
@@ -67,7 +67,7 @@ def test_the_choice_is_kept_between_starts(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run_python(
-        "from kvarn.model import blas\nprint(blas.prepare())", KVARN_CACHE=str(tmp_path / "file" / "below")
+        "from millpond.model import blas\nprint(blas.prepare())", MILLPOND_CACHE=str(tmp_path / "file" / "below")
     )
     assert result.returncode == 0, result.stderr
 

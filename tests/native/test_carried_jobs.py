@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvarn.native.library import prepared
+from millpond.native.library import prepared
 
 if prepared() is None:
     pytest.skip("only where MLX computes on a Linux CPU and the C part is built", allow_module_level=True)
@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from slot_story import Floats, Layer, Past, drawn, expected, filled, forward
 
-from kvarn.kv.arena import Arena
-from kvarn.native import decode
+from millpond.kv.arena import Arena
+from millpond.native import decode
 
 LAYER = Layer()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvarn.native.library import prepared
+from millpond.native.library import prepared
 
 if prepared() is None:
     pytest.skip("only where MLX computes on a Linux CPU and the C part is built", allow_module_level=True)
@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from slot_story import SCALE, Floats, Layer, Past, adopt, alone, drawn, expected, filled, forward, queries_of
 
-from kvarn.kv.arena import Arena
-from kvarn.kv.slots import RING_SLACK
-from kvarn.model.cpu_math import LOG2_E
-from kvarn.native import decode
-from kvarn.types import KvPacking
+from millpond.kv.arena import Arena
+from millpond.kv.slots import RING_SLACK
+from millpond.model.cpu_math import LOG2_E
+from millpond.native import decode
+from millpond.types import KvPacking
 
 INT8 = KvPacking(bits=8, group_size=32)
 INT4 = KvPacking(bits=4, group_size=32)
@@ -264,7 +264,7 @@ def test_what_is_not_a_number_stays_in_its_row(name: str, bad: float) -> None:
 
 DIGEST = """
 import hashlib, sys
-from kvarn.model import blas
+from millpond.model import blas
 blas.prepare()
 import numpy as np
 from slot_story import *

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvarn.native.library import prepared
+from millpond.native.library import prepared
 
 if prepared() is None:
     pytest.skip("only where MLX computes on a Linux CPU and the C part is built", allow_module_level=True)
@@ -17,9 +17,9 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.kv.format import KvFormat
-from kvarn.native.packing import pack, unpack
-from kvarn.types import KvPacking
+from millpond.kv.format import KvFormat
+from millpond.native.packing import pack, unpack
+from millpond.types import KvPacking
 
 Floats = npt.NDArray[np.float32]
 Exact = npt.NDArray[np.float64]

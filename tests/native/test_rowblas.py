@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.model import blas
+from millpond.model import blas
 
 pytestmark = pytest.mark.skipif(
     not blas.needed() or not blas.shim_path().is_file(), reason="only where the C part is built and MLX uses the CPU"
@@ -27,8 +27,8 @@ ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112
 
 def shim() -> ctypes.CDLL:
     library = ctypes.CDLL(str(blas.shim_path()))
-    library.kvarn_rowblas_own_calls.restype = ctypes.c_uint64
-    library.kvarn_rowblas_passed_calls.restype = ctypes.c_uint64
+    library.millpond_rowblas_own_calls.restype = ctypes.c_uint64
+    library.millpond_rowblas_passed_calls.restype = ctypes.c_uint64
     return library
 
 
@@ -107,9 +107,9 @@ def test_large_products_cut_into_pieces(m: int, n: int, k: int, transposed: bool
     a = numbers(1, *((k, m) if turned_a else (m, k)), pad=3)
     b = numbers(2, *((n, k) if transposed else (k, n)), pad=1)
     c = numbers(3, m, n)
-    before = shim().kvarn_rowblas_passed_calls() + shim().kvarn_rowblas_own_calls()
+    before = shim().millpond_rowblas_passed_calls() + shim().millpond_rowblas_own_calls()
     got = sgemm(a, b, transposed, alpha=0.5, beta=beta, out=c.copy(), turned_a=turned_a)
-    assert shim().kvarn_rowblas_passed_calls() + shim().kvarn_rowblas_own_calls() == before + 1
+    assert shim().millpond_rowblas_passed_calls() + shim().millpond_rowblas_own_calls() == before + 1
     left, right = (a.T if turned_a else a), (b.T if transposed else b)
     assert np.allclose(got, 0.5 * (left.astype(np.float64) @ right) + beta * c, rtol=1e-3, atol=1e-3)
 
@@ -117,13 +117,13 @@ def test_large_products_cut_into_pieces(m: int, n: int, k: int, transposed: bool
 @pytest.fixture
 def all_rows_own() -> Iterator[None]:
     """Every row count that can be done here is, whatever was measured."""
-    rows = range(1, shim().kvarn_rowblas_max_rows() + 1)
-    before = [shim().kvarn_rowblas_takes(count) for count in rows]
+    rows = range(1, shim().millpond_rowblas_max_rows() + 1)
+    before = [shim().millpond_rowblas_takes(count) for count in rows]
     for count in rows:
-        shim().kvarn_rowblas_take(count, 1)
+        shim().millpond_rowblas_take(count, 1)
     yield
     for count, taken in zip(rows, before, strict=True):
-        shim().kvarn_rowblas_take(count, taken)
+        shim().millpond_rowblas_take(count, taken)
 
 
 @pytest.mark.usefixtures("all_rows_own")
@@ -166,18 +166,18 @@ def test_the_pool_works_after_it_slept() -> None:
 FORKED = """
 import os, sys
 import numpy as np
-from kvarn.model import blas
+from millpond.model import blas
 blas.prepare()
 import mlx.core as mx
 a, b = mx.random.normal((2, 1024)), mx.random.normal((2048, 1024))
 import ctypes
 shim = ctypes.CDLL(str(blas.shim_path()))
-shim.kvarn_rowblas_measure.restype = ctypes.c_long
-assert shim.kvarn_rowblas_measure(2, 2048, 1024, 1, 3) > 0
+shim.millpond_rowblas_measure.restype = ctypes.c_long
+assert shim.millpond_rowblas_measure(2, 2048, 1024, 1, 3) > 0
 child = os.fork()
 if child == 0:
-    os._exit(0 if shim.kvarn_rowblas_measure(2, 2048, 1024, 1, 3) > 0 else 1)
-assert shim.kvarn_rowblas_measure(2, 2048, 1024, 1, 3) > 0
+    os._exit(0 if shim.millpond_rowblas_measure(2, 2048, 1024, 1, 3) > 0 else 1)
+assert shim.millpond_rowblas_measure(2, 2048, 1024, 1, 3) > 0
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -201,10 +201,10 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
 def test_mlx_binds_to_it() -> None:
     import mlx.core as mx
 
-    before = shim().kvarn_rowblas_own_calls() + shim().kvarn_rowblas_passed_calls()
+    before = shim().millpond_rowblas_own_calls() + shim().millpond_rowblas_passed_calls()
     x, w = mx.random.normal((3, 64)), mx.random.normal((96, 64))
     product = np.array(x @ w.T)
-    assert shim().kvarn_rowblas_own_calls() + shim().kvarn_rowblas_passed_calls() > before
+    assert shim().millpond_rowblas_own_calls() + shim().millpond_rowblas_passed_calls() > before
     assert_product(product, np.array(x), np.array(w), True)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import kvarn
-from kvarn.client import EngineClient
-from kvarn.observe.log import JsonFormatter, LineFormatter, kv
-from kvarn.wire import Start
+import millpond
+from millpond.client import EngineClient
+from millpond.observe.log import JsonFormatter, LineFormatter, kv
+from millpond.wire import Start
 
-PACKAGE = Path(kvarn.__file__).parent
+PACKAGE = Path(millpond.__file__).parent
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception", "log"}
 TAKEN = {"time", "level", "logger", "message", "trace"}
 """Of every line in JSON."""
@@ -64,7 +64,7 @@ def test_giving_up_says_why(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_long_values_messages_and_traces_are_cut() -> None:
-    record = logging.LogRecord("kvarn.x", logging.ERROR, "", 0, "m" * 50_000, None, None)
+    record = logging.LogRecord("millpond.x", logging.ERROR, "", 0, "m" * 50_000, None, None)
     try:
         raise ValueError("t" * 50_000)
     except ValueError as error:

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from kvarn.child import python
-from kvarn.observe.stderr import PatientStderr
+from millpond.child import python
+from millpond.observe.stderr import PatientStderr
 
 LINE = "x" * 99 + "\n"
 
@@ -80,9 +80,9 @@ def test_an_end_that_does_not_block(pipe: tuple[int, int]) -> None:
 
 PROGRAM = """
 import logging, sys
-from kvarn.observe.log import configure, kv
+from millpond.observe.log import configure, kv
 configure("info", sys.argv[1])
-log = logging.getLogger("kvarn.test")
+log = logging.getLogger("millpond.test")
 for number in range(int(sys.argv[2])):
     log.info("line", extra=kv(number=number, path="\\x01" * 15000))
 print("last", file=sys.stderr)

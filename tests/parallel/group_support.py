@@ -11,12 +11,12 @@ from pathlib import Path
 
 import msgspec
 
-from kvarn import wire
-from kvarn.client import EngineClient
-from kvarn.client.ranks import RankPlan
-from kvarn.config import read_config
-from kvarn.parallel.layout import Layout, plan
-from kvarn.types import GroupSettings, Request, SamplingParams
+from millpond import wire
+from millpond.client import EngineClient
+from millpond.client.ranks import RankPlan
+from millpond.config import read_config
+from millpond.parallel.layout import Layout, plan
+from millpond.types import GroupSettings, Request, SamplingParams
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_rank.py")))
 PATIENCE = 60.0

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "client"))
 
 import scripted_engine
 
-from kvarn import wire
-from kvarn.lifeline import LOST_STATUS, die_with_parent
-from kvarn.types import GroupSettings, ModelInfo
+from millpond import wire
+from millpond.lifeline import LOST_STATUS, die_with_parent
+from millpond.types import GroupSettings, ModelInfo
 
 
 class Leader(scripted_engine.Engine):

@@ -31,7 +31,7 @@ from channel_middle import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.parallel.channel import MOST_BYTES, ChannelError
+from millpond.parallel.channel import MOST_BYTES, ChannelError
 
 # --- what is sent arrives ---------------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage, threads_may_end
 from tiny_models import save
 
-from kvarn.engine.executor import Executor
-from kvarn.engine.orders import (
+from millpond.engine.executor import Executor
+from millpond.engine.orders import (
     Begin,
     Close,
     Decode,
@@ -37,12 +37,12 @@ from kvarn.engine.orders import (
     SetAside,
     Took,
 )
-from kvarn.engine.prepare import Prepared, prepare
-from kvarn.lifeline import LOST_STATUS
-from kvarn.model.shard import agreement
-from kvarn.parallel.channel import Channel, ChannelError
-from kvarn.parallel.follower import Worker
-from kvarn.parallel.messages import (
+from millpond.engine.prepare import Prepared, prepare
+from millpond.lifeline import LOST_STATUS
+from millpond.model.shard import agreement
+from millpond.parallel.channel import Channel, ChannelError
+from millpond.parallel.follower import Worker
+from millpond.parallel.messages import (
     Broken,
     Content,
     Done,
@@ -61,8 +61,8 @@ from kvarn.parallel.messages import (
     decode_from_leader,
     encode,
 )
-from kvarn.types import GroupSettings
-from kvarn.wire import Start
+from millpond.types import GroupSettings
+from millpond.wire import Start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +150,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = save("llama", tmp_path_factory.mktemp("models") / "llama")
     start = Start(model_path=str(folder), max_rows=4, max_itl_ms=400.0)
     with stage() as told, pytest.MonkeyPatch.context() as patched:
-        patched.setenv("KVARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setenv("MILLPOND_CACHE", str(tmp_path_factory.mktemp("cache")))
 
         def lead() -> None:
             while True:

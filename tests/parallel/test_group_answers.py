@@ -20,11 +20,11 @@ from group_driver import Group, text
 from msgspec.structs import replace
 from tiny_models import save
 
-from kvarn.prefix.disk.block_file import decode_head
-from kvarn.prefix.disk.index import DiskIndex
-from kvarn.prefix.keys import pack
-from kvarn.prefix.records import BLOCK
-from kvarn.types import ErrorKind, Finish, KvPacking, PrefixSettings, Request, SpecMode, SpecSettings, Speculation
+from millpond.prefix.disk.block_file import decode_head
+from millpond.prefix.disk.index import DiskIndex
+from millpond.prefix.keys import pack
+from millpond.prefix.records import BLOCK
+from millpond.types import ErrorKind, Finish, KvPacking, PrefixSettings, Request, SpecMode, SpecSettings, Speculation
 
 KINDS = ("llama", "qwen3", pytest.param("deepseek_v2", marks=pytest.mark.slow))
 FORCED = Speculation(mode=SpecMode.NGRAM, adaptive=False)

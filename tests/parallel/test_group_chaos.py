@@ -14,11 +14,11 @@ from group_support import alive, all_gone, layout_for
 from patient_ring import patient
 from tiny_models import save
 
-from kvarn import wire
-from kvarn.client import EngineClient, EngineUnavailable
-from kvarn.client.ranks import RANK_COMMAND, RankPlan
-from kvarn.client.stream import EngineError
-from kvarn.types import PrefixSettings, Request, SamplingParams
+from millpond import wire
+from millpond.client import EngineClient, EngineUnavailable
+from millpond.client.ranks import RANK_COMMAND, RankPlan
+from millpond.client.stream import EngineError
+from millpond.types import PrefixSettings, Request, SamplingParams
 
 ANSWERED_SECONDS = 10.0
 """By the promise in docs/tensor-parallel.md, with its five seconds of silence."""

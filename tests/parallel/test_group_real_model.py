@@ -10,7 +10,7 @@ from engine_driver import FLIPPED, PACKED_TIE, TIE, Outcome, request
 from group_driver import Group
 from msgspec.structs import replace
 
-from kvarn.types import KvPacking, PrefixSettings, Request, SpecMode, Speculation
+from millpond.types import KvPacking, PrefixSettings, Request, SpecMode, Speculation
 
 ANSWER = 6
 PROMPTS = [list(range(1000 + index, 1040 + 9 * index)) for index in range(4)]

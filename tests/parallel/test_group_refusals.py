@@ -13,16 +13,17 @@ from engine_driver import request
 from group_driver import PATIENCE, Group, text
 from tiny_models import save
 
-from kvarn.parallel.backend import machine, versions
-from kvarn.parallel.channel import Channel
-from kvarn.parallel.messages import Broken, Content, Go, Hello, Setup, Vote, decode_from_leader, encode
+from millpond.parallel.backend import machine, versions
+from millpond.parallel.channel import Channel
+from millpond.parallel.messages import Broken, Content, Go, Hello, Setup, Vote, decode_from_leader, encode
 
 OLDER = (
     sys.executable,
     "-c",
-    "import kvarn; kvarn.__version__ = '0.0.1'; import runpy; runpy.run_module('kvarn.parallel', run_name='__main__')",
+    "import millpond; millpond.__version__ = '0.0.1'\n"
+    "import runpy; runpy.run_module('millpond.parallel', run_name='__main__')",
 )
-"""A rank with another version of Kvarn."""
+"""A rank with another version of Millpond."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_a_rank_with_other_weights_is_refused(folder: Path, tmp_path: Path) -> N
 
 
 WRONG: dict[str, tuple[Callable[[Group], object], str]] = {
-    "version": (lambda group: group.follow(1, OLDER), "tp: rank 1 has kvarn 0.0.1, rank 0 has "),
+    "version": (lambda group: group.follow(1, OLDER), "tp: rank 1 has millpond 0.0.1, rank 0 has "),
     "world": (lambda group: group.follow(1, world=3), "tp: a rank 1 of 3 came to a group of 2"),
     "flags": (
         lambda group: group.follow(1, flags={"max_batch": "4"}),
@@ -76,7 +77,7 @@ def test_strangers_are_refused_and_the_group_forms_without_them(folder: Path, tm
         stranger(group).close()
         with stranger(group) as loud:
             with contextlib.suppress(OSError):
-                loud.sendall(b"GET / HTTP/1.1\r\nHost: kvarn\r\n\r\n" + bytes(range(256)) * 64)
+                loud.sendall(b"GET / HTTP/1.1\r\nHost: millpond\r\n\r\n" + bytes(range(256)) * 64)
             group.logged(0, "its greeting does not begin as ours")
         group.follow(1, secret="00" * 32)
         group.logged(0, "its secret is another")

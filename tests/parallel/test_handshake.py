@@ -28,8 +28,8 @@ from channel_middle import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.parallel import channel
-from kvarn.parallel.channel import VERSION, Channel, ChannelError
+from millpond.parallel import channel
+from millpond.parallel.channel import VERSION, Channel, ChannelError
 
 
 @pytest.mark.parametrize(("leaders", "followers"), [(b"s" * 32, b"S" * 32), (SECRET, SECRET[:-1]), (b"x", SECRET)])
@@ -68,12 +68,12 @@ def test_another_version_is_refused_on_both_sides_in_words_that_name_both(monkey
     far.close()
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"kvarn-tq" + bytes(36), SECRET * 3, bytes(100)])
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"mpond-tq" + bytes(36), SECRET * 3, bytes(100)])
 def test_who_greets_otherwise_is_refused_without_waiting_for_more(side: Side, said: bytes) -> None:
     near, far = socket.socketpair()
     with far:
         far.sendall(said)
-        with pytest.raises(ChannelError, match=f"not a {other(side)} of a Kvarn group") as caught:
+        with pytest.raises(ChannelError, match=f"not a {other(side)} of a Millpond group") as caught:
             handshake_of(side)(near, SECRET, PATIENCE)
         assert near.fileno() == -1
         assert_silent_about(SECRET, caught.value)

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.cli.group import layout_of
-from kvarn.config import ConfigError, read_config
-from kvarn.parallel.hosts import BACKENDS, Host, Hosts, check, parse_hosts
-from kvarn.parallel.launched import Launch, find_launch
-from kvarn.parallel.layout import CONTROL_PORT, Layout
+from millpond.cli.group import layout_of
+from millpond.config import ConfigError, read_config
+from millpond.parallel.hosts import BACKENDS, Host, Hosts, check, parse_hosts
+from millpond.parallel.launched import Launch, find_launch
+from millpond.parallel.layout import CONTROL_PORT, Layout
 
 if TYPE_CHECKING:
-    from kvarn.types import GroupSettings
+    from millpond.types import GroupSettings
 
-SECRET = {"KVARN_TP_SECRET": "a secret of the group"}
+SECRET = {"MILLPOND_TP_SECRET": "a secret of the group"}
 MACS = [
     {"ssh": "mac1.local", "ips": ["10.0.0.1"], "rdma": [None, "rdma_en2", ["rdma_en3", "rdma_en4"]]},
     {"ssh": "mac2.local", "ips": ["10.0.0.2"], "rdma": ["rdma_en2", None, "rdma_en4"]},
@@ -253,7 +253,7 @@ def hosts_with(rank: int, **changed: object) -> list[dict[str, object]]:
         (hosts_with(1, rdma=["x", None, None]), {"tp_backend": "jaccl"}, r"hosts\[1\]\.rdma\[2\]: no device"),
         (hosts_with(0, ips=[]), {"tp_backend": "jaccl"}, r"hosts\[0\]\.ips: rank 0 needs an address"),
         (hosts_with(0, ips=[]), {"tp_backend": "nccl"}, r"hosts\[0\]\.ips: rank 0 needs an address"),
-        (MACS, {"tp_backend": "mpi"}, "with mpi, start kvarn serve on every rank"),
+        (MACS, {"tp_backend": "mpi"}, "with mpi, start millpond serve on every rank"),
     ],
 )
 def test_a_group_that_cannot_work_is_refused(
@@ -336,21 +336,21 @@ def test_a_launched_rank_tells_what_it_was_given_for_the_engine(by_mlx: dict[str
 
 
 def test_secrets_of_launched_ranks(by_mlx: dict[str, str], tmp_path: Path) -> None:
-    """tp_secret_file or KVARN_TP_SECRET; none that is short, and none in a message."""
+    """tp_secret_file or MILLPOND_TP_SECRET; none that is short, and none in a message."""
     file = tmp_path / "secret"
     file.write_text("a secret of the group\n")
     given_by_file = asked_for({"tp_secret_file": str(file)}, by_mlx).secret
     assert given_by_file == asked_for({}, {**by_mlx, **SECRET}).secret
     assert len(bytes.fromhex(given_by_file)) == 32
-    assert given_by_file != asked_for({}, {**by_mlx, "KVARN_TP_SECRET": "another secret of it"}).secret
+    assert given_by_file != asked_for({}, {**by_mlx, "MILLPOND_TP_SECRET": "another secret of it"}).secret
     with pytest.raises(ConfigError, match=r"tp_secret_file: ranks that mlx\.launch started need a secret"):
         asked_for({}, by_mlx)
     file.write_text("  too short  \n")
     with pytest.raises(ConfigError, match=r"must have 16 characters or more \(got 9\)") as refused:
         asked_for({"tp_secret_file": str(file)}, by_mlx)
     assert "too short" not in str(refused.value)
-    with pytest.raises(ConfigError, match=r"KVARN_TP_SECRET: must have 16 characters or more \(got 0\)"):
-        asked_for({}, {**by_mlx, "KVARN_TP_SECRET": ""})
+    with pytest.raises(ConfigError, match=r"MILLPOND_TP_SECRET: must have 16 characters or more \(got 0\)"):
+        asked_for({}, {**by_mlx, "MILLPOND_TP_SECRET": ""})
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         asked_for({"tp_secret_file": str(tmp_path / "none")}, by_mlx)
 

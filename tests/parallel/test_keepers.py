@@ -14,12 +14,12 @@ import msgspec
 import pytest
 from group_support import alive, all_gone, run
 
-from kvarn.types import GroupSettings
+from millpond.types import GroupSettings
 
 SERVE = """\
 import sys
 from functools import partial
-from kvarn.cli import group, main, serve
+from millpond.cli import group, main, serve
 serve.keep = partial(group.keep, command=[sys.executable, {follower!r}])
 sys.exit(main.main(sys.argv[1:]))
 """
@@ -34,7 +34,7 @@ while True:
 
 
 class Rank:
-    """``kvarn serve`` as mlx.launch would run it for rank 1 of 2, with a follower of the test's."""
+    """``millpond serve`` as mlx.launch would run it for rank 1 of 2, with a follower of the test's."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -73,7 +73,7 @@ async def rank(tmp_path: Path, model: Path, *flags: str, follower: str = FOLLOWE
         *(sys.executable, str(tmp_path / "serve.py"), "serve", str(model), *flags),
         stdin=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **launched, "KVARN_TP_SECRET": "a secret of the group", **environ},
+        env={**os.environ, **launched, "MILLPOND_TP_SECRET": "a secret of the group", **environ},
     )
     return Rank(process)
 
@@ -147,7 +147,7 @@ def test_under_mpirun_there_is_no_second_follower(tmp_path: Path, model: Path) -
             *(sys.executable, str(script), "serve", str(model)),
             stdin=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "MLX_RANK": "1", "KVARN_TP_SECRET": "a secret of the group", **ranks},
+            env={**os.environ, "MLX_RANK": "1", "MILLPOND_TP_SECRET": "a secret of the group", **ranks},
         )
         assert "exited with status 3" in await Rank(process).line("rank lost")
         assert await process.wait() == 1
@@ -159,7 +159,7 @@ def test_under_mpirun_there_is_no_second_follower(tmp_path: Path, model: Path) -
 def test_a_bad_setting_is_refused_by_every_rank(tmp_path: Path, model: Path) -> None:
     async def test() -> None:
         keeper = await rank(tmp_path, model, "--tp", "3")
-        assert "kvarn serve: tp: must be 2, as many as mlx.launch started" in await keeper.line("kvarn serve")
+        assert "millpond serve: tp: must be 2, as many as mlx.launch started" in await keeper.line("millpond serve")
         assert await keeper.process.wait() == 1
 
     run(test)
@@ -174,7 +174,7 @@ def test_the_real_mlx_launch_is_understood(tmp_path: Path) -> None:
     program.write_text(
         "import json, os, sys\n"
         "from pathlib import Path\n"
-        "from kvarn.parallel.launched import find_launch\n"
+        "from millpond.parallel.launched import find_launch\n"
         "launch = find_launch(os.environ)\n"
         "found = [launch.rank, launch.world, launch.backend, launch.host]\n"
         "Path(sys.argv[1], str(launch.rank)).write_text(json.dumps(found))\n"

@@ -20,17 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_stage import BODIES, FOUND, WRONG, scene, threads_may_end
 
-from kvarn.engine.orders import (
+from millpond.engine.orders import (
     Arrive,
     Begin,
     GroupBroken,
     Offered,
     Took,
 )
-from kvarn.parallel.backend import versions
-from kvarn.parallel.channel import Channel, ChannelError
-from kvarn.parallel.leader import Follower
-from kvarn.parallel.messages import (
+from millpond.parallel.backend import versions
+from millpond.parallel.channel import Channel, ChannelError
+from millpond.parallel.leader import Follower
+from millpond.parallel.messages import (
     Alive,
     Broken,
     Done,
@@ -99,7 +99,7 @@ def test_bytes_outside_a_frame_end_the_group(data: bytes) -> None:
         (Hello(1, 2**40, "ring", "", versions()), "came to a group of 2"),
         (Hello(1, 2, "jaccl", "", versions()), "tp_backend: rank 1 was started with jaccl, rank 0 with ring"),
         (Hello(1, 2, "ring", "", {**versions(), "mlx-lm": "0.1"}), "tp: rank 1 has mlx-lm 0.1, rank 0 has "),
-        (Hello(1, 2, "ring", "", {}), "tp: rank 1 has kvarn None, rank 0 has "),
+        (Hello(1, 2, "ring", "", {}), "tp: rank 1 has millpond None, rank 0 has "),
         (Hello(1, 2, "ring", "", versions(), {"kv_bits": "8"}), "kv_bits: rank 1 was started with 8, rank 0 with None"),
     ],
     ids=["too high", "rank 0", "negative", "world", "backend", "version", "no versions", "flags"],

@@ -29,11 +29,11 @@ from group_support import (
     running,
 )
 
-from kvarn.client import EngineClient, EngineError, EngineState, EngineUnavailable
-from kvarn.client.watchdog import Watchdog
-from kvarn.lifeline import LOST_STATUS
-from kvarn.types import ErrorKind, Finish, GroupSettings
-from kvarn.wire import Beat
+from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
+from millpond.client.watchdog import Watchdog
+from millpond.lifeline import LOST_STATUS
+from millpond.types import ErrorKind, Finish, GroupSettings
+from millpond.wire import Beat
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 SILENT = 903
@@ -269,7 +269,7 @@ def free_port() -> int:
 @pytest.mark.parametrize("script", ["slow=0.01", "slow=0.01,deafranks", "slow=0.01,deaf"])
 def test_a_stop_leaves_no_rank(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they listen or not."""
-    monkeypatch.setattr("kvarn.client.crew.FAREWELL", 0.3)
+    monkeypatch.setattr("millpond.client.crew.FAREWELL", 0.3)
 
     async def test() -> None:
         client = client_for(local(script))
@@ -350,8 +350,8 @@ def test_a_killed_front_end_leaves_no_rank(tmp_path: Path) -> None:
 
 @linux
 def test_secrets_are_in_no_command_line_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVARN_TP_SECRET", "given-to-the-front-end-only")
-    monkeypatch.setenv("KVARN_API_KEY", "key-of-the-front-end-only")
+    monkeypatch.setenv("MILLPOND_TP_SECRET", "given-to-the-front-end-only")
+    monkeypatch.setenv("MILLPOND_API_KEY", "key-of-the-front-end-only")
 
     async def test() -> None:
         async with running(local()) as client:
@@ -365,7 +365,7 @@ def test_secrets_are_in_no_command_line_and_no_environment(monkeypatch: pytest.M
     run(test)
 
 
-# --- kvarn rank, the keeper on other machines ---------------------------------------------------------------------
+# --- millpond rank, the keeper on other machines ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -387,7 +387,7 @@ def place(model: Path | str, port: int = 9) -> bytes:
 
 async def keeper(*command: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kvarn.cli.main", "rank", "--command", *(command or SCRIPTED)),
+        *(sys.executable, "-m", "millpond.cli.main", "rank", "--command", *(command or SCRIPTED)),
         stdin=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -454,7 +454,7 @@ def test_the_keeper_ends_as_its_child(model: Path, tmp_path: Path, program: str,
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (place("/no/such/model"), b"kvarn rank: model '/no/such/model'"),
+        (place("/no/such/model"), b"millpond rank: model '/no/such/model'"),
         (b"{}\n", b"standard input must be a pipe with the settings of a rank"),
         (b"", b"standard input must be a pipe with the settings of a rank"),
     ],

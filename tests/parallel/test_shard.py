@@ -10,8 +10,8 @@ from group_driver import Group
 from mlx.utils import tree_flatten
 from tiny_models import CONFIGS, build, config_of, save
 
-from kvarn.model.load import ModelError, load
-from kvarn.model.shard import CannotShard, agreement, shard
+from millpond.model.load import ModelError, load
+from millpond.model.shard import CannotShard, agreement, shard
 
 DIVISIBLE = ("llama", "qwen3", "deepseek_v2")
 

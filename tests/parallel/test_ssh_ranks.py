@@ -1,4 +1,4 @@
-"""Ranks on another machine: a private sshd on loopback, real ssh, ``kvarn rank`` behind it, scripted ranks."""
+"""Ranks on another machine: a private sshd on loopback, real ssh, ``millpond rank`` behind it, scripted ranks."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from group_support import (
     running,
 )
 
-from kvarn.cli.group import layout_of, rank_plan
-from kvarn.client import EngineClient, EngineError, EngineState, EngineUnavailable
-from kvarn.client.ranks import RankPlan
-from kvarn.config import read_config
-from kvarn.types import ErrorKind
+from millpond.cli.group import layout_of, rank_plan
+from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
+from millpond.client.ranks import RankPlan
+from millpond.config import read_config
+from millpond.types import ErrorKind
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 pytestmark = [
@@ -138,7 +138,7 @@ def model_folder(parent: Path, script: str) -> Path:
 
 
 def over_ssh(machine: Machine, tmp_path: Path, script: str, *names: str, python: str = sys.executable) -> RankPlan:
-    """Rank 0 here, the others where ssh leads to; as ``kvarn serve`` would plan it, with scripted ranks."""
+    """Rank 0 here, the others where ssh leads to; as ``millpond serve`` would plan it, with scripted ranks."""
     hosts = [{"ssh": name, "ips": ["127.0.0.1"]} for name in ("localhost", *names)]
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text(json.dumps({"backend": "ring", "envs": ["MLX_METAL_FAST_SYNCH=1"], "hosts": hosts}))
@@ -268,7 +268,7 @@ def test_stopped_remote_ranks_die_with_the_front_end(machine: Machine, tmp_path:
 def test_what_cannot_be_started_is_said(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, python: str, says: str
 ) -> None:
-    monkeypatch.setattr("kvarn.client.engine.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("millpond.client.engine.FIRST_DELAY", 0.01)
 
     async def test() -> None:
         with pytest.raises(EngineUnavailable) as failed:
@@ -281,7 +281,7 @@ def test_what_cannot_be_started_is_said(
 
 def test_a_model_that_is_not_there_is_said(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every machine finds the model itself."""
-    monkeypatch.setattr("kvarn.client.engine.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("millpond.client.engine.FIRST_DELAY", 0.01)
 
     async def test() -> None:
         plan = over_ssh(machine, tmp_path, "plain", "rank-b")
@@ -289,7 +289,7 @@ def test_a_model_that_is_not_there_is_said(machine: Machine, tmp_path: Path, mon
         with pytest.raises(EngineUnavailable) as failed:
             async with running(elsewhere):
                 pass
-        assert "rank 1 on rank-b exited with status 1: kvarn rank: model '/no/such/" in failed.value.whole
+        assert "rank 1 on rank-b exited with status 1: millpond rank: model '/no/such/" in failed.value.whole
 
     run(test)
 

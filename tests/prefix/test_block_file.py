@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssd_support import NAMESPACE, OTHER, chain, head, payload_of
 
-from kvarn.prefix.disk import block_file
-from kvarn.prefix.disk.block_file import (
+from millpond.prefix.disk import block_file
+from millpond.prefix.disk.block_file import (
     ALIGNMENT,
     Damage,
     DamagedRecord,
@@ -18,8 +18,8 @@ from kvarn.prefix.disk.block_file import (
     file_bytes,
     layout,
 )
-from kvarn.prefix.keys import root_key
-from kvarn.prefix.records import Kind, RecordHead
+from millpond.prefix.keys import root_key
+from millpond.prefix.records import Kind, RecordHead
 
 RECORD = chain(2)[1]
 FILE = b"".join(encode(RECORD, NAMESPACE, payload_of(RECORD)))

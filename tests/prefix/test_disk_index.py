@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from ssd_support import NAMESPACE, OTHER, chain, head
 
-from kvarn.prefix.disk import index as disk_index
-from kvarn.prefix.disk.events import DiskEntry
-from kvarn.prefix.disk.index import DiskIndex, UnusableIndex, is_busy
-from kvarn.prefix.disk.pool import entry_of
-from kvarn.prefix.keys import root_key
-from kvarn.prefix.records import Kind, RecordHead, RecordId
+from millpond.prefix.disk import index as disk_index
+from millpond.prefix.disk.events import DiskEntry
+from millpond.prefix.disk.index import DiskIndex, UnusableIndex, is_busy
+from millpond.prefix.disk.pool import entry_of
+from millpond.prefix.keys import root_key
+from millpond.prefix.records import Kind, RecordHead, RecordId
 
 
 @pytest.fixture

@@ -22,19 +22,19 @@ from hypothesis.stateful import (
 )
 from prefix_support import LAYOUTS, NAMESPACE, blocks_of, check_memory, check_tree, fake, new_cache, watched_evictions
 
-from kvarn.prefix import eviction
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.disk.events import DiskEntry, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
-from kvarn.prefix.disk.tier import SsdTier
-from kvarn.prefix.eviction import LOOK_AT
-from kvarn.prefix.keys import TOKEN_BYTES
-from kvarn.prefix.match import Claim
-from kvarn.prefix.planner import Layout
-from kvarn.prefix.policy import SavePolicy
-from kvarn.prefix.records import BLOCK, Kind, RecordHead, RecordId
-from kvarn.prefix.saver import UNDER_WAY_BYTES
-from kvarn.prefix.tree import Node
-from kvarn.prefix.visit import End, Visit
+from millpond.prefix import eviction
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import DiskEntry, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.eviction import LOOK_AT
+from millpond.prefix.keys import TOKEN_BYTES
+from millpond.prefix.match import Claim
+from millpond.prefix.planner import Layout
+from millpond.prefix.policy import SavePolicy
+from millpond.prefix.records import BLOCK, Kind, RecordHead, RecordId
+from millpond.prefix.saver import UNDER_WAY_BYTES
+from millpond.prefix.tree import Node
+from millpond.prefix.visit import End, Visit
 
 LIMIT = 30_000
 """About a dozen blocks."""
@@ -312,7 +312,7 @@ class RealMachine(Machine):
     """The same beside the real SSD tier in a folder, small enough to evict. Reads and writes end when they do."""
 
     def new_disk(self) -> MadeUpDisk:
-        self.folder = Path(mkdtemp(prefix="kvarn-machine-"))
+        self.folder = Path(mkdtemp(prefix="millpond-machine-"))
         return MadeUpDisk()
 
     def open(self) -> None:

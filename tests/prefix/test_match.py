@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefix_support import LAYOUTS, NAMESPACE, Fake, blocks_of, fake, new_cache, store
 
-from kvarn.prefix import keys, match
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.keys import TOKEN_BYTES, pack
-from kvarn.prefix.match import Claim, Match
-from kvarn.prefix.planner import Layout
-from kvarn.prefix.records import BLOCK, Kind
-from kvarn.prefix.tree import BLOCK_BYTES, Node, Tree
+from millpond.prefix import keys, match
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.keys import TOKEN_BYTES, pack
+from millpond.prefix.match import Claim, Match
+from millpond.prefix.planner import Layout
+from millpond.prefix.records import BLOCK, Kind
+from millpond.prefix.tree import BLOCK_BYTES, Node, Tree
 
 Held = dict[tuple[tuple[int, ...], Kind], bool]
 """Records by all tokens up to their end; whether they are in memory (else on disk)."""

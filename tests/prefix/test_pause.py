@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from kvarn.prefix.disk.pause import PAUSES, Pause
-from kvarn.prefix.disk.stats import Tally
+from millpond.prefix.disk.pause import PAUSES, Pause
+from millpond.prefix.disk.stats import Tally
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ENOSPC, "No space left")])

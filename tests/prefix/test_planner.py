@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefix_support import LAYOUTS
 
-from kvarn.prefix.planner import Layout, Link, needed, restorable
-from kvarn.prefix.records import BLOCK, Kind
+from millpond.prefix.planner import Layout, Link, needed, restorable
+from millpond.prefix.records import BLOCK, Kind
 
 layouts = st.one_of(
     st.sampled_from(list(LAYOUTS.values())),

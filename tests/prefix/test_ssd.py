@@ -28,13 +28,13 @@ from ssd_support import (
     running,
 )
 
-from kvarn.prefix.disk.block_file import file_bytes
-from kvarn.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
-from kvarn.prefix.disk.files import Files, Space
-from kvarn.prefix.disk.index import DiskIndex
-from kvarn.prefix.disk.reader import BUFFERS
-from kvarn.prefix.disk.tier import SsdTier
-from kvarn.prefix.records import Kind
+from millpond.prefix.disk.block_file import file_bytes
+from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.files import Files, Space
+from millpond.prefix.disk.index import DiskIndex
+from millpond.prefix.disk.reader import BUFFERS
+from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.records import Kind
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
@@ -537,7 +537,7 @@ def test_any_order_of_writes_and_uses_keeps_the_limits(
 
 
 def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("millpond.prefix.disk.index.BUSY_SECONDS", 0.01)
     heads = chain(2)
     with running(tmp_path) as tier:
         tier.save(heads[0])
@@ -553,8 +553,8 @@ def test_a_locked_index_puts_work_off_and_loses_nothing(tmp_path: Path, monkeypa
 
 
 def test_a_locked_index_at_the_start_is_said_and_got_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk.index.BUSY_SECONDS", 0.01)
-    monkeypatch.setattr("kvarn.prefix.disk.writer.OPEN_SECONDS", 0.5)
+    monkeypatch.setattr("millpond.prefix.disk.index.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("millpond.prefix.disk.writer.OPEN_SECONDS", 0.5)
     heads = chain(2)
     with running(tmp_path) as tier:
         tier.save(*heads)
@@ -569,7 +569,7 @@ def test_a_locked_index_at_the_start_is_said_and_got_over(tmp_path: Path, monkey
 
 
 def test_errors_of_writing_pause_and_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn.prefix.disk.pause.PAUSES", (0.05,))
+    monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
     files = FailingFiles()
     first, second, third = chain(3)
     with running(tmp_path, files=files) as tier:

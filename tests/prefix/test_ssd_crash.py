@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from ssd_support import NAMESPACE, RunningTier, chain, file_of, payload_of, record_files, running
 
-from kvarn.prefix.disk.block_file import file_bytes
-from kvarn.prefix.disk.events import Found, SsdLimits
-from kvarn.prefix.records import RecordHead
+from millpond.prefix.disk.block_file import file_bytes
+from millpond.prefix.disk.events import Found, SsdLimits
+from millpond.prefix.records import RecordHead
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 CAP = int(4.5 * SIZE)

@@ -29,9 +29,9 @@ from ssd_support import (
     running,
 )
 
-from kvarn.prefix.disk import block_file, pool
-from kvarn.prefix.disk.block_file import Damage, encode, file_bytes, layout
-from kvarn.prefix.disk.events import Found, SsdLimits
+from millpond.prefix.disk import block_file, pool
+from millpond.prefix.disk.block_file import Damage, encode, file_bytes, layout
+from millpond.prefix.disk.events import Found, SsdLimits
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -317,7 +317,7 @@ def test_a_read_only_file_system_without_an_index(small_disk: Path) -> None:
 
 def test_a_full_file_system(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filled by our own records: the oldest make room, and it goes on by itself."""
-    monkeypatch.setattr("kvarn.prefix.disk.pause.PAUSES", (0.05,))
+    monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(30)]
     with running(small_disk, SsdLimits(cap_bytes=1 << 40)) as tier:
         for record in heads:
@@ -336,7 +336,7 @@ def fill(file: io.RawIOBase) -> None:
 
 def test_a_disk_filled_by_others(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our records stay, writes stop, reads go on; when there is room again, so do writes."""
-    monkeypatch.setattr("kvarn.prefix.disk.pause.PAUSES", (0.05,))
+    monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(3)]
     with running(small_disk) as tier:
         tier.save(heads[0])

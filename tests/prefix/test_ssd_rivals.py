@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from ssd_support import NAMESPACE, bytes_on_disk, chain, file_of, payload_of, record_files, running
 
-from kvarn.prefix.disk.age_clock import AgeClock
-from kvarn.prefix.disk.block_file import file_bytes
-from kvarn.prefix.disk.events import Found, SsdLimits
-from kvarn.prefix.disk.files import Files, Space
-from kvarn.prefix.disk.index import DiskIndex
-from kvarn.prefix.disk.pool import DiskPool
-from kvarn.prefix.disk.reader import Fault
-from kvarn.prefix.records import RecordHead
+from millpond.prefix.disk.age_clock import AgeClock
+from millpond.prefix.disk.block_file import file_bytes
+from millpond.prefix.disk.events import Found, SsdLimits
+from millpond.prefix.disk.files import Files, Space
+from millpond.prefix.disk.index import DiskIndex
+from millpond.prefix.disk.pool import DiskPool
+from millpond.prefix.disk.reader import Fault
+from millpond.prefix.records import RecordHead
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
@@ -27,7 +27,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from ssd_support import NO_LIMITS, chain, running
-from kvarn.prefix.disk.events import SsdLimits
+from millpond.prefix.disk.events import SsdLimits
 limits = SsdLimits(cap_bytes=int(sys.argv[3]))
 with running(Path(sys.argv[1]), limits) as tier:
     for salt in range(int(sys.argv[2]), 12, 2):

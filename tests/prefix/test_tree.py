@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefix_support import NAMESPACE, Fake, check_tree
 
-from kvarn.prefix.keys import Namespace, common_tokens, next_key, pack, root_key
-from kvarn.prefix.match import Chain
-from kvarn.prefix.records import BLOCK, Kind
-from kvarn.prefix.tree import Node, Tree
+from millpond.prefix.keys import Namespace, common_tokens, next_key, pack, root_key
+from millpond.prefix.match import Chain
+from millpond.prefix.records import BLOCK, Kind
+from millpond.prefix.tree import Node, Tree
 
 few_tokens = st.lists(st.sampled_from([0, 1, 255, 256, 65536]), max_size=6)
 

@@ -9,9 +9,9 @@ import pytest
 from sampler_support import sampler, state
 from statistics_support import deviation
 
-from kvarn.engine.flight import agreeing
-from kvarn.sample.sampler import BatchSampler
-from kvarn.types import SamplingParams
+from millpond.engine.flight import agreeing
+from millpond.sample.sampler import BatchSampler
+from millpond.types import SamplingParams
 
 VOCAB = 40
 DRAWS = 24_000

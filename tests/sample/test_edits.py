@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_support import state
 
-from kvarn.sample.edits import apply
-from kvarn.types import SamplingParams
+from millpond.sample.edits import apply
+from millpond.types import SamplingParams
 
 VOCAB = 23
 WIDE = 3000

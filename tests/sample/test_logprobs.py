@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 from sampler_support import sampler
 
-from kvarn.types import SamplingParams
+from millpond.types import SamplingParams
 
 
 def log_softmax(row: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarn.sample.noise import bits, uniform, uniforms, words
+from millpond.sample.noise import bits, uniform, uniforms, words
 
 GOLDEN: dict[tuple[int, int], int] = {
     (0, 0): 0xA791BB87FE5F2889,

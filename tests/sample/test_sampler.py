@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_support import sampler
 
-from kvarn.sample.sampler import Picks
-from kvarn.types import SamplingParams
+from millpond.sample.sampler import Picks
+from millpond.types import SamplingParams
 
 VOCAB = 1500
 

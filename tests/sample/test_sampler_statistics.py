@@ -11,7 +11,7 @@ import pytest
 from sampler_support import sampler
 from statistics_support import deviation
 
-from kvarn.types import SamplingParams
+from millpond.types import SamplingParams
 
 ROWS = 1000
 VOCAB = 300

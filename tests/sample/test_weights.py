@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.sample.noise import bits, words
-from kvarn.sample.weights import Keys, draw, fraction_words, min_weight, padded, scaled, weigh
+from millpond.sample.noise import bits, words
+from millpond.sample.weights import Keys, draw, fraction_words, min_weight, padded, scaled, weigh
 
 SCALE = 2**40
 

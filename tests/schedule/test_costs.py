@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.schedule.costs import CostModel
+from millpond.schedule.costs import CostModel
 
 MACHINES = [
     pytest.param((30.0, 1.2, 4e-4), (40.0, 5.0, 2e-3), id="cpu"),

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kvarn.schedule.budget import MemoryBudget
-from kvarn.schedule.costs import CostModel
-from kvarn.schedule.scheduler import Limits, Scheduler
+from millpond.schedule.budget import MemoryBudget
+from millpond.schedule.costs import CostModel
+from millpond.schedule.scheduler import Limits, Scheduler
 
 QUICK = settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 """Without shrinking, which would take minutes here."""

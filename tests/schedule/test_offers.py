@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.schedule.budget import MemoryBudget
-from kvarn.schedule.costs import CostModel
-from kvarn.schedule.scheduler import Limits, Scheduler
-from kvarn.types import GRID, StepPlan
+from millpond.schedule.budget import MemoryBudget
+from millpond.schedule.costs import CostModel
+from millpond.schedule.scheduler import Limits, Scheduler
+from millpond.types import GRID, StepPlan
 
 PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
 

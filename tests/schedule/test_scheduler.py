@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvarn.schedule.budget import MemoryBudget
-from kvarn.schedule.costs import CostModel
-from kvarn.schedule.scheduler import Limits, NeverFits, Scheduler
-from kvarn.types import PrefillChunk, StepPlan
+from millpond.schedule.budget import MemoryBudget
+from millpond.schedule.costs import CostModel
+from millpond.schedule.scheduler import Limits, NeverFits, Scheduler
+from millpond.types import PrefillChunk, StepPlan
 
 PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
 LIMITS = Limits(max_rows=8, max_itl_ms=200.0, max_chunk=512)

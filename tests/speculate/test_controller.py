@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.schedule.costs import CostModel
-from kvarn.speculate.controller import DRAFT_MODEL, Controller, Offer, source_of
-from kvarn.speculate.pace import Curve, Pace, measured
+from millpond.schedule.costs import CostModel
+from millpond.speculate.controller import DRAFT_MODEL, Controller, Offer, source_of
+from millpond.speculate.pace import Curve, Pace, measured
 
 CPU = Curve(((1, 50.0), (2, 52.0), (4, 60.0), (8, 76.0), (16, 108.0), (32, 160.0)))
 GPU = Curve(((1, 10.0), (8, 11.0), (16, 16.0), (32, 30.0)))

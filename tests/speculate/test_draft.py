@@ -15,14 +15,14 @@ from sampler_support import sampler
 from tiny_models import CONTEXT, VOCAB, save
 from tiny_tokenizers import byte_level_backend, write_folder
 
-from kvarn.kv.arena import Arena
-from kvarn.kv.slots import RING_SLACK, LayerSpec
-from kvarn.model.lanes import SoloLane
-from kvarn.model.load import LoadedModel, kept_as, load
-from kvarn.model.upstream import new_cache
-from kvarn.speculate.draft import CATCH_UP, Draft
-from kvarn.speculate.vocabulary import vocabulary_differs
-from kvarn.types import GRID, SamplingParams
+from millpond.kv.arena import Arena
+from millpond.kv.slots import RING_SLACK, LayerSpec
+from millpond.model.lanes import SoloLane
+from millpond.model.load import LoadedModel, kept_as, load
+from millpond.model.upstream import new_cache
+from millpond.speculate.draft import CATCH_UP, Draft
+from millpond.speculate.vocabulary import vocabulary_differs
+from millpond.types import GRID, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 LIMIT = 1 << 28

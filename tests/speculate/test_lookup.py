@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvarn.speculate.lookup import MOST_SALTS, Lookup, PastOutputs, Proposal
-from kvarn.speculate.ngrams import LONGEST, SEPARATOR, Ngrams
+from millpond.speculate.lookup import MOST_SALTS, Lookup, PastOutputs, Proposal
+from millpond.speculate.ngrams import LONGEST, SEPARATOR, Ngrams
 
 NOTHING = Proposal([], 0)
 words = st.lists(st.integers(0, 3), max_size=60)

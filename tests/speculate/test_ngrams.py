@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.speculate.ngrams import _WORD, LEVELS, LONGEST, SEPARATOR, Match, Ngrams, _sums
+from millpond.speculate.ngrams import _WORD, LEVELS, LONGEST, SEPARATOR, Match, Ngrams, _sums
 
 IDS = [0, 1, 2, 2**31 - 1, SEPARATOR]
 """Few ids: most n-grams come again."""

@@ -12,7 +12,7 @@ from typing import Literal, ParamSpec, TypeVar
 
 import pytest
 
-from kvarn.parallel.channel import Channel, ChannelError
+from millpond.parallel.channel import Channel, ChannelError
 
 SECRET = b"a secret of thirty-two bytes, ok"
 PATIENCE = 30.0
@@ -21,7 +21,7 @@ SHORT = 0.3
 """For handshakes that must run out of time."""
 
 # The format, written down once more: these tests also notice when it changes unasked.
-MAGIC = b"kvarn-tp"
+MAGIC = b"mpond-tp"
 GREETING = 8 + 4 + 32
 PROOF = 32
 HEADER = 4 + 16

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ssd_support import KillingFiles, chain, payload_of, running
 
-from kvarn.prefix.disk.events import SsdLimits
-from kvarn.prefix.disk.files import Files
-from kvarn.prefix.disk.index import DiskIndex
+from millpond.prefix.disk.events import SsdLimits
+from millpond.prefix.disk.files import Files
+from millpond.prefix.disk.index import DiskIndex
 
 
 def work(folder: Path, mode: str, at: int, cap: int) -> None:

@@ -1,4 +1,4 @@
-"""Run ``kvarn doctor`` as a process and read what it printed."""
+"""Run ``millpond doctor`` as a process and read what it printed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Report:
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVARN_")}
-    return {**kept, "KVARN_PORT": "0", "KVARN_CACHE_SSD": "0", **more}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MILLPOND_")}
+    return {**kept, "MILLPOND_PORT": "0", "MILLPOND_CACHE_SSD": "0", **more}
 
 
 def doctor(*arguments: str, before: tuple[str, ...] = (), cwd: Path | None = None, **env: str) -> Report:
-    command = [*before, sys.executable, "-m", "kvarn.cli.main", "doctor", "--json", *arguments]
+    command = [*before, sys.executable, "-m", "millpond.cli.main", "doctor", "--json", *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment(**env), cwd=cwd
     )

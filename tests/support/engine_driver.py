@@ -14,28 +14,28 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
-from kvarn.engine.executor import Executor
-from kvarn.engine.guessing import Guessing
-from kvarn.engine.link import Inbox
-from kvarn.engine.loop import Engine
-from kvarn.engine.prefixes import Prefixes
-from kvarn.kv.format import KvFormat
-from kvarn.model.blocks import BlockFormat, agree, stored
-from kvarn.model.load import LoadedModel
-from kvarn.model.probe import Capabilities, probe
-from kvarn.model.upstream import UPSTREAM_MATH, Rounded, cache_arrays, new_cache
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.disk.events import SsdLimits
-from kvarn.prefix.disk.tier import SsdTier
-from kvarn.prefix.policy import SavePolicy
-from kvarn.schedule.budget import MemoryBudget
-from kvarn.schedule.costs import CostModel
-from kvarn.schedule.scheduler import Limits, Scheduler
-from kvarn.speculate.controller import Controller
-from kvarn.speculate.draft import Draft
-from kvarn.speculate.pace import Curve, Pace
-from kvarn.types import Finish, PrefixReport, Request, SamplingParams, SpecMode, SpecSettings, TokenLogprob
-from kvarn.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit
+from millpond.engine.executor import Executor
+from millpond.engine.guessing import Guessing
+from millpond.engine.link import Inbox
+from millpond.engine.loop import Engine
+from millpond.engine.prefixes import Prefixes
+from millpond.kv.format import KvFormat
+from millpond.model.blocks import BlockFormat, agree, stored
+from millpond.model.load import LoadedModel
+from millpond.model.probe import Capabilities, probe
+from millpond.model.upstream import UPSTREAM_MATH, Rounded, cache_arrays, new_cache
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import SsdLimits
+from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.policy import SavePolicy
+from millpond.schedule.budget import MemoryBudget
+from millpond.schedule.costs import CostModel
+from millpond.schedule.scheduler import Limits, Scheduler
+from millpond.speculate.controller import Controller
+from millpond.speculate.draft import Draft
+from millpond.speculate.pace import Curve, Pace
+from millpond.types import Finish, PrefixReport, Request, SamplingParams, SpecMode, SpecSettings, TokenLogprob
+from millpond.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit
 
 TIE = 2e-3
 """Two logits this close may swap between kernels of different row counts; the models' logits spread over 10 or more."""
@@ -272,7 +272,7 @@ def settle(cached: PrefixCache, inbox: Inbox) -> None:
 
 @contextmanager
 def upstream_math() -> Iterator[None]:
-    """Undo, for a while, what kvarn.model.attention put into mlx-lm's model files."""
+    """Undo, for a while, what millpond.model.attention put into mlx-lm's model files."""
     replaced = [
         (module, name, vars(module)[name])
         for key, module in sys.modules.items()

@@ -1,7 +1,7 @@
 """Starts the real processes of a group, over the ring backend on loopback, and is their front end.
 
-One rank is a lone engine (``kvarn.engine``): what a group answers is compared with it. Every rank has a cache folder of
-its own below ``home``, as if each were on its own machine; what the ranks log is in ``home``, too.
+One rank is a lone engine (``millpond.engine``): what a group answers is compared with it. Every rank has a cache folder
+of its own below ``home``, as if each were on its own machine; what the ranks log is in ``home``, too.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import msgspec
 from engine_driver import Outcome
 from patient_ring import patient
 
-from kvarn import wire
-from kvarn.parallel.hosts import Host
-from kvarn.parallel.layout import LOOPBACK, Layout
-from kvarn.types import Finish, ModelInfo, Request
+from millpond import wire
+from millpond.parallel.hosts import Host
+from millpond.parallel.layout import LOOPBACK, Layout
+from millpond.types import Finish, ModelInfo, Request
 
 PATIENCE = 120.0
 """Seconds after which what should happen has not: far above what it takes, because machines are busy."""
-RANK = (sys.executable, "-m", "kvarn.parallel")
-ALONE = (sys.executable, "-m", "kvarn.engine")
+RANK = (sys.executable, "-m", "millpond.parallel")
+ALONE = (sys.executable, "-m", "millpond.engine")
 
 
 class GroupFailed(Exception):  # noqa: N818 - reads as the fact it states
@@ -113,7 +113,7 @@ class Group:
         return process
 
     def _spawn(self, rank: int, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
-        own = {"KVARN_CACHE": str(self.cache(rank)), "KVARN_LOG_LEVEL": "info"}
+        own = {"MILLPOND_CACHE": str(self.cache(rank)), "MILLPOND_LOG_LEVEL": "info"}
         environment = {**os.environ, **patient(), **own}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
         assert isinstance(process, subprocess.Popen)

@@ -12,10 +12,10 @@ import pytest
 from engine_driver import Driver, Outcome
 from tiny_models import VOCAB, save
 
-from kvarn.model.load import LoadedModel, load
-from kvarn.model.probe import Capabilities, probe
-from kvarn.speculate.draft import Draft
-from kvarn.types import (
+from millpond.model.load import LoadedModel, load
+from millpond.model.probe import Capabilities, probe
+from millpond.speculate.draft import Draft
+from millpond.types import (
     KvPacking,
     Request,
     SamplingParams,

@@ -18,6 +18,6 @@ def patient() -> dict[str, str]:
     compiler = shutil.which("cc")
     if sys.platform != "linux" or compiler is None:
         return {}
-    library = Path(tempfile.mkdtemp(prefix="kvarn-ring-")) / "patient_ring.so"
+    library = Path(tempfile.mkdtemp(prefix="millpond-ring-")) / "patient_ring.so"
     built = subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=False)
     return {"LD_PRELOAD": str(library)} if built.returncode == 0 else {}

@@ -8,15 +8,15 @@ import signal
 import sys
 from pathlib import Path
 
-from kvarn.model import blas
+from millpond.model import blas
 
 blas.prepare()
 
 from engine_driver import Driver, disk_cache, request  # noqa: E402
 
-from kvarn.model.load import load  # noqa: E402
-from kvarn.prefix.disk.events import Opened  # noqa: E402
-from kvarn.types import KvPacking  # noqa: E402
+from millpond.model.load import load  # noqa: E402
+from millpond.prefix.disk.events import Opened  # noqa: E402
+from millpond.types import KvPacking  # noqa: E402
 
 
 def main() -> None:

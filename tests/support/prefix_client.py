@@ -105,7 +105,7 @@ def _extra(salt: str) -> dict[str, object]:
 
 
 def _answer(name: str, texts: tuple[str, ...], usage: openai.types.CompletionUsage, headers: httpx.Headers) -> Answer:
-    field = headers["x-kvarn-prefix-cache"]
+    field = headers["x-millpond-prefix-cache"]
     match = re.fullmatch(r"memory=(\d+), disk=(\d+), known=(\d+), end=(\w+)", field)
     assert match is not None, field
     memory, disk, known = (int(number) for number in match.groups()[:3])

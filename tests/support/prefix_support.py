@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvarn.prefix.cache import PrefixCache
-from kvarn.prefix.keys import Namespace
-from kvarn.prefix.memory import MemoryTier
-from kvarn.prefix.planner import Layout
-from kvarn.prefix.records import BLOCK, Kind, Tensor
-from kvarn.prefix.tree import Node, Tree
-from kvarn.prefix.visit import Visit
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.keys import Namespace
+from millpond.prefix.memory import MemoryTier
+from millpond.prefix.planner import Layout
+from millpond.prefix.records import BLOCK, Kind, Tensor
+from millpond.prefix.tree import Node, Tree
+from millpond.prefix.visit import Visit
 
 LAYOUTS = {
     "kv": Layout(window=0, state=False),

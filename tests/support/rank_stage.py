@@ -19,7 +19,7 @@ from engine_driver import request
 from group_driver import PATIENCE
 from hypothesis import strategies as st
 
-from kvarn.engine.orders import (
+from millpond.engine.orders import (
     Arrive,
     Begin,
     Close,
@@ -30,14 +30,14 @@ from kvarn.engine.orders import (
     Prefill,
     Took,
 )
-from kvarn.engine.party import Found
-from kvarn.model.load import ModelError
-from kvarn.model.probe import Capabilities
-from kvarn.parallel.backend import machine, versions
-from kvarn.parallel.channel import Channel
-from kvarn.parallel.follower import Rank
-from kvarn.parallel.leader import Leader
-from kvarn.parallel.messages import (
+from millpond.engine.party import Found
+from millpond.model.load import ModelError
+from millpond.model.probe import Capabilities
+from millpond.parallel.backend import machine, versions
+from millpond.parallel.channel import Channel
+from millpond.parallel.follower import Rank
+from millpond.parallel.leader import Leader
+from millpond.parallel.messages import (
     Alive,
     Broken,
     Content,
@@ -54,8 +54,8 @@ from kvarn.parallel.messages import (
     decode_from_leader,
     encode,
 )
-from kvarn.types import GroupSettings
-from kvarn.wire import Start
+from millpond.types import GroupSettings
+from millpond.wire import Start
 
 FOREVER = 1000.0
 """Seconds of silence that are allowed: what is tested must be noticed by itself."""
@@ -82,7 +82,7 @@ ORDERS: tuple[Order, ...] = (
 )
 SAID: tuple[FromLeader | FromFollower, ...] = (
     *(Told(number, order) for number, order in enumerate(ORDERS)),
-    Hello(1, 2, "ring", "here", {"kvarn": "1"}),
+    Hello(1, 2, "ring", "here", {"millpond": "1"}),
     Offered(1, "name", 64, True),
     Restorable("name", 64),
     Verdict(True),

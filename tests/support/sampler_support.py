@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvarn.sample.sampler import BatchSampler
-from kvarn.sample.state import SamplingState
-from kvarn.types import SamplingParams
+from millpond.sample.sampler import BatchSampler
+from millpond.sample.state import SamplingState
+from millpond.types import SamplingParams
 
 
 def state(

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from kvarn.kv.arena import Arena
-from kvarn.kv.format import Arrays, KvFormat
-from kvarn.kv.slots import LayerRow, LayerSpec
-from kvarn.model.cpu_math import LOG2_E
-from kvarn.types import KvPacking
+from millpond.kv.arena import Arena
+from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.slots import LayerRow, LayerSpec
+from millpond.model.cpu_math import LOG2_E
+from millpond.types import KvPacking
 
 Floats = npt.NDArray[np.float32]
 SCALE = 0.25

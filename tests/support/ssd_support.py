@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvarn.prefix.disk.age_clock import AgeClock
-from kvarn.prefix.disk.events import Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
-from kvarn.prefix.disk.files import Files
-from kvarn.prefix.disk.pool import record_path
-from kvarn.prefix.disk.tier import UPKEEP_SECONDS, SsdTier
-from kvarn.prefix.keys import next_key, pack, root_key
-from kvarn.prefix.records import Kind, RecordHead, RecordId, Tensor
+from millpond.prefix.disk.age_clock import AgeClock
+from millpond.prefix.disk.events import Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.files import Files
+from millpond.prefix.disk.pool import record_path
+from millpond.prefix.disk.tier import UPKEEP_SECONDS, SsdTier
+from millpond.prefix.keys import next_key, pack, root_key
+from millpond.prefix.records import Kind, RecordHead, RecordId, Tensor
 
 NAMESPACE = hashlib.sha256(b"a namespace").hexdigest()
 OTHER = hashlib.sha256(b"another namespace").hexdigest()

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BACKENDS, CORPUS, id_of
 
-from kvarn.text.answer import Answer
-from kvarn.text.decoding import Decoding, decoding_of
-from kvarn.text.stops import StopStrings
+from millpond.text.answer import Answer
+from millpond.text.decoding import Decoding, decoding_of
+from millpond.text.stops import StopStrings
 
 KINDS = ["byte level", "byte fallback", "byte fallback, stripped", "metaspace"]
 

@@ -20,7 +20,7 @@ from tiny_tokenizers import (
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kvarn.text.tokenizer import TextError, Tokenizer
+from millpond.text.tokenizer import TextError, Tokenizer
 
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% set text = m['content'] %}"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BACKENDS, CORPUS, id_of
 
-from kvarn.text.decoding import (
+from millpond.text.decoding import (
     ByteFallbackDecoding,
     ByteLevelDecoding,
     Decoding,
@@ -18,7 +18,7 @@ from kvarn.text.decoding import (
     WholeDecoding,
     decoding_of,
 )
-from kvarn.text.detokenize import ByteLevelDetokenizer
+from millpond.text.detokenize import ByteLevelDetokenizer
 
 
 @pytest.fixture(scope="module", params=list(BACKENDS))

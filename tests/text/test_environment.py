@@ -7,8 +7,8 @@ import pytest
 from jinja2.exceptions import SecurityError
 from tiny_tokenizers import CHATML, TURNS
 
-from kvarn.text.allowance import Allowance
-from kvarn.text.environment import Environment
+from millpond.text.allowance import Allowance
+from millpond.text.environment import Environment
 
 MESSAGES: list[dict[str, object]] = [
     {"role": "system", "content": "Be <b>brief</b> & 'nice'."},

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.text.answer import Answer
-from kvarn.text.decoding import ByteFallbackDecoding, ByteLevelDecoding
-from kvarn.text.stops import StopStrings
-from kvarn.text.tokenizer import TemplateError, Tokenizer
+from millpond.text.answer import Answer
+from millpond.text.decoding import ByteFallbackDecoding, ByteLevelDecoding
+from millpond.text.stops import StopStrings
+from millpond.text.tokenizer import TemplateError, Tokenizer
 
 pytestmark = pytest.mark.models
 

@@ -10,7 +10,7 @@ from allocations import traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn.text.stops import StopMatcher, StopStrings
+from millpond.text.stops import StopMatcher, StopStrings
 
 
 def naive(text: str, stops: list[str]) -> tuple[str, bool]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import CHATML, TURNS, byte_level_backend, write_folder
 
-from kvarn.text.template import ChatTemplate, EndlessTemplateError, TemplateError
-from kvarn.text.template_files import TemplateFileError, find_template
-from kvarn.text.tokenizer import Tokenizer, TokenizerError
+from millpond.text.template import ChatTemplate, EndlessTemplateError, TemplateError
+from millpond.text.template_files import TemplateFileError, find_template
+from millpond.text.tokenizer import Tokenizer, TokenizerError
 
 Chat = list[dict[str, object]]
 

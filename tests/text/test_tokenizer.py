@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import CHATML, CORPUS, TURNS, byte_fallback_backend, byte_level_backend, id_of, write_folder
 
-from kvarn.text.tokenizer import TemplateError, Tokenizer, TokenizerError
+from millpond.text.tokenizer import TemplateError, Tokenizer, TokenizerError
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "the世界 🙂"}]
 
@@ -190,7 +190,7 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path, chatml_folder: Path) -> N
 
 def test_loading_is_silent_and_free_of_mlx(chatml_folder: Path) -> None:
     script = (
-        "import sys, pathlib; from kvarn.text.tokenizer import Tokenizer; before = 'transformers' in sys.modules;"
+        "import sys, pathlib; from millpond.text.tokenizer import Tokenizer; before = 'transformers' in sys.modules;"
         "Tokenizer.load(pathlib.Path(sys.argv[1]));"
         "print(before, [m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm', 'torch')])"
     )

@@ -14,7 +14,7 @@ BREAKS = [
     ),
     Break(
         name="I1-charged-as-bytes",
-        file="kvarn/kv/format.py",
+        file="millpond/kv/format.py",
         old="dims * self.packing.bits // 8 +",
         new="dims +",
         by=("test_bytes_are_those_of_the_format",),

@@ -1,1 +1,0 @@
-"""The ``kvarn`` command: one module per subcommand, each with ``add_parser`` and ``run``."""

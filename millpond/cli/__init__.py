@@ -1,0 +1,1 @@
+"""The ``millpond`` command: one module per subcommand, each with ``add_parser`` and ``run``."""

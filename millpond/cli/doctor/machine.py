@@ -1,0 +1,49 @@
+"""Memory and the limit of open files."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+from millpond.cli.doctor.finding import Finding, ok, shown, warn
+from millpond.config import ServeConfig
+from millpond.model.cgroups import ControlGroups
+from millpond.model.memory import total_memory
+
+LEAST_FREE_BYTES = 2 * 2**30
+SPARE_FILES = 128
+"""Open files of the server beyond one for each connection."""
+
+
+def memory() -> Finding:
+    """Free and total memory."""
+    free, total = free_memory(), total_memory()
+    if free is None:
+        return ok("memory", f"{shown(total)} in all")
+    text = f"{shown(free)} free of {shown(total)}"
+    if free >= LEAST_FREE_BYTES:
+        return ok("memory", text)
+    return warn("memory", text, "close other programs, or serve a small model with a small --kv-memory-mb")
+
+
+def free_memory() -> int | None:
+    """Bytes that can be used without swapping, control groups counted; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # anything but Linux
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    left = ControlGroups.own().memory_left()
+    return min((amount for amount in (free, left) if amount is not None), default=None)
+
+
+def open_files(config: ServeConfig) -> Finding:
+    """Whether all connections may be open at once; serve raises the soft limit by itself."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    needed = config.max_connections + SPARE_FILES
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        limit = "no limit" if hard == resource.RLIM_INFINITY else str(hard)
+        return ok("files", f"{limit} may be open, {needed} are needed for {config.max_connections} connections")
+    text = f"only {hard} may be open, {needed} are needed for {config.max_connections} connections"
+    remedy = f"raise the hard limit ({hard}) in /etc/security/limits.conf or with LimitNOFILE, or a smaller "
+    return warn("files", text, remedy + "--max-connections")

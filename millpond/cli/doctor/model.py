@@ -1,0 +1,127 @@
+"""How a model would be served: whether it fits, how it runs, and how many tokens there is room for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from millpond import wire
+from millpond.cli.doctor.engine import Probe
+from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
+from millpond.cli.doctor.machine import free_memory
+from millpond.cli.doctor.weights import weight_bytes
+from millpond.client import EngineClient, EngineUnavailable
+from millpond.config import ServeConfig
+from millpond.hub.errors import SourceError
+from millpond.hub.progress import SilentProgress, TerminalProgress
+from millpond.hub.source import resolve
+from millpond.model.memory import total_memory
+from millpond.types import ModelInfo, PrefixSettings
+
+REMARKED = "nothing, if the answers are what they should be; else remove what is named, or take another model"
+SMALLER = "take a smaller or more strongly quantised model"
+
+
+def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iterator[Finding]:
+    """Load the model in an engine of its own, unless its weights alone are too much."""
+    progress = SilentProgress() if quiet else TerminalProgress()
+    try:
+        source = resolve(name, progress)
+    except SourceError as error:
+        yield fail("model", str(error), "give one of these")
+        return
+    try:
+        draft = resolve(config.draft_model, progress).path if config.draft_model else None
+    except SourceError as error:
+        yield fail("draft", f"draft_model: {error}", "give one of these, or another --spec and no --draft-model")
+        return
+    free, total = free_memory(), probed.memory or total_memory()
+    try:
+        weights = sum(weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
+    except SourceError as error:
+        yield fail("model", str(error), "correct what it says, or fetch the model again")
+        return
+    room = free if probed.on_cpu and free is not None else total
+    if weights > room:
+        whose = "its weights" if draft is None else "its weights and the draft model's"
+        text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
+        yield fail("model", text, f"{SMALLER}, or close other programs")
+        return
+    try:
+        info = asyncio.run(_loaded(_start(str(source.path), config, str(draft or ""))))
+    except EngineUnavailable as error:
+        yield fail("model", error.whole, "correct what it says, or take another model")
+        return
+    yield ok("model", f"{source.name}: {info.dtype}, context {info.context_length}, weights {shown(info.weight_bytes)}")
+    for remark in info.remarks:
+        yield warn("files", remark, REMARKED)
+    yield _room(info, free if info.device.startswith("cpu") else None)
+    if info.lane == "slots":
+        yield ok("batching", "requests share one forward")
+    else:
+        text = f"one request at a time in turn: {info.lane_reason}"
+        yield warn("batching", text, "nothing to do but to take another model, if many requests come at once")
+    if info.prefix_cache:
+        yield ok("prefixes", f"cached and restored: {info.prefix_cache}, in RAM and on SSD")
+    else:
+        text = f"not cached: {info.prefix_cache_reason}"
+        yield warn(
+            "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
+        )
+    yield _guessing(info, config)
+
+
+def _guessing(info: ModelInfo, config: ServeConfig) -> Finding:
+    """Whether tokens can be guessed ahead, and how."""
+    if info.speculation:
+        usual = config.spec if config.spec in info.speculation else "off"
+        return ok("guessing", f"{', '.join(info.speculation)}; {usual} unless a request says otherwise")
+    text = f"tokens cannot be guessed ahead: {info.speculation_reason}"
+    if config.spec == "off":
+        return ok("guessing", text)
+    return warn("guessing", text, "--spec off, or take another model if it matters")
+
+
+def _room(info: ModelInfo, free: int | None) -> Finding:
+    """Memory for keys and values, in bytes and in tokens. ``free`` was measured before the model was loaded."""
+    limit, each = info.kv_limit_bytes, info.kv_bytes_per_token
+    if not each:
+        return ok("tokens", f"{shown(limit)} for states that do not grow with the prompt")
+    count = limit // each
+    text = (
+        f"{shown(each)} per token ({info.kv_format}); {shown(limit)} hold {count} tokens, "
+        f"{count / info.context_length:.3g} full contexts"
+    )
+    if free is not None and info.weight_bytes + limit > free:
+        most = max(0, free - info.weight_bytes) * 9 // 10 >> 20
+        text += f", but with the weights that is more than the {shown(free)} free now"
+        return warn("tokens", text, f"close other programs, or --kv-memory-mb {most}")
+    return ok("tokens", text)
+
+
+def _start(path: str, config: ServeConfig, draft_path: str) -> wire.Start:
+    """As ``serve`` would start the engine, without its SSD tier, which a running server may be using."""
+    return wire.Start(
+        model_path=path,
+        context_length=config.context_length,
+        max_rows=config.max_batch,
+        max_itl_ms=config.max_itl_ms,
+        prefill_chunk=config.prefill_chunk,
+        kv_budget_bytes=config.kv_memory_mb * 2**20,
+        packing=config.packing,
+        prefix=PrefixSettings(ram_bytes=None if config.cache_ram is None else int(config.cache_ram)),
+        spec=config.guessing(draft_path),
+    )
+
+
+async def _loaded(start: wire.Start) -> ModelInfo:
+    """What an engine finds out about the model. Raises EngineUnavailable."""
+    # What goes wrong comes back as an exception; the engine's log would stand between the findings.
+    client = EngineClient(start, environment={"MILLPOND_LOG_LEVEL": "critical"})
+    await client.start()
+    try:
+        await client.settled()
+        assert client.info is not None
+        return client.info
+    finally:
+        await client.stop()

@@ -1,0 +1,333 @@
+"""``millpond serve MODEL``: the front end process from its command line to its exit code.
+
+The engine is started before anything slow is imported here; tokenizer, HTTP server and engine then load side by side,
+and /livez answers meanwhile. The first SIGINT or SIGTERM drains and stops with exit code 0, the second ends everything
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from millpond import wire
+from millpond.cli.certificate import BadCertificate, Certificate
+from millpond.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
+from millpond.cli.group import input_ended, keep, layout_of, log_environment, rank_plan
+from millpond.cli.interpreter import settle
+from millpond.cli.listen import allow_files, bind, loopback, url_of
+from millpond.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
+from millpond.client.ranks import RANK_COMMAND, RankPlan
+from millpond.config import ConfigError, ServeConfig, add_flags, read_config
+from millpond.http.keys import BadKeys, Keys
+from millpond.hub.cache import problem as cache_problem
+from millpond.observe.log import configure, kv, last_words
+from millpond.types import ModelInfo, PrefixSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from starlette.applications import Starlette
+    from uvicorn import Server
+
+    from millpond.http.service import Service
+
+log = logging.getLogger("millpond.serve")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENGINE_STOP_SECONDS = 8.0
+"""How long the engine may take to stop: it writes live conversations to the SSD for up to five of them."""
+CLOSE_SECONDS = 2
+"""How long connections may take to close once nothing is running."""
+
+
+SPARE_FILES = 256
+"""Open files beyond the connections."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP, with the OpenAI API. Every flag can also be given as MILLPOND_<FLAG>.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub name, local folder, GGUF file, or demo")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop; returns the exit code."""
+    begun = time.monotonic()
+    # Until it is caught, it waits: by default it would end the process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        config = read_config({name: getattr(args, name) for name in ServeConfig.model_fields}, file=args.config)
+        configure(config.log_level, config.log_format)
+        layout = layout_of(config)
+        if layout is not None and layout.launch is not None and layout.launch.rank:
+            return keep(layout, config, args.model)
+        keys = read_keys(config)
+        certificate = read_certificate(config)
+        listeners = bind(config)
+        allow_files(config.max_connections + SPARE_FILES)
+        if wrong := cache_problem():
+            log.warning("this start finds out everything anew, and keeps nothing of it", extra=kv(reason=wrong))
+        model = find_model(args.model)
+        draft = find_draft(config)
+        front = Front(
+            config,
+            keys,
+            args.model,
+            model.name,
+            model.path,
+            begun,
+            certificate=certificate,
+            draft_path=draft,
+            group=rank_plan(layout, config, args.model, model.path) if layout is not None else None,
+        )
+        asyncio.run(front.serve(listeners))
+    except (ConfigError, StartError) as error:
+        print(f"millpond serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Front:
+    """One run of the front end."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        keys: Keys,
+        given: str,
+        name: str,
+        path: Path,
+        begun: float,
+        engine_command: Sequence[str] = (),
+        engine_path: str = "",
+        certificate: Certificate | None = None,
+        draft_path: str = "",
+        group: RankPlan | None = None,
+    ) -> None:
+        """``engine_path`` is the model as the engine is told it; default: ``path``. With ``group`` the engine is rank 0
+        of a group of ranks. ``engine_command`` is what it runs, unless it is Millpond's own."""
+        self._config = config
+        self._launched = group is not None and group.layout.launch is not None
+        self._keys = keys
+        self._begun = begun
+        self._path = path
+        self._served = config.model_name or name
+        self._aliases = frozenset({given, name, path.name})
+        self._stop = asyncio.Event()
+        self._signalled = False
+        self._certificate = certificate
+        start = wire.Start(
+            model_path=engine_path or str(path),
+            context_length=config.context_length,
+            max_rows=config.max_batch,
+            max_itl_ms=config.max_itl_ms,
+            prefill_chunk=config.prefill_chunk,
+            kv_budget_bytes=config.kv_memory_mb * 2**20,
+            packing=config.packing,
+            prefix=PrefixSettings(
+                ram_bytes=None if config.cache_ram is None else int(config.cache_ram),
+                selfcheck=config.cache_selfcheck,
+                folder=str(config.cache_folder or ""),
+                ssd_bytes=int(config.cache_ssd),
+                ssd_policy=config.ssd_policy,
+                durable=config.ssd_durability == "durable",
+                ttl_seconds=config.ssd_ttl,
+                daily_bytes=int(config.ssd_daily_writes),
+                least_free_bytes=int(config.ssd_min_free),
+                label=self._served,
+            ),
+            spec=config.guessing(draft_path),
+        )
+        environment = log_environment(config)
+        self._client = EngineClient(
+            start,
+            command=engine_command or (RANK_COMMAND if group is not None else ENGINE_COMMAND),
+            environment=environment,
+            on_ready=self._engine_ready,
+            stall_seconds=config.stall_timeout,
+            max_restarts=config.max_restarts,
+            group=group,
+        )
+
+    async def serve(self, listeners: Sequence[socket.socket]) -> None:
+        """Serve until a stop signal. Raises StartError when the engine or the tokenizer cannot be had."""
+        self._catch_signals()
+        try:
+            await self._client.start()
+        except OSError as error:
+            raise StartError(f"the engine process cannot be started: {error.strerror}") from error
+        try:
+            await self._serve_http(listeners)
+        finally:
+            await self._client.stop(ENGINE_STOP_SECONDS)
+
+    async def _serve_http(self, listeners: Sequence[socket.socket]) -> None:
+        app, service = self._application(listeners)
+        server = _server(app, self._config, self._certificate)
+        serving = asyncio.create_task(server.serve(sockets=list(listeners)), name="http")
+        url = url_of(listeners, self._config.host, "https" if self._certificate else "http")
+        log.info("listening", extra=kv(url=url, model=self._served))
+        loading = asyncio.create_task(self._load(service, url), name="load")
+        try:
+            await self._until_stopped(loading, serving)
+            log.info("stopping", extra=kv(running=service.held, drain_seconds=self._config.drain_seconds))
+            await service.drain(self._config.drain_seconds)
+        finally:
+            loading.cancel()
+            service.draining = True
+            # The engine goes first: whatever is still open gets its error while there is a connection to send it on.
+            await self._client.stop(ENGINE_STOP_SECONDS)
+            server.should_exit = True
+            await asyncio.wait({serving, loading})
+            service.close()
+        log.info("stopped")
+
+    async def _until_stopped(self, loading: asyncio.Task[None], serving: asyncio.Task[None]) -> None:
+        """Wait for the stop signal. Raises StartError when the engine or the tokenizer is lost for good."""
+        stop = asyncio.create_task(self._asked_to_stop())
+        gone = asyncio.create_task(self._client.gone())
+        waiting: set[asyncio.Task[None]] = {stop, gone, loading, serving}
+        try:
+            while not stop.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if loading in done:
+                    loading.result()
+                if gone in done:
+                    raise StartError(self._client.whole_reason())
+                if serving in done:
+                    serving.result()
+                    raise StartError("the HTTP server ended by itself")
+        finally:
+            stop.cancel()
+            gone.cancel()
+
+    async def _asked_to_stop(self) -> None:
+        stop = asyncio.create_task(self._stop.wait())
+        ended = asyncio.create_task(input_ended()) if self._launched else None
+        try:
+            await asyncio.wait({stop, ended} if ended else {stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if ended:
+                ended.cancel()
+        self._stop.set()
+
+    def _application(self, listeners: Sequence[socket.socket]) -> tuple[Starlette, Service]:
+        from millpond.http.app import create_app
+        from millpond.http.gate import served_hosts
+        from millpond.http.sampling import read_sampling_defaults
+        from millpond.http.schemas import NO_DEFAULTS
+        from millpond.http.service import ModelNames
+        from millpond.text.tokenizer import Tokenizer
+
+        names = ModelNames(self._served, self._aliases)
+        hosts = served_hosts(self._config.allowed_hosts, self._config.host, loopback(listeners))
+        sampling = read_sampling_defaults(self._path) if self._config.sampling_defaults == "model" else NO_DEFAULTS
+        return create_app(
+            self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts, sampling
+        )
+
+    async def _load(self, service: Service, url: str) -> None:
+        from millpond.text.tokenizer import TokenizerError
+
+        try:
+            await service.load()
+            settle()
+            await self._client.settled()
+        except TokenizerError as error:
+            raise StartError(str(error)) from error
+        except EngineUnavailable as error:
+            raise StartError(error.whole) from error
+        seconds = round(time.monotonic() - self._begun, 2)
+        log.info("ready", extra=kv(api=f"{url}/v1", model=self._served, seconds=seconds))
+
+    def _engine_ready(self, info: ModelInfo) -> None:
+        fields = kv(
+            lane=info.lane,
+            lane_reason=info.lane_reason or None,
+            device=info.device,
+            blas=info.blas or None,
+            dtype=info.dtype,
+            context=info.context_length,
+            rows=info.max_rows,
+            fingerprint=info.fingerprint[:12],
+            prefix_cache=info.prefix_cache or None,
+            prefix_cache_reason=info.prefix_cache_reason or None,
+            speculation="+".join(info.speculation) or None,
+            speculation_reason=info.speculation_reason or None,
+        )
+        log.info("engine ready", extra=fields)
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signalled:
+            log.warning("second signal, ending at once", extra=kv(signal=number.name))
+            self._client.kill()
+            last_words()
+            os._exit(128 + number)
+        self._signalled = True
+        self._stop.set()
+
+    def _reload(self) -> None:
+        """SIGHUP: read keys and certificate again. If either cannot be used, both stay as they were."""
+        if (
+            self._launched
+        ):  # over ssh and a terminal, as mlx.launch does it, this is all that tells of the launcher's end
+            self._stop.set()
+            return
+        try:
+            context = self._certificate.read() if self._certificate is not None else None
+            count = self._keys.reload()
+        except (BadCertificate, BadKeys) as error:
+            log.error("nothing was read again", extra=kv(reason=error))
+            return
+        if self._certificate is not None and context is not None:
+            self._certificate.use(context)
+        log.info("read again", extra=kv(keys=count, certificate=context is not None))
+
+
+def _server(app: Starlette, config: ServeConfig, certificate: Certificate | None) -> Server:
+    """uvicorn without its own signal handling, logging and extras."""
+    import uvicorn
+
+    from millpond.http.connection import protocol
+
+    class QuietServer(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    settings = uvicorn.Config(
+        app,
+        ssl_context_factory=(lambda _config, _default: certificate.context) if certificate is not None else None,
+        http=protocol(config.max_connections, config.body_timeout, config.write_timeout),  # type: ignore[arg-type]
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    return QuietServer(settings)

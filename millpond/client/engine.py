@@ -1,0 +1,407 @@
+"""Supervision of the engine and the table of open requests.
+
+One task owns the crew, the engine's process and its followers if it has any: it starts it, reads its messages, and when
+it dies fails every open request at once and starts another, waiting a little longer after each failure. Every request
+leaves the table in ``_finish`` only, so submitted = finished + failed + cancelled + open at all times. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+
+from millpond import wire
+from millpond.child import python
+from millpond.client.counts import Counts
+from millpond.client.crew import Crew
+from millpond.client.public import public
+from millpond.client.ranks import RankPlan
+from millpond.client.stream import EngineError, EngineUnavailable, Stream
+from millpond.client.watchdog import Watchdog
+from millpond.observe.log import kv
+from millpond.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request, Salt
+
+log = logging.getLogger("millpond.client")
+
+ENGINE_COMMAND = python("-m", "millpond.engine")
+FIRST_DELAY = 0.2
+LONGEST_DELAY = 10.0
+MOST_FAILURES = 5
+RESTART_WINDOW = 600.0
+"""Seconds in which engines that had been ready may die so many times."""
+WATCH_SECONDS = 0.1
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class EngineClient:
+    """The engine as the front end sees it.
+
+    ``command`` is what to run, without its ``--fd N``; ``environment`` is added to ours; ``on_ready`` is called each
+    time an engine gets ready. An engine with work that makes no step for ``stall_seconds`` (0: no limit) is killed;
+    after ``max_restarts`` deaths within RESTART_WINDOW no other is started. With ``group`` each engine is rank 0 of a
+    new group of ranks, and ``command`` what rank 0 runs.
+    """
+
+    def __init__(
+        self,
+        start: wire.Start,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        environment: Mapping[str, str] | None = None,
+        on_ready: Callable[[ModelInfo], None] | None = None,
+        stall_seconds: float = 0.0,
+        max_restarts: int = MOST_FAILURES,
+        group: RankPlan | None = None,
+    ) -> None:
+        self._start = start
+        self._command = tuple(command)
+        self._environment = dict(environment or {})
+        self._on_ready = on_ready
+        self._stall_seconds = stall_seconds
+        self._max_restarts = max_restarts
+        self._group = group
+        self._deaths: deque[float] = deque()
+        """When the engines died that had been ready; seconds, monotonic."""
+        self._silence_seconds = group.layout.silence_seconds if group is not None else 0.0
+        self.watchdog = self._new_watchdog()
+        self._crew: Crew | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._open: dict[str, Stream] = {}
+        self._explaining: dict[str, asyncio.Future[PrefixReport]] = {}
+        self._stop_asked = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._state = EngineState.STARTING
+        self._been_ready = False
+        self._fatal = ""
+        self.reason = ""
+        """Why the state is restarting or failed."""
+        self.info: ModelInfo | None = None
+        self.beat: wire.Beat | None = None
+        self._beat_time = 0.0
+        self.stage: wire.Loading | None = None
+        self.counts = Counts()
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def _stopping(self) -> bool:
+        return self._stop_asked.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        return self._crew.pid if self._crew is not None else None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of all processes on this machine that work or stand for a rank, rank 0's first."""
+        return self._crew.pids if self._crew is not None else ()
+
+    @property
+    def beat_age(self) -> float | None:
+        """Seconds since the engine's last heartbeat; None before the first of this process."""
+        return time.monotonic() - self._beat_time if self.beat is not None else None
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes whenever the engine makes a step."""
+        return self.counts.restarts, self.beat.step if self.beat is not None else 0
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    async def start(self) -> None:
+        """Start the process and its supervision; loading goes on in the background. Raises OSError."""
+        if self._task is not None:
+            raise RuntimeError("this engine client was started before")
+        crew = await self._spawn()
+        self._task = asyncio.create_task(self._supervise(crew), name="engine-supervisor")
+
+    async def settled(self) -> None:
+        """Wait until the engine is ready, or until it is certain that it will not be. Raises EngineUnavailable."""
+        while self._state is not EngineState.READY:
+            if self._state in (EngineState.FAILED, EngineState.STOPPED):
+                raise EngineUnavailable(self.whole_reason())
+            self._settled.clear()
+            await self._settled.wait()
+
+    async def gone(self) -> None:
+        """Wait until supervision is over: stopped, or failed for good."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """Fail what is open, ask the engine to exit, wait ``patience`` seconds, then make it. Safe to repeat."""
+        self._stop_asked.set()
+        self.fail_all(EngineError(ErrorKind.UNAVAILABLE, "the server is shutting down"))
+        if self._crew is not None:
+            self._crew.send(wire.Stop())
+        await self._supervised_within(patience)
+        if self._crew is not None:
+            self._crew.terminate()
+        await self._supervised_within(1.0)
+        self.kill()
+        await self.gone()
+        self._set_state(EngineState.STOPPED)
+
+    async def _supervised_within(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.gone(), seconds)
+
+    def kill(self) -> None:
+        """End the engine, and every rank of it, this instant; for a forced exit of the front end."""
+        if self._crew is not None:
+            self._crew.kill()
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """Hand one request to the engine. An id is never used twice: late messages about the first would be taken for
+        the second. Raises EngineUnavailable, ValueError for an id that is open.
+        """
+        if self._state is not EngineState.READY or self._crew is None or self._stopping:
+            raise EngineUnavailable(self.whole_reason())
+        if request.id in self._open:
+            raise ValueError(f"request id {request.id!r} is in use")
+        self._crew.send(wire.Submit(request))
+        stream = Stream(request.id, self._leave)
+        self._open[request.id] = stream
+        self.counts.submitted += 1
+        return stream
+
+    async def explain(self, tokens: list[int], cache_salt: Salt) -> PrefixReport:
+        """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
+        if self._state is not EngineState.READY or self._crew is None or self._stopping:
+            raise EngineUnavailable(self.whole_reason())
+        name = uuid.uuid4().hex
+        answer: asyncio.Future[PrefixReport] = asyncio.get_running_loop().create_future()
+        self._explaining[name] = answer
+        self._crew.send(wire.Explain(name, tokens, cache_salt))
+        try:
+            return await answer
+        finally:
+            self._explaining.pop(name, None)
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every open request with ``error`` and tell the engine to drop them."""
+        if self._crew is not None:
+            for request_id in self._open:
+                self._crew.send(wire.Cancel(request_id))
+        self._end_all(error)
+
+    def unavailable_reason(self) -> str:
+        """Why no request is taken now, for anybody who asks: without paths."""
+        return public(self.whole_reason())
+
+    def whole_reason(self) -> str:
+        """The same for whoever runs the server."""
+        if self._stopping or self._state is EngineState.STOPPED:
+            return "the server is shutting down"
+        if self._state is EngineState.STARTING:
+            stage = self.stage
+            return f"the model is loading ({stage.stage}, {stage.fraction:.0%})" if stage else "the engine is starting"
+        if self._state is EngineState.RESTARTING:
+            return f"the engine is restarting: {self.reason}"
+        return f"the engine failed: {self.reason}"
+
+    def _leave(self, request_id: str, why: Finish | EngineError) -> None:
+        """Nobody reads this request any more."""
+        if request_id in self._open:
+            if self._crew is not None:
+                self._crew.send(wire.Cancel(request_id))
+            self._finish(request_id, why)
+
+    def _end_all(self, error: EngineError) -> None:
+        for request_id in list(self._open):
+            self._finish(request_id, error)
+        for answer in self._explaining.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _finish(self, request_id: str, how: Finish | EngineError) -> None:
+        """The one place where a request ends."""
+        stream = self._open.pop(request_id, None)
+        if stream is None:
+            return
+        if isinstance(how, EngineError):
+            self.counts.by_error[how.kind] += 1
+            stream.end(how)
+            return
+        if how is Finish.CANCELLED:
+            self.counts.cancelled += 1
+        else:
+            self.counts.by_finish[how] += 1
+        stream.end()
+
+    # --- supervision --------------------------------------------------------------------------------------------
+
+    async def _supervise(self, crew: Crew) -> None:
+        """Own the process until stopped or until trying again makes no sense."""
+        try:
+            await self._keep_running(crew)
+        except Exception as error:
+            # Without its supervisor nothing would ever answer the open requests: say so and let serve end.
+            log.exception("engine supervision failed")
+            self._end_all(EngineError(ErrorKind.UNAVAILABLE, "the engine is not supervised any more"))
+            self._give_up(f"its supervision failed: {type(error).__name__}")
+
+    async def _keep_running(self, crew: Crew | None) -> None:
+        failures = 0
+        while True:
+            failures = 0 if await self._run(crew) else failures + 1
+            if self._stopping:
+                return
+            hopeless = self._fatal and self.reason.startswith(self._fatal) and not self._been_ready
+            if hopeless or (self._group and not self._group.layout.restarts):
+                self._give_up(self.reason)
+                return
+            if failures >= MOST_FAILURES:
+                self._give_up(f"{self.reason} ({failures} starts in a row)")
+                return
+            if failures == 0 and self._dies_too_often():
+                self._give_up(f"{self.reason} ({len(self._deaths)} deaths within {RESTART_WINDOW:g} s)")
+                return
+            delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** max(0, failures - 1))
+            log.warning("engine lost, starting another", extra=kv(reason=self.reason, delay_s=delay))
+            self._set_state(EngineState.RESTARTING)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_asked.wait(), delay)
+                return
+            self.counts.restarts += 1
+            try:
+                crew = await self._spawn()
+            except OSError as error:
+                self.reason = f"it could not be started: {error.strerror}"
+                crew = None
+
+    def _dies_too_often(self) -> bool:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW:
+            self._deaths.popleft()
+        return len(self._deaths) > self._max_restarts
+
+    async def _spawn(self) -> Crew:
+        self._fatal = ""
+        self.stage = None
+        self.beat = None
+        crew = await Crew.spawn(self._command, self._environment, self._start, self._group)
+        if self._stopping:
+            crew.send(wire.Stop())
+        self._crew = crew
+        return crew
+
+    async def _run(self, crew: Crew | None) -> bool:
+        """Read messages until the engine is gone, then clean up. True when it was ready at some time."""
+        if crew is None:
+            return False
+        was_ready = False
+        wrong = ""
+        watch = asyncio.create_task(self._watch(crew), name="engine-watchdog")
+        try:
+            while (message := await crew.receive()) is not None:
+                self._apply(message)
+                was_ready = was_ready or self._state is EngineState.READY
+        except wire.WireError as error:
+            wrong = f"it sent a message that cannot be read: {error}"
+            crew.give_up()
+        finally:
+            watch.cancel()
+            if self._state is EngineState.READY:
+                self._set_state(EngineState.RESTARTING)
+            self._end_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
+            ending = await crew.end(self._fatal)
+            self._crew = None
+            stalled = watch.result() if watch.done() and not watch.cancelled() else ""
+            self.reason = wrong or stalled or ending
+        return was_ready
+
+    async def _watch(self, crew: Crew) -> str:
+        """Kill the process when it hangs; returns what was wrong."""
+        pause = max(WATCH_SECONDS, min(filter(None, (self._stall_seconds, self._silence_seconds)), default=0.0) / 10)
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(pause)
+            if time.monotonic() - before > 2 * pause:
+                self.watchdog.pardon()
+            wrong = self.watchdog.verdict() if self._state is EngineState.READY else ""
+            if wrong:
+                log.error("engine stalled, killing it", extra=kv(reason=wrong))
+                crew.give_up()
+                return wrong
+
+    def _apply(self, message: wire.FromEngine) -> None:
+        match message:
+            case wire.Deltas(items):
+                for delta in items:
+                    self._deliver(delta)
+            case wire.Beat():
+                self.beat = message
+                self.watchdog.beat(message, len(self._open))
+                self._beat_time = time.monotonic()
+            case wire.Failed(request_id, kind, text):
+                self._finish(request_id, EngineError(kind, text))
+                answer = self._explaining.get(request_id)
+                if answer is not None and not answer.done():
+                    answer.set_exception(EngineError(kind, text))
+            case wire.Explained(name, report):
+                answer = self._explaining.get(name)
+                if answer is not None and not answer.done():
+                    answer.set_result(report)
+            case wire.Loading():
+                self.stage = message
+            case wire.Ready(info):
+                self._become_ready(info)
+            case wire.Fatal(text):
+                self._fatal = text
+
+    def _deliver(self, delta: Delta) -> None:
+        stream = self._open.get(delta.id)
+        if stream is None:
+            return
+        if delta.finish is Finish.CANCELLED:
+            # Nobody here asked for it, or the stream would be gone: the engine dropped the request on its own.
+            self._finish(delta.id, EngineError(ErrorKind.UNAVAILABLE, "the engine dropped this request"))
+            return
+        stream.push(delta)
+        if delta.finish is not None:
+            self._finish(delta.id, delta.finish)
+
+    def _become_ready(self, info: ModelInfo) -> None:
+        self.info = info
+        self.stage = None
+        self.reason = ""
+        self._been_ready = True
+        self.watchdog = self._new_watchdog()
+        self._set_state(EngineState.READY)
+        if self._on_ready is not None:
+            self._on_ready(info)
+
+    def _new_watchdog(self) -> Watchdog:
+        return Watchdog(self._stall_seconds, silence=self._silence_seconds)
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self._set_state(EngineState.FAILED)
+        log.error("engine failed", extra=kv(reason=reason))
+
+    def _set_state(self, state: EngineState) -> None:
+        self._state = state
+        self._settled.set()

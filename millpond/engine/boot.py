@@ -1,0 +1,101 @@
+"""From a Start message to a running engine that has run a forward and reported readiness."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from millpond.engine.boot_guessing import guessing
+from millpond.engine.executor import ALONE, Executor
+from millpond.engine.link import Link
+from millpond.engine.loop import Engine
+from millpond.engine.orders import Ranks
+from millpond.engine.party import Lone, Party
+from millpond.engine.prepare import prepare
+from millpond.model.shard import agreement
+from millpond.observe.log import kv
+from millpond.schedule.scheduler import Limits, Scheduler
+from millpond.types import ModelInfo, SpecMode
+from millpond.wire import Loading, Ready, Start
+
+log = logging.getLogger(__name__)
+
+
+def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks: Ranks = ALONE) -> Engine:
+    """Load the model and return an engine that has run a forward; progress and readiness go to ``link``.
+
+    ``party`` and ``ranks``: the other ranks of the group, if there is one. Raises ModelError when the model cannot be
+    served.
+    """
+    began = time.monotonic()
+    folder = Path(start.model_path)
+    party = party or Lone()
+    ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, party)
+    model, capabilities, budget = ready.model, ready.capabilities, ready.budget
+    limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=ready.chunk)
+    scheduler = Scheduler(limits, budget, ready.costs)
+    guesses, modes = guessing(
+        start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, party.world, ranks
+    )
+    agree = agreement(ready.group) if ready.group is not None else None
+    executor = Executor(model, capabilities, budget.limit_bytes, ready.prefixes, ranks, agree)
+    engine = Engine(
+        model, capabilities, scheduler, ready.costs, budget.limit_bytes, executor, guesses, link.inbox, link
+    )
+    lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
+    loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
+    log.info("model loaded", extra=loaded)
+    for remark in model.remarks:
+        log.warning("the model's files are not followed to the letter", extra=kv(remark=remark))
+    if capabilities.reason:
+        log.warning("this model runs without a batched forward", extra=kv(reason=capabilities.reason))
+    if ready.uncached:
+        log.warning("prefixes of this model are not cached", extra=kv(reason=ready.uncached))
+    if not capabilities.pipelined:
+        log.warning("cache writes are copied while a step is in flight; steps run one by one")
+    if not modes and start.spec.default.mode is not SpecMode.OFF:
+        log.warning("tokens of this model are not guessed ahead", extra=kv(reason=capabilities.reason))
+    link.send(
+        Ready(
+            ModelInfo(
+                context_length=model.context_length,
+                vocab_size=model.vocab_size,
+                lane=lane,
+                lane_reason=capabilities.reason,
+                cache_kinds=sorted(set(model.kinds)),
+                dtype=model.dtype,
+                device=f"{mx.default_device().type.name} ({platform.machine()})",
+                blas=blas if model.on_cpu else "",
+                kv_bytes_per_token=budget.kv_bytes_per_token,
+                max_rows=start.max_rows,
+                fingerprint=ready.content,
+                weight_bytes=model.weight_bytes,
+                kv_limit_bytes=budget.limit_bytes,
+                kv_format=model.form.packing.described(model.dtype),
+                prefix_cache="" if ready.uncached else "+".join(ready.prefixes.kinds),
+                prefix_cache_reason=ready.uncached,
+                speculation=[mode.value for mode in modes],
+                speculation_reason="" if modes else capabilities.reason,
+                ranks=party.world,
+                remarks=list(model.remarks),
+            )
+        )
+    )
+    return engine
+
+
+def _percent_by_percent(link: Link) -> Callable[[str, float], None]:
+    told: tuple[str, int] = ("", -1)
+
+    def tell(stage: str, fraction: float) -> None:
+        nonlocal told
+        if (stage, int(fraction * 100)) != told:
+            told = stage, int(fraction * 100)
+            link.send(Loading(stage, fraction))
+
+    return tell

@@ -1,0 +1,125 @@
+"""From settings to whoever guesses tokens: the draft model is loaded and checked, the forward's pace measured."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from millpond.engine.executor import ALONE
+from millpond.engine.guessing import Guessing
+from millpond.engine.orders import Ranks, Trial
+from millpond.model.load import LoadedModel, ModelError, load
+from millpond.model.probe import Capabilities, remembered_probe
+from millpond.model.prompt import new_prompt
+from millpond.model.remember import remembered
+from millpond.schedule.costs import CostModel
+from millpond.speculate.controller import Controller
+from millpond.speculate.draft import Draft
+from millpond.speculate.pace import Curve, Pace, measured
+from millpond.speculate.vocabulary import vocabulary_differs
+from millpond.text.tokenizer import TokenizerError
+from millpond.types import MOST_DRAFT_TOKENS, SpecMode, SpecSettings
+
+log = logging.getLogger(__name__)
+
+MOST_ON_CPU, MOST_ON_GPU = 15, 7
+"""Draft tokens per row and step unless told otherwise. Metal's fast attention ends at 8 columns."""
+CACHE_SHARE = 0.4
+"""Of the draft model's memory for keys and values, what cached prefixes may take."""
+
+
+class LoadedDraft:
+    """A draft model in memory that speaks of the same tokens as the served one and fits slots."""
+
+    def __init__(self, folder: Path, target: Path, content: str) -> None:
+        """``content``: digest of the draft's folder. Raises ModelError."""
+        try:
+            differs = vocabulary_differs(folder, target)
+        except TokenizerError as error:
+            raise ModelError(f"draft_model: {error}") from error
+        if differs:
+            raise ModelError(f"draft_model: it cannot guess for this model, for {differs}")
+        try:
+            model = load(folder, 0, lambda _: None)
+        except ModelError as error:
+            raise ModelError(f"draft_model: {error}") from error
+        capabilities = remembered_probe(model, model.identity(content))
+        if not capabilities.slots:
+            raise ModelError(f"draft_model: it cannot be run in a batch: {capabilities.reason}")
+        self.model = capabilities.fitted(model)
+        self.pipelined = capabilities.pipelined
+
+    def share_of(self, limit_bytes: int, model: LoadedModel) -> int:
+        """Of the memory for keys and values, what the draft model may have beside ``model``: as much per token."""
+        own, other = self.model.token_bytes, model.token_bytes
+        return limit_bytes * own // max(1, own + other)
+
+
+def guessing(
+    settings: SpecSettings,
+    model: LoadedModel,
+    capabilities: Capabilities,
+    costs: CostModel,
+    content: str,
+    draft: LoadedDraft | None,
+    draft_bytes: int,
+    world: int = 1,
+    ranks: Ranks = ALONE,
+) -> tuple[Guessing, list[SpecMode]]:
+    """What guesses, and in which modes. ``content``: digest of the served model's folder."""
+    modes: list[SpecMode] = []
+    if capabilities.slots:
+        modes = [SpecMode.NGRAM, *([SpecMode.DRAFT] if draft is not None else [])]
+    curve = Curve()
+    if capabilities.slots and settings.default.mode is not SpecMode.OFF:
+        about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(world))
+        curve = remembered(Curve, about, lambda: _curve(model, capabilities, ranks), lambda found: found != Curve())
+        costs.observe_decode(1, 0, curve.at(1))
+    drafter = None
+    controller = Controller(costs, Pace(curve))
+    if draft is not None:
+        cache_bytes = int(draft_bytes * CACHE_SHARE)
+        drafter = Draft(
+            draft.model, model.vocab_size, draft_bytes - cache_bytes, cache_bytes, pipelined=draft.pipelined
+        )
+        controller.draft_share = draft.model.weight_bytes / max(1, model.weight_bytes)
+    most = MOST_ON_CPU if model.on_cpu else MOST_ON_GPU
+    return Guessing(settings, modes, most, model.vocab_size, controller, drafter), modes
+
+
+def _curve(model: LoadedModel, capabilities: Capabilities, ranks: Ranks) -> Curve:
+    forward_seconds = trial(model, capabilities)
+
+    def together(tokens: int) -> float:
+        ranks.tell(Trial(tokens))
+        return forward_seconds(tokens)
+
+    try:
+        return measured(together, min(MOST_DRAFT_TOKENS + 1, model.context_length))
+    except Exception:  # model code raises what it likes, and the model runs without this
+        if ranks.several:
+            raise
+        log.exception("the pace of forwards with draft tokens could not be measured")
+        return Curve()
+
+
+def trial(model: LoadedModel, capabilities: Capabilities) -> Callable[[int], float]:
+    """What runs a row of so many tokens and tells how many seconds that took."""
+    lane = capabilities.lane(model)
+    lane.adopt(new_prompt(model.network, model.form))
+
+    def forward_seconds(tokens: int) -> float:
+        begun = time.monotonic()
+        varied = mx.arange(tokens, dtype=mx.int32)[None] * 7919 % model.vocab_size  # for mixtures of experts
+        logits = lane.forward(model.network, varied)
+        mx.eval(mx.argmax(logits, axis=-1), lane.arrays())
+        lane.advance([0])
+        return time.monotonic() - begun
+
+    return forward_seconds

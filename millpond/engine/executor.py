@@ -1,0 +1,266 @@
+"""Carries out what the loop decides: the part of the engine that every rank of a group runs. Decides nothing itself.
+
+Each method tells the other ranks first and then does its work, so they take part in its collectives. What must be equal
+on all ranks before a forward (which rows, how long, which tokens) has a digest that travels with it. Engine thread
+only.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+from msgspec.structs import replace
+
+from millpond.engine.flight import Drafts, Flight, Steps
+from millpond.engine.orders import (
+    Alone,
+    Arrive,
+    Begin,
+    Close,
+    Decode,
+    Depart,
+    Fit,
+    GroupBroken,
+    Launch,
+    Order,
+    Prefill,
+    Ranks,
+    SetAside,
+    Took,
+    Trim,
+)
+from millpond.engine.prefixes import Prefixes
+from millpond.engine.sequence import Sequence
+from millpond.model.forwards import prefill
+from millpond.model.load import LoadedModel
+from millpond.model.probe import Capabilities
+from millpond.sample.state import SamplingState
+from millpond.types import Request
+
+ALONE = Alone()
+
+
+class Executor:
+    """Sequences, rows, forwards and cached blocks of one rank."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        capabilities: Capabilities,
+        limit_bytes: int,
+        prefixes: Prefixes,
+        ranks: Ranks = ALONE,
+        agree: Callable[[mx.array], mx.array] | None = None,
+    ) -> None:
+        """``agree`` turns tokens, int32 [n], that each rank has drawn into those that all of them go on with."""
+        self.sequences: dict[str, Sequence] = {}
+        self.rows: list[str] = []
+        """Requests that hold a row, in row order."""
+        self.ranks = ranks
+        self.prefixes = prefixes
+        self._model = model
+        self._capabilities = capabilities
+        self._limit_bytes = limit_bytes
+        self._flights: deque[Flight] = deque()
+        """Forwards that have not been read, oldest first."""
+        self._steps = Steps(model.network, model.vocab_size, agree)
+        self.lane = capabilities.lane(model, limit_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states of rows and prompts."""
+        prompts = (sequence.prompt for sequence in self.sequences.values())
+        return self.lane.nbytes + sum(prompt.nbytes for prompt in prompts if prompt is not None)
+
+    @property
+    def state(self) -> int:
+        """crc32 over the rows: whose they are, how long, and their newest tokens."""
+        names = "\0".join(self.rows).encode()
+        newest = [self.sequences[name].tokens[-1] for name in self.rows]
+        return zlib.crc32(array("q", [*self.lane.lengths, *newest]).tobytes(), zlib.crc32(names))
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request) -> Sequence:
+        """A new request waits. What is its own is made now, where it fails alone: raises what that raises, and nothing
+        has happened then."""
+        sequence = Sequence(request, SamplingState(request.params, self._model.vocab_size, request.tokens))
+        self.prefixes.arrive(sequence)
+        self.ranks.tell(Arrive(replace(request, prediction=[])))
+        self.sequences[request.id] = sequence
+        return sequence
+
+    def begin(self, name: str, position: int) -> bool:
+        """Give a prompt its caches, restored up to ``position``. False: some rank cannot restore as much, and the
+        prompt has to be begun again with less. Raises what restoring raises."""
+        sequence = self.sequences[name]
+        check = sequence.visit is not None and sequence.visit.check
+        least = self.ranks.restorable(Begin(name, position, check))
+        if least < position:
+            self.set_aside(name)
+            self.prefixes.cap(sequence, least)
+            return False
+        sequence.prompt = self.prefixes.begin(sequence, position, alone=not self.lane.lengths)
+        return True
+
+    def prefill(self, name: str, start: int, end: int, last: bool) -> None:
+        """Read tokens [start, end) of a prompt and keep the blocks they fill; after the ``last`` it gets the next row.
+        Raises what the model's code raises."""
+        self.ranks.tell(Prefill(name, start, end, last))
+        sequence = self.sequences[name]
+        assert sequence.prompt is not None
+        prefill(self._model.network, sequence.prompt, sequence.tokens[start:end])
+        self.prefixes.chunk_done(sequence, start, end)
+        self.lane.reserve(len(sequence.tokens) - 1, end / len(sequence.tokens))
+        if last:
+            self.prefixes.prompt_done(sequence, end)
+            self.lane.adopt(sequence.prompt)
+            sequence.prompt = None
+            self.rows.append(name)
+
+    def set_aside(self, name: str, scrub: bool = False) -> None:
+        """Take a request's row, or what has been read of its prompt. Nothing may be in flight."""
+        self.ranks.tell(SetAside(name, scrub))
+        sequence = self.sequences[name]
+        if name in self.rows:
+            self._release(name, scrub)
+        self._drop_prompt(sequence)
+        self.prefixes.lost(sequence)
+
+    def depart(self, name: str, scrub: bool, poisoned: bool) -> Sequence:
+        """Give back everything that a request holds; its answer's blocks stay unless it is ``poisoned``. Nothing may be
+        in flight."""
+        self.ranks.tell(Depart(name, scrub, poisoned))
+        sequence = self.sequences.pop(name)
+        sequence.poisoned = poisoned
+        self._drop_prompt(sequence)
+        if name in self.rows:
+            self.prefixes.answer_done(sequence, self.lane, self.rows.index(name))
+            self._release(name, scrub)
+        return sequence
+
+    def _release(self, name: str, scrub: bool) -> None:
+        row = self.rows.index(name)
+        self.lane.release(row, scrub)
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+
+    def _drop_prompt(self, sequence: Sequence) -> None:
+        """Give up what has been read of a prompt that has no row yet, and the room that was made for it."""
+        if sequence.prompt is not None:
+            sequence.prompt = None
+            self.lane.unreserve()
+
+    # --- forwards ---------------------------------------------------------------------------------------------
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether some row's draw depends on the tokens drawn before it."""
+        return any(self.sequences[name].sampling.needs_history for name in self.rows)
+
+    def decode(self, drafts: Drafts, begun: float) -> Flight:
+        """Build a forward over all rows, behind the unread one if there is one. Raises what the model's code raises."""
+        ahead = self._flights[-1] if self._flights else None
+        if self.ranks.several:
+            self.ranks.tell(Decode(drafts, ahead is not None, self.state))
+        sequences = [self.sequences[name] for name in self.rows]
+        if drafts:
+            flight = self._steps.verifying(self.lane, sequences, drafts, begun)
+        else:
+            cuts = partial(self.prefixes.cuts, lane=self.lane)
+            flight = self._steps.plain(self.lane, sequences, ahead, begun, cuts)
+        self._flights.append(flight)
+        return flight
+
+    def launch(self, flight: Flight) -> None:
+        """Start the computation of the newest forward. Raises what the model's code raises."""
+        if flight.waiting:
+            self.ranks.tell(Launch())
+            flight.launch()
+
+    def took(self, flight: Flight, tokens: tuple[tuple[int, ...], ...], kept: tuple[int, ...]) -> None:
+        """The oldest forward has been read, and of what it drew for each row so much was taken."""
+        if self.ranks.several:
+            poisoned = tuple(name for name in flight.rows if self.sequences[name].poisoned)
+            self.ranks.tell(Took(tokens, kept, poisoned))
+        self._flights.popleft()
+        cuts = flight.cuts
+        if flight.drafts:
+            before = list(self.lane.lengths)
+            self.lane.advance([max(1, count) for count in kept])
+            cuts = self.prefixes.filled(flight.rows, before, self.lane)
+        self.prefixes.step_read(cuts, self.sequences, self.lane)
+
+    def rebuild(self) -> None:
+        """A forward has failed: no row holds anything any more. Raises GroupBroken where there are other ranks."""
+        if self.ranks.several:
+            raise GroupBroken("a forward failed on rank 0, and nobody knows how far the others have come")
+        self.rows.clear()
+        self._flights.clear()
+        self._steps.forget()
+        self.lane = self._capabilities.lane(self._model, self._limit_bytes)
+
+    # --- memory -----------------------------------------------------------------------------------------------
+
+    def trim(self) -> None:
+        """Give back memory that the rows do not need."""
+        self.ranks.tell(Trim())
+        self.lane.trim()
+
+    def fit(self, room_bytes: int) -> None:
+        """Keep at most so many bytes of cached blocks."""
+        self.ranks.tell(Fit(room_bytes))
+        self.prefixes.fit(room_bytes)
+
+    def close(self) -> None:
+        """The other ranks save what they have, and go."""
+        self.ranks.tell(Close())
+
+    # --- what another rank decides ----------------------------------------------------------------------------
+
+    def obey(self, order: Order) -> None:
+        """Do what the rank that decides has told; Begin and Close are the follower's own business. Raises GroupBroken
+        when the ranks have come apart, and what the model's code raises."""
+        match order:
+            case Arrive(request):
+                self.arrive(request)
+            case Prefill(name, start, end, last):
+                self.prefill(name, start, end, last)
+            case SetAside(name, scrub):
+                self.set_aside(name, scrub)
+            case Depart(name, scrub, poisoned):
+                self.depart(name, scrub, poisoned)
+            case Decode(drafts, behind, state):
+                if behind != bool(self._flights) or state != self.state:
+                    raise GroupBroken(f"rank 0 is in state {state:08x} with its rows, this rank in {self.state:08x}")
+                self.decode(drafts, 0.0)
+            case Launch():
+                self.launch(self._flights[-1])
+            case Took(tokens, kept, poisoned):
+                self._take(tokens, kept, poisoned)
+            case Fit(room_bytes):
+                self.fit(room_bytes)
+            case Trim():
+                self.trim()
+            case _:
+                raise GroupBroken(f"rank 0 told something that cannot be done now: {type(order).__name__}")
+
+    def _take(self, tokens: tuple[tuple[int, ...], ...], kept: tuple[int, ...], poisoned: tuple[str, ...]) -> None:
+        if not self._flights:
+            raise GroupBroken("rank 0 has read a forward that this rank has not made")
+        flight = self._flights[0]
+        drawn = flight.drawn()
+        mine = tuple(tuple(row.tokens) for row in drawn)
+        if mine != tokens or len(kept) != len(tokens):
+            raise GroupBroken(f"rank 0 drew {tokens}, this rank {mine}")
+        for row, count in zip(drawn, kept, strict=True):
+            sequence = self.sequences[row.name]
+            sequence.poisoned = row.name in poisoned
+            for token in row.tokens[:count]:
+                sequence.commit(token)
+        self.took(flight, tokens, kept)

@@ -1,0 +1,380 @@
+"""The engine's side of the prefix cache: what to offer, restore and keep of each sequence. Engine thread only.
+
+Blocks are cut at the end of every prompt chunk, at the step in which a row fills one, when a prompt is adopted and when
+an answer ends. A block is in the cache as soon as the step that filled it has been read.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from msgspec import structs
+
+from millpond.engine.orders import Ranks
+from millpond.engine.sequence import Sequence
+from millpond.kv.format import KvFormat
+from millpond.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
+from millpond.model.lanes import Lane
+from millpond.model.memory import take_ahead
+from millpond.model.prompt import Prompt, new_prompt
+from millpond.observe.log import kv
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
+from millpond.prefix.records import BLOCK, Kind
+from millpond.prefix.visit import Offer, Visit
+from millpond.schedule.budget import PREFILL_STEP, capacity_bucket
+from millpond.types import PrefixLoad, PrefixReport
+
+if TYPE_CHECKING:
+    from millpond.prefix.disk.stats import SsdStats
+    from millpond.prefix.disk.tier import SsdTier
+
+log = logging.getLogger(__name__)
+
+READ_COPIES = 2
+"""What is read from disk exists twice in memory when it is used: as blocks, and in a row."""
+FLUSH_SECONDS = 5.0
+"""How long an orderly stop may write."""
+
+MOST_APART = 4096
+"""Snapshots of recurrent layers are at most this many tokens apart."""
+PURE_APART = 512
+"""Their distance in models that have nothing but recurrent layers."""
+SNAPSHOT_SHARE = 2
+"""A snapshot may take one such part of the bytes that the tokens since the last one take."""
+
+
+class Cut(NamedTuple):
+    """A block that a decode step fills: scheduled with the step, kept once the step has been read."""
+
+    name: str
+    row: int
+    end: int
+    records: dict[Kind, Stored]
+    """Empty where they can be taken only then."""
+    sound: mx.array
+    """Whether all of it is finite."""
+
+    def arrays(self) -> list[mx.array]:
+        return [self.sound, *(array for record in self.records.values() for array in record.arrays)]
+
+
+class Events(Protocol):
+    """A queue in which the SSD tier's events come, and perhaps other things."""
+
+    def get(self, *, timeout: float) -> object:
+        """The next one. Raises queue.Empty."""
+
+
+class Waiting(Protocol):
+    """Who waits, and who wants to know what can be restored for them: the scheduler, or a follower's list."""
+
+    @property
+    def queue(self) -> Iterable[tuple[str, int]]:
+        """Requests without a row and how many of their tokens have been read, in order of arrival."""
+
+    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
+        """See Scheduler.offer."""
+
+
+class Prefixes:
+    """What the engine loop calls. Without a format nothing is cached and every method does the plain thing."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        kept_as: KvFormat,
+        form: BlockFormat | None,
+        cache: PrefixCache | None,
+        ssd: SsdTier | None = None,
+    ) -> None:
+        self._network = network
+        self._kept_as = kept_as
+        self._form = form
+        self._cache = cache
+        self._ssd = ssd
+        self._ends: Counter[bytes] = Counter()
+        """Keys of the blocks with which the prompts of waiting requests end, and how many of them."""
+        self._patient_until: float | None = None
+        """Moment of the monotonic clock at which the first of those told to wait for the disk goes on without it."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of records that are kept of this model."""
+        return self._form.layout.kinds if self._form is not None else ()
+
+    def load(self) -> PrefixLoad:
+        """How the cache is doing."""
+        cache = self._cache
+        if cache is None:
+            return PrefixLoad()
+        saving_records, saving_bytes = cache.saving_load
+        return PrefixLoad(
+            ram_bytes=cache.nbytes,
+            ram_blocks=cache.blocks,
+            ram_limit=cache.limit_bytes,
+            saving_records=saving_records,
+            saving_bytes=saving_bytes,
+            ssd=_figures(self._ssd.stats) if self._ssd is not None else {},
+            counters=structs.replace(cache.counters),
+        )
+
+    def explain(self, tokens: Many[int], salt: str) -> PrefixReport:
+        """What the cache would do for a prompt, without doing it."""
+        if self._cache is None or not tokens:
+            return PrefixReport()
+        visit = self._cache.visit(tokens, salt)
+        memory, both = self._cache.claim(visit, disk=False), self._cache.claim(visit, disk=True)
+        end, known = self._cache.explain(visit, both.position)
+        return PrefixReport(memory.position, both.position - memory.position, end.value, known)
+
+    # --- the disk ---------------------------------------------------------------------------------------------
+
+    def on_event(self, event: SsdEvent) -> None:
+        """The SSD tier has something to say."""
+        if self._cache is not None:
+            self._cache.on_event(event)
+        if isinstance(event, Opened):
+            take_ahead(READ_COPIES * sum(entry.nbytes for entry in event.entries))
+        if isinstance(event, Loaded) and self._ssd is not None:
+            self._ssd.release(event)
+
+    def patience(self, now: float) -> float | None:
+        """Seconds after which a request that waits for the disk goes on without it; None: nobody waits."""
+        return None if self._patient_until is None else max(0.0, self._patient_until - now)
+
+    def close(self, inbox: Events) -> None:
+        """Save what an orderly stop should keep, within FLUSH_SECONDS; ``inbox`` has what the SSD tier says of it."""
+        if self._cache is None or self._ssd is None:
+            return
+        ends = time.monotonic() + FLUSH_SECONDS
+        self._cache.save_live()
+        self._cache.housekeep()
+        while self._cache.saving and (left := ends - time.monotonic()) > 0:
+            try:
+                event = inbox.get(timeout=left)
+            except queue.Empty:
+                break
+            if isinstance(event, SsdEvent):
+                self.on_event(event)
+                self._cache.housekeep()
+        if not self._ssd.close(max(0.1, ends - time.monotonic())) or self._cache.saving:
+            log.warning("stopped before everything was written", extra=kv(seconds=FLUSH_SECONDS))
+
+    # --- waiting ----------------------------------------------------------------------------------------------
+
+    def arrive(self, sequence: Sequence) -> None:
+        """A new request."""
+        if self._cache is not None:
+            sequence.visit = self._cache.visit(sequence.tokens, sequence.request.cache_salt)
+
+    def lost(self, sequence: Sequence) -> None:
+        """What was computed of it is gone; it begins again with all its tokens."""
+        sequence.prompt, sequence.snapshot_at, sequence.branch = None, 0, 0
+        if sequence.visit is not None:
+            sequence.visit.restart(sequence.tokens)
+            if self._cache is not None:
+                self._cache.will_return(sequence.visit)
+
+    def cap(self, sequence: Sequence, ceiling: int) -> None:
+        """Restore at most so much of a waiting request, until told otherwise."""
+        if sequence.visit is not None:
+            sequence.visit.cap(ceiling)
+
+    def restorable(self, sequence: Sequence, most: int, check: bool) -> int:
+        """How much of a waiting request can be restored now, up to ``most``, as rank 0 has planned it. ``check``: what
+        it computes is to be compared."""
+        if self._cache is None or sequence.visit is None:
+            return 0
+        sequence.visit.cap(most)
+        sequence.visit.check = check
+        return self._cache.claim(sequence.visit, disk=False).position if most else 0
+
+    def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, ranks: Ranks | None = None) -> None:
+        """Tell the scheduler what can be restored for whom, by all ``ranks``. Call it right before each plan."""
+        if self._cache is None or self._form is None:
+            return
+        self._cache.housekeep()
+        self._ends.clear()
+        for name, done in waiting.queue:
+            visit = sequences[name].visit
+            assert visit is not None
+            self._ends[visit.last_key] += 1
+            if done:
+                waiting.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
+            else:
+                offer = self._offer_by_all(name, visit, now, ranks)
+                sequences[name].branch = visit.match.depth if self._form.layout.state else 0
+                waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
+        # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
+        patience = self._cache.patience(now)
+        self._patient_until = None if patience is None else now + patience
+
+    def _offer_by_all(self, name: str, visit: Visit, now: float, ranks: Ranks | None) -> Offer:
+        """What all ranks can restore: no more than the one that has least, which may still be reading."""
+        assert self._cache is not None
+        ceiling, held = ranks.ceiling(name) if ranks is not None else (None, False)
+        if ceiling is None:
+            return self._cache.offer(visit, now)
+        if ceiling > visit.match.ceiling:
+            visit.cap(ceiling)
+        offer = self._cache.offer(visit, now)
+        if offer.held or offer.position <= ceiling:
+            return offer
+        if held:
+            return replace(offer, held=True)
+        visit.cap(ceiling)
+        return self._cache.offer(visit, now)
+
+    # --- reading a prompt -------------------------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence, position: int, alone: bool) -> Prompt:
+        """The prompt to go on with, ``position`` of its tokens restored, lazily. ``alone``: there is no row."""
+        if self._cache is None or self._form is None or sequence.visit is None:
+            sequence.report = sequence.report or PrefixReport()
+            return new_prompt(self._network, self._kept_as)
+        end, known = self._cache.explain(sequence.visit, position)
+        claim = self._cache.take(sequence.visit, position)
+        if sequence.report is None:
+            disk = sum(part.used for part in claim.parts if part.node.key in sequence.visit.loaded)
+            sequence.report = PrefixReport(position - disk, disk, end.value, known)
+        sequence.snapshot_at = position
+        if position == 0:
+            return new_prompt(self._network, self._kept_as)
+        total = len(sequence.tokens) - 1
+        if position < total:
+            capacity = -(-total // PREFILL_STEP) * PREFILL_STEP
+        else:
+            capacity = capacity_bucket(total + 1) if alone else 0  # becomes the arena as it is, or is copied into it
+        return self._form.restored(self._network, claim, capacity, whole=position == total)
+
+    def fit(self, room_bytes: int) -> None:
+        """Keep at most this many bytes of blocks: rows and prompts come first."""
+        if self._cache is not None:
+            self._cache.fit(room_bytes)
+
+    def chunk_done(self, sequence: Sequence, start: int, end: int) -> None:
+        """Keep the blocks that a chunk has completed."""
+        cache, form, visit = self._cache, self._form, sequence.visit
+        if cache is None or form is None or visit is None or sequence.prompt is None:
+            return
+        cache.counters.computed_tokens += end - start
+        for begin, stop in block_grid(start, end):
+            kinds = cache.missing(
+                visit, begin, stop, tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
+            )
+            records = {kind: cut_prompt(form, sequence.prompt, begin, stop, kind) for kind in kinds}
+            if form.layout.state and stop == end and self._snapshot_due(sequence, end):
+                records[Kind.STATE] = form.snapshot(sequence.prompt)
+                sequence.snapshot_at = end
+            self._keep(sequence, begin, stop, records)
+
+    def prompt_done(self, sequence: Sequence, end: int) -> None:
+        """The prompt is about to be adopted: keep its tail, and a snapshot at its end."""
+        cache, form, visit = self._cache, self._form, sequence.visit
+        if cache is None or form is None or visit is None or sequence.prompt is None:
+            return
+        cache.counters.computed_tokens += 1  # the last token, in the coming step
+        if end == 0:
+            return
+        begin = (end - 1) // BLOCK * BLOCK
+        if form.layout.exact or self._ends[visit.last_key] > 1:
+            # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
+            kinds = cache.missing(visit, begin, end, form.layout.kinds)
+            records = {kind: cut_prompt(form, sequence.prompt, begin, end, kind) for kind in kinds}
+            self._keep(sequence, begin, end, records)
+        cache.end_at(visit, end, last=False)
+
+    def _snapshot_due(self, sequence: Sequence, end: int) -> bool:
+        assert self._form is not None
+        if end == sequence.branch:
+            return True
+        per_token = self._form.token_bytes
+        apart = SNAPSHOT_SHARE * self._form.state_bytes // per_token if per_token else PURE_APART
+        return end - sequence.snapshot_at >= min(apart, MOST_APART)
+
+    def _keep(
+        self, sequence: Sequence, begin: int, end: int, records: dict[Kind, Stored], sound: mx.array | None = None
+    ) -> None:
+        assert self._cache is not None
+        assert sequence.visit is not None
+        if not records:
+            return
+        sound = finite(records) if sound is None else sound
+        mx.eval(sound, [array for record in records.values() for array in record.arrays])
+        if sound.item():
+            sequence.visit.match.chain.extend(sequence.processed)
+            self._cache.keep(sequence.visit, begin, end, records)
+
+    # --- drawing tokens ---------------------------------------------------------------------------------------
+
+    def cuts(self, rows: Many[str], lane: Lane) -> list[Cut]:
+        """Lazy copies of the blocks that the forward just dispatched fills."""
+        if self._form is None:
+            return []
+        made = []
+        for row, (name, length) in enumerate(zip(rows, lane.lengths, strict=True)):
+            if length % BLOCK == 0:
+                records = {} if lane.deferred else self._cut_row(lane, row, length - BLOCK, length)
+                made.append(Cut(name, row, length, records, finite(records)))
+        return made
+
+    def filled(self, rows: Many[str], before: Many[int], lane: Lane) -> list[Cut]:
+        """The blocks that rows have filled since they had the lengths ``before``, at most one each; nothing may be in
+        flight, and they are cut when ``step_read`` is told of them."""
+        if self._form is None:
+            return []
+        ends = [length // BLOCK * BLOCK for length in lane.lengths]
+        grown = [(row, name) for row, (name, end) in enumerate(zip(rows, ends, strict=True)) if end > before[row]]
+        return [Cut(name, row, ends[row], {}, finite({})) for row, name in grown]
+
+    def _cut_row(self, lane: Lane, row: int, begin: int, end: int) -> dict[Kind, Stored]:
+        assert self._form is not None
+        records = {Kind.KV: self._form.spans(lane.spans(row, begin, end), Kind.KV)}
+        if self._form.window:
+            first = self._form.window_start(begin, end)
+            records[Kind.WINDOW] = self._form.spans(lane.spans(row, first, end, sliding=True), Kind.WINDOW)
+        return records
+
+    def step_read(self, cuts: Many[Cut], sequences: dict[str, Sequence], lane: Lane) -> None:
+        """The step that filled these blocks has been read; those of rows that went wrong are thrown away."""
+        for cut in cuts:
+            sequence = sequences[cut.name]
+            if sequence.poisoned or len(sequence.processed) < cut.end:
+                continue
+            if cut.records:
+                self._keep(sequence, cut.end - BLOCK, cut.end, cut.records, cut.sound)
+            else:
+                self._keep(sequence, cut.end - BLOCK, cut.end, self._cut_row(lane, cut.row, cut.end - BLOCK, cut.end))
+
+    def answer_done(self, sequence: Sequence, lane: Lane, row: int) -> None:
+        """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""
+        cache, form, visit = self._cache, self._form, sequence.visit
+        if cache is None or form is None or visit is None or sequence.poisoned:
+            return
+        processed, length = sequence.processed, lane.lengths[row]
+        end = min(length, len(processed))
+        if end == 0:
+            return
+        visit.match.chain.extend(processed)
+        begin = (end - 1) // BLOCK * BLOCK
+        kinds = cache.missing(visit, begin, end, form.layout.kinds)
+        records = self._cut_row(lane, row, begin, end) if Kind.KV in kinds or Kind.WINDOW in kinds else {}
+        if Kind.STATE in kinds and length == end and (prompt := lane.prompt(row)) is not None:
+            records[Kind.STATE] = form.snapshot(prompt)
+        self._keep(sequence, begin, end, {kind: record for kind, record in records.items() if kind in kinds})
+        cache.end_at(visit, end, last=True)
+
+
+def _figures(stats: SsdStats) -> dict[str, int]:
+    plain = {name: int(value) for name, value in structs.asdict(stats).items() if isinstance(value, int)}
+    return plain | {"damaged": sum(stats.damaged.values())}

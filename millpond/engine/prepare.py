@@ -1,0 +1,227 @@
+"""From a Start message to a model that this rank can run: load, probe, warm up, plan memory, open the cache."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from millpond.engine.boot_guessing import LoadedDraft
+from millpond.engine.party import Found, Party
+from millpond.engine.prefixes import Prefixes
+from millpond.hub.cache import NoCache, prefix_folder
+from millpond.hub.errors import SourceError
+from millpond.hub.fingerprint import folder_fingerprint
+from millpond.hub.progress import SilentProgress
+from millpond.model.blocks import BlockFormat, agree, stored
+from millpond.model.load import LoadedModel, ModelError, load
+from millpond.model.memory import total_memory
+from millpond.model.probe import Capabilities, remembered_probe, warm_up
+from millpond.model.shard import Group
+from millpond.observe.log import kv
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk.events import Opened, SsdEvent, SsdLimits
+from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.keys import Namespace
+from millpond.prefix.policy import SavePolicy
+from millpond.schedule.budget import MemoryBudget
+from millpond.schedule.costs import CostModel
+from millpond.types import PrefixSettings
+from millpond.wire import Start
+
+log = logging.getLogger(__name__)
+
+CHUNK_CPU, CHUNK_GPU = 256, 2048
+"""Most prompt tokens in one forward. On a CPU attention over a long chunk costs more than it saves in products."""
+LEAST_CONTEXT = 256
+"""A server that cannot hold one request of this many tokens is of no use."""
+LEAST_KV_BYTES = 256 * 1024 * 1024
+OPEN_SECONDS = 10.0
+"""How long the start waits for the SSD tier's index."""
+OTHERS_SECONDS = 1.0
+"""Longer than rank 0 another rank may read from its disk."""
+BUFFER_CACHE_BYTES = 512 * 1024 * 1024
+"""Freed buffers MLX may keep for reuse; without a limit they grow to the largest prompt ever read."""
+LONGEST_TOLD = 1 << 21
+"""Tokens of a request that fit into one message to another rank."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """This rank, ready to run."""
+
+    model: LoadedModel
+    capabilities: Capabilities
+    content: str
+    """Digest of weights and config."""
+    group: Group | None
+    costs: CostModel
+    budget: MemoryBudget
+    chunk: int
+    prefixes: Prefixes
+    uncached: str
+    """Why prefixes are not cached; empty when they are."""
+    draft: LoadedDraft | None
+    draft_bytes: int
+
+
+def prepare(
+    start: Start,
+    folder: Path,
+    progress: Callable[[str, float], None],
+    deliver: Callable[[SsdEvent], None],
+    party: Party,
+) -> Prepared:
+    """Load the model, or this rank's share of it, and run a forward. ``progress`` gets a stage and how far it has come,
+    in [0, 1]; ``deliver`` gets what the SSD tier has to say, on its threads.
+
+    Raises ModelError when the model cannot be served.
+    """
+    mx.set_cache_limit(BUFFER_CACHE_BYTES)
+    drafter = Path(start.spec.draft_path) if start.spec.draft_path and party.rank == 0 else None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        digest = pool.submit(_digest, folder)  # reads files only: runs beside the load
+        draft_digest = pool.submit(_digest, drafter) if drafter is not None else None
+        group = party.join(digest.result()) if party.world > 1 else None
+        model = load(folder, start.context_length, partial(progress, "weights"), start.packing, group)
+        content = model.identity(digest.result())
+        progress("probe", 1.0)
+        capabilities = remembered_probe(model, content, (party.rank, party.world), party.unanimous)
+        model = capabilities.fitted(model)
+        warm_up(model, capabilities)
+        draft = None
+        if drafter is not None and draft_digest is not None and capabilities.slots:
+            draft = LoadedDraft(drafter, folder, draft_digest.result())
+    chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
+    budget, draft_bytes = _budget(model, start.kv_budget_bytes, chunk, draft, party.neighbours)
+    layers = tuple(model.blocks.layers) if isinstance(model.blocks, BlockFormat) else (repr(model.form), *model.kinds)
+    found = party.settle(Found(capabilities=capabilities, limit_bytes=budget.limit_bytes, layers=layers))
+    capabilities, budget = found.capabilities, replace(budget, limit_bytes=found.limit_bytes)
+    model = _within_memory(model, budget, model.context_length if group is None else LONGEST_TOLD)
+    costs = CostModel()
+    uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.ram_bytes == 0 else "")
+    prefixes = Prefixes(model.network, model.form, None, None)
+    if not uncached and isinstance(model.blocks, BlockFormat):
+        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, party)
+    return Prepared(
+        model=model,
+        capabilities=capabilities,
+        content=content,
+        group=group,
+        costs=costs,
+        budget=budget,
+        chunk=chunk,
+        prefixes=prefixes,
+        uncached=uncached,
+        draft=draft,
+        draft_bytes=draft_bytes,
+    )
+
+
+def _digest(folder: Path) -> str:
+    try:
+        return folder_fingerprint(folder, SilentProgress())
+    except (SourceError, OSError) as error:
+        raise ModelError(f"cannot read the model in {str(folder)!r}: {error}") from error
+
+
+def _prefixes(
+    settings: PrefixSettings,
+    model: LoadedModel,
+    blocks: BlockFormat,
+    budget: MemoryBudget,
+    content: str,
+    costs: CostModel,
+    deliver: Callable[[SsdEvent], None],
+    party: Party,
+) -> Prefixes:
+    namespace = Namespace(
+        weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=party.rank, world=party.world
+    ).digest
+    limit = budget.limit_bytes // 2
+    if settings.ram_bytes is not None:
+        limit = min(settings.ram_bytes // party.neighbours, budget.limit_bytes)
+    selfcheck = settings.selfcheck if party.rank == 0 else 0
+    cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), selfcheck)
+    folder = _ssd_folder(settings) if settings.ssd_bytes else None
+    if folder is None:
+        return Prefixes(model.network, model.form, blocks, cache)
+    limits = SsdLimits(
+        cap_bytes=settings.ssd_bytes,
+        least_free_bytes=settings.least_free_bytes,
+        ttl_seconds=settings.ttl_seconds or None,
+        daily_bytes=settings.daily_bytes or None,
+        durable=settings.durable,
+        writes=settings.ssd_policy != SavePolicy.OFF,
+    )
+    opened = threading.Event()
+
+    def notify(event: SsdEvent) -> None:
+        deliver(event)
+        if isinstance(event, Opened):
+            opened.set()
+
+    ssd = SsdTier(folder, namespace, settings.label, limits, notify)
+
+    def prefill_seconds(start: int, tokens: int) -> float:
+        seconds = costs.prefill_ms(start, tokens) / 1000
+        # Rank 0 decides whether reading pays; the others read, unless it takes far too long.
+        return seconds if party.rank == 0 else OTHERS_SECONDS + 2 * seconds
+
+    cache.attach(ssd, SavePolicy(settings.ssd_policy), prefill_seconds)
+    ssd.start()
+    if not opened.wait(OPEN_SECONDS):  # so that the first requests find what is on disk
+        log.warning("the SSD tier is still opening", extra=kv(seconds=OPEN_SECONDS))
+    return Prefixes(model.network, model.form, blocks, cache, ssd)
+
+
+def _ssd_folder(settings: PrefixSettings) -> Path | None:
+    """Where the SSD tier is on this machine; None, and said so, where there is no folder for it."""
+    try:
+        return Path(settings.folder) if settings.folder else prefix_folder()
+    except NoCache as error:
+        log.warning("prefixes are kept in memory only", extra=kv(reason=error))
+        return None
+
+
+def _budget(
+    model: LoadedModel, asked: int, chunk: int, draft: LoadedDraft | None, neighbours: int
+) -> tuple[MemoryBudget, int]:
+    """That of the served model, and how many bytes the draft model may use besides. ``asked``, and the machine's
+    memory, are for so many ``neighbours`` together."""
+    usable = mx.device_info().get("max_recommended_working_set_size") if not model.on_cpu else None
+    weights = model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0)
+    share = int(usable * 0.9 if isinstance(usable, int) else total_memory() * 0.7) // neighbours
+    limit = asked // neighbours or max(share - weights, LEAST_KV_BYTES)
+    draft_bytes = draft.share_of(limit, model) if draft is not None else 0
+    budget = MemoryBudget(
+        kv_bytes_per_token=model.token_bytes,
+        window_bytes_per_row=model.row_bytes,
+        limit_bytes=limit - draft_bytes,
+        chunk_window_bytes=model.chunk_token_bytes * chunk,
+        exact_bytes_per_token=model.exact_bytes if model.form.packs else 0,
+        exact_window_bytes=model.exact_row_bytes if model.form.packs else 0,
+        exact_tokens=model.form.packing.start if model.form.packs else 0,
+    )
+    return budget, draft_bytes
+
+
+def _within_memory(model: LoadedModel, budget: MemoryBudget, most: int) -> LoadedModel:
+    """The model with a context that one request can really fill, of at most ``most`` tokens. Raises ModelError when not
+    even a short one fits."""
+    longest = min(budget.longest(model.context_length), most)
+    if longest < min(LEAST_CONTEXT, model.context_length):
+        raise ModelError(
+            f"kv_memory_mb: {budget.limit_bytes >> 20} MiB hold a request of {longest} tokens; "
+            f"at least {LEAST_CONTEXT} must fit"
+        )
+    if longest < model.context_length:
+        fields = kv(context=longest, model_context=model.context_length, kv_memory_mb=budget.limit_bytes >> 20)
+        log.warning("memory for keys and values allows a shorter context than the model's", extra=fields)
+    return replace(model, context_length=longest)

@@ -1,0 +1,102 @@
+"""The outermost layer: request ids, one log line per request, and the last resort for unexpected exceptions.
+
+An id comes from the client's x-request-id when it is short and printable, else it is made here, and goes back in the
+response either way. Handlers add fields to the log line through ``scope["millpond.log"]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from millpond.client import EngineError
+from millpond.http.errors import ERROR, ApiError
+from millpond.http.service import Service
+from millpond.observe.log import kv
+
+log = logging.getLogger("millpond.http")
+
+LONGEST_ID = 128
+QUIET = ("/livez", "/readyz", "/health", "/metrics")
+
+
+class AccessLayer:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        _leave_out_the_host(scope)
+        _single_slashes(scope)
+        request_id = _request_id(scope)
+        scope["millpond.request_id"] = request_id
+        fields: dict[str, object] = scope.setdefault("millpond.log", {})
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        start = time.monotonic()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            fields.setdefault("client", "gone")
+        except asyncio.CancelledError:
+            fields["client"] = "cut off"
+            raise
+        except Exception:
+            # Nothing above would answer in our error shape; the trace goes to the log, never to the client.
+            log.exception("unexpected error", extra=kv(request=request_id))
+            if not status:
+                error = ApiError(500, "internal error; the server's log says more", code="internal_error")
+                scope[ERROR] = error
+                await error.response()(scope, receive, send_with_id)
+        finally:
+            _count(scope)
+            level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
+            base = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status or None}
+            elapsed = round(time.monotonic() - start, 4)
+            log.log(level, "request", extra=kv(**base, seconds=elapsed, **fields))
+
+
+def _count(scope: Scope) -> None:
+    """Count a refusal. What the engine failed was submitted, and is counted there."""
+    error = scope.pop(ERROR, None)  # it holds what was wrong, and a connection its last scope
+    if isinstance(error, ApiError) and not isinstance(error.__cause__, EngineError):
+        service: Service = scope["app"].state.service
+        service.meters.refused(error.status, error.code or "other")
+
+
+def _leave_out_the_host(scope: Scope) -> None:
+    """A client may ask for a whole URI, as it would ask a proxy (RFC 9112, 3.2.2)."""
+    if scope["path"].lower().startswith(("http://", "https://")):
+        with suppress(ValueError):  # brackets that do not match: nothing is found there
+            scope["path"] = urlsplit(scope["path"]).path or "/"
+
+
+def _single_slashes(scope: Scope) -> None:
+    """A client's base address may end with a slash, and what is put behind it begin with one."""
+    while "//" in scope["path"]:
+        scope["path"] = scope["path"].replace("//", "/")
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and 0 < len(value) <= LONGEST_ID and all(32 < byte < 127 for byte in value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex

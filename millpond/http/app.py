@@ -1,0 +1,103 @@
+"""The ASGI application: routes, error handlers, and the layers around them: access log, CORS, gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.routing import Route
+
+from millpond.client import EngineClient
+from millpond.config import ServeConfig
+from millpond.http.access import AccessLayer
+from millpond.http.cache import explain
+from millpond.http.chat import chat
+from millpond.http.completions import completions
+from millpond.http.errors import ApiError, on_api_error, on_http_error, shown
+from millpond.http.gate import Gate
+from millpond.http.keys import Keys
+from millpond.http.metrics import metrics
+from millpond.http.models import get_model, list_models
+from millpond.http.openapi import openapi
+from millpond.http.probes import health, livez, readyz
+from millpond.http.schemas import NO_DEFAULTS, SamplingDefaults
+from millpond.http.service import ModelNames, Service
+from millpond.text.tokenizer import Tokenizer
+
+ROUTES = [
+    Route("/v1/chat/completions", chat, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/cache/explain", explain, methods=["POST"]),
+    Route("/v1/models", list_models),
+    Route("/v1/models/{model:path}", get_model),
+    Route("/health", health),
+    Route("/livez", livez),
+    Route("/readyz", readyz),
+    Route("/metrics", metrics),
+    Route("/openapi.json", openapi),
+]
+
+
+def create_app(
+    config: ServeConfig,
+    names: ModelNames,
+    load_tokenizer: Callable[[], Tokenizer],
+    client: EngineClient,
+    keys: Keys,
+    hosts: Collection[str],
+    sampling: SamplingDefaults = NO_DEFAULTS,
+) -> tuple[Starlette, Service]:
+    """The application and its state. The caller starts ``client`` and awaits ``Service.load``."""
+    service = Service(config, names, load_tokenizer, client, sampling)
+    gate = Middleware(
+        Gate,
+        keys=keys,
+        hosts=hosts,
+        origins=config.cors_origins,
+        most_bytes=int(config.max_body),
+        apart=config.share_prefixes == "off",
+    )
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(AccessLayer), *_cors(config.cors_origins), gate],
+        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app, service
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals in our error shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        message = f"origin: {shown(request_headers['origin'])} may not do this; --cors-origins says who may call"
+        return ApiError(403, message, param="origin", code="origin_not_allowed").response()
+
+
+def _cors(origins: Collection[str]) -> list[Middleware]:
+    """Outside of the gate: a browser asks what is allowed without showing a key.
+
+    Any header may come, as official clients have many of their own; none is a credential that a browser adds by itself.
+    """
+    if not origins:
+        return []
+    exposed = ("x-request-id", "x-millpond-prefix-cache", "retry-after")
+    return [
+        Middleware(
+            Cors,
+            allow_origins=list(origins),
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=exposed,
+        )
+    ]

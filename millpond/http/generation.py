@@ -1,0 +1,321 @@
+"""All answers of one HTTP request: submitted together, read as one sequence of pieces, given up together.
+
+Detokenising and stop strings happen here, on the event loop: they cost microseconds per token. So do the time-outs, on
+what comes from the engine: a client that reads slowly is not the engine's delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+from millpond.client import EngineError, EngineUnavailable, Stream
+from millpond.http.clock import Clock, Phase
+from millpond.http.errors import unavailable
+from millpond.http.service import Service
+from millpond.text.answer import Answer
+from millpond.text.stops import StopStrings
+from millpond.text.tokenizer import TextError, Tokenizer
+from millpond.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one engine step added to one choice. ``text`` may be empty; ``finish`` is stop, length, or not yet."""
+
+    choice: int
+    text: str
+    logprobs: list[TokenLogprob]
+    finish: str | None
+
+
+MOST_LOGPROBS = 32
+"""Tokens whose log-probabilities are rendered at a time: what a stop string held back may come all at once."""
+
+
+def parts(piece: Piece | None) -> Iterator[Piece]:
+    """The piece, in so many that each is little work: the text goes with the first, the end with the last."""
+    if piece is None:
+        return
+    rest = piece
+    while len(rest.logprobs) > MOST_LOGPROBS:
+        yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None)
+        rest = replace(rest, text="", logprobs=rest.logprobs[MOST_LOGPROBS:])
+    yield rest
+
+
+@dataclass(slots=True)
+class _Choice:
+    """The text side of one request."""
+
+    index: int
+    prompt_tokens: int
+    answer: Answer
+    prefix: PrefixReport = field(default_factory=PrefixReport)
+    pending: deque[TokenLogprob] = field(default_factory=deque)
+    """Log-probabilities of tokens whose text is still held back, perhaps to be cut by a stop string."""
+    begun: float = 0.0
+    """When its prompt was begun, by the loop's clock."""
+    first: float = 0.0
+    """When its first token came."""
+    ended: bool = False
+    """All of it is there."""
+    rejected: int = 0
+    """Tokens guessed ahead that were not drawn."""
+    _accepted: int = 0
+    """Tokens guessed ahead that surely belong to the answer."""
+    _spans: deque[tuple[int, int]] = field(default_factory=deque)
+    """From where to where further tokens were guessed ahead: a stop string may yet cut the answer before their end."""
+    _settled: int = 0
+    """Tokens that surely belong to the answer."""
+
+    def take(self, delta: Delta) -> Piece:
+        self.pending.extend(delta.logprobs or ())
+        if delta.verdict is not None:
+            self._judged(delta.verdict)
+        part = self.answer.add(delta.tokens)
+        text, settled, stopped = part.text, part.tokens, part.stopped
+        if delta.finish is not None and not stopped:
+            rest = self.answer.finish()
+            text, settled, stopped = text + rest.text, settled + rest.tokens, rest.stopped
+        self._settle(settled)
+        finish = Finish.STOP if stopped else delta.finish
+        logprobs = [self.pending.popleft() for _ in range(min(settled, len(self.pending)))]
+        return Piece(self.index, text, logprobs, finish.value if finish is not None else None)
+
+    def _judged(self, verdict: Verdict) -> None:
+        """Note which of the next tokens were guessed."""
+        begin = self.answer.completion_tokens
+        self.rejected += verdict.rejected
+        if verdict.accepted:
+            self._spans.append((begin, begin + verdict.accepted))
+
+    def _settle(self, tokens: int) -> None:
+        """So many more tokens surely belong to the answer."""
+        self._settled += tokens
+        while self._spans and self._spans[0][1] <= self._settled:
+            begin, end = self._spans.popleft()
+            self._accepted += end - begin
+
+    @property
+    def accepted(self) -> int:
+        """Tokens of the answer that had been guessed ahead: neither what a stop string cut nor the end itself."""
+        count = self.answer.completion_tokens
+        return self._accepted + sum(max(0, min(end, count) - begin) for begin, end in self._spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one HTTP request; a prompt counts once however many answers it gets."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    accepted_tokens: int = 0
+    """Those of the answers that had been guessed ahead."""
+    rejected_tokens: int = 0
+    """Those guessed ahead in vain."""
+
+    def payload(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted_tokens,
+                "rejected_prediction_tokens": self.rejected_tokens,
+            },
+        }
+
+
+class Generation:
+    """Iterate inside ``async with``: every way out cancels what still runs.
+
+    ``start`` is when the HTTP request was let in, by the loop's clock: waiting counts from there. ``requests`` holds
+    ``n`` of them per prompt, next to each other. Iteration raises EngineError as soon as any choice fails.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        stops: StopStrings,
+        n: int,
+        start: float,
+    ) -> None:
+        self._client = service.client
+        self._config = service.config
+        self._meters = service.meters
+        self._n = n
+        self._choices = [
+            _Choice(index, len(request.tokens), Answer(tokenizer.detokenizer(), stops))
+            for index, request in enumerate(requests)
+        ]
+        self._requests = deque(requests)
+        self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._streams: list[Stream] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        self._running = len(self._choices)
+        self._hungry = True
+        """The reader waits for a piece, or has yet to begin: it has not been given the time to take what is queued."""
+        self._start = start
+        self.first_seconds: float | None = None
+        """From ``start`` to the first token of any choice."""
+
+    async def __aenter__(self) -> Self:
+        try:
+            while self._requests:  # the engine has them then; here they would only lie
+                self._streams.append(self._client.submit(self._requests.popleft()))
+                if self._requests:
+                    await asyncio.sleep(0)  # each may be a long prompt
+        except EngineUnavailable as error:
+            self._give_up()
+            raise unavailable(str(error)) from error
+        except asyncio.CancelledError:
+            self._give_up()
+            raise
+        self._pumps = [
+            asyncio.create_task(self._pump(choice, stream))
+            for choice, stream in zip(self._choices, self._streams, strict=True)
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._give_up()
+
+    def _give_up(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        for pump in self._pumps:
+            pump.cancel()
+
+    async def pieces(self, patience: float = 0.0) -> AsyncIterator[Piece | None]:
+        """What comes, in order; None whenever nothing to show has come for ``patience`` seconds (0: never)."""
+        now = asyncio.get_running_loop().time
+        shown = now()
+        while self._running:
+            item = await self._next(shown + patience if patience else None)
+            if isinstance(item, Exception):
+                raise item
+            if item is not None and item.finish is not None:
+                self._running -= 1
+            yield item
+            if item is None or item.text or item.logprobs or item.finish:
+                shown = now()
+
+    async def _next(self, deadline: float | None) -> Piece | Exception | None:
+        self._hungry = True
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
+        finally:
+            self._hungry = False
+
+    async def _pump(self, choice: _Choice, stream: Stream) -> None:
+        """Read one choice's deltas into the queue, within the time-outs, until it ends."""
+        try:
+            async with stream:
+                await self._read(choice, stream)
+        except TextError as error:
+            self._queue.put_nowait(EngineError(ErrorKind.ENGINE, str(error)))
+        except Exception as error:  # noqa: BLE001 - the reader waits on the queue: it gets it, and raises it there
+            self._queue.put_nowait(error)
+
+    async def _read(self, choice: _Choice, stream: Stream) -> None:
+        clock = Clock(self._config, self._start)
+        while True:
+            try:
+                async with asyncio.timeout_at(clock.deadline):
+                    delta = await anext(stream, None)
+            except TimeoutError:
+                if clock.overslept():
+                    continue
+                raise clock.late() from None
+            if delta is None:
+                raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
+            choice.prefix = delta.prefix or choice.prefix
+            self._clocked(choice, clock, delta)
+            if not delta.tokens and delta.finish is None:
+                continue
+            if self._queue.qsize() >= self._config.stream_buffer and not self._hungry:
+                most = self._config.stream_buffer
+                raise EngineError(ErrorKind.OVERRUN, f"the answer was read too slowly: {most} steps of it were waiting")
+            piece = choice.take(delta)
+            self._queue.put_nowait(piece)
+            if piece.finish is not None:
+                if delta.finish is None:  # a stop string: the engine would go on
+                    stream.complete()
+                self._ended(choice, clock.now)
+                return
+
+    def _clocked(self, choice: _Choice, clock: Clock, delta: Delta) -> None:
+        """Take the times and counts that a delta tells."""
+        tokens = bool(delta.tokens) or delta.finish is not None
+        since = clock.turn(tokens)
+        if since.phase is Phase.QUEUE:
+            self._meters.queued(since.seconds)
+            choice.begun = clock.now
+        if tokens:
+            if since.phase is Phase.DECODE:
+                self._meters.token_gap(since.seconds)
+            else:
+                self._came_first(choice, clock.now)
+            self._meters.generated(len(delta.tokens))
+
+    def _came_first(self, choice: _Choice, now: float) -> None:
+        """A choice's first token is there."""
+        choice.first = now
+        first = now - self._start
+        self._meters.first_token(first, now - choice.begun, choice.prompt_tokens, choice.prefix.cached)
+        self.first_seconds = first if self.first_seconds is None else self.first_seconds
+
+    def _ended(self, choice: _Choice, now: float) -> None:
+        """A choice has its whole answer."""
+        choice.ended = True
+        self._meters.finished(
+            choice.prompt_tokens,
+            choice.answer.completion_tokens,
+            now - self._start,
+            now - choice.begun,
+            now - choice.first,
+        )
+        before = choice.index // self._n * self._n
+        answers = self._choices[before : before + self._n]
+        if all(answer.ended for answer in answers):
+            self._meters.all_finished(max(each.answer.completion_tokens for each in answers))
+
+    @property
+    def begun(self) -> bool:
+        """Whether the engine has begun any prompt: before that, the prefix cache has not been asked."""
+        return any(choice.begun for choice in self._choices)
+
+    def usage(self) -> Usage:
+        """Counts so far; exact once iteration has ended."""
+        firsts = self._choices[:: self._n]
+        return Usage(
+            sum(choice.prompt_tokens for choice in firsts),
+            sum(choice.answer.completion_tokens for choice in self._choices),
+            sum(choice.prefix.cached for choice in firsts),
+            sum(choice.accepted for choice in self._choices),
+            sum(choice.rejected for choice in self._choices),
+        )
+
+    def prefix(self) -> PrefixReport:
+        """What the prefix cache did so far: tokens of all prompts, and why the first one's cached prefix ended."""
+        reports = [choice.prefix for choice in self._choices[:: self._n]]
+        return PrefixReport(
+            sum(report.memory for report in reports),
+            sum(report.disk for report in reports),
+            reports[0].end,
+            sum(report.known for report in reports),
+        )

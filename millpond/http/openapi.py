@@ -1,0 +1,282 @@
+"""GET /openapi.json: this server's API as an OpenAPI 3.1 document.
+
+What clients may send comes from the request models in schemas.py; what the server answers is in openapi_answers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from millpond import __version__
+from millpond.http.gate import ANY_HOST, OPEN
+from millpond.http.guesses import SpeculativeOptions
+from millpond.http.messages import ROLES
+from millpond.http.openapi_answers import (
+    FAILURES,
+    RESPONSE_HEADERS,
+    SCHEMAS,
+    STRING,
+    Schema,
+    constant,
+    failure,
+    headers,
+    listed,
+    nullable,
+    ref,
+)
+from millpond.http.schemas import (
+    LONGEST_STOP,
+    MOST_BIASES,
+    MOST_STOPS,
+    NOT_IMPLEMENTED,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+)
+from millpond.http.service import Service
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+REQUESTS: tuple[type[GenerationRequest], ...] = (ChatRequest, CompletionRequest)
+
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_STOP: Schema = {**_TEXT, "maxLength": LONGEST_STOP}
+_TOKENS: Schema = {**listed({"type": "integer", "minimum": 0}), "minItems": 1}
+_TEXT_PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"type": "string", "const": "text"}, "text": STRING},
+    "required": ["type", "text"],
+}
+_CONTENT: Schema = {"anyOf": [STRING, {**listed(_TEXT_PART), "minItems": 1}]}
+_NAMES: Schema = {"name": nullable(STRING), "tool_call_id": nullable(STRING)}
+_MESSAGE: Schema = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"role": {"type": "string", "enum": list(ROLES)}, "content": _CONTENT, **_NAMES},
+            "required": ["role", "content"],
+        },
+        {
+            "type": "object",
+            "properties": {"role": constant("assistant"), "content": {"type": "null"}, **_NAMES},
+            "required": ["role"],
+        },
+    ]
+}
+
+READ_BY_HAND: Mapping[str, Schema] = {
+    "messages": {**listed(_MESSAGE), "minItems": 1},
+    "prompt": {
+        "anyOf": [_TEXT, _TOKENS, {**listed({"anyOf": [_TEXT, _TOKENS]}), "minItems": 1}],
+    },
+    "stop": {"anyOf": [_STOP, {**listed(_STOP), "maxItems": MOST_STOPS}]},
+    "logit_bias": {
+        "type": "object",
+        "maxProperties": MOST_BIASES,
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    "speculative": ref(SpeculativeOptions.__name__),
+    "prediction": {
+        "type": "object",
+        "properties": {"type": constant("content"), "content": _CONTENT},
+        "required": ["type", "content"],
+    },
+}
+"""Fields whose validators say more than their types: what pydantic cannot know."""
+
+UNKNOWN_FIELDS = (
+    "A field that is null counts as absent. Unknown fields are ignored; these have a meaning that is not implemented "
+    "and get a 400 unless their value asks for nothing: "
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What there is to say about one route. ``answers`` are schemas of JSON bodies by status."""
+
+    name: str
+    summary: str
+    answers: Mapping[int, Schema]
+    failures: tuple[int, ...] = ()
+    """Statuses beside those that any operation may have."""
+    body: Schema | None = None
+    chunks: str = ""
+    """The schema of one event where the answer may be streamed."""
+    parameters: tuple[Schema, ...] = ()
+    texts: tuple[str, ...] = ()
+    """The media types of a 200 that is not JSON."""
+    headers: dict[str, Schema] = field(default_factory=dict)
+
+
+_ANSWERING = (404, 408, 429, 503, 504)
+_PREFIX = headers(x_millpond_prefix_cache="PrefixCache")
+
+OPERATIONS: Mapping[str, Operation] = {
+    "/v1/chat/completions": Operation(
+        "createChatCompletion",
+        "Answer a chat.",
+        {200: ref("ChatCompletion")},
+        _ANSWERING,
+        ref("ChatRequest"),
+        "ChatCompletionChunk",
+        headers=_PREFIX,
+    ),
+    "/v1/completions": Operation(
+        "createCompletion",
+        "Continue one or several texts.",
+        {200: ref("Completion")},
+        _ANSWERING,
+        ref("CompletionRequest"),
+        "CompletionChunk",
+        headers=_PREFIX,
+    ),
+    "/v1/cache/explain": Operation(
+        "explainCache",
+        "What the prefix cache would do for a request, without running it. With messages it is read as a chat.",
+        {200: ref("Explanation")},
+        _ANSWERING,
+        {"anyOf": [ref("ChatRequest"), ref("CompletionRequest")]},
+    ),
+    "/v1/models": Operation("listModels", "The model that is served.", {200: ref("ModelList")}),
+    "/v1/models/{model}": Operation(
+        "getModel",
+        "The model, by any of its names; a slash may stand as it is.",
+        {200: ref("Model")},
+        (404,),
+        parameters=({"name": "model", "in": "path", "required": True, "schema": STRING},),
+    ),
+    "/health": Operation(
+        "getHealth",
+        "How it goes, with numbers; 503 while no request is served.",
+        dict.fromkeys((200, 503), ref("Health")),
+    ),
+    "/livez": Operation("getLiveness", "Whether this process answers.", {200: ref("Liveness")}),
+    "/readyz": Operation(
+        "getReadiness", "Whether requests are welcome; 503 says why not.", dict.fromkeys((200, 503), ref("Readiness"))
+    ),
+    "/metrics": Operation(
+        "getMetrics", "Numbers for Prometheus.", {}, texts=("text/plain", "application/openmetrics-text")
+    ),
+    "/openapi.json": Operation("getDocument", "This document.", {200: {"type": "object"}}),
+}
+"""Path → what it is. A path that the application lacks is left out of the document."""
+
+
+async def openapi(request: Request) -> Response:
+    """The route."""
+    state = request.app.state
+    if not hasattr(state, "openapi"):
+        service: Service = state.service
+        # Too slow to be made on the event loop, or more than once.
+        state.openapi = await service.in_text_thread(lambda: msgspec.json.encode(document(request.app.routes)))
+    return Response(state.openapi, media_type=JSON)
+
+
+def document(routes: Iterable[BaseRoute]) -> Schema:
+    """The whole document for an application with these routes."""
+    paths = {}
+    for route in routes:
+        if isinstance(route, Route) and (path := route.path_format) in OPERATIONS:
+            methods = sorted((route.methods or set()) - {"HEAD"})
+            paths[path] = {method.lower(): _operation(path, OPERATIONS[path]) for method in methods}
+    return {
+        "openapi": "3.1.1",
+        "info": {
+            "title": "Millpond",
+            "version": __version__,
+            "license": {"name": "MIT", "identifier": "MIT"},
+            "description": "An OpenAI-compatible API for one language model. Errors have one shape; a known path with "
+            "another method gets a 405 in it, an unknown path a 404.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS | _request_schemas(),
+            "responses": {f"Error{status}": failure(status) for status in FAILURES},
+            "headers": RESPONSE_HEADERS,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _operation(path: str, operation: Operation) -> Schema:
+    own = operation.answers.keys()
+    # Any request may be malformed, announce a huge body or hit a bug; who may ask is for the gate to say.
+    refusals = {400, 413, 500, *operation.failures}
+    if operation.body is not None:
+        refusals.add(415)
+    if path not in OPEN:
+        refusals.add(401)
+    if path not in ANY_HOST:
+        refusals.add(403)
+    entry: Schema = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "responses": {
+            **{str(status): _answer(operation, status) for status in (own or (200,))},
+            **{str(status): {"$ref": f"#/components/responses/Error{status}"} for status in sorted(refusals - own)},
+        },
+    }
+    if path not in OPEN:
+        entry["security"] = [{}, {"bearer": []}, {"apiKey": []}]
+    if operation.parameters:
+        entry["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        entry["requestBody"] = {"required": True, "content": {JSON: {"schema": operation.body}}}
+    return entry
+
+
+def _answer(operation: Operation, status: int) -> Schema:
+    content: Schema = {kind: {"schema": STRING} for kind in operation.texts}
+    if status in operation.answers:
+        content[JSON] = {"schema": operation.answers[status]}
+    if operation.chunks:
+        content[EVENTS] = {"schema": _event(ref(operation.chunks))}
+    more = headers(Retry_After="RetryAfter") if status == 503 else operation.headers
+    description = "Not now." if status == 503 else "It went well."
+    return {"description": description, "headers": headers(x_request_id="RequestId") | more, "content": content}
+
+
+def _event(chunk: Schema) -> Schema:
+    """One server-sent event."""
+    payload: Schema = {"anyOf": [chunk, ref("Error")]}
+    data: Schema = {"type": "string", "contentMediaType": JSON, "contentSchema": payload}
+    data = {"if": constant("[DONE]"), "then": True, "else": data}
+    description = "Where stream is true. An Error, when the answer fails half way, or [DONE] as data is the last event."
+    return {"type": "object", "description": description, "properties": {"data": data}, "required": ["data"]}
+
+
+def _request_schemas() -> dict[str, Schema]:
+    schemas: dict[str, Schema] = {
+        each.__name__: each.model_json_schema() for each in (StreamOptions, SpeculativeOptions)
+    }
+    for model in REQUESTS:
+        schema: Schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema.pop("$defs", None)
+        required = schema["required"]
+        properties = schema["properties"]
+        assert isinstance(required, list)
+        assert isinstance(properties, dict)
+        schema["properties"] = {name: _property(name, found, name in required) for name, found in properties.items()}
+        refused = ", ".join(name for name in NOT_IMPLEMENTED if name not in properties)
+        schema["description"] = f"{UNKNOWN_FIELDS}{refused}."
+        schemas[model.__name__] = schema
+    return schemas
+
+
+def _property(name: str, found: Schema, required: bool) -> Schema:
+    """A field as clients see it: read by hand where it is, and with null for absent where it may be absent."""
+    notes = {key: value for key, value in found.items() if key in ("description", "default") and value is not None}
+    found = {key: value for key, value in found.items() if key not in ("title", "description", "default")}
+    schema = READ_BY_HAND.get(name, found)
+    return {**(schema if required else nullable(schema)), **notes}

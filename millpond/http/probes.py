@@ -1,0 +1,80 @@
+"""GET /livez (this process answers), /readyz (requests are welcome) and /health (how it goes, with numbers)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from millpond.http.errors import RETRY_AFTER
+from millpond.http.service import Service
+
+SERVING = ("ok", "degraded", "overloaded")
+
+
+async def livez(_request: Request) -> Response:
+    """Always 200."""
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """200, or 503 with the reasons."""
+    reasons = _service(request).not_ready()
+    if reasons:
+        return JSONResponse({"status": "not ready", "reasons": reasons}, 503, RETRY_AFTER)
+    return JSONResponse({"status": "ready"})
+
+
+async def health(request: Request) -> Response:
+    """200 while requests are served, 503 otherwise; the body has the numbers either way."""
+    service = _service(request)
+    status = service.status()
+    serving = status in SERVING
+    body = {
+        "status": status,
+        "reasons": service.not_ready(),
+        "engine": _engine(service),
+        "requests": _requests(service),
+        "process": {"tasks": len(asyncio.all_tasks()), "threads": threading.active_count()},
+        "prefix_cache": msgspec.to_builtins(service.client.beat.prefix) if service.client.beat else None,
+    }
+    return JSONResponse(body, 200 if serving else 503, None if serving else RETRY_AFTER)
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _engine(service: Service) -> dict[str, object]:
+    client = service.client
+    beat, stage, age = client.beat, client.stage, client.beat_age
+    return {
+        "state": client.state.value,
+        "stage": stage.stage if stage else None,
+        "fraction": stage.fraction if stage else None,
+        "restarts": client.counts.restarts,
+        "beat_age_seconds": round(age, 3) if age is not None else None,
+        "step": beat.step if beat else None,
+        "stuck_seconds": round(client.watchdog.stuck_seconds, 3) if beat else None,
+        "wait_seconds": round(beat.wait_seconds, 3) if beat else None,
+        "running": beat.running if beat else None,
+        "waiting": beat.waiting if beat else None,
+        "kv_bytes": beat.kv_bytes if beat else None,
+    }
+
+
+def _requests(service: Service) -> dict[str, object]:
+    counts = service.client.counts
+    return {
+        "held": service.held,
+        "submitted": counts.submitted,
+        "finished": counts.finished,
+        "failed": counts.failed,
+        "cancelled": counts.cancelled,
+        "running": service.client.open_requests,
+        "unknown_fields": service.unknown_fields,
+    }

@@ -1,0 +1,171 @@
+"""From what the client sent to prompt tokens that fit the model's context.
+
+Runs in a text thread. A text that is far too long is refused after reading a part of it, so that the refusal is quick
+whatever the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from millpond.client.public import public
+from millpond.http.errors import ApiError, bad_value
+from millpond.http.guesses import check_mode
+from millpond.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from millpond.text.tokenizer import TemplateError, TextError, Tokenizer
+from millpond.types import ModelInfo
+
+CHARACTERS_PER_TOKEN = 4
+"""Texts shorter than this many characters per token of context are simply tokenised."""
+PIECE = 16_384
+"""Characters tokenised at a time when only counting."""
+PIECE_SLACK = 8
+"""Tokens that a cut between pieces, and what a tokenizer puts first, may add."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt ready for the engine. ``echo`` is its text where the client wants it repeated, else empty."""
+
+    tokens: list[int]
+    echo: str
+    max_tokens: int
+
+
+def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
+    """Refuse without reading the prompt what no prompt could make valid. Raises ApiError 400."""
+    wanted = asked.wanted_tokens
+    if wanted is not None and wanted >= info.context_length:
+        raise _too_many(asked, wanted, info.context_length, 1)
+    for token in asked.logit_bias:
+        if token >= info.vocab_size:
+            raise bad_value("logit_bias", str(token), f"token ids below {info.vocab_size}")
+    check_mode(asked.speculative, info)
+
+
+def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
+    """Apply the template and tokenise. Raises ApiError 400."""
+    # Each message is at least one token, were it only that which ends it.
+    texts = [
+        text for message in asked.messages for name, text in message.items() if name != "role" and isinstance(text, str)
+    ]
+    many = len(asked.messages) >= info.context_length
+    try:
+        # Control tokens recognised are one token each, which is the least that they can be.
+        if many or _surely_longer(tokenizer, texts, info.context_length, len(asked.messages), parse_special=True):
+            raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
+        tokens = tokenizer.chat_tokens(asked.messages, asked.generation_prompt, asked.continue_final_message)
+    except TextError as error:
+        raise _unreadable("messages", error) from error
+    except TemplateError as error:
+        param = "messages" if error.index is None else f"messages[{error.index}]"
+        raise ApiError(400, f"{param}: {public(str(error))}", param=param, code="template_error") from error
+    return [_checked(asked, "messages", tokens, "", info.context_length)]
+
+
+def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
+    """Tokenise what is text, check what is token ids. Raises ApiError 400."""
+    for prompt in asked.prompt:  # before any work is done for the others
+        if not isinstance(prompt, str) and len(prompt) >= info.context_length:
+            raise _prompt_too_long("prompt", str(len(prompt)), info.context_length)
+    return [_completion_prompt(asked, prompt, tokenizer, info) for prompt in asked.prompt]
+
+
+def prediction_tokens(text: str, tokenizer: Tokenizer, most: int, *, parse_special: bool = False) -> list[int]:
+    """The tokens that a client expects of its answer; a text that is far too long is read only so far.
+
+    So is one that the tokenizer cannot read: what is expected changes nothing of the answer.
+    """
+    tokens: list[int] = []
+    whole = len(text) <= CHARACTERS_PER_TOKEN * most
+    for piece in [text] if whole else (piece for piece, _ in _pieces([text])):
+        try:
+            tokens += tokenizer.text_tokens(piece, parse_special=parse_special)
+        except TextError:
+            break
+        if len(tokens) >= most:
+            break
+    return tokens[:most]
+
+
+def _completion_prompt(
+    asked: CompletionRequest, prompt: str | tuple[int, ...], tokenizer: Tokenizer, info: ModelInfo
+) -> Prompt:
+    if isinstance(prompt, str):
+        try:
+            if _surely_longer(tokenizer, [prompt], info.context_length, 0, parse_special=asked.parse_special):
+                raise _prompt_too_long("prompt", f"more than {info.context_length}", info.context_length)
+            tokens = tokenizer.encode(prompt, parse_special=asked.parse_special)
+        except TextError as error:
+            raise _unreadable("prompt", error) from error
+        return _checked(asked, "prompt", tokens, prompt if asked.echo else "", info.context_length)
+    for token in prompt:
+        if not 0 <= token < info.vocab_size:
+            raise bad_value("prompt", token, f"token ids from 0 to {info.vocab_size - 1}")
+    try:
+        echo = tokenizer.decode(prompt) if asked.echo else ""
+    except TextError as error:
+        raise _unreadable("prompt", error) from error
+    return _checked(asked, "prompt", list(prompt), echo, info.context_length)
+
+
+def _checked(asked: GenerationRequest, param: str, tokens: list[int], echo: str, context: int) -> Prompt:
+    if not tokens:
+        raise bad_value(param, "", "not empty")
+    if len(tokens) >= context:
+        raise _prompt_too_long(param, str(len(tokens)), context)
+    room = context - len(tokens)
+    wanted = asked.wanted_tokens
+    if wanted is not None and wanted > room:
+        raise _too_many(asked, wanted, context, len(tokens))
+    return Prompt(tokens, echo, min(room, asked.default_tokens or room) if wanted is None else wanted)
+
+
+def _prompt_too_long(param: str, size: str, context: int) -> ApiError:
+    message = f"{param}: must have at most {context - 1} tokens (the model's context is {context}), got {size}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def _too_many(asked: GenerationRequest, wanted: int, context: int, prompt_tokens: int) -> ApiError:
+    param = "max_completion_tokens" if getattr(asked, "max_completion_tokens", None) else "max_tokens"
+    allowed = f"must be at most {context - prompt_tokens} here, got {wanted}"
+    why = f"the model's context is {context} tokens and the prompt has at least {prompt_tokens}"
+    message = f"{param}: {allowed}; {why}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def _unreadable(param: str, error: TextError) -> ApiError:
+    return ApiError(400, f"{param}: {error}", param=param, code="unreadable_text")
+
+
+def _surely_longer(
+    tokenizer: Tokenizer, texts: Sequence[str], context: int, least: int, *, parse_special: bool
+) -> bool:
+    """Whether a prompt of these texts and at least ``least`` tokens between them is longer than the context, if that
+    can be seen without reading all of it."""
+    if sum(map(len, texts)) <= CHARACTERS_PER_TOKEN * context:
+        return False
+    count = least
+    for piece, ends in _pieces(texts):
+        # A newline stands for what is between two texts: it may be a token, and take one from the text before it.
+        count += max(0, len(tokenizer.text_tokens(piece, parse_special=parse_special)) - PIECE_SLACK - 2 * ends)
+        if count > context:
+            return True
+    return False
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The texts, a newline behind each, cut into pieces, each with how many texts end in it."""
+    short: list[str] = []
+    size = 0
+    for text in texts:
+        if len(text) < PIECE - size:
+            short.append(text)
+            size += len(text) + 1
+            continue
+        yield "\n".join(short), len(short)
+        short, size = [], 0
+        for start in range(0, len(text), PIECE):
+            yield text[start : start + PIECE], 1
+    yield "\n".join(short), len(short)

@@ -1,0 +1,357 @@
+"""What clients may send: fields, ranges, and the parameters that are refused because nothing implements them.
+
+Values are strict (no "5" for 5). A field that is null counts as absent. Unknown fields are counted and dropped; known
+ones with a meaning that is not implemented get a 400 unless their value asks for nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from millpond.http.errors import ApiError, bad_value, missing, unsupported
+from millpond.http.guesses import PREDICTION, SPECULATIVE, SpeculativeOptions, read_prediction, read_speculative
+from millpond.http.messages import Message, read_messages
+from millpond.types import SamplingParams
+
+SEED_MASK = 2**64 - 1
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's authors may recommend."""
+SamplingDefaults = Mapping[str, float]
+"""Values by the names of fields that a client left out; what is not in it is as OpenAI's API has it."""
+NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
+MOST_STOPS = 16
+LONGEST_SALT = 256
+LONGEST_STOP = 1000
+"""Characters."""
+MOST_BIASES = 1024
+LONGEST_USER = 1024
+"""Characters."""
+_STOPS = f"a string of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} of them"
+
+Neutral = Callable[[object], bool]
+R = TypeVar("R", bound="GenerationRequest")
+
+
+def _one_of(*values: object) -> Neutral:
+    return lambda value: any(value == allowed and type(value) is type(allowed) for allowed in values)
+
+
+def _never(_value: object) -> bool:
+    return False
+
+
+def _empty(value: object) -> bool:
+    return value in ([], {}, "")
+
+
+def _plain_text_format(value: object) -> bool:
+    return value == {"type": "text"}
+
+
+NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
+    "tools": (_empty, "no tools"),
+    "tool_choice": (_one_of("none", "auto"), '"none" or "auto"'),
+    "functions": (_empty, "no functions"),
+    "function_call": (_one_of("none", "auto"), '"none" or "auto"'),
+    "response_format": (_plain_text_format, '{"type": "text"}'),
+    "audio": (_empty, "no audio"),
+    "modalities": (lambda value: value == ["text"], '["text"]'),
+    "web_search_options": (_never, "no web search"),
+    "reasoning_effort": (_one_of("none"), '"none"'),
+    "verbosity": (_one_of("medium"), '"medium"'),
+    "store": (_one_of(False), "false"),
+    "best_of": (_one_of(1), "1"),
+    "suffix": (_empty, "no suffix"),
+    "min_tokens": (_one_of(0), "0"),
+    "stop_token_ids": (_empty, "none"),
+    "include_stop_str_in_output": (_one_of(False), "false"),
+    "bad_words": (_empty, "none"),
+    "prompt_logprobs": (_one_of(False, 0), "none"),
+    "typical_p": (_one_of(1, 1.0), "1"),
+    "length_penalty": (_one_of(1, 1.0), "1"),
+    "use_beam_search": (_one_of(False), "false"),
+    "mirostat": (_one_of(0), "0"),
+    "xtc_probability": (_one_of(0, 0.0), "0"),
+    "dry_multiplier": (_one_of(0, 0.0), "0"),
+    "truncate_prompt_tokens": (_never, "none"),
+    "chat_template": (_never, "the model's own template"),
+    "chat_template_kwargs": (_empty, "none"),
+    "add_generation_prompt": (_one_of(True), "true"),
+    "continue_final_message": (_one_of(False), "false"),
+    "documents": (_empty, "none"),
+    "parse_special": (_one_of(False), "false: what messages say is text"),
+    "grammar": (_empty, "no grammar"),
+    "json_schema": (_empty, "no schema"),
+    "structured_outputs": (_empty, "none"),
+    "guided_json": (_empty, "none"),
+    "guided_regex": (_empty, "none"),
+    "guided_choice": (_empty, "none"),
+    "guided_grammar": (_empty, "none"),
+}
+"""Parameter → does this value ask for nothing, and what is allowed."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """The fields that chat and plain completions share. Descriptions complete "must be …"."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+    model: str = Field("", description="a string")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
+    temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
+    top_k: int = Field(0, ge=-1, le=2**31 - 1, description="an integer of at least 1, or 0 or -1 for no limit")
+    min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
+    stop: tuple[str, ...] = Field((), description=_STOPS)
+    seed: int | None = Field(None, description="an integer")
+    n: int = Field(1, ge=1, le=16, description="an integer from 1 to 16")
+    logit_bias: dict[int, float] = Field(
+        default_factory=dict,
+        description=f"an object of at most {MOST_BIASES} token ids, as strings, to numbers from -100 to 100",
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="a number above 0, at most 100")
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
+    user: str = Field("", max_length=LONGEST_USER, description=f"a string of at most {LONGEST_USER} characters")
+    ignore_eos: bool = Field(False, description="true or false")
+    priority: int = Field(0, ge=-100, le=100, description="an integer from -100 to 100; the lowest goes first")
+    cache_salt: str = Field("", max_length=LONGEST_SALT, description=f"a string of at most {LONGEST_SALT} characters")
+    speculative: SpeculativeOptions | None = Field(None, description=SPECULATIVE)
+    prediction: str | None = Field(None, description=PREDICTION)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: object) -> object:
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or len(stops) > MOST_STOPS:
+            raise ValueError
+        for stop in stops:
+            if isinstance(stop, str) and len(stop) > LONGEST_STOP:
+                message = f"stop: must be {_STOPS}, got one of {len(stop)} characters"
+                raise ApiError(400, message, param="stop", code="invalid_value")
+            if not isinstance(stop, str) or not stop:
+                raise ValueError
+        return tuple(stops)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _biases(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError
+        if len(value) > MOST_BIASES:
+            message = f"logit_bias: must be an object of at most {MOST_BIASES} token ids, got {len(value)}"
+            raise ApiError(400, message, param="logit_bias", code="invalid_value")
+        biases: dict[int, float] = {}
+        for key, bias in value.items():
+            if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9):
+                raise bad_value("logit_bias", key, "an object whose keys are token ids as strings")
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                raise bad_value(f"logit_bias.{key}", bias, "a number from -100 to 100")
+            biases[int(key)] = float(bias)
+        return biases
+
+    @field_validator("speculative", mode="plain")
+    @classmethod
+    def _speculative(cls, value: object) -> SpeculativeOptions:
+        return read_speculative(value)
+
+    @field_validator("prediction", mode="plain")
+    @classmethod
+    def _prediction(cls, value: object) -> str:
+        return read_prediction(value)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise bad_value("stream_options", self.stream_options.model_dump(), "absent unless stream is true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def default_tokens(self) -> int | None:
+        """Most tokens to generate when the client said nothing; None: what is left of the context."""
+        return None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Most tokens to generate as the client said it; None when it did not."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """None: none wanted; else how many alternatives."""
+        return None
+
+    def without_content(self) -> Self:
+        """What is still needed once the prompts have been made: all that is small."""
+        return self.model_copy(update={"prediction": None, "stop": ()})
+
+    def sampling(
+        self, max_tokens: int, choice: int, ends: Sequence[int], defaults: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
+        """Parameters of choice ``choice``: its seed is the given one plus ``choice``, or a random one.
+
+        ``ends`` are the token ids that end an answer.
+        """
+        wanted: dict[str, float] = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        wanted |= {name: value for name, value in defaults.items() if name not in self.model_fields_set}
+        seed = secrets.randbits(64) if self.seed is None else (self.seed + choice) & SEED_MASK
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=wanted["temperature"],
+            top_p=wanted["top_p"],
+            top_k=max(0, int(wanted["top_k"])),
+            min_p=wanted["min_p"],
+            repetition_penalty=wanted["repetition_penalty"],
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            seed=seed,
+            logprobs=self.wanted_logprobs,
+            stop_token_ids=[] if self.ignore_eos else list(ends),
+        )
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: tuple[Message, ...] = Field(description="a non-empty list of messages")
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
+    logprobs: bool = Field(False, description="true or false")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="an integer from 0 to 20")
+    add_generation_prompt: bool | None = Field(None, description="true or false")
+    continue_final_message: bool = Field(False, description="true or false")
+
+    @field_validator("messages", mode="plain")
+    @classmethod
+    def _messages(cls, value: object) -> tuple[Message, ...]:
+        return read_messages(value)
+
+    @model_validator(mode="after")
+    def _chat_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_value("top_logprobs", self.top_logprobs, "0 or absent unless logprobs is true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            allowed = f"equal to max_completion_tokens ({self.max_completion_tokens}) when both are given"
+            raise bad_value("max_tokens", self.max_tokens, allowed)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_value("continue_final_message", True, "false where add_generation_prompt is true")
+        if self.continue_final_message and self.messages[-1]["role"] != "assistant":
+            raise bad_value("continue_final_message", True, "false unless the last message's role is assistant")
+        return self
+
+    @property
+    def generation_prompt(self) -> bool:
+        """Whether the prompt ends with the beginning of a new answer."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def without_content(self) -> Self:
+        return super().without_content().model_copy(update={"messages": ()})
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: tuple[str | tuple[int, ...], ...] = Field(
+        description="a string, a list of strings, a list of token ids, or a list of such lists"
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(None, description="an integer from 0 to 5")
+    echo: bool = Field(False, description="true or false")
+    parse_special: bool = Field(False, description="true or false")
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _prompts(cls, value: object) -> tuple[str | tuple[int, ...], ...]:
+        return _read_prompts(value)
+
+    @model_validator(mode="after")
+    def _completion_together(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise unsupported("echo", True, "false when logprobs is given")
+        return self
+
+    @property
+    def default_tokens(self) -> int | None:
+        return 16
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def without_content(self) -> Self:
+        return super().without_content().model_copy(update={"prompt": ()})
+
+
+def _read_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(value, str):
+        prompts: list[object] = [value]
+    elif isinstance(value, list) and value and type(value[0]) is int:
+        prompts = [value]
+    elif isinstance(value, list) and value:
+        prompts = value
+    else:
+        raise _bad_prompt(value)
+    return tuple(_read_prompt(prompt, value) for prompt in prompts)
+
+
+def _read_prompt(prompt: object, whole: object) -> str | tuple[int, ...]:
+    if not prompt:
+        raise bad_value("prompt", whole, "not empty")
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return tuple(prompt)
+    raise _bad_prompt(whole)
+
+
+def _bad_prompt(value: object) -> ApiError:
+    return bad_value("prompt", value, str(CompletionRequest.model_fields["prompt"].description))
+
+
+def parse(kind: type[R], fields: Mapping[str, object]) -> R:
+    """Check a JSON object against ``kind``. Raises ApiError 400 naming the field, the value and what is allowed."""
+    for name, (neutral, allowed) in NOT_IMPLEMENTED.items():
+        value = fields.get(name)
+        if value is not None and name not in kind.model_fields and not neutral(value):
+            raise unsupported(name, value, allowed)
+    given = {name: fields[name] for name in kind.model_fields if fields.get(name) is not None}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _explained(kind, error, given) from error
+
+
+def unknown_fields(kind: type[GenerationRequest], fields: Mapping[str, object]) -> list[str]:
+    """Names that are ignored because nothing here knows them; one that is null is not there."""
+    known = kind.model_fields.keys() | NOT_IMPLEMENTED.keys()
+    return [name for name, value in fields.items() if value is not None and name not in known]
+
+
+def _explained(kind: type[GenerationRequest], error: ValidationError, given: Mapping[str, object]) -> ApiError:
+    name = str(error.errors(include_url=False)[0]["loc"][0])
+    allowed = kind.model_fields[name].description or "valid"
+    return bad_value(name, given[name], allowed) if name in given else missing(name, allowed)

@@ -1,0 +1,26 @@
+"""Whose cached prefixes a request may find: the salt under which the engine knows it.
+
+With several owners of keys each has prefixes of its own, and ``cache_salt`` separates further within them. The salt is
+all that keeps prefixes, what is explained of them, and past answers apart, so this is the one place that makes one.
+"""
+
+from __future__ import annotations
+
+from starlette.requests import Request as HttpRequest
+
+from millpond.http.gate import TENANT
+from millpond.http.schemas import LONGEST_SALT, GenerationRequest
+from millpond.types import Salt
+
+WIDTH = LONGEST_SALT + 1
+"""Characters that an owner's part has: no salt that a client may give is as long, so none can be taken for it."""
+
+
+def salt_of(http: HttpRequest, asked: GenerationRequest) -> Salt:
+    """For the owner of the request's key, and the ``cache_salt`` that it gives."""
+    return salted(http.scope[TENANT], asked.cache_salt)
+
+
+def salted(tenant: str, given: str) -> Salt:
+    """Different for different tenants or given salts. Without a tenant it is what was given."""
+    return Salt(tenant.ljust(WIDTH, "\0") + given if tenant else given)

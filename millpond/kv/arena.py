@@ -1,0 +1,168 @@
+"""All layers' slots together: rows join (adopt), leave (release), and the arrays grow.
+
+Live rows are always 0..n-1: a row that leaves is filled by moving the last one, so a forward reads a prefix of each
+array. Resizes and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
+leaves no lazy reader behind that would keep the next write from happening in place. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+
+from millpond.kv.rows import Rows
+from millpond.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot, empty_slot
+from millpond.kv.stretch import Stretch
+from millpond.schedule.budget import capacity_bucket, rows_allocated
+
+NO_LIMIT = 1 << 62
+
+
+class Arena:
+    """The running batch's keys and values."""
+
+    def __init__(self, specs: Sequence[LayerSpec], limit_bytes: int = NO_LIMIT) -> None:
+        self._limit_bytes = limit_bytes
+        self.rows = Rows()
+        self.slots: list[Slot] = []
+        self._specs = specs
+        self._reserved = (0, 0)
+        """Rows and tokens that the next adoption will need."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.rows.lengths
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+    def adopt(self, layers: Iterable[LayerRow], length: int) -> int:
+        """Copy a finished prompt into the next free row and return that row's number.
+
+        ``layers`` has one entry per layer, or none at all when ``length`` is 0. It is consumed one by one, so a
+        generator may drop each source as it goes. If it raises, the live rows are as they were.
+        """
+        row = len(self.lengths)
+        self._reserved = (0, 0)
+        if not self.lengths and all(slot.row_count == 1 for slot in self.slots):
+            self.slots.clear()
+            self.slots = self._first_row(layers, length)
+            self.lengths.append(length)
+            return row
+        self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
+        for slot, layer in zip(self.slots, layers, strict=length > 0):
+            slot.put(row, layer, length)
+            mx.eval(slot.arrays)
+        self.lengths.append(length)
+        return row
+
+    def _first_row(self, layers: Iterable[LayerRow], length: int) -> list[Slot]:
+        """Slots with one row that holds ``layers``; arrays of the right size are taken as they are."""
+        capacity = capacity_bucket(length + 1)
+        slots: list[Slot] = []
+        rows: Iterable[LayerRow | None] = layers if length else [None] * len(self._specs)
+        for spec, layer in zip(self._specs, rows, strict=True):
+            if layer is not None and layer.spare and layer.arrays[0].shape[2] == capacity and spec.window is None:
+                slot = Slot(self.rows, spec, [Stretch([mx.contiguous(array) for array in layer.arrays])])
+            else:
+                slot = empty_slot(self.rows, spec, 1, capacity)
+                if layer is not None:
+                    slot.put(0, layer, length)
+            mx.eval(slot.arrays)
+            slots.append(slot)
+        return slots
+
+    def release(self, row: int, scrub: bool = False) -> None:
+        """Free a row; the last row moves into its place. ``scrub`` zeroes what the row held (non-finite numbers).
+
+        Of several rows those to be scrubbed go first: where a row has been moved away from, its numbers stay.
+        """
+        last = len(self.lengths) - 1
+        if scrub:
+            for slot in self.slots:
+                slot.scrub(row)
+        if row != last:
+            for slot in self.slots:
+                lifted = slot.lift(last, self.lengths[last])
+                mx.eval(lifted)
+                slot.drop(row, lifted)
+                if scrub:  # perhaps that one is to be scrubbed next
+                    slot.scrub(last)
+                mx.eval(slot.arrays)
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+    def spans(self, row: int, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
+        """Positions [start, end) of a row, lazily, one entry per layer; None for layers of the other sort."""
+        return [
+            LayerRow(slot.span(row, start, end)) if (slot.window is not None) == sliding else None
+            for slot in self.slots
+        ]
+
+    def begin(self, columns: int) -> Sequence[Slot]:
+        """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
+        self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
+        self.rows.begin(columns)
+        return self.slots
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
+        self.rows.advance(counts)
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Take the last ``counts[i]`` tokens of row i back: such as forwards have written. No forward is under way.
+
+        Where there are rings, no position more than RING_SLACK behind the last one ever written may be the next one:
+        what its window needs is gone. Raises ValueError for counts that go beyond that by themselves.
+        """
+        if max(counts, default=0) > RING_SLACK and any(spec.window is not None for spec in self._specs):
+            raise ValueError(f"sliding windows cannot go back by {max(counts)} tokens; at most {RING_SLACK}")
+        self.rows.rewind(counts)
+
+    def reserve(self, length: int, share: float) -> None:
+        """Make room ahead of the adoption of ``length`` tokens, in the first ``share`` (0 to 1) of the layers.
+
+        Growing all layers at once can pause a big batch for seconds; called with a growing share between the chunks
+        of a prompt, it is spread over them. An arena without rows has nothing to copy and is left alone.
+        """
+        if self.lengths:
+            self._reserved = (len(self.lengths) + 1, length + 1)
+            self._make_room(
+                self.slots[: math.ceil(share * len(self.slots))], len(self.lengths) + 1, max(length + 1, *self.lengths)
+            )
+
+    def unreserve(self) -> None:
+        """The prompt that room was being made for will not come."""
+        self._reserved = (0, 0)
+
+    def trim(self) -> None:
+        """Give back what neither rows nor reservation need: everything if there are none. It never shrinks by itself,
+        because growing again costs a copy, and fresh memory more than that."""
+        if not self.lengths and self._reserved == (0, 0):
+            self.slots.clear()
+        else:
+            longest = max([*(length + 1 for length in self.lengths), self._reserved[1]])
+            capacity = capacity_bucket(longest)
+            rows = self._row_target(max(len(self.lengths), self._reserved[0]), capacity)
+            for slot in self.slots:
+                slot.resize(min(slot.row_count, rows), min(slot.capacity, capacity))
+
+    def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
+        """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""
+        least_capacity = capacity_bucket(longest)
+        capacity = max(least_capacity, capacity_bucket(self._reserved[1]))
+        target = self._row_target(max(rows, self._reserved[0]), capacity)
+        for slot in slots:
+            if slot.row_count < rows or (slot.window is None and slot.capacity < least_capacity):
+                slot.resize(max(target, rows), capacity)
+
+    def _row_target(self, rows: int, capacity: int) -> int:
+        row_bytes = sum(spec.row_bytes(capacity) for spec in self._specs)
+        return rows_allocated(rows, row_bytes, self._limit_bytes)
+
+    def arrays(self) -> list[mx.array]:
+        """Every array a step must evaluate so that no lazy graph survives it."""
+        return [array for slot in self.slots for array in slot.arrays]

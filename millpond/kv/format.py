@@ -1,0 +1,55 @@
+"""How keys and values are kept: as computed, or packed to a few bits with a scale and a bias per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from millpond.native import packing
+from millpond.types import UNPACKED, KvPacking
+
+Arrays = tuple[mx.array, ...]
+"""Keys and values of one stretch of positions: two arrays as computed, or three for each when packed."""
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """Formats are part of the namespace of cached blocks: what one wrote another cannot read."""
+
+    packing: KvPacking = UNPACKED
+    native: bool = False
+    """Attention over the running batch is computed in C, on a CPU; and so is packing, with scales of half precision."""
+
+    @property
+    def packs(self) -> bool:
+        return self.packing.bits > 0
+
+    def pack(self, keys: mx.array, values: mx.array) -> Arrays:
+        """Numbers uint32 [..., d * bits / 32], scales and biases [..., d / group] of keys, then the same of values."""
+        bits, size = self.packing.bits, self.packing.group_size
+        if self.native:
+            return (*packing.pack(keys, bits, size), *packing.pack(values, bits, size))
+        return (*mx.quantize(keys, size, bits), *mx.quantize(values, size, bits))
+
+    def unpack(self, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        """Keys and values [..., d], in the element type they were computed in."""
+        bits, size = self.packing.bits, self.packing.group_size
+        keys, scales, biases, values, value_scales, value_biases = arrays
+        if self.native:
+            key, value = (keys, scales, biases), (values, value_scales, value_biases)
+            return packing.unpack(key, bits, size), packing.unpack(value, bits, size)
+        return (
+            mx.dequantize(keys, scales, biases, size, bits),
+            mx.dequantize(values, value_scales, value_biases, size, bits),
+        )
+
+    def token_bytes(self, heads: int, dims: int, dtype: mx.Dtype) -> int:
+        """Bytes of one position of one layer, ``dims`` being those of a key and a value together."""
+        if not self.packs:
+            return heads * dims * int(dtype.size)
+        scale = mx.float16 if self.native else dtype
+        return heads * (dims * self.packing.bits // 8 + 2 * dims // self.packing.group_size * int(scale.size))
+
+
+AS_COMPUTED = KvFormat()

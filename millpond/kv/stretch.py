@@ -1,0 +1,120 @@
+"""A stretch of positions of one layer, for all rows, in arrays that are written in place.
+
+Arrays are [rows, heads, capacity, x], each row aligned at the stretch's first position: keys and values, or the six
+arrays of a packed format. A write is one scatter at (row, :, position), a read the view [:n, :, :width]. MLX updates in
+place only while nobody else holds the array, so no reference may outlive a step. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from millpond.kv.format import Arrays
+from millpond.kv.rows import Forward
+
+FIRST = mx.array([0], dtype=mx.int32)
+
+
+class Stretch:
+    """The positions from ``first`` on, or with ``ring`` the last ``capacity`` of them; positions here are absolute."""
+
+    def __init__(self, arrays: Sequence[mx.array], first: int = 0, ring: bool = False) -> None:
+        self.arrays = list(arrays)
+        self.first = first
+        self.ring = ring
+
+    @property
+    def capacity(self) -> int:
+        return int(self.arrays[0].shape[2])
+
+    @property
+    def row_count(self) -> int:
+        return int(self.arrays[0].shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(array.nbytes) for array in self.arrays)
+
+    def _held(self, length: int) -> int:
+        """Columns in use by a row of ``length`` positions."""
+        return max(0, min(length - self.first, self.capacity))
+
+    def write(self, parts: Arrays, forward: Forward) -> None:
+        """Write [n, H, L, x] at each row's position; what is not of this stretch is left out."""
+        start, end = forward.longest, forward.longest + forward.columns
+        if forward.aligned and self.first <= start and (end - self.first <= self.capacity):
+            for array, part in zip(self.arrays, parts, strict=True):
+                array[: forward.n, :, start - self.first : end - self.first] = part
+        elif self.ring or forward.within(self.first, self.first + self.capacity):
+            column = forward.positions % self.capacity if self.ring else forward.positions - self.first
+            for array, part in zip(self.arrays, parts, strict=True):
+                array[forward.row, :, column] = part.swapaxes(1, 2)
+        else:
+            row, place, column = forward.places(self.first, self.first + self.capacity)
+            if row.size:
+                for array, part in zip(self.arrays, parts, strict=True):
+                    array[row, :, column] = part[row, :, place]
+
+    def view(self, n: int, width: int) -> Arrays:
+        """Everything that the first ``n`` rows hold up to column ``width``, lazily."""
+        return tuple(array[:n, :, :width] for array in self.arrays)
+
+    def put(self, row: int, parts: Arrays, length: int) -> None:
+        """Fill a row of ``length`` positions with [1, H, m, x]: the last m of them that belong here, in order."""
+        last = min(length, self.first + self.capacity) if not self.ring else length
+        count = int(parts[0].shape[2])
+        kept = min(count, self._held(length))
+        done = 0
+        while done < kept:  # once for a plain stretch; a ring may wrap once
+            column = (last - kept + done - self.first) % self.capacity
+            many = min(kept - done, self.capacity - column)
+            skip = count - kept + done
+            for array, part in zip(self.arrays, parts, strict=True):
+                piece = part[:, :, skip : skip + many]
+                # Assigning a whole array makes it a view of what is assigned; ours must have memory of their own.
+                whole = self.row_count == 1 and many == self.capacity
+                array[row : row + 1, :, column : column + many] = mx.take(piece, FIRST, axis=0) if whole else piece
+            done += many
+
+    def span(self, row: int, start: int, end: int) -> Arrays:
+        """Positions [start, end) of a row, all of which must be here, as lazy views or copies [1, H, n, x].
+
+        To be evaluated together with the step that wrote them, like the views that attention reads.
+        """
+        if not self.ring:
+            return tuple(array[row : row + 1, :, start - self.first : end - self.first] for array in self.arrays)
+        column = mx.arange(start, end, dtype=mx.int32) % self.capacity
+        return tuple(mx.take(array[row : row + 1], column, axis=2) for array in self.arrays)
+
+    def lift(self, row: int, length: int) -> Arrays:
+        """A copy of a row's used columns. A gather, because a slice may share the buffer and block in-place writes."""
+        index = mx.array([row], dtype=mx.int32)
+        return tuple(mx.take(array, index, axis=0)[:, :, : self._held(length)] for array in self.arrays)
+
+    def drop(self, row: int, lifted: Arrays) -> None:
+        """Write what ``lift`` returned, once evaluated, into another row: same columns, no wrap."""
+        used = lifted[0].shape[2]
+        for array, part in zip(self.arrays, lifted, strict=True):
+            array[row : row + 1, :, :used] = part
+
+    def scrub(self, row: int) -> None:
+        """Zero a row that held non-finite numbers: a masked NaN still poisons 0 x V of the row's next owner."""
+        for array in self.arrays:
+            array[row : row + 1] = mx.zeros_like(array[row : row + 1])
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Reallocate to the given sizes, keeping what fits. A ring's capacity is fixed."""
+        capacity = self.capacity if self.ring else capacity
+        if (rows, capacity) != (self.row_count, self.capacity):
+            self.arrays = [_resized(array, rows, capacity) for array in self.arrays]
+            mx.eval(self.arrays)
+
+
+def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
+    kept_rows, kept = min(rows, array.shape[0]), min(capacity, array.shape[2])
+    resized = mx.zeros((rows, array.shape[1], capacity, array.shape[3]), dtype=array.dtype)
+    resized[:kept_rows, :, :kept] = array[:kept_rows, :, :kept]
+    # When nothing but the old numbers is left it is a view of the old memory, which would then stay.
+    return mx.contiguous(resized)

@@ -1,0 +1,86 @@
+"""Which attention a model's layers use: over slots in C, over slots that are packed in part, or over plain arrays.
+
+mlx-lm's model files import their functions by name; ``install`` puts ours in their place, in this process, for the
+model at hand. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from millpond.kv.format import Arrays
+from millpond.kv.slots import Slot
+from millpond.model import cpu_math
+from millpond.model.upstream import LayerCache, Mask, upstream_attention
+
+Attention = Callable[..., mx.array]
+
+
+def install(network: nn.Module, on_cpu: bool) -> None:
+    """Make the model files that ``network`` is built from use our attention, and on a CPU our SwiGLU."""
+    ours = {"scaled_dot_product_attention": over(cpu_math.attention if on_cpu else upstream_attention)}
+    if on_cpu:
+        ours["swiglu"] = cpu_math.gated
+    names = {type(module).__module__ for module in network.modules()}
+    for name in sorted(name for name in names if name.startswith("mlx_lm.models.")):
+        for function, replacement in ours.items():
+            if hasattr(sys.modules[name], function):
+                setattr(sys.modules[name], function, replacement)
+
+
+def over(arrays: Attention) -> Attention:
+    """Attention that knows our slots; ``arrays`` does the rest. Arguments as mlx-lm's models give them."""
+
+    def attention(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | Slot | None,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        if isinstance(cache, Slot) and (cache.spec.format.native or len(cache.stretches) > 1):
+            if sinks is not None:
+                raise NotImplementedError("slots of this kind know no attention sinks")
+            if not cache.spec.format.native:
+                return split_attention(queries, cache, scale, mask)
+            if mask is not None:
+                raise NotImplementedError("attention over slots in C knows no masks")
+            return cache.attend(queries, scale * cpu_math.LOG2_E)
+        return arrays(queries, keys, values, cache, scale, mask, sinks)
+
+    return attention
+
+
+def split_attention(queries: mx.array, slot: Slot, scale: float, mask: Mask) -> mx.array:
+    """Attention of [n, H, L, D] over a slot whose first positions are as computed and whose others are packed."""
+    (exact_keys, exact_values), (packed_keys, packed_values) = slot.sides()
+    bits, size = slot.spec.format.packing.bits, slot.spec.format.packing.group_size
+    n, heads, length, _ = queries.shape
+    groups = slot.spec.heads
+    together = (queries * scale).reshape(n, groups, heads // groups * length, -1)
+    scores = together @ exact_keys[0].swapaxes(-1, -2)
+    exact, width = int(exact_keys[0].shape[2]), slot.rows.forward.width(slot.capacity)
+    if width > exact:
+        behind = mx.quantized_matmul(together, *_three(packed_keys), True, size, bits)
+        scores = mx.concatenate([scores, behind], axis=-1)
+    if mask is not None:
+        assert isinstance(mask, mx.array)
+        seen = mask[:, :, None] if mask.ndim == 4 else mask
+        apart = scores.reshape(n, groups, heads // groups, length, width)
+        scores = mx.where(seen, apart, -mx.inf).reshape(scores.shape)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    mixed = weights[..., :exact] @ exact_values[0]
+    if width > exact:
+        mixed = mixed + mx.quantized_matmul(weights[..., exact:], *_three(packed_values), False, size, bits)
+    return mixed.reshape(n, heads, length, -1)
+
+
+def _three(side: Arrays) -> tuple[mx.array, mx.array, mx.array]:
+    numbers, scales, biases = side
+    return numbers, scales, biases

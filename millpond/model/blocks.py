@@ -1,0 +1,299 @@
+"""Between caches and the records of the prefix cache: cut blocks out of a prompt or a row, and put them together.
+
+A record holds the layers of one kind. Layers of equal shape are stacked into one array, [layers, heads, tokens, dim],
+so that a block is a few buffers of its own, never a view that keeps a larger one alive. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.slots import LayerRow
+from millpond.model.prompt import Piece, Prompt, joined, new_prompt
+from millpond.model.upstream import (
+    PromptCache,
+    cache_kind,
+    leaves,
+    put_span,
+    put_state,
+    snapshot,
+    spans,
+    window_of,
+)
+from millpond.prefix.match import Claim
+from millpond.prefix.planner import Layout
+from millpond.prefix.records import BLOCK, Kind, Payload, Tensor
+from millpond.prefix.tree import Node
+
+AGREEMENT = 0.05
+"""Largest difference of a recomputed block, as a share of its largest value: rounding is far below, errors above."""
+PACKED_ARRAYS = 6
+"""Of a layer: numbers, scales and biases of keys, then of values."""
+NUMBERS = mx.uint32
+"""Element type by which packed layers are told from others."""
+STEPS_APART = 3
+"""Packed numbers may be so many steps further apart: what is nearly half a step is rounded up once and down once."""
+
+
+class Stored:
+    """A record in memory. Immutable; the arrays are its own."""
+
+    def __init__(self, arrays: Sequence[mx.array]) -> None:
+        self.arrays = tuple(arrays)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(array.nbytes) for array in self.arrays)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(Tensor(_name(a.dtype), tuple(a.shape), int(a.nbytes)) for a in self.arrays)
+
+    def dump(self) -> bytes:
+        return b"".join(np.asarray(array.reshape(-1).view(mx.uint8)).tobytes() for array in self.arrays)
+
+
+def stored(tensors: Sequence[Tensor], payload: memoryview) -> Stored:
+    """Arrays from the bytes of a file, copied. Raises ValueError for an element type that mlx does not have."""
+    arrays, offset = [], 0
+    for tensor in tensors:
+        dtype = getattr(mx, tensor.dtype, None)
+        if not isinstance(dtype, mx.Dtype):
+            raise ValueError(f"{tensor.dtype!r} is not an element type")
+        raw = mx.array(np.frombuffer(payload[offset : offset + tensor.nbytes], dtype=np.uint8))
+        arrays.append(raw.view(dtype).reshape(tensor.shape))
+        offset += tensor.nbytes
+    mx.eval(arrays)
+    return Stored(arrays)
+
+
+def finite(records: Mapping[Kind, Stored]) -> mx.array:
+    """Whether every number is finite, as a lazy bool scalar: what is not must not be handed to the next request."""
+    sums = [array.astype(mx.float32).sum() for record in records.values() for array in record.arrays if array.size]
+    return mx.isfinite(mx.stack(sums)).all() if sums else mx.array(True)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How the layers of one model map to records. ``kv`` and ``window`` are groups of leaf numbers of equal shape."""
+
+    form: KvFormat
+    layout: Layout
+    kv: tuple[tuple[int, ...], ...]
+    window: tuple[tuple[int, ...], ...]
+    state: tuple[int, ...]
+    layers: tuple[str, ...]
+    """One line per leaf, for the namespace."""
+    dtype: str
+    token_bytes: int
+    """Bytes of one token in kv records."""
+    state_bytes: int
+    """Bytes of one snapshot."""
+
+    @property
+    def kept_as(self) -> str:
+        """For the namespace: what a record of this format cannot be mistaken for."""
+        return f"{self.dtype} {self.form.packing.described('')}".strip()
+
+    # --- cutting ----------------------------------------------------------------------------------------------
+
+    def spans(self, rows: Sequence[LayerRow | None], kind: Kind) -> Stored:
+        """Stack what a lane or upstream.spans_of returned, one entry per leaf, into a record; lazy."""
+        groups = self.kv if kind is Kind.KV else self.window
+        arrays = []
+        for group in groups:
+            members = [cast(LayerRow, rows[leaf]).arrays for leaf in group]
+            arrays += [_stacked(list(alike)) for alike in zip(*members, strict=True)]
+        return Stored(arrays)
+
+    def window_start(self, start: int, end: int) -> int:
+        """First position that the window record of the block [start, end) holds."""
+        return max(start, end - self.layout.window)
+
+    def snapshot(self, prompt: Prompt) -> Stored:
+        """The recurrent layers' arrays, copied: a view may keep a whole chunk's activations alive."""
+        flat = leaves(prompt.caches)
+        first = mx.array([0], dtype=mx.int32)
+        return Stored([mx.take(array, first, axis=0) for leaf in self.state for array in snapshot(flat[leaf])])
+
+    # --- putting together -------------------------------------------------------------------------------------
+
+    def restored(self, network: nn.Module, claim: Claim, capacity: int, *, whole: bool = False) -> Prompt:
+        """A prompt that holds the claimed tokens, with room for ``capacity`` of them in all; lazy.
+
+        ``whole``: no forward will read behind them, so what is packed need not be unpacked.
+        """
+        prompt = new_prompt(network, self.form)
+        prompt.length = claim.position
+        flat = leaves(prompt.caches)
+        room = 0 if whole else max(0, capacity - claim.position)
+        for number, group in enumerate(self.kv):
+            for place, leaf in enumerate(group):
+                pieces = [
+                    Piece(part.node.start, part.end, _layer(part.node, Kind.KV, len(self.kv), number, place, part.used))
+                    for part in claim.parts
+                ]
+                self._fill(prompt, leaf, pieces, (0, room), whole=whole)
+        for number, group in enumerate(self.window):
+            size = min(window_of(flat[group[0]]), claim.position)
+            for place, leaf in enumerate(group):
+                pieces = self._window_pieces(claim, number, place, size)
+                # The oldest of a full window is dropped before anybody looks at it; it may be missing here.
+                self._fill(prompt, leaf, pieces, (size - (claim.position - pieces[0].start), 0), whole=whole)
+        if self.state:
+            arrays = list(_stored(claim.parts[-1].node.records[Kind.STATE]).arrays)
+            for leaf in self.state:
+                count = len(arrays) // (len(self.state) - self.state.index(leaf))
+                put_state(flat[leaf], arrays[:count])
+                arrays = arrays[count:]
+        return prompt
+
+    def _window_pieces(self, claim: Claim, group: int, place: int, size: int) -> list[Piece]:
+        """What the window records hold of the last ``size`` tokens."""
+        pieces: list[Piece] = []
+        begins = claim.position
+        for part in reversed(claim.parts):
+            if Kind.WINDOW not in part.node.records or begins <= claim.position - size:
+                break
+            held_from = self.window_start(part.node.start, part.node.end)
+            begins = max(held_from, claim.position - size)
+            arrays = _layer(
+                *(part.node, Kind.WINDOW, len(self.window), group, place, part.end - held_from, begins - held_from)
+            )
+            pieces.insert(0, Piece(begins, part.end, arrays))
+            if held_from > part.node.start:
+                break
+        return pieces
+
+    def _fill(self, prompt: Prompt, leaf: int, pieces: list[Piece], around: tuple[int, int], *, whole: bool) -> None:
+        """Put pieces into one layer of a prompt, with unused positions before and behind them."""
+        floats = [piece.arrays for piece in pieces if piece.arrays[0].dtype != NUMBERS]
+        packed = [piece for piece in pieces if piece.arrays[0].dtype == NUMBERS]
+        if packed:
+            together = Piece(packed[0].start, packed[-1].end, joined([piece.arrays for piece in packed]))
+            mx.eval(together.arrays)
+            prompt.pieces[leaf] = [together]
+            if not whole:
+                floats.append(self.form.unpack(together.arrays))
+        if floats:
+            keys, values = (_spaced([arrays[side] for arrays in floats], *around) for side in (0, 1))
+            put_span(leaves(prompt.caches)[leaf], keys, values, prompt.length)
+
+
+def agree(form: KvFormat, held: Payload, computed: Payload) -> bool:
+    """Whether two records of the same block hold the same numbers, but for rounding."""
+    left, right = _stored(held).arrays, _stored(computed).arrays
+    if [(a.shape, a.dtype) for a in left] != [(b.shape, b.dtype) for b in right]:
+        return False
+    if left and left[0].dtype == NUMBERS:
+        return _close_packed(form, left, right)
+    return all(_close(a, b, 0.0) for a, b in zip(left, right, strict=True))
+
+
+def _close_packed(form: KvFormat, left: Arrays, right: Arrays) -> bool:
+    steps = STEPS_APART / (2**form.packing.bits - 1)
+    for first in range(0, len(left), PACKED_ARRAYS):
+        sides = (form.unpack(arrays[first : first + PACKED_ARRAYS]) for arrays in (left, right))
+        if not all(_close(a, b, steps) for a, b in zip(*sides, strict=True)):
+            return False
+    return True
+
+
+def _close(a: mx.array, b: mx.array, steps: float) -> bool:
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return bool((mx.abs(a - b).max() <= (AGREEMENT + steps) * mx.abs(b).max()).item())
+
+
+def _layer(node: Node, kind: Kind, groups: int, group: int, place: int, end: int, start: int = 0) -> Arrays:
+    """Positions [start, end) of one layer of a record, counted from the record's first; lazy views [1, heads, n, x]."""
+    arrays = _stored(node.records[kind]).arrays
+    count = len(arrays) // groups
+    return tuple(array[place : place + 1, :, start:end] for array in arrays[group * count : (group + 1) * count])
+
+
+def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
+    """The format for caches like this one, which a forward has filled; or why such caches cannot be cut into blocks.
+
+    ``form``: how slots and records keep them.
+    """
+    flat = leaves(cache)
+    kinds = [cache_kind(leaf) for leaf in flat]
+    strange = sorted(set(kinds) - {"kv", "window", "state"})
+    if strange:
+        return f"its layers keep {', '.join(strange)}, which cannot be cut into blocks"
+    groups: dict[tuple[str, str], list[int]] = {}
+    layers, dtypes, token_bytes, state_bytes = [], [], 0, 0
+    for index, (leaf, kind) in enumerate(zip(flat, kinds, strict=True)):
+        try:
+            arrays = snapshot(leaf) if kind == "state" else list(spans(leaf, 0, 1).arrays)
+            dtypes.append(_name(arrays[0].dtype))
+            if form.packs and kind != "state":
+                arrays = list(form.pack(*arrays))
+        except (TypeError, ValueError) as error:
+            return f"layer {index}: {error}"
+        shape = " ".join(f"{_name(a.dtype)}{list(a.shape)}" for a in arrays)
+        layers.append(f"{kind} {window_of(leaf)} {shape}")
+        nbytes = sum(int(a.nbytes) for a in arrays)
+        state_bytes += nbytes if kind == "state" else 0
+        token_bytes += nbytes if kind == "kv" else 0
+        groups.setdefault((kind, layers[-1]), []).append(index)
+    windows = sorted({window_of(leaf) for leaf in flat} - {0})
+    if len(windows) > 1 and windows[0] < BLOCK:
+        return f"its sliding windows of {windows} tokens differ, and one is shorter than a block of {BLOCK}"
+    return BlockFormat(
+        form=form,
+        layout=Layout(window=windows[-1] if windows else 0, state="state" in kinds),
+        kv=tuple(tuple(group) for (kind, _), group in groups.items() if kind == "kv"),
+        window=tuple(tuple(group) for (kind, _), group in groups.items() if kind == "window"),
+        state=tuple(index for index, kind in enumerate(kinds) if kind == "state"),
+        layers=tuple(layers),
+        dtype=dtypes[0],
+        token_bytes=token_bytes,
+        state_bytes=state_bytes,
+    )
+
+
+def cut_prompt(blocks: BlockFormat, prompt: Prompt, start: int, end: int, kind: Kind) -> Stored:
+    """The record of the block [start, end) from a prompt; lazy. A snapshot is of now, whatever the block."""
+    if kind is Kind.STATE:
+        return blocks.snapshot(prompt)
+    first = blocks.window_start(start, end) if kind is Kind.WINDOW else start
+    return blocks.spans(prompt.spans(first, end, kind is Kind.WINDOW), kind)
+
+
+def block_grid(start: int, end: int) -> Iterable[tuple[int, int]]:
+    """The whole blocks that [start, end) completes: those that end in (start, end]."""
+    return ((stop - BLOCK, stop) for stop in range((start // BLOCK + 1) * BLOCK, end + 1, BLOCK))
+
+
+def _stacked(arrays: list[mx.array]) -> mx.array:
+    """[1, ...] views as one array [n, ...] in a buffer of its own, lazily."""
+    if len(arrays) == 1:  # concatenating a single array copies nothing
+        return mx.take(arrays[0], mx.array([0], dtype=mx.int32), axis=0)
+    return mx.concatenate(arrays, axis=0)
+
+
+def _spaced(pieces: list[mx.array], front: int, back: int) -> mx.array:
+    """[1, heads, n, dim] pieces one after the other, with unused positions before or behind them. Always a copy."""
+    heads, dim, dtype = pieces[0].shape[1], pieces[0].shape[3], pieces[0].dtype
+    before = [mx.zeros((1, heads, front, dim), dtype=dtype)] if front else []
+    behind = [mx.zeros((1, heads, back, dim), dtype=dtype)] if back else []
+    pieces = [*before, *pieces, *behind]
+    # The cache is written in place later: it must not share a single block's buffer.
+    return mx.concatenate(pieces, axis=2) if len(pieces) > 1 else mx.take(pieces[0], mx.array([0]), axis=0)
+
+
+def _stored(payload: Payload) -> Stored:
+    assert isinstance(payload, Stored)
+    return payload
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

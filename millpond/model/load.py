@@ -1,0 +1,259 @@
+"""Load a model folder into memory, ready to run, and say what it is.
+
+On a CPU the weights are held in float32: MLX's quantised and 16-bit products run on one thread there, and a fast BLAS
+knows float32 only (see model/blas.py). Engine thread only.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from millpond.hub.errors import SourceError
+from millpond.kv.format import KvFormat
+from millpond.kv.slots import LayerSpec
+from millpond.model import attention
+from millpond.model.blocks import BlockFormat, block_format
+from millpond.model.checkpoint import WrongWeightsError
+from millpond.model.config_keys import RefusedKeyError
+from millpond.model.config_rope import UnmappedRopeError
+from millpond.model.context import context_of
+from millpond.model.memory import total_memory
+from millpond.model.rotary import share_angles
+from millpond.model.shard import CannotShard, Group, shard
+from millpond.model.upstream import (
+    cache_arrays,
+    cache_bytes,
+    cache_kind,
+    dequantized,
+    layer_specs,
+    leaves,
+    load_weights,
+    new_cache,
+)
+from millpond.native import decode
+from millpond.types import GROUP_SIZES, UNPACKED, KvPacking
+
+CACHE_STEP = 256
+"""Tokens by which mlx-lm's caches grow."""
+COMPILER = "g++"
+"""What mx.compile calls at run time on a CPU."""
+
+
+UNDERSTOOD = (SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, FileNotFoundError, ValueError)
+"""Errors whose text speaks for itself."""
+
+
+class ModelError(Exception):
+    """The model cannot be served; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory."""
+
+    network: nn.Module
+    context_length: int
+    vocab_size: int
+    dtype: str
+    on_cpu: bool
+    kinds: list[str]
+    """Cache kind of each layer; see upstream.cache_kind."""
+    specs: list[LayerSpec]
+    """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
+    form: KvFormat
+    """How slots and cached blocks keep keys and values."""
+    token_bytes: int
+    """Bytes that one token adds to the caches that grow."""
+    exact_bytes: int
+    """The same for tokens that are not packed: those of a prompt that is being read, and the first ones."""
+    row_bytes: int
+    """Bytes of what does not grow: windows and recurrent states of one request."""
+    exact_row_bytes: int
+    """The same for windows that are not packed."""
+    chunk_token_bytes: int
+    """Bytes that one token of a prompt chunk adds to the windows while the chunk is being read."""
+    weight_bytes: int
+    remarks: tuple[str, ...]
+    """What of the folder is not used, or not as its files say; for people."""
+    reading: str
+    """What was done to the files' content on the way; empty for those that mlx-lm reads as they are."""
+    blocks: BlockFormat | str
+    """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
+
+    def identity(self, content: str) -> str:
+        """What tells this model from others, hex: the digest of its files and, if they were changed on the way, how."""
+        return sha256(f"{content}\0{self.reading}".encode()).hexdigest() if self.reading else content
+
+
+def load(
+    folder: Path,
+    context_length: int,
+    progress: Callable[[float], None],
+    packing: KvPacking = UNPACKED,
+    group: Group | None = None,
+) -> LoadedModel:
+    """Load ``folder``, or this rank's share of it; ``context_length`` 0 means the model's own. ``progress`` gets a
+    fraction in [0, 1].
+
+    Raises ModelError when the folder is not a model that mlx-lm can run.
+    """
+    try:
+        checkpoint = load_weights(folder)
+    except Exception as error:  # whatever mlx-lm does with files that are not what it expects
+        raise ModelError(f"cannot load the model in {str(folder)!r}: {_told(error)}") from error
+    network, config = checkpoint.network, checkpoint.config
+    context_length = _context(config, context_length)
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        network = _in_float32(network)
+        share_angles(network)
+    if group is not None:
+        try:
+            shard(network, config, group)
+        except CannotShard as error:
+            raise ModelError(str(error)) from error
+    if on_cpu and shutil.which(COMPILER) is None:
+        mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
+    attention.install(network, on_cpu)
+    _evaluate(network, progress)
+    try:
+        logits = network(mx.array([[0]]), cache=new_cache(network))
+        mx.eval(logits)
+    except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
+        raise ModelError(f"cannot run the model in {str(folder)!r}: {_told(error)}") from error
+    model = LoadedModel(
+        network=network,
+        context_length=context_length,
+        vocab_size=int(logits.shape[-1]),
+        dtype=str(logits.dtype).removeprefix("mlx.core."),
+        on_cpu=on_cpu,
+        kinds=[cache_kind(leaf) for leaf in leaves(new_cache(network))],
+        specs=[],
+        form=KvFormat(),
+        token_bytes=0,
+        exact_bytes=0,
+        row_bytes=0,
+        exact_row_bytes=0,
+        chunk_token_bytes=0,
+        weight_bytes=_bytes(network),
+        remarks=checkpoint.remarks,
+        reading=checkpoint.reading,
+        blocks="",
+    )
+    return kept_as(model, KvFormat(packing, native=decode.available()))
+
+
+def _told(error: Exception) -> str:
+    """One line; what others raise bare, such as a KeyError, gets its name before it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UNDERSTOOD):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _in_float32(network: nn.Module) -> nn.Module:
+    if float_bytes(network) > total_memory() * 0.8:
+        return network  # better slow than swapped out; packed weights run as they are
+    network.update(
+        tree_map(
+            lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array,
+            network.parameters(),
+        )
+    )
+    return dequantized(network)  # with float32 scales, so that no value is rounded to half precision on the way
+
+
+def float_bytes(network: nn.Module) -> int:
+    """What the weights take in float32, packed ones unpacked."""
+    count = sum(int(array.size) for _, array in tree_flatten(network.parameters()))
+    for module in network.modules():
+        if "scales" in module:
+            packed, *others = (module[name] for name in ("weight", "scales", "biases") if name in module)
+            count += int(packed.size) * 32 // module.bits - sum(int(array.size) for array in (packed, *others))
+    return 4 * count
+
+
+def _evaluate(network: nn.Module, progress: Callable[[float], None]) -> None:
+    arrays = [array for _, array in tree_flatten(network.parameters())]
+    total, done = max(1, sum(array.nbytes for array in arrays)), 0
+    for array in arrays:
+        mx.eval(array)
+        done += array.nbytes
+        progress(done / total)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(int(array.nbytes) for _, array in tree_flatten(network.parameters()))
+
+
+def _context(config: dict[str, object], asked: int) -> int:
+    """Tokens to serve: those ``asked`` for, or the model's own. Raises ModelError for more than it was made for."""
+    context = context_of(config)
+    if context.most is not None and asked > context.most:
+        raise ModelError(
+            f"context_length: {asked} is more than the {context.most} that the model was made for ({context.reason}); "
+            f"allowed are 0 to {context.most}"
+        )
+    return asked or context.usual
+
+
+def kept_as(model: LoadedModel, form: KvFormat) -> LoadedModel:
+    """The same model with its keys and values kept in another way. Raises ModelError when that cannot be."""
+    cache = new_cache(model.network)
+    # Run one token to learn what the layers store; config files lie more often.
+    mx.eval(model.network(mx.array([[0]]), cache=cache), cache_arrays(cache))
+    try:
+        specs = layer_specs(cache, KvFormat())
+    except TypeError:
+        specs = []
+    if any(spec.dtype != mx.float32 for spec in specs) or not specs:
+        form = replace(form, native=False)
+    if form.packs:
+        _check_packing(specs, form.packing)
+    specs = [spec._replace(format=form) for spec in specs]
+    model = replace(model, specs=specs, form=form, blocks=block_format(cache, form))
+    if not specs:
+        token_bytes, row_bytes = _measured_sizes(model.network)
+        return replace(model, token_bytes=token_bytes, exact_bytes=token_bytes, row_bytes=row_bytes)
+    growing = [spec for spec in specs if spec.capacity is None]
+    sliding = [spec for spec in specs if spec.capacity is not None]
+    return replace(
+        model,
+        token_bytes=sum(spec.token_bytes for spec in growing),
+        exact_bytes=sum(spec.exact_bytes for spec in growing),
+        row_bytes=sum(spec.token_bytes * (spec.capacity or 0) for spec in sliding),
+        exact_row_bytes=sum(spec.exact_bytes * (spec.capacity or 0) for spec in sliding),
+        chunk_token_bytes=sum(spec.exact_bytes for spec in sliding),
+    )
+
+
+def _check_packing(specs: list[LayerSpec], packing: KvPacking) -> None:
+    if not specs:
+        raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: its caches do not fit slots")
+    dims = sorted({dim for spec in specs for dim in (spec.key_dim, spec.value_dim)})
+    fitting = [size for size in GROUP_SIZES if not any(dim % size for dim in dims)]
+    if packing.group_size not in fitting:
+        allowed = f"allowed: {', '.join(map(str, fitting))}" if fitting else "its keys and values cannot be packed"
+        raise ModelError(
+            f"kv_group_size: {packing.group_size} does not divide this model's head dimensions "
+            f"({', '.join(map(str, dims))}); {allowed}"
+        )
+
+
+def _measured_sizes(network: nn.Module) -> tuple[int, int]:
+    """Bytes per token and per request of caches whose layout is not known, from what they hold at two lengths."""
+    cache, held = new_cache(network), []
+    for _ in range(2):
+        network(mx.zeros((1, CACHE_STEP), dtype=mx.int32), cache=cache)
+        mx.eval(cache_arrays(cache))
+        held.append(cache_bytes(cache))
+    per_token = max(0, held[1] - held[0]) // CACHE_STEP
+    return per_token, max(0, held[0] - per_token * CACHE_STEP)

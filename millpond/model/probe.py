@@ -1,0 +1,209 @@
+"""Which lane can run this model: a parity probe of slots against mlx-lm's own caches, and the donation canary.
+
+Probe, don't list: what a model's code assumes about its cache is found out by running it, so a new model, or a new
+mlx-lm, that breaks an assumption costs speed (solo lane) and never a wrong answer. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import msgspec
+
+from millpond.kv.arena import NO_LIMIT
+from millpond.kv.format import KvFormat
+from millpond.model.blocks import BlockFormat, cut_prompt
+from millpond.model.forwards import decode, prefill
+from millpond.model.lanes import Lane, SlotsLane, SoloLane
+from millpond.model.load import LoadedModel, ModelError, kept_as
+from millpond.model.prompt import Prompt, new_prompt
+from millpond.model.remember import keep, recall
+from millpond.model.upstream import cache_arrays, new_cache, rounded
+from millpond.prefix.keys import pack
+from millpond.prefix.match import Claim, Part
+from millpond.prefix.records import BLOCK
+from millpond.prefix.tree import Tree
+
+PROMPTS = (5, 9, 17)
+RESTORED = 150
+"""Tokens of the prefix that is restored: two full blocks and a tail."""
+STEPS = 4
+ROLLED_BACK = 2
+TOLERANCE = 0.05
+"""Largest accepted difference of two logits, as a share of the row's spread; a wrong mask moves them far more."""
+CANARY_BYTES = 96 * 1024 * 1024
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """What the probe found."""
+
+    slots: bool
+    reason: str
+    """Why slots cannot be used; empty when they can."""
+    pipelined: bool
+    """Writes stay in place while a step is in flight; otherwise every step must be waited for."""
+    uncached: str
+    """Why prefixes of this model cannot be cached; empty when they can."""
+    native: bool = False
+    """Attention over its slots is computed in C."""
+
+    def lane(self, model: LoadedModel, limit_bytes: int = NO_LIMIT) -> Lane:
+        """A fresh lane of the right kind, whose rows and prompts together may take so many bytes."""
+        return SlotsLane(model.specs, limit_bytes) if self.slots else SoloLane()
+
+    def fitted(self, model: LoadedModel) -> LoadedModel:
+        """The model as the probe ran it. Raises ModelError when it was to be packed and cannot be."""
+        if not self.slots and model.form.packs:
+            raise ModelError(
+                f"kv_bits: {model.form.packing.bits} cannot be used with this model: {self.reason}. "
+                "Leave kv_bits out to serve it"
+            )
+        return model if self.native == model.form.native else kept_as(model, replace(model.form, native=self.native))
+
+
+def probe(model: LoadedModel) -> Capabilities:
+    """Run the probe. Never raises for what the model does: an exception in it is an answer."""
+    misfits = sorted(set(model.kinds) - {"kv", "window"})
+    reason = f"its layers keep {', '.join(misfits)}, which slots cannot hold" if misfits else ""
+    reason = reason or _attempt(lambda: _parity(model))
+    if reason and model.form.native:
+        return probe(kept_as(model, replace(model.form, native=False)))
+    uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
+    pipelined = bool(reason) or donates(model)
+    return Capabilities(not reason, reason, pipelined, uncached, model.form.native)
+
+
+def _attempt(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - model code fails in its own ways; each is a reason, and it is shown
+        return f"{type(error).__name__}: {error}"
+
+
+def remembered_probe(
+    model: LoadedModel,
+    fingerprint: str,
+    share: tuple[int, int] = (0, 1),
+    unanimous: Callable[[bool], bool] = bool,
+) -> Capabilities:
+    """The probe's result, taken from the cache folder if this very model was probed by these very versions before.
+
+    ``share``: which rank of how many. All of them have to run the probe if one has to: ``unanimous`` tells whether all
+    say yes.
+    """
+    about = (fingerprint, model.dtype, repr(model.form), *map(str, share if share != (0, 1) else ()))
+    known = recall(Capabilities, about)
+    if unanimous(known is not None) and known is not None:
+        return known
+    found = probe(model)
+    if found.slots and found.pipelined and not found.uncached:
+        # What went wrong may have been the machine's mood: look again at the next start.
+        keep(found, about)
+    return found
+
+
+def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:
+    """Run one token through the lane: what is compiled or paged in on first use happens before the first request."""
+    lane = capabilities.lane(model)
+    lane.adopt(new_prompt(model.network, model.form))
+    mx.eval(decode(model.network, lane, mx.zeros((1,), dtype=mx.int32)), lane.arrays())
+
+
+def _parity(model: LoadedModel) -> str:
+    """Compare slots with upstream caches over ragged rows, a departure and a rollback. Returns what differs, or ''."""
+    chooser = random.Random(0)  # noqa: S311 - any tokens do
+    prompts = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
+    answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
+    expected = [_upstream(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    lane = SlotsLane(model.specs)
+    for tokens in prompts:
+        prompt = new_prompt(model.network, model.form)
+        prefill(model.network, prompt, tokens)
+        lane.adopt(prompt)
+    rows = list(range(len(prompts)))
+
+    # A forward of several columns whose tokens are then all refused: what it wrote must never be seen again.
+    refused = mx.array([[token + 1 for token in answers[row][:ROLLED_BACK]] for row in rows]) % model.vocab_size
+    mx.eval(lane.forward(model.network, refused))
+    lane.advance([0] * len(rows))
+
+    for step in range(STEPS):
+        logits = decode(model.network, lane, mx.array([answers[row][step] for row in rows], dtype=mx.int32))
+        mx.eval(logits)
+        for place, row in enumerate(rows):
+            if differs(logits[place], expected[row][step]):
+                return f"logits differ from the single-sequence ones (prompt of {PROMPTS[row]}, step {step})"
+        if step == 1:
+            lane.release(0)
+            rows = [rows[-1], *rows[1:-1]]
+    return ""
+
+
+def _upstream(model: LoadedModel, tokens: list[int], answer: list[int]) -> list[mx.array]:
+    prompt, logits = Prompt(new_cache(model.network), KvFormat()), []
+    prefill(model.network, prompt, tokens)
+    caches = rounded(prompt.caches, model.form)
+    for token in answer:
+        logits.append(model.network(mx.array([[token]]), cache=caches)[0, -1])
+        mx.eval(logits[-1])
+    return logits
+
+
+def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
+    """Compare what follows a prompt put together from blocks with what follows the original. Returns what differs."""
+    assert isinstance(blocks, BlockFormat)
+    chooser = random.Random(1)  # noqa: S311 - any tokens do
+    length = min(RESTORED, model.context_length - 1)
+    prompt = [chooser.randrange(model.vocab_size) for _ in range(length)]
+    tree = Tree("")
+    original, node = new_prompt(model.network, model.form), tree.root("")
+    ends = [*range(BLOCK, length, BLOCK), length]
+    parts = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        prefill(model.network, original, prompt[start:end])
+        node = tree.add(node, pack(prompt[start:end]))
+        for kind in blocks.layout.kinds:
+            node.records[kind] = cut_prompt(blocks, original, start, end, kind)
+        parts.append(Part(node, end - start))
+    restored = blocks.restored(model.network, Claim(length, tuple(parts), ()), length + 2)
+    caches = rounded(original.caches, model.form)
+    copy = rounded(restored.caches, model.form, done=length)
+    for step in range(2):
+        token = mx.array([[chooser.randrange(model.vocab_size)]])
+        logits = [model.network(token, cache=cache)[0, -1] for cache in (caches, copy)]
+        mx.eval(logits, cache_arrays(original.caches), cache_arrays(restored.caches))
+        if differs(logits[1], logits[0]):
+            return f"logits differ after a restored prefix (step {step})"
+    return ""
+
+
+def differs(ours: mx.array, reference: mx.array) -> bool:
+    """True when two rows of logits [vocab] are further apart than kernels of different shapes may be."""
+    ours, reference = ours.astype(mx.float32), reference.astype(mx.float32)
+    spread = (reference.max() - reference.min()).item()
+    return not bool((mx.abs(ours - reference).max() <= TOLERANCE * spread).item())
+
+
+def donates(model: LoadedModel) -> bool:
+    """Whether pipelined decode steps write in place: the arena must not be copied, not even while one is in flight."""
+    before = mx.get_active_memory()
+    token_bytes = sum(spec.token_bytes for spec in model.specs)
+    length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
+    lane = SlotsLane(model.specs)
+    lane.adopt(new_prompt(model.network, model.form))
+    lane.advance([length])  # positions that were never written are zeros: the canary looks at memory, not at values
+    tokens = mx.zeros((1,), dtype=mx.int32)
+    for warm in (True, False):
+        flights = []
+        if not warm:
+            mx.eval(tokens, lane.arrays())
+            mx.reset_peak_memory()
+        for _ in range(3):
+            tokens = mx.argmax(decode(model.network, lane, tokens), axis=-1).astype(mx.int32)
+            mx.async_eval(tokens, lane.arrays())
+            flights.append(tokens)
+        mx.eval(flights)
+    return mx.get_peak_memory() - before < lane.nbytes * 1.5

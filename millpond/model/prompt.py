@@ -1,0 +1,116 @@
+"""A prompt while it is being read: mlx-lm's own caches, and what of them is packed already.
+
+Within a prompt attention sees keys and values as they were computed, or restored: packing them before the prompt is
+read would cost more quality than packing them afterwards (docs/decisions/0014-packed-keys-and-values.md). Each
+position is packed once, right after the chunk that computed it; what was restored is never packed again. Engine thread
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.slots import LayerRow
+from millpond.model.upstream import (
+    PromptCache,
+    cache_bytes,
+    cache_kind,
+    new_cache,
+    nothing,
+    spans,
+    spans_of,
+    take_rows,
+    window_of,
+)
+
+
+class Piece:
+    """Packed positions [start, end) of one layer, [1, heads, end - start, x] each."""
+
+    def __init__(self, start: int, end: int, arrays: Arrays) -> None:
+        self.start = start
+        self.end = end
+        self.arrays = arrays
+
+    def cut(self, start: int, end: int) -> Arrays:
+        """What it holds of [start, end), as lazy views."""
+        return tuple(
+            array[:, :, max(start, self.start) - self.start : min(end, self.end) - self.start] for array in self.arrays
+        )
+
+
+class Prompt:
+    """Caches of one prompt that are filled chunk by chunk and then adopted into a row."""
+
+    def __init__(self, caches: PromptCache, form: KvFormat, length: int = 0) -> None:
+        self.caches = caches
+        self.length = length
+        self.form = form
+        self.pieces: list[list[Piece]] = [[] for _ in caches] if form.packs else []
+
+    @property
+    def nbytes(self) -> int:
+        packed = (array for pieces in self.pieces for piece in pieces for array in piece.arrays)
+        return cache_bytes(self.caches) + sum(int(array.nbytes) for array in packed)
+
+    def packed_after(self, start: int, count: int) -> None:
+        """Pack the ``count`` positions from ``start`` on, which a forward has just added."""
+        self.length = start + count
+        for leaf, pieces in zip(self.caches, self.pieces, strict=bool(self.pieces)):
+            window = window_of(leaf)
+            first = start if window else max(start, self.form.packing.start)
+            if first < self.length:
+                arrays = self.form.pack(*spans(leaf, first, self.length).arrays)
+                mx.eval(arrays)
+                pieces.append(Piece(first, self.length, arrays))
+            if window:
+                # The cache itself holds what any token of the last chunk could see, and blocks are cut from that.
+                pieces[:] = [piece for piece in pieces if piece.end > start - window]
+
+    def spans(self, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
+        """Positions [start, end) of the plain or the sliding layers, as they are kept; lazily, None for the others."""
+        if not self.pieces:
+            return spans_of(self.caches, start, end, sliding)
+        wanted = "window" if sliding else "kv"
+        return [
+            LayerRow(self._span(leaf, start, end)) if cache_kind(self.caches[leaf]) == wanted else None
+            for leaf in range(len(self.caches))
+        ]
+
+    def _span(self, leaf: int, start: int, end: int) -> Arrays:
+        if not window_of(self.caches[leaf]) and end <= self.form.packing.start:
+            return spans(self.caches[leaf], start, end).arrays
+        pieces = [piece for piece in self.pieces[leaf] if piece.end > start and piece.start < end]
+        if not pieces or pieces[0].start > start:
+            raise ValueError(f"position {start} has left the window")
+        return joined([piece.cut(start, end) for piece in pieces])
+
+    def rows(self) -> Iterator[LayerRow]:
+        """Yield each layer for adoption, dropping it once it is copied."""
+        if not self.pieces:
+            yield from take_rows(self.caches)
+            return
+        exact_end = min(self.form.packing.start, self.length)
+        for index, leaf in enumerate(self.caches):
+            window = window_of(leaf)
+            first = max(0, self.length - window) if window else exact_end
+            exact = spans(leaf, 0, exact_end).arrays if exact_end and not window else ()
+            pieces = [piece for piece in self.pieces[index] if piece.end > first]
+            yield LayerRow(joined([piece.cut(first, self.length) for piece in pieces]) if pieces else (), exact=exact)
+            self.caches[index], self.pieces[index] = nothing(), []
+
+
+def joined(pieces: Sequence[Arrays]) -> Arrays:
+    """Pieces one after the other."""
+    return tuple(
+        mx.concatenate(list(arrays), axis=2) if len(arrays) > 1 else arrays[0] for arrays in zip(*pieces, strict=True)
+    )
+
+
+def new_prompt(network: nn.Module, form: KvFormat) -> Prompt:
+    """A prompt of which nothing has been read."""
+    return Prompt(new_cache(network), form)

@@ -1,0 +1,311 @@
+/* The attention of a decode step, or of drafts being verified, on the CPU: for every row write its new keys and values
+ * into its slots, then attend to everything its queries may see. One call per layer for all rows.
+ *
+ * One piece of work is one row, one key head and SPLIT positions: all queries that share the head go over a tile of
+ * keys while it is in the cache, and packed keys and values are unpacked tile by tile. Pieces and tiles are cut by
+ * position alone, so a row's bits depend neither on its neighbours nor on the number of threads.
+ *
+ * MLX calls this itself, in its own thread and when the inputs are there, as a matrix product: nothing else that it calls
+ * on a CPU can be ours, and evaluating a graph up to every layer from outside costs more than short contexts gain. The
+ * left matrix begins with a password made when the process started and describes the job, the right one holds queries,
+ * keys and values, and the product's memory takes the result. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "packed.h"
+#include "pool.h"
+#include "rowblas.h"
+
+enum { TILE = 64, SPLIT = 512 };
+
+/* Keys or values of one stretch of positions, [rows, heads, capacity, dims] without gaps; packed unless bits is 32. */
+struct store {
+    struct packed packed; /* ``numbers`` are the floats when they are not packed */
+    int64_t capacity;
+    int32_t bits, group;
+};
+
+struct slots {
+    int64_t rows, heads, groups, length, dims, value_dims;
+    int64_t window; /* what a query sees, and the second stores are rings; 0: everything */
+    /* Positions below ``exact`` are in the first store of each, the others in the second, counted from there. */
+    int64_t exact;
+    struct store keys[2], values[2];
+    double scale;   /* of scores whose softmax is to the base of 2 */
+    int64_t writes; /* 0: there are no new keys and values; the queries attend to what is there */
+};
+
+/* One call: what the job works on besides the slots. All without gaps. */
+struct call {
+    const struct slots *slots;
+    const int64_t *lengths; /* tokens of each row before this forward */
+    const float *queries;   /* [rows, heads, length, dims] */
+    const float *keys;      /* [rows, groups, length, dims] */
+    const float *values;    /* [rows, groups, length, value_dims] */
+    float *result;          /* [rows, length, heads, value_dims] */
+};
+
+/* Which store has a position, and at which of its columns. */
+static int place(const struct slots *s, long position, long *column)
+{
+    if (position < s->exact) {
+        *column = position;
+        return 0;
+    }
+    *column = s->window ? position % s->keys[1].capacity : position - s->exact;
+    return 1;
+}
+
+static long vector_at(const struct slots *s, const struct store *store, long row, long group, long column)
+{
+    return (row * s->groups + group) * store->capacity + column;
+}
+
+static void put(const struct store *store, long at, long dims, const float *from)
+{
+    if (store->bits == 32)
+        memcpy((float *)store->packed.numbers + at * dims, from, (size_t)dims * sizeof(float));
+    else
+        pack_groups(store->bits, from, dims / store->group, store->group, store->packed, at * (dims / store->group));
+}
+
+static void write_row(const struct call *call, long row)
+{
+    const struct slots *s = call->slots;
+    for (long l = 0; l < s->length; l++) {
+        long column;
+        int which = place(s, call->lengths[row] + l, &column);
+        for (long group = 0; group < s->groups; group++) {
+            long at = vector_at(s, &s->keys[which], row, group, column);
+            long from = (row * s->groups + group) * s->length + l;
+            put(&s->keys[which], at, s->dims, call->keys + from * s->dims);
+            put(&s->values[which], at, s->value_dims, call->values + from * s->value_dims);
+        }
+    }
+}
+
+/* --- one piece ----------------------------------------------------------------------------------------------------- */
+
+struct piece {
+    int64_t row, group, from, to; /* positions */
+    float *part;                  /* where its result goes for merging; NULL when it is the only one of its row */
+};
+
+struct work {
+    const struct call *call;
+    const struct piece *pieces;
+};
+
+static const float *floats_of(const struct store *store, long at, long count, long dims, float *room)
+{
+    if (store->bits == 32)
+        return (const float *)store->packed.numbers + at * dims;
+    long groups = dims / store->group;
+    unpack_groups(store->bits, store->packed, at * groups, count * groups, store->group, room);
+    return room;
+}
+
+/* What of a result comes from one piece: sums over values, then for every query its largest score and its sum. */
+static long part_size(const struct slots *s)
+{
+    return s->heads / s->groups * s->length * (s->value_dims + 2);
+}
+
+static float *result_of(const struct call *call, const struct piece *piece, long query)
+{
+    const struct slots *s = call->slots;
+    long share = s->heads / s->groups, head = piece->group * share + query % share;
+    return call->result + ((piece->row * s->length + query / share) * s->heads + head) * s->value_dims;
+}
+
+/* There is no memory for it. Not a number is found by whoever reads the result, and only this row's request fails. */
+static void lose_piece(const struct call *call, const struct piece *piece)
+{
+    const struct slots *s = call->slots;
+    long queries = s->heads / s->groups * s->length;
+    if (piece->part)
+        for (long i = 0; i < part_size(s); i++)
+            piece->part[i] = NAN;
+    for (long q = 0; q < queries; q++)
+        for (long i = 0; i < s->value_dims; i++)
+            result_of(call, piece, q)[i] = NAN;
+}
+
+static void run_piece(const void *data, long number)
+{
+    const struct call *call = ((const struct work *)data)->call;
+    const struct slots *s = call->slots;
+    const struct piece *piece = &((const struct work *)data)->pieces[number];
+    long share = s->heads / s->groups, queries = share * s->length, length = call->lengths[piece->row];
+    float *memory = scratch((size_t)(queries * (s->dims + s->value_dims * 2 + TILE + 2)
+                                     + TILE * (s->dims > s->value_dims ? s->dims : s->value_dims)) + 64);
+    if (!memory) {
+        lose_piece(call, piece);
+        return;
+    }
+    float *scaled = memory, *mixed = scaled + queries * s->dims, *added = mixed + queries * s->value_dims;
+    float *scores = added + queries * s->value_dims, *room = scores + queries * TILE;
+    struct running *running = (struct running *)(room + TILE * larger(s->dims, s->value_dims));
+    for (long q = 0; q < queries; q++) {
+        const float *from =
+            call->queries + ((piece->row * s->heads + piece->group * share + q % share) * s->length + q / share) * s->dims;
+        for (long i = 0; i < s->dims; i++)
+            scaled[q * s->dims + i] = from[i] * (float)s->scale;
+        running[q] = (struct running){-INFINITY, 0.0f};
+    }
+    memset(mixed, 0, (size_t)(queries * s->value_dims) * sizeof(float));
+    for (long at = piece->from, next; at < piece->to; at = next) {
+        long column;
+        int which = place(s, at, &column);
+        const struct store *keys = &s->keys[which], *values = &s->values[which];
+        next = smaller(piece->to, smaller(at / TILE * TILE + TILE, at + keys->capacity - column));
+        long cols = next - at, first = vector_at(s, keys, piece->row, piece->group, column);
+        dot_rows(queries, cols, s->dims, scaled, s->dims, floats_of(keys, first, cols, s->dims, room), s->dims, scores,
+                 TILE);
+        for (long q = 0; q < queries; q++) {
+            float *row = scores + q * TILE;
+            long own = length + q / share, past = own + 1 - at, before = s->window ? own + 1 - s->window - at : 0;
+            for (long j = 0; j < smaller(before, cols); j++)
+                row[j] = -INFINITY;
+            for (long j = larger(0, smaller(past, cols)); j < (cols + WIDEST - 1) / WIDEST * WIDEST; j++)
+                row[j] = -INFINITY;
+            float factor = softmax_row(row, (cols + WIDEST - 1) / WIDEST * WIDEST, &running[q]);
+            if (factor != 1.0f)
+                for (long i = 0; i < s->value_dims; i++)
+                    mixed[q * s->value_dims + i] *= factor;
+        }
+        mix_rows(queries, s->value_dims, cols, scores, TILE, floats_of(values, first, cols, s->value_dims, room),
+                 s->value_dims, added, s->value_dims);
+        for (long i = 0; i < queries * s->value_dims; i++)
+            mixed[i] += added[i];
+    }
+    if (piece->part) {
+        memcpy(piece->part, mixed, (size_t)(queries * s->value_dims) * sizeof(float));
+        memcpy(piece->part + queries * s->value_dims, running, (size_t)queries * sizeof(struct running));
+        return;
+    }
+    for (long q = 0; q < queries; q++) {
+        float *to = result_of(call, piece, q);
+        for (long i = 0; i < s->value_dims; i++)
+            to[i] = mixed[q * s->value_dims + i] / running[q].sum;
+    }
+}
+
+/* --- all of them --------------------------------------------------------------------------------------------------- */
+
+/* The pieces of one row and key head; returns how many. */
+static long cut_row(const struct call *call, long row, long group, struct piece *pieces)
+{
+    const struct slots *s = call->slots;
+    long last = call->lengths[row] + s->length; /* behind the newest token */
+    long first = s->window ? larger(0, call->lengths[row] + 1 - s->window) : 0, count = 0;
+    for (long at = first; at < last; at = at / SPLIT * SPLIT + SPLIT)
+        pieces[count++] = (struct piece){row, group, at, smaller(last, at / SPLIT * SPLIT + SPLIT), NULL};
+    return count;
+}
+
+/* Put the parts of one row and key head together, the first one first. */
+static void merge(const struct call *call, const struct piece *pieces, long count)
+{
+    long dims = call->slots->value_dims;
+    long queries = call->slots->heads / call->slots->groups * call->slots->length;
+    for (long q = 0; q < queries; q++) {
+        float *to = result_of(call, pieces, q), largest = -INFINITY, sum = 0.0f;
+        for (long p = 0; p < count; p++)
+            largest = fmaxf(largest, ((const struct running *)(pieces[p].part + queries * dims))[q].largest);
+        memset(to, 0, (size_t)dims * sizeof(float));
+        for (long p = 0; p < count; p++) {
+            const struct running *part = (const struct running *)(pieces[p].part + queries * dims) + q;
+            float factor = exp2f(part->largest - largest);
+            sum += part->sum * factor;
+            for (long i = 0; i < dims; i++)
+                to[i] += pieces[p].part[q * dims + i] * factor;
+        }
+        for (long i = 0; i < dims; i++)
+            to[i] /= sum;
+    }
+}
+
+static void run_pieces(const struct work *work, long pieces, long macs)
+{
+    if (pieces > 1 && macs >= SHARE_MACS && pool_claim()) {
+        pool_run(run_piece, work, pieces, macs >= WAKE_MACS);
+        return;
+    }
+    for (long number = 0; number < pieces; number++)
+        run_piece(work, number);
+}
+
+static void run(const struct call *call)
+{
+    const struct slots *s = call->slots;
+    long most = 0, tokens = 0;
+    for (long row = 0; row < s->rows; row++) {
+        if (s->writes)
+            write_row(call, row);
+        tokens += call->lengths[row] + s->length;
+        most += (call->lengths[row] + s->length) / SPLIT + 2;
+    }
+    most *= s->groups;
+    struct piece *pieces = malloc((size_t)most * sizeof *pieces);
+    float *parts = malloc((size_t)(most * part_size(s)) * sizeof(float));
+    if (!pieces || !parts) {
+        /* Not a number is found by whoever reads the result, and the requests of this step fail. */
+        for (long i = 0; i < s->rows * s->length * s->heads * s->value_dims; i++)
+            call->result[i] = NAN;
+        free(pieces);
+        free(parts);
+        return;
+    }
+    long count = 0;
+    for (long row = 0; row < s->rows; row++)
+        for (long group = 0; group < s->groups; group++) {
+            long added = cut_row(call, row, group, pieces + count);
+            for (long p = count; added > 1 && p < count + added; p++)
+                pieces[p].part = parts + p * part_size(s);
+            count += added;
+        }
+    run_pieces(&(struct work){call, pieces}, count, tokens * s->heads * s->length * (s->dims + s->value_dims));
+    for (long p = 0, next; p < count; p = next) {
+        for (next = p + 1; next < count && pieces[next].row == pieces[p].row && pieces[next].group == pieces[p].group;)
+            next++;
+        if (pieces[p].part)
+            merge(call, pieces + p, next - p);
+    }
+    free(pieces);
+    free(parts);
+}
+
+/* --- as a product of MLX's ------------------------------------------------------------------------------------------ */
+
+/* What stands in a matrix that asks for this instead of a product. */
+struct carried {
+    unsigned char password[PASSWORD_BYTES];
+    struct slots slots;
+    int64_t lengths[];
+};
+
+static unsigned char password[PASSWORD_BYTES];
+
+EXPORT const unsigned char *millpond_decode_password(void)
+{
+    return password;
+}
+
+int carried_init(void)
+{
+    return getrandom(password, sizeof password, 0) == sizeof password;
+}
+
+int carries(const float *a) { return memcmp(a, password, sizeof password) == 0; }
+
+void run_carried(const float *a, const float *b, float *c)
+{
+    const struct carried *carried = (const struct carried *)a;
+    const struct slots *s = &carried->slots;
+    long queries = s->rows * s->heads * s->length * s->dims, keys = s->rows * s->groups * s->length * s->dims;
+    run(&(struct call){s, carried->lengths, b, b + queries, b + queries + keys, c});
+}

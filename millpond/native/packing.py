@@ -1,0 +1,58 @@
+"""Packing to 8 or 4 bits and back in C, on all cores (packed.c). Evaluates what it is given. Engine thread only."""
+
+from __future__ import annotations
+
+import ctypes
+
+import mlx.core as mx
+import numpy as np
+
+from millpond.native.decode import Packed
+from millpond.native.library import prepared
+
+
+class Conversion(ctypes.Structure):
+    """struct conversion of packed.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("bits", "unpacks")),
+        *((name, ctypes.c_int64) for name in ("groups", "size")),
+        ("floats", ctypes.c_void_p),
+        ("packed", Packed),
+    )
+
+
+def pack(array: mx.array, bits: int, size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Numbers uint32 [..., d * bits / 32], scales and biases float16 [..., d / size] of float32 [..., d]."""
+    *outer, dims = array.shape
+    numbers = blank((*outer, dims * bits // 32), mx.uint32)
+    scales, biases = (blank((*outer, dims // size), mx.float16) for _ in range(2))
+    _convert(array, (numbers, scales, biases), bits, size, unpacks=False)
+    return numbers, scales, biases
+
+
+def unpack(packed: tuple[mx.array, mx.array, mx.array], bits: int, size: int) -> mx.array:
+    """The other way: float32 [..., d]."""
+    *outer, words = packed[0].shape
+    floats = blank((*outer, words * 32 // bits), mx.float32)
+    _convert(floats, packed, bits, size, unpacks=True)
+    return floats
+
+
+def blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Memory of MLX's that C may fill before anybody else sees it: fresh pages would cost more than the filling."""
+    array = mx.zeros(shape, dtype=dtype)
+    mx.eval(array)
+    return array
+
+
+def _convert(
+    floats: mx.array, packed: tuple[mx.array, mx.array, mx.array], bits: int, size: int, *, unpacks: bool
+) -> None:
+    library = prepared()
+    assert library is not None
+    # Without gaps; what is written to has none, and its memory is its own.
+    floats_view, *packed_views = (np.ascontiguousarray(np.asarray(array)) for array in (floats, *packed))
+    addresses = Packed(*(view.ctypes.data for view in packed_views))
+    job = Conversion(bits, unpacks, floats_view.size // size, size, floats_view.ctypes.data, addresses)
+    library.millpond_convert(ctypes.byref(job))

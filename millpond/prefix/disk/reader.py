@@ -1,0 +1,205 @@
+"""Reading records: a few threads, a bounded set of buffers, and every check before a payload is handed out."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+from typing import NamedTuple
+
+from millpond.prefix.disk.block_file import PREFIX_BYTES, Damage, DamagedRecord, decode, layout
+from millpond.prefix.disk.events import Loaded
+from millpond.prefix.disk.files import Files
+from millpond.prefix.disk.pool import record_path
+from millpond.prefix.disk.stats import Tally
+from millpond.prefix.records import Expected, RecordHead, RecordId
+
+_log = logging.getLogger("millpond.prefix.disk.tier")
+
+READERS = 2
+BUFFERS = 8
+"""Buffers are kept and used again: the page faults of a fresh one take ten times longer than the copy into it."""
+
+
+class Fault(NamedTuple):
+    """A record that has to go from the index."""
+
+    id: RecordId
+    damaged: bool = False
+    """Its file is to be set aside."""
+    missing: bool = False
+    """Its file was not there; otherwise it is not wanted, or cannot be read."""
+
+
+class BufferPool:
+    """Buffers for payloads: any thread takes and gives back. Each grows to the largest record it has held."""
+
+    def __init__(self, count: int) -> None:
+        self._free: SimpleQueue[bytearray | None] = SimpleQueue()
+        self._lent: set[int] = set()
+        self._lock = Lock()
+        for _ in range(count):
+            self._free.put(bytearray())
+
+    def take(self) -> bytearray | None:
+        """A free buffer, waiting for one; None once the pool is closed."""
+        return self._free.get()
+
+    def close(self, waiting: int) -> None:
+        """Wake as many threads as may be waiting."""
+        for _ in range(waiting):
+            self._free.put(None)
+
+    def lend(self, buffer: bytearray) -> None:
+        """A view of this buffer leaves; it comes back through ``give_back``."""
+        with self._lock:
+            self._lent.add(id(buffer))
+
+    def give_back(self, payload: memoryview) -> None:
+        """Take back what ``payload`` is a view of. Doing it twice does no harm."""
+        buffer = payload.obj
+        with self._lock:
+            known = id(buffer) in self._lent
+            self._lent.discard(id(buffer))
+        if known and isinstance(buffer, bytearray):
+            self._free.put(buffer)
+
+    def put(self, buffer: bytearray) -> None:
+        """Take back a buffer of which no view has left."""
+        self._free.put(buffer)
+
+
+class _Job(NamedTuple):
+    expected: Expected
+    ticket: int
+
+
+class DiskReader:
+    """Answers each read with a Loaded event, in the order they were asked for as far as several threads keep it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        namespace: str,
+        files: Files,
+        tally: Tally,
+        tell: Callable[[Loaded], None],
+        report: Callable[[Fault], None],
+    ) -> None:
+        self._folder = folder
+        self._namespace = namespace
+        self._files = files
+        self._tally = tally
+        self._tell = tell
+        self._report = report
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._buffers = BufferPool(BUFFERS)
+        self._ready = Event()
+        self._closing = Event()
+        self._threads = [Thread(target=self._run, name=f"ssd-read-{i}", daemon=True) for i in range(READERS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def allow(self) -> None:
+        """Let the threads begin: no answer comes before the tier has said that it is open."""
+        self._ready.set()
+
+    def read(self, expected: Expected, ticket: int) -> None:
+        self._jobs.put(_Job(expected, ticket))
+
+    def release(self, event: Loaded) -> None:
+        if event.payload is not None:
+            self._buffers.give_back(event.payload)
+
+    def close(self) -> None:
+        """Answer what is queued with a problem and end; a read that is under way is finished."""
+        self._closing.set()
+        for _ in self._threads:
+            self._jobs.put(None)
+        self._buffers.close(len(self._threads))
+        self._ready.set()
+
+    def join(self, deadline: float) -> bool:
+        """Wait for the threads until a moment of the monotonic clock. Whether they have ended."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        self._ready.wait()
+        while (job := self._jobs.get()) is not None:
+            buffer = None if self._closing.is_set() else self._buffers.take()
+            if buffer is None:
+                self._fail(job, "the tier is closing")
+                continue
+            try:
+                self._answer(job, buffer)
+            except Exception:  # noqa: BLE001 - a fault of ours costs this read, not all later ones
+                _log.exception("a read failed")
+                self._buffers.put(bytearray())
+                self._fail(job, "internal error")
+
+    def _answer(self, job: _Job, buffer: bytearray) -> None:
+        expected = job.expected
+        record = RecordId(expected.key, expected.kind)
+        began = time.monotonic()
+        try:
+            buffer, head, payload = self._load(record_path(self._folder, self._namespace, record), expected, buffer)
+        except FileNotFoundError:
+            self._tally.add(missing=1)
+            self._report(Fault(record, missing=True))
+            problem = "the file is missing"
+        except DamagedRecord as error:
+            self._tally.add_damaged(error.damage)
+            self._report(Fault(record, damaged=True))
+            problem = f"damaged: {error}"
+        except OSError as error:
+            self._tally.add(read_errors=1)
+            if error.errno == errno.EIO:
+                # The medium has lost it. Other errors (no descriptors, no permission) are about us and may pass.
+                self._report(Fault(record))
+            problem = f"read error: {error}"
+        except MemoryError:
+            self._tally.add(read_errors=1)
+            problem = "no memory for it"
+        else:
+            self._tally.add(reads=1, read_bytes=payload.nbytes)
+            self._buffers.lend(buffer)
+            seconds = time.monotonic() - began
+            self._tell(Loaded(job.ticket, record, head.tensors, payload, seconds))
+            return
+        self._buffers.put(buffer)
+        self._fail(job, problem)
+
+    def _load(self, path: Path, expected: Expected, buffer: bytearray) -> tuple[bytearray, RecordHead, memoryview]:
+        """Read and verify a file into the buffer, or into a larger one in its place."""
+        descriptor = self._files.open(path)
+        try:
+            size = self._files.size(descriptor)
+            if len(buffer) < size:
+                # A damaged length must not ask for gigabytes, so the file has to agree with itself first.
+                prefix = bytearray(PREFIX_BYTES)
+                found = self._files.fill(descriptor, memoryview(prefix))
+                if layout(prefix[:found]).file_bytes != size:
+                    raise DamagedRecord(Damage.LENGTH, f"{size} bytes are not what the file says")
+                buffer = bytearray(size)
+                buffer[:PREFIX_BYTES] = prefix
+                start = PREFIX_BYTES
+            else:
+                start = 0
+            view = memoryview(buffer)[:size]
+            count = start + self._files.fill(descriptor, view[start:])
+        finally:
+            self._files.close(descriptor)
+        head, payload = decode(view[:count], self._namespace, expected)
+        return buffer, head, payload
+
+    def _fail(self, job: _Job, problem: str) -> None:
+        self._tell(Loaded(job.ticket, RecordId(job.expected.key, job.expected.kind), problem=problem))

@@ -1,0 +1,396 @@
+"""Decides what every engine step does: who prefills how much, who is adopted, who gives up a row.
+
+Pure state machine: no clock, no I/O, no randomness; the engine thread is its only user. Invariants:
+
+- plan() changes nothing; every row decodes in every step.
+- Rows are compact: a row freed in the middle is filled by moving the last row into it, exactly as the arena does.
+- Rows and started prefills together never exceed max_rows, and their promised memory never exceeds the budget.
+- Of two waiting requests of equal priority only finitely many later ones can ever go before the older.
+
+The round of one step, and who may change what when:
+
+1. ``plan = scheduler.plan(now)``.
+2. Execute it. A request that holds no row may be removed meanwhile (its chunk failed, say): commit skips it. Nothing
+   else may change before the commit, except that preempted ones may be requeued, in the order of ``plan.preempt``.
+3. ``scheduler.commit(plan)``, also when the decode failed. It moves preempted requests back to the queue itself, as
+   long as their row was plus the token not yet in it; a ``requeue`` before or after only corrects that number.
+4. Only now ``remove`` the rows that finished, and ``requeue`` whatever else lost its KV.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from millpond.schedule.admission import Holdings, choose_victims
+from millpond.schedule.budget import MemoryBudget
+from millpond.schedule.costs import CostModel
+from millpond.schedule.entry import Entry
+from millpond.schedule.packing import Packer
+from millpond.types import GRID, StepPlan
+
+HEAD_START = 0.5
+"""Share of the remaining prefill time that counts for a request already begun: only work less than half as long as
+what is left of it goes before it."""
+
+
+LEAST_SHARE = 0.1
+"""Share of the time that prefill gets at least beside decoding, as far as predictions go."""
+FIRST_ANSWER = 256.0
+"""Tokens that an answer is expected to have before any was seen."""
+ANSWER_WEIGHT = 0.1
+"""Share of the latest answer's length in what is expected of the next ones."""
+FAIR_SECONDS = 2.0
+"""With several clients waiting, each answer that a client has before this one counts like so many seconds of work."""
+
+
+class NeverFits(Exception):  # noqa: N818 - reads as the fact it states
+    """A request that no amount of waiting can make fit in memory."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may do. ``max_chunk`` and ``grid`` are tokens, ``max_itl_ms`` milliseconds between two tokens."""
+
+    max_rows: int
+    max_itl_ms: float
+    max_chunk: int
+    grid: int = GRID
+    age_weight: float = 0.5
+    """Seconds of predicted prefill that one second of waiting makes up for."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows is {self.max_rows}, must be at least 1")
+        if self.grid < 1:
+            raise ValueError(f"grid is {self.grid}, must be at least 1")
+        if self.max_chunk < self.grid:
+            raise ValueError(f"max_chunk is {self.max_chunk}, must be at least the grid of {self.grid}")
+
+
+class Scheduler:
+    """The waiting requests, the rows, and the plan of the next step. ``name`` is a request's id throughout."""
+
+    def __init__(self, limits: Limits, budget: MemoryBudget, costs: CostModel) -> None:
+        self._limits = limits
+        self._budget = budget
+        self._costs = costs
+        self._entries: dict[str, Entry] = {}
+        self._rows: list[Entry] = []
+        self._step = 0
+        self._added = 0
+        self._answer = FIRST_ANSWER
+        """Tokens of a typical answer, learnt: most end long before their max_tokens."""
+        self.stretch = 1.0
+        """How many times as long as a plain one the latest decode forward took, because of draft tokens; set by whoever
+        reads steps."""
+        self._left: str | None = None
+        """The client whose answer left a row last."""
+
+    # --- requests come and go ---------------------------------------------------------------------------------
+
+    def add(self, name: str, prompt_tokens: int, max_tokens: int, priority: int, client: str, now: float) -> None:
+        """Queue a new request.
+
+        Raises NeverFits when it does not fit in the empty budget, its recomputation after a preemption included;
+        ValueError for a known name or sizes below 1.
+        """
+        if name in self._entries:
+            raise ValueError(f"request {name!r} is already scheduled")
+        if prompt_tokens < 1 or max_tokens < 1:
+            raise ValueError(f"prompt_tokens ({prompt_tokens}) and max_tokens ({max_tokens}) must be at least 1")
+        total = prompt_tokens + max_tokens
+        peak = self._budget.alone_bytes(total)
+        if peak > self._budget.limit_bytes:
+            raise NeverFits(
+                f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) need {peak} bytes of key-value memory, "
+                f"the limit is {self._budget.limit_bytes} bytes"
+            )
+        self._entries[name] = Entry(name, prompt_tokens, total, priority, client, now, self._added, prompt_tokens)
+        self._added += 1
+
+    def remove(self, name: str) -> None:
+        """Forget a request that finished, failed or was cancelled. An unknown name is fine."""
+        entry = self._entries.pop(name, None)
+        if entry is not None and entry.in_row:
+            self._answer += ANSWER_WEIGHT * (entry.length - entry.prompt - self._answer)
+            self._left = entry.client
+            _release(self._rows, entry)
+
+    def requeue(self, name: str, tokens: int, now: float, probation: bool = False) -> None:
+        """Its KV is lost, wherever it was: it waits again and is computed from its ``tokens`` (prompt and answer).
+
+        It keeps its arrival time. ``probation`` marks one that was in a failing step, until ``proven``; the mark of
+        an earlier failure stays otherwise. Raises KeyError for an unknown name, ValueError for an impossible size.
+        """
+        entry = self._entries[name]
+        if not 1 <= tokens <= entry.total:
+            raise ValueError(f"request {name!r} is requeued with {tokens} tokens, allowed are 1 to {entry.total}")
+        if entry.in_row:
+            _release(self._rows, entry)
+        entry.back_to_waiting(tokens)
+        entry.arrival = min(entry.arrival, now)
+        entry.probation = entry.probation or probation
+
+    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
+        """What the prefix cache can do for a request without a row, told anew before each plan.
+
+        ``cached`` tokens will be restored when its prefill starts, if it has not. ``wants`` names the block that it
+        computes next: one request at a time computes a block, others that want the same wait for it. ``held``: it must
+        not start yet. ``stop``: a chunk must end at this position.
+
+        Raises KeyError for an unknown name, ValueError for an impossible size.
+        """
+        entry = self._entries[name]
+        if not 0 <= cached <= entry.prefill:
+            raise ValueError(f"request {name!r} is offered {cached} tokens, at most {entry.prefill} can be restored")
+        entry.cached, entry.wants, entry.held, entry.stop = cached, wants, held, stop
+
+    def proven(self, name: str) -> None:
+        """A step that decoded this request succeeded: it is no longer on probation."""
+        if name in self._entries:
+            self._entries[name].probation = False
+
+    # --- what there is ----------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the requests that hold a row, in row order."""
+        return tuple(entry.id for entry in self._rows)
+
+    @property
+    def queue(self) -> tuple[tuple[str, int], ...]:
+        """Requests without a row and how many of their tokens have been read, in order of arrival."""
+        return tuple((entry.id, entry.done) for entry in self._entries.values() if not entry.in_row)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests hold no row, started prefills included."""
+        return len(self._entries) - len(self._rows)
+
+    @property
+    def running(self) -> int:
+        """How many requests hold a row."""
+        return len(self._rows)
+
+    def wait_seconds(self) -> float:
+        """Predicted: how long a request added now would wait for its prefill, if it went last."""
+        entries = self._entries.values()
+        queued = [entry for entry in entries if not entry.in_row]
+        if not queued:
+            return 0.0
+        limits, costs = self._limits, self._costs
+        reading = sum(costs.prefill_ms(entry.computed, entry.prefill - entry.computed) for entry in queued)
+        context = sum(entry.length for entry in self._rows)
+        step = costs.decode_ms(len(self._rows), context)
+        beside = reading / max(LEAST_SHARE, 1.0 - step / limits.max_itl_ms)
+        places = self._places()
+        ahead = len(entries) + 1 - places
+        if ahead <= 0:
+            return beside / 1000.0
+        left = sum(min(entry.total - max(entry.length, entry.prefill), self._answer) for entry in entries)
+        step = costs.decode_ms(places, context * places // max(1, len(self._rows)))
+        leaving = ahead * left / len(entries) * step / places
+        return max(beside, reading + leaving) / 1000.0
+
+    def _places(self) -> int:
+        """How many requests can be under way at once: as many as there are rows, or as memory lets begin."""
+        holdings = Holdings(self._budget, [entry for entry in self._entries.values() if entry.holds])
+        for entry in self._entries.values():
+            if holdings.count >= self._limits.max_rows:
+                break
+            if not entry.holds:
+                if not holdings.has_room_for(entry, self._limits.grid):
+                    return holdings.count
+                holdings.add(entry)
+        return self._limits.max_rows
+
+    @property
+    def idle(self) -> bool:
+        return not self._entries
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Rows on probation: if the step fails, one of these is to blame. Never more than one."""
+        return tuple(entry.id for entry in self._rows if entry.probation)
+
+    def suspected(self, names: Sequence[str]) -> bool:
+        """Whether one of these, rows or about to be, is on probation."""
+        return any(self._entries[name].probation for name in names)
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan:
+        """What the next step does. Changes nothing: called twice, it gives equal plans.
+
+        ``preempt`` names requests that give up their row or their started prefill, whichever they have.
+        """
+        victims = choose_victims(self._budget, [entry for entry in self._entries.values() if entry.holds])
+        rows = list(self._rows)
+        for victim in victims:
+            if victim.in_row:
+                _release(rows, victim)
+        return StepPlan(
+            step=self._step,
+            preempt=tuple(victim.id for victim in victims),
+            prefill=tuple(self._pack(rows, victims, now).chunks),
+            rows=tuple(entry.id for entry in rows),
+        )
+
+    def promised_bytes(self, plan: StepPlan) -> int:
+        """The memory that executing ``plan`` relies on, for everybody who holds a row or a prefill afterwards."""
+        return self._after(plan).promised_bytes
+
+    def columns(self, plan: StepPlan, most: int) -> int:
+        """How many tokens per row, from 1 up to ``most``, the forward of ``plan`` may take in within the memory.
+
+        All rows of a forward have equally many columns, so the longest row decides. Rows never get longer arrays only
+        for padding or for tokens that may be refused.
+        """
+        holdings = self._after(plan)
+        return max(1, min(most, holdings.columns_left))
+
+    def grew(self, name: str, tokens: int) -> None:
+        """The committed step drew so many tokens for this row, not one. Raises KeyError for an unknown name."""
+        entry = self._entries[name]
+        entry.length += tokens - 1
+
+    def commit(self, plan: StepPlan) -> None:
+        """The engine has executed ``plan``.
+
+        Preempted requests wait again. Chunks move their request on; one whose last chunk ran gets the next free row.
+        Every row, the new ones included, is one token longer; see ``grew``.
+        Raises ValueError, and changes nothing, when the plan is not the current one or its rows have changed.
+        """
+        rows = list(self._rows)
+        preempted = [self._entries[name] for name in plan.preempt if name in self._entries]
+        for entry in preempted:
+            if entry.in_row:
+                _release(rows, entry)
+        if plan.step != self._step or plan.rows != tuple(entry.id for entry in rows):
+            raise ValueError(f"plan {plan.step} no longer matches the rows of step {self._step}")
+        self._rows = rows
+        for entry in preempted:
+            entry.preempted += 1
+            entry.back_to_waiting(entry.need)
+        for chunk in plan.prefill:
+            if chunk.id in self._entries:
+                self._advance(self._entries[chunk.id], chunk.end, chunk.last)
+        for entry in self._rows:
+            entry.length += 1
+        self._step += 1
+
+    def check(self) -> None:
+        """Assert every invariant of the state; for tests."""
+        holders = [entry for entry in self._entries.values() if entry.holds]
+        assert [entry.id for entry in self._entries.values()] == list(self._entries)
+        assert sorted(self.rows) == sorted(entry.id for entry in self._entries.values() if entry.in_row)
+        assert len(holders) <= self._limits.max_rows
+        assert sum(entry.probation for entry in holders) <= 1
+        for entry in self._entries.values():
+            assert 1 <= entry.tokens <= entry.total
+            if entry.in_row:
+                assert entry.done == 0
+                assert entry.tokens <= entry.length <= entry.total
+            else:
+                assert entry.length == 0
+                assert 0 <= entry.done <= entry.prefill
+                assert entry.done % self._limits.grid == 0
+        longest = max((entry.length if entry.in_row else entry.tokens for entry in holders), default=0)
+        promised = sum(self._budget.prefill_bytes(entry.prefill) for entry in holders if not entry.in_row)
+        assert self._budget.arena_bytes(len(holders), longest) + promised <= self._budget.limit_bytes
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _after(self, plan: StepPlan) -> Holdings:
+        """What is promised once ``plan`` has been executed."""
+        starting = {chunk.id for chunk in plan.prefill}
+        left = [e for e in self._entries.values() if (e.holds or e.id in starting) and e.id not in plan.preempt]
+        return Holdings(self._budget, left)
+
+    def _pack(self, rows: list[Entry], victims: list[Entry], now: float) -> Packer:
+        """Fill the step with prefill, best request first."""
+        packer = Packer(
+            self._costs,
+            max_itl_ms=self._limits.max_itl_ms,
+            max_chunk=self._limits.max_chunk,
+            grid=self._limits.grid,
+            lengths=[entry.need for entry in rows],
+            stretch=self.stretch,
+        )
+        started = [entry for entry in self._entries.values() if entry.started and entry not in victims]
+        holders = rows + started
+        holdings = Holdings(self._budget, holders)
+        suspected = any(entry.probation for entry in holders)
+        may_start = not victims and holdings.count < self._limits.max_rows
+        waiting = [entry for entry in self._entries.values() if not entry.in_row] if may_start else started
+        computing = {entry.wants: entry.priority for entry in started if entry.wants is not None}
+        for entry in self._ordered(waiting, now):
+            if packer.full:
+                break
+            if not entry.started:
+                if not may_start or entry.held or (suspected and entry.probation):
+                    continue
+                if entry.wants is not None and computing.get(entry.wants, entry.priority - 1) >= entry.priority:
+                    continue  # the block that it needs next is being computed: it will restore that one
+                # Nobody starts past the first that has to wait for memory, or a large request would wait for ever.
+                may_start = self._admits(holdings, entry)
+                if not may_start:
+                    continue
+                holdings.add(entry)
+                suspected = suspected or entry.probation
+                if entry.wants is not None:
+                    computing[entry.wants] = entry.priority
+            packer.take(entry)
+        return packer
+
+    def _ordered(self, waiting: list[Entry], now: float) -> list[Entry]:
+        """Best first: priority, then little work left, where every second of waiting makes work count for less, and
+        every answer that its client has already, running or earlier in the queue, makes it count for more.
+
+        Waiting makes up for work, never for a client's other answers: however long a flood has waited, somebody else's
+        request need not wait for all of it.
+        """
+        age_weight, prefill_ms = self._limits.age_weight, self._costs.prefill_ms
+        ahead = self._ahead(waiting)
+
+        def key(entry: Entry) -> tuple[int, float, float, int]:
+            seconds = prefill_ms(entry.computed, entry.prefill - entry.computed) / 1000.0
+            if entry.done > 0 or entry.preempted > 0:
+                seconds *= HEAD_START
+            seconds -= age_weight * (now - entry.arrival)
+            fair = FAIR_SECONDS * ahead[entry.id] + max(0.0, seconds) if ahead else 0.0
+            return -entry.priority, fair, seconds, entry.number
+
+        return sorted(waiting, key=key)
+
+    def _ahead(self, waiting: list[Entry]) -> dict[str, int]:
+        """How many answers each waiting one's client has before it; nothing when a single client waits."""
+        if len({entry.client for entry in waiting}) < 2:
+            return {}
+        counts = Counter(entry.client for entry in self._rows)
+        if not self._rows and self._left is not None:
+            counts[self._left] += 1  # with a single row, whoever has just had it would always seem to have had nothing
+        found = {}
+        for entry in sorted(waiting, key=lambda entry: entry.number):
+            found[entry.id] = counts[entry.client]
+            counts[entry.client] += 1
+        return found
+
+    def _admits(self, holdings: Holdings, entry: Entry) -> bool:
+        return holdings.count < self._limits.max_rows and holdings.has_room_for(entry, self._limits.grid)
+
+    def _advance(self, entry: Entry, end: int, last: bool) -> None:
+        entry.done = end
+        if last:
+            entry.in_row, entry.length, entry.done = True, entry.prefill, 0
+            self._rows.append(entry)
+
+
+def _release(rows: list[Entry], entry: Entry) -> None:
+    """Free the row of ``entry``; the last row moves into its place."""
+    index = next(i for i, row in enumerate(rows) if row is entry)
+    last = rows.pop()
+    if last is not entry:
+        rows[index] = last

@@ -1,0 +1,105 @@
+"""How a draft model's prompts begin and are kept: its own prefix cache, in memory only. Engine thread only.
+
+A conversation comes back with everything said so far; the served model restores that, and so must the draft. Blocks are
+kept as a prompt is read, and of an answer when its row ends, unless the model has sliding windows: those of an answer's
+blocks have gone by then. Its few tokens are read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import mlx.core as mx
+
+from millpond.kv.slots import LayerRow
+from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, finite, stored
+from millpond.model.lanes import Lane
+from millpond.model.load import LoadedModel
+from millpond.model.prompt import Prompt, new_prompt
+from millpond.model.upstream import cache_arrays, put_span
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.records import Kind
+from millpond.prefix.visit import Visit
+from millpond.schedule.budget import PREFILL_STEP
+
+NAMESPACE = "draft"
+"""One model, one process: nothing has to be told apart."""
+
+
+class DraftPrompts:
+    """Without blocks, or without memory for them, nothing is kept and every prompt begins empty."""
+
+    def __init__(self, model: LoadedModel, limit_bytes: int) -> None:
+        self._model = model
+        self._form: BlockFormat | None = None
+        if limit_bytes > 0 and isinstance(model.blocks, BlockFormat):
+            self._form = model.blocks
+            same = partial(agree, model.form)
+            self._cache = PrefixCache(NAMESPACE, model.blocks.layout, limit_bytes, stored, same)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._form is None else self._cache.nbytes
+
+    def visit(self, tokens: Sequence[int], salt: str) -> Visit | None:
+        """A new request's dealings with the cache."""
+        return None if self._form is None else self._cache.visit(tokens, salt)
+
+    def begin(self, visit: Visit | None, tokens: Sequence[int]) -> Prompt:
+        """A prompt for all of ``tokens`` but the newest, the longest known prefix restored, lazily."""
+        if self._form is None or visit is None:
+            return new_prompt(self._model.network, self._model.form)
+        visit.restart(tokens)
+        claim = self._cache.take(visit, self._cache.claim(visit, disk=False).position)
+        if not claim.position:
+            return new_prompt(self._model.network, self._model.form)
+        capacity = -(-(len(tokens) - 1) // PREFILL_STEP) * PREFILL_STEP
+        return self._form.restored(self._model.network, claim, capacity)
+
+    def chunk_done(self, visit: Visit | None, tokens: Sequence[int], prompt: Prompt, start: int) -> None:
+        """Keep the blocks that the chunk from ``start`` on has completed."""
+        if self._form is None or visit is None:
+            return
+        visit.match.chain.extend(tokens)
+        for begin, end in block_grid(start, prompt.length):
+            missing = self._cache.missing(visit, begin, end, self._form.layout.kinds)
+            self._keep(visit, begin, end, {kind: cut_prompt(self._form, prompt, begin, end, kind) for kind in missing})
+
+    def row_done(self, visit: Visit | None, tokens: Sequence[int], lane: Lane, row: int, start: int) -> None:
+        """Keep the blocks that a row about to be freed, which holds ``tokens``, has filled since ``start``."""
+        if self._form is None or visit is None or self._form.window:
+            return
+        visit.match.chain.extend(tokens)
+        for begin, end in block_grid(start, len(tokens)):
+            if self._cache.missing(visit, begin, end, (Kind.KV,)):
+                record = self._form.spans(lane.spans(row, begin, end), Kind.KV)
+                self._keep(visit, begin, end, {Kind.KV: record})
+
+    def _keep(self, visit: Visit, begin: int, end: int, records: Mapping[Kind, Stored]) -> None:
+        sound = finite(records)
+        mx.eval(sound, [array for record in records.values() for array in record.arrays])
+        if sound.item():
+            self._cache.keep(visit, begin, end, records)
+
+
+def prompt_of_row(model: LoadedModel, lane: Lane, row: int, length: int) -> Prompt:
+    """The first ``length`` tokens of a row as a prompt that can be read on. The row stays as it is."""
+    prompt = new_prompt(model.network, model.form)
+    if not length:
+        return prompt
+    widest = max(spec.window or 0 for spec in model.specs)
+    plain = lane.spans(row, 0, length)
+    sliding = lane.spans(row, max(0, length - widest), length, sliding=True)
+    for leaf, spec, *either in zip(prompt.caches, model.specs, plain, sliding, strict=True):
+        (held,) = (layer for layer in either if layer is not None)
+        put_span(leaf, *_copied(held, spec.window or length), length)
+    mx.eval(cache_arrays(prompt.caches))
+    prompt.length = length
+    return prompt
+
+
+def _copied(layer: LayerRow, most: int) -> tuple[mx.array, mx.array]:
+    """The last ``most`` positions in memory of their own: rows are not written in place while somebody views them."""
+    keys, values = (mx.take(array[:, :, -most:], mx.array([0]), axis=0) for array in layer.arrays)
+    return keys, values

@@ -1,0 +1,141 @@
+"""Proposals by looking back: what followed the last time these tokens were seen.
+
+A request looks in its own prompt and answer, in the prediction that its client sent along, and in past answers to
+requests with the same salt. All of it belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from millpond.speculate.ngrams import LEVELS, LONGEST, SEPARATOR, Ngrams
+
+MOST_SALTS = 64
+
+
+class Proposal(NamedTuple):
+    """Tokens that may come next; nothing to propose is no tokens and a match of 0."""
+
+    tokens: list[int]
+    match: int
+    """How many tokens before them agreed with the end of the request, counted up to LONGEST."""
+
+
+class _Pointer(NamedTuple):
+    """A place that agrees with the request's last `length` tokens. At `at` there always is a real token."""
+
+    source: Ngrams
+    at: int
+    length: int
+
+
+class Lookup:
+    """Proposes the next tokens of one request."""
+
+    def __init__(self, reference: Sequence[int] = ()) -> None:
+        """`reference` holds the ids that the client predicts. They are searched, but are no part of the request."""
+        self._own = Ngrams([*reference, SEPARATOR] if reference else ())
+        self._start = len(self._own)
+        self._pointer: _Pointer | None = None
+
+    def __len__(self) -> int:
+        """How many tokens of prompt and answer it has been given."""
+        return len(self._own) - self._start
+
+    @property
+    def nbytes(self) -> int:
+        return self._own.nbytes
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take the prompt's or the answer's next tokens: each once, in their order."""
+        self._own.extend(tokens)
+        if self._pointer is not None:
+            self._pointer = _moved(self._pointer, tokens)
+
+    def propose(self, most: int, shared: Ngrams | None = None) -> Proposal:
+        """Up to `most` tokens that followed the longest match.
+
+        The place of the last proposal stays in use while the request agrees with it and no longer match is found.
+        Otherwise the request's own tokens come before `shared`, which must match longer. At the end of its own tokens
+        a proposal starts over from its first one, because a model that repeats itself goes on doing so.
+        """
+        if most <= 0:
+            return Proposal([], 0)
+        best = self._pointer
+        if best is not None and best.source is not self._own and best.source is not shared:
+            best = None
+        for source in (self._own, shared):
+            longer = LEVELS[0] if best is None else best.length + 1
+            if source is not None and longer <= LONGEST and (found := source.find(self._own.tokens, longer)):
+                best = _Pointer(source, *found)
+        self._pointer = best
+        return Proposal([], 0) if best is None else Proposal(self._continuation(best, most), best.length)
+
+    def _continuation(self, place: _Pointer, most: int) -> list[int]:
+        tokens = place.source.tokens[place.at : place.at + most].tolist()
+        if SEPARATOR in tokens:
+            return tokens[: tokens.index(SEPARATOR)]
+        if place.source is self._own:
+            return (tokens * (most // len(tokens) + 1))[:most]
+        return tokens
+
+
+def _moved(place: _Pointer, tokens: Sequence[int]) -> _Pointer | None:
+    """The place after these tokens of the request; None if it disagrees with one of them or holds no more."""
+    source, at, length = place
+    ids = source.tokens
+    for token in tokens:
+        if ids[at] != token:
+            return None
+        at += 1
+        if at == len(ids) or ids[at] == SEPARATOR:
+            return None
+    return _Pointer(source, at, min(length + len(tokens), LONGEST))
+
+
+class PastOutputs:
+    """Answers given before, one index for each cache salt: no salt ever sees the tokens of another.
+
+    All of them together hold at most `limit_tokens`, separators included. Beyond that the salt with the most tokens
+    loses the older half of them; of more than MOST_SALTS salts the one least recently used goes.
+    """
+
+    def __init__(self, limit_tokens: int = 1 << 18) -> None:
+        self._limit = limit_tokens
+        self._indices: dict[str, Ngrams] = {}
+        """The least recently used first."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._indices.values()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(index.nbytes for index in self._indices.values())
+
+    def add(self, salt: str, tokens: Sequence[int]) -> None:
+        """Remember a finished answer."""
+        if not tokens:
+            return
+        index = self.of(salt) or self._indices.setdefault(salt, Ngrams())
+        index.extend([*tokens, SEPARATOR])
+        if len(self._indices) > MOST_SALTS:
+            del self._indices[next(iter(self._indices))]
+        while len(self) > self._limit:
+            self._halve(max(self._indices, key=lambda each: len(self._indices[each])))
+
+    def of(self, salt: str) -> Ngrams | None:
+        """The index of a salt, which is then the one most recently used; None if nothing is known of it."""
+        index = self._indices.pop(salt, None)
+        if index is not None:
+            self._indices[salt] = index
+        return index
+
+    def _halve(self, salt: str) -> None:
+        # A new index instead of a changed one: requests may still point into the old one.
+        tokens = self._indices[salt].tokens
+        kept = tokens[(len(tokens) + 1) // 2 :]
+        if kept:
+            self._indices[salt] = Ngrams(kept)
+        else:
+            del self._indices[salt]

@@ -1,0 +1,161 @@
+"""The tokenizer of the model being served: text and chats to token ids, and ids back to text.
+
+Invariants: no prompt begins with two BOS tokens; ends of turn are known by id. After loading nothing here is changed,
+so every method may be called from any number of threads at once.
+
+Its parts: ``settings``, ``template_files`` and ``loading`` read the files, ``template`` makes a conversation into a
+text, ``masks`` and ``encoder`` see to it that what clients write is text and nothing else, ``decoding`` turns ids back
+into text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from millpond.text.control import control_tokens
+from millpond.text.decoding import decoded, decoding_of
+from millpond.text.detokenize import Detokenizer
+from millpond.text.encoder import Encoder
+from millpond.text.ends import configured_ends, turn_ends
+from millpond.text.errors import TextError
+from millpond.text.loading import TokenizerError, load_backend
+from millpond.text.masks import Masks
+from millpond.text.settings import TokenizerSettings, read_settings
+from millpond.text.template import ChatTemplate, EndlessTemplateError, Message, TemplateError
+from millpond.text.template_files import TemplateFileError, find_template
+
+__all__ = ["Message", "TemplateError", "TextError", "Tokenizer", "TokenizerError"]
+
+
+class Tokenizer:
+    """See the module's docstring. Made by ``load``."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
+        """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
+        self._backend = backend
+        self._decoding = decoding_of(backend)
+        source = find_template(folder)
+        self._template = None if source is None else ChatTemplate(source, settings.special_tokens)
+        controls = control_tokens(backend, source or "")
+        self._encoder = Encoder(backend, controls)
+        self._masks = Masks(controls, source or "", backend.normalizer)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
+        self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
+        self.eos_token_ids = self._find_ends(folder, self._id_of(settings.special_tokens.get("eos_token")))
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read the tokenizer in a model folder; nothing is fetched and no code from the folder is run.
+
+        Raises TokenizerError when there is none, it needs code of its own, or its chat template cannot be had.
+        """
+        try:
+            return cls(load_backend(folder), read_settings(folder), folder)
+        except (TemplateFileError, EndlessTemplateError) as error:
+            raise TokenizerError(str(error)) from error
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, those included that were added to the vocabulary."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a plain text, after the BOS that the tokenizer puts first.
+
+        Control tokens written out in the text are text, unless ``parse_special``: then they are recognised, and a text
+        that begins with BOS gets no second one. Lone surrogates read as U+FFFD. Raises TextError.
+        """
+        ids = self.text_tokens(text, parse_special=parse_special)
+        return ids if parse_special and ids[:1] == self._prefix[:1] else self._prefix + ids
+
+    def text_tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Like ``encode``, but of a text that stands behind another: nothing is put first."""
+        return self._encode(text) if parse_special else self._encoder.plain(text)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant to answer.
+
+        The template alone decides about BOS and writes control tokens. What the messages say is text, whatever it
+        spells, except for the marks of thoughts and calls in the assistant's own answers, which are as they were
+        drawn. ``generation_prompt``: with the beginning of an answer; ``continued``: up to the end of what the last
+        message says. Raises TemplateError, TextError.
+        """
+        masked = None if self._template is None else self._masks.of(messages)
+        if masked is None:
+            return self._encode(self._render(messages, generation_prompt, continued))
+        try:
+            text = self._render(masked.messages, generation_prompt, continued)
+        except TemplateError as error:
+            raise TemplateError(masked.lifted(str(error)), error.index) from error
+        return self._encoder.plain(masked.lifted(self._encoder.named(text)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens and unknown ids left out. Raises TextError."""
+        return decoded(self._backend, ids)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental form of ``decode``, for one answer."""
+        return self._decoding.detokenizer()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, maybe only part of a character; special tokens are spelled out."""
+        return self._decoding.token_bytes(token)
+
+    def token_text(self, token: int) -> str:
+        """``token_bytes`` as text, with U+FFFD for what is no whole character."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def _encode(self, text: str) -> list[int]:
+        """What tokenizer.json makes of a text, control tokens in it recognised."""
+        return self._encoder.parsed(text)
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, continued: bool = False) -> str:
+        if self._template is None:
+            raise TemplateError("this model has no chat template; use /v1/completions")
+        return self._template.render(messages, generation_prompt, continued)
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _find_ends(self, folder: Path, named: int | None) -> frozenset[int]:
+        ends = configured_ends(folder)
+        if named is not None:
+            ends |= {named}
+        if self._template is not None:
+            ends |= turn_ends(self._backend, self._template.source, self._render_answer)
+        return frozenset(ends)
+
+    def _render_answer(self, answer: str) -> str | None:
+        """A conversation that ends with this answer, without generation prompt; None if the template refuses it."""
+        try:
+            return self._render(
+                [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}],
+                generation_prompt=False,
+            )
+        except TemplateError:
+            return None
+
+
+def _prefix(backend: tokenizers.Tokenizer, add_bos: bool | None, bos: int | None) -> list[int]:
+    """The ids that stand before any text: BOS, or nothing. ``add_bos`` None: as tokenizer.json says."""
+    if add_bos is not None and bos is not None:
+        return [bos] if add_bos else []
+    try:
+        plain = backend.encode("a", add_special_tokens=False).ids
+        whole = backend.encode("a", add_special_tokens=True).ids
+    except Exception:  # noqa: BLE001 - a vocabulary that cannot spell this letter
+        return []
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []

@@ -1,0 +1,414 @@
+"""The plain data every part of Millpond speaks: requests, results and step plans.
+
+Nothing here imports mlx. The structs are msgspec ones because the same objects travel between the front end and the
+engine (see wire.py), so there is one definition of a request on both sides of the process border.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+Salt = NewType("Salt", str)
+"""What keeps the cached prefixes of some requests apart from those of others; only http/tenants.py makes one."""
+GRID = 64
+"""Chunks of a prompt end at multiples of this many tokens, whoever reads it and whatever was read before."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to pick the tokens of one request. The front end has validated every field.
+
+    ``seed`` is always set: a client that gives none gets a random one at admission, so that any request can be
+    replayed. ``seed`` and a token's position alone decide the draw (see sample/noise.py).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and answer; 1 means off."""
+    presence_penalty: float = 0.0
+    """Over the answer; 0 means off."""
+    frequency_penalty: float = 0.0
+    """Over the answer; 0 means off."""
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    seed: int = 0
+    """Unsigned 64-bit."""
+    logprobs: int | None = None
+    """None: none wanted. k >= 0: the chosen token's log-probability and the k likeliest alternatives."""
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)
+    """Ids that end the answer (end of sequence, end of turn). The front end knows the tokenizer; the engine obeys."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """True when the next draw depends on the tokens drawn before it (penalties)."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class SpecMode(StrEnum):
+    """Where guesses of the coming tokens come from."""
+
+    OFF = "off"
+    NGRAM = "ngram"
+    """What followed the last tokens earlier in the prompt, in the answer or in the client's prediction."""
+    DRAFT = "draft"
+    """A second, smaller model."""
+
+
+MOST_DRAFT_TOKENS = 31
+"""Draft tokens that one step can confirm for a row: with the row's newest token they fill a ring's slack."""
+
+
+class Speculation(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of answers are guessed ahead; what is guessed never changes what is drawn."""
+
+    mode: SpecMode = SpecMode.OFF
+    tokens: int = 0
+    """Most draft tokens per row and step; 0: chosen by device."""
+    adaptive: bool = True
+    """Guess only as much as pays; False: always as much as allowed."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. ``tokens`` is the whole prompt, at least one id, special tokens included."""
+
+    id: str
+    tokens: list[int]
+    params: SamplingParams
+    priority: int = 0
+    """Higher goes first."""
+    client: str = ""
+    """Whose request this is, for fair sharing."""
+    cache_salt: Salt = Salt("")
+    """Requests share cached prefixes only with requests of the same salt."""
+    speculation: Speculation | None = None
+    """None: as the engine was started with."""
+    prediction: list[int] = []
+    """What the client expects of the answer, for guessing."""
+
+
+class Finish(StrEnum):
+    """Why the engine ended a request. Stop strings are the front end's: it cancels and reports ``stop`` itself."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class ErrorKind(StrEnum):
+    """Why a request failed, as the front end has to tell it apart to choose an HTTP status."""
+
+    ENGINE = "engine_error"
+    """Something raised in a forward, in sampling, or produced non-finite logits: 500."""
+    DIED = "engine_died"
+    """The engine process is gone: 500."""
+    UNAVAILABLE = "unavailable"
+    """Not ready, restarting or shutting down: 503."""
+    OVERRUN = "slow_reader"
+    """The client did not read its stream fast enough: told in the stream."""
+    QUEUE_TIMEOUT = "queue_timeout"
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 - no password
+    TOKEN_TIMEOUT = "token_timeout"  # noqa: S105
+    REQUEST_TIMEOUT = "request_timeout"
+    """The four time-outs, each named like its setting: 504."""
+    INVALID = "invalid_request"
+    """The engine refuses the request (for example, it can never fit in memory): 400."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, natural log, of the model's own distribution (before any sampling change)."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens, best first; as many as asked for."""
+
+
+class PrefixReport(msgspec.Struct, frozen=True, array_like=True):
+    """What the prefix cache did for one prompt; all numbers are tokens."""
+
+    memory: int = 0
+    """Restored from RAM."""
+    disk: int = 0
+    """Restored from the SSD."""
+    end: str = "off"
+    """Why no more was restored; see prefix/cache.py."""
+    known: int = 0
+    """Leading tokens that the cache knows at all; the prompt differs from everything known after them."""
+
+    @property
+    def cached(self) -> int:
+        return self.memory + self.disk
+
+
+GROUP_SIZES = (32, 64, 128)
+
+
+class KvPacking(msgspec.Struct, frozen=True, kw_only=True):
+    """How keys and values are packed once a prompt has been read."""
+
+    bits: int = 0
+    """8 or 4; 0: they are kept as computed."""
+    group_size: int = 64
+    """Neighbouring numbers that share a scale and a bias."""
+    start: int = 0
+    """Tokens from the start of a sequence that are kept as computed, whole blocks of them."""
+
+    def described(self, dtype: str) -> str:
+        """In words; ``dtype`` is the element type of what is computed."""
+        if not self.bits:
+            return dtype
+        return f"int{self.bits} in groups of {self.group_size}" + (f" from token {self.start}" if self.start else "")
+
+
+UNPACKED = KvPacking()
+
+
+class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the prefix cache is set up; see config.py for what each means to the user."""
+
+    ram_bytes: int | None = None
+    """None: chosen from the machine's memory; 0: nothing is cached."""
+    selfcheck: int = 0
+    folder: str = ""
+    ssd_bytes: int = 0
+    """0: no SSD tier."""
+    ssd_policy: str = "off"
+    durable: bool = False
+    ttl_seconds: float = 0.0
+    """0: no limit."""
+    daily_bytes: int = 0
+    """0: no limit."""
+    least_free_bytes: int = 0
+    label: str = ""
+    """The model's name, for people who look into the folder."""
+
+
+class SpecSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How speculative decoding is set up; see config.py for what each means to the user."""
+
+    default: Speculation = Speculation()
+    draft_path: str = ""
+    """Folder of the draft model; empty without one."""
+    shared: bool = False
+    """Guesses may come from past answers, too."""
+
+
+class GroupSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's place in a group of processes that run a model together."""
+
+    rank: int
+    world: int
+    backend: str
+    """As mlx.distributed names it: ring, jaccl, nccl, mpi."""
+    host: str
+    port: int
+    """Where rank 0 takes the control connections of the others."""
+    secret: str
+    """What they prove to know, hex."""
+    model: str
+    """The model for ranks that have to find it themselves: a local folder, or as it was named to serve."""
+    environment: dict[str, str] = {}
+    """What the backend wants to find in the environment."""
+    files: dict[str, str] = {}
+    """Environment variables that name a file, and what is to be in it."""
+    flags: dict[str, str] = {}
+    """What this rank was given for the engine, where each is started with flags of its own: must be rank 0's."""
+    silence_seconds: float = 5.0
+    """A rank that has not been heard of for so long is given up, and the whole group with it."""
+    listen_fd: int = -1
+    """Rank 0's inherited socket, bound to host and port and listening; -1: it binds one itself."""
+
+
+class Distribution(msgspec.Struct, frozen=True, array_like=True):
+    """How often measured values fell where: ``counts[i]`` of them above ``bounds[i - 1]`` and up to ``bounds[i]``."""
+
+    bounds: tuple[float, ...] = ()
+    """Rising."""
+    counts: tuple[int, ...] = (0,)
+    """One more than bounds: the last is of the values above them all."""
+    total: float = 0.0
+    """The sum of all values."""
+
+
+class SpecCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What guessing has done since the engine's start."""
+
+    steps: int = 0
+    """Steps that verified draft tokens."""
+    rows: int = 0
+    """Rows that had draft tokens in them, a row counted once per step."""
+    proposed: int = 0
+    """Draft tokens verified."""
+    accepted: int = 0
+    """Those of them that were drawn."""
+    bonus: int = 0
+    """Tokens drawn behind draft tokens that were all accepted."""
+    drawn: int = 0
+    """All tokens drawn for rows that had draft tokens."""
+    fallbacks: int = 0
+    """Steps without draft tokens although some could have been had: they would not have paid."""
+    proposed_at: tuple[int, ...] = ()
+    """By place: the first draft token of a step, the second, ..."""
+    accepted_at: tuple[int, ...] = ()
+    depth: float = 0.0
+    """Draft tokens per row in the latest step."""
+
+
+class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine has done since its start."""
+
+    prefill_tokens: int = 0
+    """Prompt tokens computed, again after a preemption included."""
+    drawn_tokens: int = 0
+    """Those that end an answer included."""
+    preemptions: int = 0
+    failed_steps: int = 0
+    step_seconds: Distribution = Distribution()
+    step_rows: Distribution = Distribution()
+    """Rows of each step's decode forward; 0 for a step that only reads prompts."""
+    step_tokens: Distribution = Distribution()
+    """Tokens that each step's forwards take in, of prompts and rows."""
+    spec: SpecCounters = SpecCounters()
+
+
+class PrefixCounters(msgspec.Struct):
+    """What the prefix cache has done since the engine's start. Tokens are prompt tokens."""
+
+    hits: int = 0
+    disk_hits: int = 0
+    """Of those, the ones that were restored in part or in whole from the SSD."""
+    misses: int = 0
+    memory_tokens: int = 0
+    disk_tokens: int = 0
+    computed_tokens: int = 0
+    evicted: int = 0
+    unsaved: int = 0
+    """Evicted although the policy wanted them saved first."""
+    checked: int = 0
+    mismatches: int = 0
+
+
+class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How the prefix cache is doing."""
+
+    ram_bytes: int = 0
+    ram_blocks: int = 0
+    ram_limit: int = 0
+    saving_records: int = 0
+    """Records that wait for the SSD's writer or are being written."""
+    saving_bytes: int = 0
+    """Bytes of those being written, each held as a copy."""
+    counters: PrefixCounters = msgspec.field(default_factory=PrefixCounters)
+    ssd: dict[str, int] = {}
+    """Counters and sizes of the SSD tier by name; empty without one."""
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """What became of one request's draft tokens in one step."""
+
+    accepted: int
+    """The first so many tokens of the step had been guessed."""
+    rejected: int
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step produced for one request. ``tokens`` never contains an end-of-sequence id that ended it."""
+
+    id: str
+    tokens: list[int]
+    finish: Finish | None = None
+    logprobs: list[TokenLogprob] | None = None
+    """One per token, when asked for."""
+    prefix: PrefixReport | None = None
+    """Which prompt tokens were restored instead of computed; with a request's first delta, which comes when its prompt
+    is begun and has no tokens."""
+    verdict: Verdict | None = None
+    """Where the step had draft tokens."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine found out about the model it loaded."""
+
+    context_length: int
+    """Most tokens of prompt and answer together."""
+    vocab_size: int
+    lane: str
+    """``slots`` when requests share one batched forward, ``solo`` when each takes its own."""
+    lane_reason: str
+    """Why the lane is what it is; empty for slots."""
+    cache_kinds: list[str]
+    """Distinct cache kinds of the layers: kv, window, state, other."""
+    dtype: str
+    device: str
+    blas: str
+    """Which matrix library a CPU run uses; empty on a GPU."""
+    kv_bytes_per_token: int
+    """Of keys and values in a row, in a cached block and on the SSD, in layers whose cache grows with the context."""
+    max_rows: int
+    ranks: int = 1
+    """Processes that run it together; bytes are of each."""
+    fingerprint: str
+    """sha256 over the content of weights and config, hex."""
+    weight_bytes: int = 0
+    kv_limit_bytes: int = 0
+    """Most memory for keys and values."""
+    kv_format: str = ""
+    """How they are kept: an element type, or bits and group size."""
+    prefix_cache: str = ""
+    """Kinds of records that the prefix cache keeps of this model, joined by +; empty when it keeps none."""
+    prefix_cache_reason: str = ""
+    """Why it keeps none; empty when it does."""
+    speculation: list[str] = []
+    """Modes that requests may use besides off."""
+    speculation_reason: str = ""
+    """Why there are none; empty when there are."""
+    remarks: list[str] = []
+    """What of the model's files is not used, or not as they say."""
+
+
+# --- step plans -------------------------------------------------------------------------------------------------
+
+
+class PrefillChunk(msgspec.Struct, frozen=True):
+    """Compute prompt tokens [start, end) of a request into its own cache. ``last``: then adopt it into a row.
+
+    A request's first chunk begins where its restored prefix ends: that many tokens come from the prefix cache.
+    """
+
+    id: str
+    start: int
+    end: int
+    last: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """Everything one engine step does, decided before it starts.
+
+    Plain data: the same object is the trace and, between ranks, the message. Order of execution: the preemptions
+    (a released row is filled by moving the last row into it), the prefill chunks, each adopted into the next free row
+    when it is the last of its prompt, and one decode forward over ``rows`` plus the rows adopted in this very step.
+    """
+
+    step: int
+    preempt: tuple[str, ...] = ()
+    """Requests that lose their row, in this order; they wait again and are recomputed later."""
+    prefill: tuple[PrefillChunk, ...] = ()
+    rows: tuple[str, ...] = ()
+    """Requests that hold a row once the preemptions are done, in row order."""
+    drafts: tuple[tuple[int, ...], ...] = ()
+    """Draft tokens of each of ``rows`` to be verified in the forward; nothing at all when there are none."""
+
+    @property
+    def empty(self) -> bool:
+        return not self.prefill and not self.rows
