@@ -9,26 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from millpond.schedule.budget import MemoryBudget, capacity_bucket
-from millpond.schedule.entry import Entry
+from millpond.schedule.request import SchedulerRequest
 
 
-class Holdings:
+class MemoryReservation:
     """The memory promised to a set of requests; adding one is O(1)."""
 
-    def __init__(self, budget: MemoryBudget, holders: Iterable[Entry] = ()) -> None:
+    def __init__(self, budget: MemoryBudget, holders: Iterable[SchedulerRequest] = ()) -> None:
         self._budget = budget
         self.count = 0
         self._need = self._total = self._preempted = self._prefill_bytes = 0
-        for entry in holders:
-            self.add(entry)
+        for request in holders:
+            self.add(request)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, request: SchedulerRequest) -> None:
         self.count += 1
-        self._need = max(self._need, entry.need)
-        self._total = max(self._total, entry.total)
-        self._preempted = max(self._preempted, entry.preempted)
-        if not entry.in_row:
-            self._prefill_bytes += self._budget.prefill_bytes(entry.prefill)
+        self._need = max(self._need, request.need)
+        self._total = max(self._total, request.total)
+        self._preempted = max(self._preempted, request.preempted)
+        if not request.in_row:
+            self._prefill_bytes += self._budget.prefill_bytes(request.prefill)
 
     @property
     def promised_bytes(self) -> int:
@@ -45,34 +45,34 @@ class Holdings:
         """Tokens per row that the coming step can take in without longer arrays."""
         return capacity_bucket(self._need) - self._need + 1
 
-    def has_room_for(self, entry: Entry, grid: int) -> bool:
-        """Whether ``entry`` may join. Alone it always may: Scheduler.add refused what does not fit alone.
+    def has_room_for(self, request: SchedulerRequest, grid: int) -> bool:
+        """Whether ``request`` may join. Alone it always may: Scheduler.add refused what does not fit alone.
 
         Beside others it needs room to grow, four times as much after each preemption, so that a request is
         preempted and recomputed a few times at most and not at every growth of its neighbours.
         """
         if self.count == 0:
             return True
-        preempted = max(self._preempted, entry.preempted)
+        preempted = max(self._preempted, request.preempted)
         room = grid * 4 ** min(preempted, 16)
-        need = max(self._need, entry.need)
-        longest = max(need, min(max(self._total, entry.total), need + room))
+        need = max(self._need, request.need)
+        longest = max(need, min(max(self._total, request.total), need + room))
         arena = self._budget.arena_bytes(self.count + 1, longest)
-        prefill = self._prefill_bytes + self._budget.prefill_bytes(entry.prefill)
+        prefill = self._prefill_bytes + self._budget.prefill_bytes(request.prefill)
         return arena + prefill <= self._budget.limit_bytes
 
 
-def choose_victims(budget: MemoryBudget, holders: list[Entry]) -> list[Entry]:
+def choose_victims(budget: MemoryBudget, holders: list[SchedulerRequest]) -> list[SchedulerRequest]:
     """Who must give up a row or a started prefill so that the coming step fits: lowest priority, then youngest first.
 
     The last row is never chosen, nor the last holder.
     """
-    victims: list[Entry] = []
+    victims: list[SchedulerRequest] = []
     left = list(holders)
-    while len(left) > 1 and not Holdings(budget, left).fits:
-        only_row = sum(entry.in_row for entry in left) == 1
-        pool = [entry for entry in left if not (only_row and entry.in_row)]
-        victim = min(pool, key=lambda entry: (entry.priority, -entry.arrival, -entry.number))
+    while len(left) > 1 and not MemoryReservation(budget, left).fits:
+        only_row = sum(request.in_row for request in left) == 1
+        pool = [request for request in left if not (only_row and request.in_row)]
+        victim = min(pool, key=lambda request: (request.priority, -request.arrival, -request.number))
         left.remove(victim)
         victims.append(victim)
     return victims

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from millpond.schedule.costs import CostModel
-from millpond.schedule.entry import Entry
+from millpond.schedule.request import SchedulerRequest
 from millpond.types import PrefillChunk
 
 
@@ -42,33 +42,33 @@ class Packer:
         self._stretch = stretch
         self._spent_ms = 0.0
 
-    def take(self, entry: Entry) -> None:
+    def take(self, request: SchedulerRequest) -> None:
         """Plan as much of the request's remaining prefill as the step still has room for."""
-        start = entry.computed
+        start = request.computed
         while not self.full:
-            end = self._next_end(entry, start)
+            end = self._next_end(request, start)
             if end is None:
                 self.full = True
                 return
-            last = end == entry.prefill
-            self.chunks.append(PrefillChunk(id=entry.id, start=start, end=end, last=last))
+            last = end == request.prefill
+            self.chunks.append(PrefillChunk(id=request.id, start=start, end=end, last=last))
             self._tokens_left -= end - start
             self._spent_ms += self._costs.prefill_ms(start, end - start)
             if last:
                 self._rows += 1
-                self._context += entry.tokens
+                self._context += request.tokens
                 return
             start = end
 
-    def _next_end(self, entry: Entry, start: int) -> int | None:
+    def _next_end(self, request: SchedulerRequest, start: int) -> int | None:
         """Where the next piece from ``start`` ends; None when it has to wait for another step."""
-        aligned = entry.prefill // self._grid * self._grid
-        target = aligned if start < aligned else entry.prefill
-        if start < entry.stop < target:
-            target = entry.stop
+        aligned = request.prefill // self._grid * self._grid
+        target = aligned if start < aligned else request.prefill
+        if start < request.stop < target:
+            target = request.stop
         size = target - start
-        finishes = target == entry.prefill
-        time_left = self._time_left_ms(entry if finishes else None)
+        finishes = target == request.prefill
+        time_left = self._time_left_ms(request if finishes else None)
         if size <= self._tokens_left and self._costs.prefill_ms(start, size) <= time_left:
             return target
         if start >= aligned:
@@ -81,7 +81,7 @@ class Packer:
             end = (start // self._grid + 1) * self._grid
         return end if end > start else None
 
-    def _time_left_ms(self, adopting: Entry | None) -> float:
+    def _time_left_ms(self, adopting: SchedulerRequest | None) -> float:
         """Prefill time this step can still spend. Unlimited while there is no row that waits for its next token."""
         if self._rows == 0:
             return math.inf

@@ -23,11 +23,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from millpond.schedule.admission import Holdings, choose_victims
+from millpond.schedule.admission import MemoryReservation, choose_victims
 from millpond.schedule.budget import MemoryBudget
 from millpond.schedule.costs import CostModel
-from millpond.schedule.entry import Entry
 from millpond.schedule.packing import Packer
+from millpond.schedule.request import SchedulerRequest
 from millpond.types import GRID, StepPlan
 
 HEAD_START = 0.5
@@ -76,8 +76,8 @@ class Scheduler:
         self._limits = limits
         self._budget = budget
         self._costs = costs
-        self._entries: dict[str, Entry] = {}
-        self._rows: list[Entry] = []
+        self._requests: dict[str, SchedulerRequest] = {}
+        self._rows: list[SchedulerRequest] = []
         self._step = 0
         self._added = 0
         self._answer = FIRST_ANSWER
@@ -96,7 +96,7 @@ class Scheduler:
         Raises NeverFits when it does not fit in the empty budget, its recomputation after a preemption included;
         ValueError for a known name or sizes below 1.
         """
-        if name in self._entries:
+        if name in self._requests:
             raise ValueError(f"request {name!r} is already scheduled")
         if prompt_tokens < 1 or max_tokens < 1:
             raise ValueError(f"prompt_tokens ({prompt_tokens}) and max_tokens ({max_tokens}) must be at least 1")
@@ -107,16 +107,18 @@ class Scheduler:
                 f"prompt ({prompt_tokens} tokens) and max_tokens ({max_tokens}) need {peak} bytes of key-value memory, "
                 f"the limit is {self._budget.limit_bytes} bytes"
             )
-        self._entries[name] = Entry(name, prompt_tokens, total, priority, client, now, self._added, prompt_tokens)
+        self._requests[name] = SchedulerRequest(
+            name, prompt_tokens, total, priority, client, now, self._added, prompt_tokens
+        )
         self._added += 1
 
     def remove(self, name: str) -> None:
         """Forget a request that finished, failed or was cancelled. An unknown name is fine."""
-        entry = self._entries.pop(name, None)
-        if entry is not None and entry.in_row:
-            self._answer += ANSWER_WEIGHT * (entry.length - entry.prompt - self._answer)
-            self._left = entry.client
-            _release(self._rows, entry)
+        request = self._requests.pop(name, None)
+        if request is not None and request.in_row:
+            self._answer += ANSWER_WEIGHT * (request.length - request.prompt - self._answer)
+            self._left = request.client
+            _release(self._rows, request)
 
     def requeue(self, name: str, tokens: int, now: float, probation: bool = False) -> None:
         """Its KV is lost, wherever it was: it waits again and is computed from its ``tokens`` (prompt and answer).
@@ -124,14 +126,14 @@ class Scheduler:
         It keeps its arrival time. ``probation`` marks one that was in a failing step, until ``proven``; the mark of
         an earlier failure stays otherwise. Raises KeyError for an unknown name, ValueError for an impossible size.
         """
-        entry = self._entries[name]
-        if not 1 <= tokens <= entry.total:
-            raise ValueError(f"request {name!r} is requeued with {tokens} tokens, allowed are 1 to {entry.total}")
-        if entry.in_row:
-            _release(self._rows, entry)
-        entry.back_to_waiting(tokens)
-        entry.arrival = min(entry.arrival, now)
-        entry.probation = entry.probation or probation
+        request = self._requests[name]
+        if not 1 <= tokens <= request.total:
+            raise ValueError(f"request {name!r} is requeued with {tokens} tokens, allowed are 1 to {request.total}")
+        if request.in_row:
+            _release(self._rows, request)
+        request.back_to_waiting(tokens)
+        request.arrival = min(request.arrival, now)
+        request.probation = request.probation or probation
 
     def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
         """What the prefix cache can do for a request without a row, told anew before each plan.
@@ -142,32 +144,32 @@ class Scheduler:
 
         Raises KeyError for an unknown name, ValueError for an impossible size.
         """
-        entry = self._entries[name]
-        if not 0 <= cached <= entry.prefill:
-            raise ValueError(f"request {name!r} is offered {cached} tokens, at most {entry.prefill} can be restored")
-        entry.cached, entry.wants, entry.held, entry.stop = cached, wants, held, stop
+        request = self._requests[name]
+        if not 0 <= cached <= request.prefill:
+            raise ValueError(f"request {name!r} is offered {cached} tokens, at most {request.prefill} can be restored")
+        request.cached, request.wants, request.held, request.stop = cached, wants, held, stop
 
     def proven(self, name: str) -> None:
         """A step that decoded this request succeeded: it is no longer on probation."""
-        if name in self._entries:
-            self._entries[name].probation = False
+        if name in self._requests:
+            self._requests[name].probation = False
 
     # --- what there is ----------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> tuple[str, ...]:
         """Ids of the requests that hold a row, in row order."""
-        return tuple(entry.id for entry in self._rows)
+        return tuple(request.id for request in self._rows)
 
     @property
     def queue(self) -> tuple[tuple[str, int], ...]:
         """Requests without a row and how many of their tokens have been read, in order of arrival."""
-        return tuple((entry.id, entry.done) for entry in self._entries.values() if not entry.in_row)
+        return tuple((request.id, request.done) for request in self._requests.values() if not request.in_row)
 
     @property
     def waiting(self) -> int:
         """How many requests hold no row, started prefills included."""
-        return len(self._entries) - len(self._rows)
+        return len(self._requests) - len(self._rows)
 
     @property
     def running(self) -> int:
@@ -176,48 +178,48 @@ class Scheduler:
 
     def wait_seconds(self) -> float:
         """Predicted: how long a request added now would wait for its prefill, if it went last."""
-        entries = self._entries.values()
-        queued = [entry for entry in entries if not entry.in_row]
+        requests = self._requests.values()
+        queued = [request for request in requests if not request.in_row]
         if not queued:
             return 0.0
         limits, costs = self._limits, self._costs
-        reading = sum(costs.prefill_ms(entry.computed, entry.prefill - entry.computed) for entry in queued)
-        context = sum(entry.length for entry in self._rows)
+        reading = sum(costs.prefill_ms(request.computed, request.prefill - request.computed) for request in queued)
+        context = sum(request.length for request in self._rows)
         step = costs.decode_ms(len(self._rows), context)
         beside = reading / max(LEAST_SHARE, 1.0 - step / limits.max_itl_ms)
         places = self._places()
-        ahead = len(entries) + 1 - places
+        ahead = len(requests) + 1 - places
         if ahead <= 0:
             return beside / 1000.0
-        left = sum(min(entry.total - max(entry.length, entry.prefill), self._answer) for entry in entries)
+        left = sum(min(request.total - max(request.length, request.prefill), self._answer) for request in requests)
         step = costs.decode_ms(places, context * places // max(1, len(self._rows)))
-        leaving = ahead * left / len(entries) * step / places
+        leaving = ahead * left / len(requests) * step / places
         return max(beside, reading + leaving) / 1000.0
 
     def _places(self) -> int:
         """How many requests can be under way at once: as many as there are rows, or as memory lets begin."""
-        holdings = Holdings(self._budget, [entry for entry in self._entries.values() if entry.holds])
-        for entry in self._entries.values():
-            if holdings.count >= self._limits.max_rows:
+        reserved = MemoryReservation(self._budget, [request for request in self._requests.values() if request.holds])
+        for request in self._requests.values():
+            if reserved.count >= self._limits.max_rows:
                 break
-            if not entry.holds:
-                if not holdings.has_room_for(entry, self._limits.grid):
-                    return holdings.count
-                holdings.add(entry)
+            if not request.holds:
+                if not reserved.has_room_for(request, self._limits.grid):
+                    return reserved.count
+                reserved.add(request)
         return self._limits.max_rows
 
     @property
     def idle(self) -> bool:
-        return not self._entries
+        return not self._requests
 
     @property
     def suspects(self) -> tuple[str, ...]:
         """Rows on probation: if the step fails, one of these is to blame. Never more than one."""
-        return tuple(entry.id for entry in self._rows if entry.probation)
+        return tuple(request.id for request in self._rows if request.probation)
 
     def suspected(self, names: Sequence[str]) -> bool:
         """Whether one of these, rows or about to be, is on probation."""
-        return any(self._entries[name].probation for name in names)
+        return any(self._requests[name].probation for name in names)
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class Scheduler:
 
         ``preempt`` names requests that give up their row or their started prefill, whichever they have.
         """
-        victims = choose_victims(self._budget, [entry for entry in self._entries.values() if entry.holds])
+        victims = choose_victims(self._budget, [request for request in self._requests.values() if request.holds])
         rows = list(self._rows)
         for victim in victims:
             if victim.in_row:
@@ -235,7 +237,7 @@ class Scheduler:
             step=self._step,
             preempt=tuple(victim.id for victim in victims),
             prefill=tuple(self._pack(rows, victims, now).chunks),
-            rows=tuple(entry.id for entry in rows),
+            rows=tuple(request.id for request in rows),
         )
 
     def promised_bytes(self, plan: StepPlan) -> int:
@@ -248,13 +250,13 @@ class Scheduler:
         All rows of a forward have equally many columns, so the longest row decides. Rows never get longer arrays only
         for padding or for tokens that may be refused.
         """
-        holdings = self._after(plan)
-        return max(1, min(most, holdings.columns_left))
+        reserved = self._after(plan)
+        return max(1, min(most, reserved.columns_left))
 
     def grew(self, name: str, tokens: int) -> None:
         """The committed step drew so many tokens for this row, not one. Raises KeyError for an unknown name."""
-        entry = self._entries[name]
-        entry.length += tokens - 1
+        request = self._requests[name]
+        request.length += tokens - 1
 
     def commit(self, plan: StepPlan) -> None:
         """The engine has executed ``plan``.
@@ -264,88 +266,88 @@ class Scheduler:
         Raises ValueError, and changes nothing, when the plan is not the current one or its rows have changed.
         """
         rows = list(self._rows)
-        preempted = [self._entries[name] for name in plan.preempt if name in self._entries]
-        for entry in preempted:
-            if entry.in_row:
-                _release(rows, entry)
-        if plan.step != self._step or plan.rows != tuple(entry.id for entry in rows):
+        preempted = [self._requests[name] for name in plan.preempt if name in self._requests]
+        for request in preempted:
+            if request.in_row:
+                _release(rows, request)
+        if plan.step != self._step or plan.rows != tuple(request.id for request in rows):
             raise ValueError(f"plan {plan.step} no longer matches the rows of step {self._step}")
         self._rows = rows
-        for entry in preempted:
-            entry.preempted += 1
-            entry.back_to_waiting(entry.need)
+        for request in preempted:
+            request.preempted += 1
+            request.back_to_waiting(request.need)
         for chunk in plan.prefill:
-            if chunk.id in self._entries:
-                self._advance(self._entries[chunk.id], chunk.end, chunk.last)
-        for entry in self._rows:
-            entry.length += 1
+            if chunk.id in self._requests:
+                self._advance(self._requests[chunk.id], chunk.end, chunk.last)
+        for request in self._rows:
+            request.length += 1
         self._step += 1
 
     def check(self) -> None:
         """Assert every invariant of the state; for tests."""
-        holders = [entry for entry in self._entries.values() if entry.holds]
-        assert [entry.id for entry in self._entries.values()] == list(self._entries)
-        assert sorted(self.rows) == sorted(entry.id for entry in self._entries.values() if entry.in_row)
+        holders = [request for request in self._requests.values() if request.holds]
+        assert [request.id for request in self._requests.values()] == list(self._requests)
+        assert sorted(self.rows) == sorted(request.id for request in self._requests.values() if request.in_row)
         assert len(holders) <= self._limits.max_rows
-        assert sum(entry.probation for entry in holders) <= 1
-        for entry in self._entries.values():
-            assert 1 <= entry.tokens <= entry.total
-            if entry.in_row:
-                assert entry.done == 0
-                assert entry.tokens <= entry.length <= entry.total
+        assert sum(request.probation for request in holders) <= 1
+        for request in self._requests.values():
+            assert 1 <= request.tokens <= request.total
+            if request.in_row:
+                assert request.done == 0
+                assert request.tokens <= request.length <= request.total
             else:
-                assert entry.length == 0
-                assert 0 <= entry.done <= entry.prefill
-                assert entry.done % self._limits.grid == 0
-        longest = max((entry.length if entry.in_row else entry.tokens for entry in holders), default=0)
-        promised = sum(self._budget.prefill_bytes(entry.prefill) for entry in holders if not entry.in_row)
+                assert request.length == 0
+                assert 0 <= request.done <= request.prefill
+                assert request.done % self._limits.grid == 0
+        longest = max((request.length if request.in_row else request.tokens for request in holders), default=0)
+        promised = sum(self._budget.prefill_bytes(request.prefill) for request in holders if not request.in_row)
         assert self._budget.arena_bytes(len(holders), longest) + promised <= self._budget.limit_bytes
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _after(self, plan: StepPlan) -> Holdings:
+    def _after(self, plan: StepPlan) -> MemoryReservation:
         """What is promised once ``plan`` has been executed."""
         starting = {chunk.id for chunk in plan.prefill}
-        left = [e for e in self._entries.values() if (e.holds or e.id in starting) and e.id not in plan.preempt]
-        return Holdings(self._budget, left)
+        left = [e for e in self._requests.values() if (e.holds or e.id in starting) and e.id not in plan.preempt]
+        return MemoryReservation(self._budget, left)
 
-    def _pack(self, rows: list[Entry], victims: list[Entry], now: float) -> Packer:
+    def _pack(self, rows: list[SchedulerRequest], victims: list[SchedulerRequest], now: float) -> Packer:
         """Fill the step with prefill, best request first."""
         packer = Packer(
             self._costs,
             max_itl_ms=self._limits.max_itl_ms,
             max_chunk=self._limits.max_chunk,
             grid=self._limits.grid,
-            lengths=[entry.need for entry in rows],
+            lengths=[request.need for request in rows],
             stretch=self.stretch,
         )
-        started = [entry for entry in self._entries.values() if entry.started and entry not in victims]
+        started = [request for request in self._requests.values() if request.started and request not in victims]
         holders = rows + started
-        holdings = Holdings(self._budget, holders)
-        suspected = any(entry.probation for entry in holders)
-        may_start = not victims and holdings.count < self._limits.max_rows
-        waiting = [entry for entry in self._entries.values() if not entry.in_row] if may_start else started
-        computing = {entry.wants: entry.priority for entry in started if entry.wants is not None}
-        for entry in self._ordered(waiting, now):
+        reserved = MemoryReservation(self._budget, holders)
+        suspected = any(request.probation for request in holders)
+        may_start = not victims and reserved.count < self._limits.max_rows
+        waiting = [request for request in self._requests.values() if not request.in_row] if may_start else started
+        computing = {request.wants: request.priority for request in started if request.wants is not None}
+        for request in self._ordered(waiting, now):
             if packer.full:
                 break
-            if not entry.started:
-                if not may_start or entry.held or (suspected and entry.probation):
+            if not request.started:
+                if not may_start or request.held or (suspected and request.probation):
                     continue
-                if entry.wants is not None and computing.get(entry.wants, entry.priority - 1) >= entry.priority:
+                if request.wants is not None and computing.get(request.wants, request.priority - 1) >= request.priority:
                     continue  # the block that it needs next is being computed: it will restore that one
                 # Nobody starts past the first that has to wait for memory, or a large request would wait for ever.
-                may_start = self._admits(holdings, entry)
+                may_start = self._admits(reserved, request)
                 if not may_start:
                     continue
-                holdings.add(entry)
-                suspected = suspected or entry.probation
-                if entry.wants is not None:
-                    computing[entry.wants] = entry.priority
-            packer.take(entry)
+                reserved.add(request)
+                suspected = suspected or request.probation
+                if request.wants is not None:
+                    computing[request.wants] = request.priority
+            packer.take(request)
         return packer
 
-    def _ordered(self, waiting: list[Entry], now: float) -> list[Entry]:
+    def _ordered(self, waiting: list[SchedulerRequest], now: float) -> list[SchedulerRequest]:
         """Best first: priority, then little work left, where every second of waiting makes work count for less, and
         every answer that its client has already, running or earlier in the queue, makes it count for more.
 
@@ -355,42 +357,42 @@ class Scheduler:
         age_weight, prefill_ms = self._limits.age_weight, self._costs.prefill_ms
         ahead = self._ahead(waiting)
 
-        def key(entry: Entry) -> tuple[int, float, float, int]:
-            seconds = prefill_ms(entry.computed, entry.prefill - entry.computed) / 1000.0
-            if entry.done > 0 or entry.preempted > 0:
+        def key(request: SchedulerRequest) -> tuple[int, float, float, int]:
+            seconds = prefill_ms(request.computed, request.prefill - request.computed) / 1000.0
+            if request.done > 0 or request.preempted > 0:
                 seconds *= HEAD_START
-            seconds -= age_weight * (now - entry.arrival)
-            fair = FAIR_SECONDS * ahead[entry.id] + max(0.0, seconds) if ahead else 0.0
-            return -entry.priority, fair, seconds, entry.number
+            seconds -= age_weight * (now - request.arrival)
+            fair = FAIR_SECONDS * ahead[request.id] + max(0.0, seconds) if ahead else 0.0
+            return -request.priority, fair, seconds, request.number
 
         return sorted(waiting, key=key)
 
-    def _ahead(self, waiting: list[Entry]) -> dict[str, int]:
+    def _ahead(self, waiting: list[SchedulerRequest]) -> dict[str, int]:
         """How many answers each waiting one's client has before it; nothing when a single client waits."""
-        if len({entry.client for entry in waiting}) < 2:
+        if len({request.client for request in waiting}) < 2:
             return {}
-        counts = Counter(entry.client for entry in self._rows)
+        counts = Counter(request.client for request in self._rows)
         if not self._rows and self._left is not None:
             counts[self._left] += 1  # with a single row, whoever has just had it would always seem to have had nothing
         found = {}
-        for entry in sorted(waiting, key=lambda entry: entry.number):
-            found[entry.id] = counts[entry.client]
-            counts[entry.client] += 1
+        for request in sorted(waiting, key=lambda request: request.number):
+            found[request.id] = counts[request.client]
+            counts[request.client] += 1
         return found
 
-    def _admits(self, holdings: Holdings, entry: Entry) -> bool:
-        return holdings.count < self._limits.max_rows and holdings.has_room_for(entry, self._limits.grid)
+    def _admits(self, reserved: MemoryReservation, request: SchedulerRequest) -> bool:
+        return reserved.count < self._limits.max_rows and reserved.has_room_for(request, self._limits.grid)
 
-    def _advance(self, entry: Entry, end: int, last: bool) -> None:
-        entry.done = end
+    def _advance(self, request: SchedulerRequest, end: int, last: bool) -> None:
+        request.done = end
         if last:
-            entry.in_row, entry.length, entry.done = True, entry.prefill, 0
-            self._rows.append(entry)
+            request.in_row, request.length, request.done = True, request.prefill, 0
+            self._rows.append(request)
 
 
-def _release(rows: list[Entry], entry: Entry) -> None:
-    """Free the row of ``entry``; the last row moves into its place."""
-    index = next(i for i, row in enumerate(rows) if row is entry)
+def _release(rows: list[SchedulerRequest], request: SchedulerRequest) -> None:
+    """Free the row of ``request``; the last row moves into its place."""
+    index = next(i for i, row in enumerate(rows) if row is request)
     last = rows.pop()
-    if last is not entry:
+    if last is not request:
         rows[index] = last

@@ -210,7 +210,7 @@ def test_among_clients_with_one_request_each_the_rule_changes_nothing(jobs: list
         scheduler = World(rows=64).scheduler
         for number, (arrival, prompt) in enumerate(jobs):
             scheduler.add(str(number), prompt, 10, 0, clients[number], arrival)
-        return [entry.id for entry in scheduler._ordered(list(scheduler._entries.values()), 100.0)]
+        return [request.id for request in scheduler._ordered(list(scheduler._requests.values()), 100.0)]
 
     assert order([str(number) for number in range(len(jobs))]) == order([""] * len(jobs))
 

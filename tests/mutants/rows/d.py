@@ -22,15 +22,15 @@ BREAKS = [
     Break(
         name="D3-age-does-not-count",
         file="millpond/schedule/scheduler.py",
-        old="seconds -= age_weight * (now - entry.arrival)",
+        old="seconds -= age_weight * (now - request.arrival)",
         new="seconds -= age_weight * 0.0",
         by=("test_a_long_prompt_is_not_starved_by_an_endless_stream_of_short_ones",),
     ),
     Break(
         name="D3-requeued-lose-their-age",
         file="millpond/schedule/scheduler.py",
-        old="entry.arrival = min(entry.arrival, now)",
-        new="entry.arrival = now",
+        old="request.arrival = min(request.arrival, now)",
+        new="request.arrival = now",
         by=("test_requeue_recomputes_from_the_start_and_keeps_the_arrival",),
     ),
     Break(
@@ -64,8 +64,8 @@ BREAKS = [
     Break(
         name="D7-the-oldest-goes",
         file="millpond/schedule/admission.py",
-        old="(entry.priority, -entry.arrival, -entry.number)",
-        new="(entry.priority, entry.arrival, entry.number)",
+        old="(request.priority, -request.arrival, -request.number)",
+        new="(request.priority, request.arrival, request.number)",
         by=("test_growth_preempts_the_youngest_row",),
     ),
     Break(

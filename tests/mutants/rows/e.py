@@ -15,7 +15,7 @@ BREAKS = [
     Break(
         name="E2-computed-twice",
         file="millpond/schedule/scheduler.py",
-        old="                    computing[entry.wants] = entry.priority\n",
+        old="                    computing[request.wants] = request.priority\n",
         new="                    pass\n",
         by=("test_nobody_waits_for_ever",),
     ),

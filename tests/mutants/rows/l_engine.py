@@ -43,8 +43,8 @@ BREAKS = [
     Break(
         name="L16-nobody-gives-way",
         file="millpond/schedule/admission.py",
-        old="while len(left) > 1 and not Holdings(budget, left).fits:",
-        new="while len(left) > 99 and not Holdings(budget, left).fits:",
+        old="while len(left) > 1 and not MemoryReservation(budget, left).fits:",
+        new="while len(left) > 99 and not MemoryReservation(budget, left).fits:",
         by=("test_memory_pressure_preempts_and_resumes_unseen",),
     ),
     Break(

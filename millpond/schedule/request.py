@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class SchedulerRequest:
     """A request that waits (``in_row`` false; ``done`` > 0 once its prefill has started) or holds a row.
 
     ``cached``, ``wants``, ``held`` and ``stop`` are what the prefix cache offers it; see Scheduler.offer.
