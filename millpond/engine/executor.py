@@ -16,7 +16,7 @@ from functools import partial
 import mlx.core as mx
 from msgspec.structs import replace
 
-from millpond.engine.flight import Drafts, Flight, Steps
+from millpond.engine.inflight import Drafts, InflightStep, Steps
 from millpond.engine.orders import (
     Alone,
     Arrive,
@@ -66,7 +66,7 @@ class Executor:
         self._model = model
         self._capabilities = capabilities
         self._limit_bytes = limit_bytes
-        self._flights: deque[Flight] = deque()
+        self._unread: deque[InflightStep] = deque()
         """Forwards that have not been read, oldest first."""
         self._steps = Steps(model.network, model.vocab_size, agree)
         self.lane = capabilities.lane(model, limit_bytes)
@@ -163,37 +163,37 @@ class Executor:
         """Whether some row's draw depends on the tokens drawn before it."""
         return any(self.sequences[name].sampling.needs_history for name in self.rows)
 
-    def decode(self, drafts: Drafts, begun: float) -> Flight:
+    def decode(self, drafts: Drafts, begun: float) -> InflightStep:
         """Build a forward over all rows, behind the unread one if there is one. Raises what the model's code raises."""
-        ahead = self._flights[-1] if self._flights else None
+        ahead = self._unread[-1] if self._unread else None
         if self.ranks.several:
             self.ranks.tell(Decode(drafts, ahead is not None, self.state))
         sequences = [self.sequences[name] for name in self.rows]
         if drafts:
-            flight = self._steps.verifying(self.lane, sequences, drafts, begun)
+            step = self._steps.verifying(self.lane, sequences, drafts, begun)
         else:
             cuts = partial(self.prefixes.cuts, lane=self.lane)
-            flight = self._steps.plain(self.lane, sequences, ahead, begun, cuts)
-        self._flights.append(flight)
-        return flight
+            step = self._steps.plain(self.lane, sequences, ahead, begun, cuts)
+        self._unread.append(step)
+        return step
 
-    def launch(self, flight: Flight) -> None:
+    def launch(self, step: InflightStep) -> None:
         """Start the computation of the newest forward. Raises what the model's code raises."""
-        if flight.waiting:
+        if step.waiting:
             self.ranks.tell(Launch())
-            flight.launch()
+            step.launch()
 
-    def took(self, flight: Flight, tokens: tuple[tuple[int, ...], ...], kept: tuple[int, ...]) -> None:
+    def took(self, step: InflightStep, tokens: tuple[tuple[int, ...], ...], kept: tuple[int, ...]) -> None:
         """The oldest forward has been read, and of what it drew for each row so much was taken."""
         if self.ranks.several:
-            poisoned = tuple(name for name in flight.rows if self.sequences[name].poisoned)
+            poisoned = tuple(name for name in step.rows if self.sequences[name].poisoned)
             self.ranks.tell(Took(tokens, kept, poisoned))
-        self._flights.popleft()
-        cuts = flight.cuts
-        if flight.drafts:
+        self._unread.popleft()
+        cuts = step.cuts
+        if step.drafts:
             before = list(self.lane.lengths)
             self.lane.advance([max(1, count) for count in kept])
-            cuts = self.prefixes.filled(flight.rows, before, self.lane)
+            cuts = self.prefixes.filled(step.rows, before, self.lane)
         self.prefixes.step_read(cuts, self.sequences, self.lane)
 
     def rebuild(self) -> None:
@@ -201,7 +201,7 @@ class Executor:
         if self.ranks.several:
             raise GroupBroken("a forward failed on rank 0, and nobody knows how far the others have come")
         self.rows.clear()
-        self._flights.clear()
+        self._unread.clear()
         self._steps.forget()
         self.lane = self._capabilities.lane(self._model, self._limit_bytes)
 
@@ -236,11 +236,11 @@ class Executor:
             case Depart(name, scrub, poisoned):
                 self.depart(name, scrub, poisoned)
             case Decode(drafts, behind, state):
-                if behind != bool(self._flights) or state != self.state:
+                if behind != bool(self._unread) or state != self.state:
                     raise GroupBroken(f"rank 0 is in state {state:08x} with its rows, this rank in {self.state:08x}")
                 self.decode(drafts, 0.0)
             case Launch():
-                self.launch(self._flights[-1])
+                self.launch(self._unread[-1])
             case Took(tokens, kept, poisoned):
                 self._take(tokens, kept, poisoned)
             case Fit(room_bytes):
@@ -251,10 +251,10 @@ class Executor:
                 raise GroupBroken(f"rank 0 told something that cannot be done now: {type(order).__name__}")
 
     def _take(self, tokens: tuple[tuple[int, ...], ...], kept: tuple[int, ...], poisoned: tuple[str, ...]) -> None:
-        if not self._flights:
+        if not self._unread:
             raise GroupBroken("rank 0 has read a forward that this rank has not made")
-        flight = self._flights[0]
-        drawn = flight.drawn()
+        step = self._unread[0]
+        drawn = step.drawn()
         mine = tuple(tuple(row.tokens) for row in drawn)
         if mine != tokens or len(kept) != len(tokens):
             raise GroupBroken(f"rank 0 drew {tokens}, this rank {mine}")
@@ -263,4 +263,4 @@ class Executor:
             sequence.poisoned = row.name in poisoned
             for token in row.tokens[:count]:
                 sequence.commit(token)
-        self.took(flight, tokens, kept)
+        self.took(step, tokens, kept)

@@ -1,6 +1,6 @@
 """The engine's side of speculative decoding: who guesses for which row, and how much. Engine thread only.
 
-Where guesses come from is in millpond/speculate; flight.py says what is made of them.
+Where guesses come from is in millpond/speculate; inflight.py says what is made of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from millpond.engine.flight import Drafts, Drawn
+from millpond.engine.inflight import Drafts, Drawn
 from millpond.engine.sequence import Sequence
 from millpond.speculate.controller import DRAFT_MODEL, Controller, Offer, source_of
 from millpond.speculate.draft import Draft

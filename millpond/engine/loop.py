@@ -17,13 +17,13 @@ import mlx.core as mx
 from msgspec.structs import replace
 
 from millpond.engine.executor import Executor
-from millpond.engine.flight import Drawn, Flight
 from millpond.engine.guessing import Guessing
+from millpond.engine.inflight import Drawn, InflightStep
 from millpond.engine.link import Inbox, Outbox
 from millpond.engine.orders import GroupBroken, Offered
 from millpond.engine.refusals import failure, impossible, unknown
 from millpond.engine.sequence import Sequence
-from millpond.engine.tally import Tally
+from millpond.engine.stats import EngineStats
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities
 from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
@@ -80,11 +80,11 @@ class Engine:
         self._outbox = outbox
         self._sequences = executor.sequences
         self._leaving: list[str] = []
-        self._flight: Flight | None = None
+        self._inflight: InflightStep | None = None
         self._last_read = 0.0
         self._done = 0
         """Steps."""
-        self._tally = Tally()
+        self._stats = EngineStats()
         self._stalled = False
         """Nobody could do anything in the last turn: everybody waits for the disk."""
         self._idle_since: float | None = None
@@ -118,15 +118,15 @@ class Engine:
         now = time.monotonic()
         self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.ranks)
         plan = self._scheduler.plan(now)
-        self._stalled = plan.empty and self._flight is None
-        if self._flight is not None and not self._can_follow(self._flight, plan):
+        self._stalled = plan.empty and self._inflight is None
+        if self._inflight is not None and not self._can_follow(self._inflight, plan):
             self._settle()
         elif not plan.empty:
-            self._execute(plan if self._flight is not None else self._with_drafts(plan))
+            self._execute(plan if self._inflight is not None else self._with_drafts(plan))
         self._report()
 
     def _receive(self) -> None:
-        idle = self._flight is None and not self._leaving and (self._scheduler.idle or self._stalled)
+        idle = self._inflight is None and not self._leaving and (self._scheduler.idle or self._stalled)
         while not self._stopping:
             try:
                 message = self._inbox.get(block=idle, timeout=self._patience() if idle else None)
@@ -210,13 +210,13 @@ class Engine:
 
     # --- a step -----------------------------------------------------------------------------------------------
 
-    def _can_follow(self, flight: Flight, plan: StepPlan) -> bool:
-        """Whether ``plan`` may be dispatched while ``flight`` is unread: same rows, none about to end, none that still
+    def _can_follow(self, step: InflightStep, plan: StepPlan) -> bool:
+        """Whether ``plan`` may be dispatched while ``step`` is unread: same rows, none about to end, none that still
         waits for its first token, which would come a step later, and no draft tokens before or behind."""
         return (
             self._capabilities.pipelined
-            and not flight.drafts
-            and plan.rows == flight.rows
+            and not step.drafts
+            and plan.rows == step.rows
             and not plan.prefill
             and not plan.preempt
             and not self._executor.needs_history
@@ -238,10 +238,10 @@ class Engine:
         return replace(plan, drafts=self._guessing.drafts(plan.rows, self._sequences, room, len(joining)))
 
     def _execute(self, plan: StepPlan) -> None:
-        ahead, self._flight = self._flight, None
+        ahead, self._inflight = self._inflight, None
         begun = time.monotonic()
         executor = self._executor
-        self._tally.preempted(len(plan.preempt))
+        self._stats.preempted(len(plan.preempt))
         for name in plan.preempt:
             executor.set_aside(name)
         self._begin(plan.prefill)
@@ -254,9 +254,9 @@ class Engine:
         failure: Exception | None = None
         try:
             if batch:
-                self._flight = executor.decode(drafts, begun)
-            if self._flight is not None and not (ahead is not None and self._model.on_cpu):
-                executor.launch(self._flight)
+                self._inflight = executor.decode(drafts, begun)
+            if self._inflight is not None and not (ahead is not None and self._model.on_cpu):
+                executor.launch(self._inflight)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, _recover logs
             failure = error
         for sequence in map(self._sequences.__getitem__, batch):
@@ -270,17 +270,17 @@ class Engine:
             self._read(ahead)
             self._launch()
         elif not batch:
-            self._tally.step(time.monotonic() - begun, 0, 0)
+            self._stats.step(time.monotonic() - begun, 0, 0)
 
     def _launch(self) -> None:
         """Launch the step that was built meanwhile, unless reading the one ahead of it has ended it."""
-        flight = self._flight
-        if flight is None or not flight.waiting:
+        step = self._inflight
+        if step is None or not step.waiting:
             return
         try:
-            self._executor.launch(flight)
+            self._executor.launch(step)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; _recover logs it
-            self._recover(flight.rows, error)
+            self._recover(step.rows, error)
 
     def _begin(self, chunks: tuple[PrefillChunk, ...]) -> None:
         """Give every prompt that starts in this step its cache, restored up to its first chunk."""
@@ -321,7 +321,7 @@ class Engine:
             log.exception("prefill of request %s failed", chunk.id)
             self._end(chunk.id, error)
             return False
-        self._tally.chunk(chunk)
+        self._stats.chunk(chunk)
         if chunk.end > chunk.start:
             elapsed = (time.monotonic() - started) * 1000
             self._costs.observe_prefill(chunk.start, chunk.end - chunk.start, elapsed)
@@ -331,45 +331,45 @@ class Engine:
 
     def _settle(self) -> None:
         """Read the step in flight, if any: afterwards rows may join and leave."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._read(flight)
+        step, self._inflight = self._inflight, None
+        if step is not None:
+            self._read(step)
 
-    def _read(self, flight: Flight) -> None:
+    def _read(self, step: InflightStep) -> None:
         try:
-            self._executor.launch(flight)
-            drawn = flight.drawn()
+            self._executor.launch(step)
+            drawn = step.drawn()
         except Exception as error:  # noqa: BLE001 - a lazy forward raises when it is evaluated; _recover logs it
-            self._flight = None
-            self._recover(flight.rows, error, guessed=bool(flight.drafts))
+            self._inflight = None
+            self._recover(step.rows, error, guessed=bool(step.drafts))
             return
         now = time.monotonic()
-        seconds = now - max(flight.begun, self._last_read)
-        milliseconds = (now - max(flight.dispatched, self._last_read)) * 1000
+        seconds = now - max(step.begun, self._last_read)
+        milliseconds = (now - max(step.dispatched, self._last_read)) * 1000
         self._last_read = now
         deltas: list[Delta] = []
-        held = [self._take(flight, row, deltas) for row in drawn]
+        held = [self._take(step, row, deltas) for row in drawn]
         if deltas:
             self._outbox.send(Deltas(deltas))
         tokens = sum(len(delta.tokens) + (delta.finish is Finish.STOP) for delta in deltas)
-        self._tally.step(seconds, len(drawn), tokens, flight.draft_tokens)
-        if flight.drafts:
-            self._guessing.verified(drawn, held, flight.context_tokens, milliseconds)
-            self._scheduler.stretch = self._guessing.stretch(len(drawn), flight.columns)
+        self._stats.step(seconds, len(drawn), tokens, step.draft_tokens)
+        if step.drafts:
+            self._guessing.verified(drawn, held, step.context_tokens, milliseconds)
+            self._scheduler.stretch = self._guessing.stretch(len(drawn), step.columns)
         else:
-            self._costs.observe_decode(len(drawn), flight.context_tokens, milliseconds)
+            self._costs.observe_decode(len(drawn), step.context_tokens, milliseconds)
             self._guessing.plain()
             self._scheduler.stretch = 1.0
-        self._executor.took(flight, tuple(tuple(row.tokens) for row in drawn), tuple(held))
-        for name in [name for name in flight.rows if self._sequences[name].spoilt]:
+        self._executor.took(step, tuple(tuple(row.tokens) for row in drawn), tuple(held))
+        for name in [name for name in step.rows if self._sequences[name].spoilt]:
             self._compute_again(name)
 
-    def _take(self, flight: Flight, drawn: Drawn, deltas: list[Delta]) -> int:
+    def _take(self, step: InflightStep, drawn: Drawn, deltas: list[Delta]) -> int:
         """Commit what a row has drawn, as far as its answer goes, and tell it. Returns how many of the drawn tokens."""
         sequence = self._sequences[drawn.name]
         if drawn.bad or drawn.spoilt:
             # Draft tokens may be to blame, and so may the padding of rows that have fewer.
-            sequence.spoilt = bool(flight.drafts) and not sequence.again
+            sequence.spoilt = bool(step.drafts) and not sequence.again
             sequence.poisoned = not sequence.spoilt
         if sequence.ended:
             return 0
@@ -384,7 +384,7 @@ class Engine:
         finish, count = None, 0
         while finish is None and count < len(drawn.tokens):
             try:
-                logprob = self._logprob(flight.picks, drawn.first + count, sequence)
+                logprob = self._logprob(step.picks, drawn.first + count, sequence)
                 kept, finish = sequence.commit(drawn.tokens[count])
             except Exception as error:  # whatever it is, it is about this request alone
                 log.exception("taking a token of request %s failed", drawn.name)
@@ -452,7 +452,7 @@ class Engine:
         may have failed because of those: its rows go on without.
         """
         log.error("decode step with %d rows failed", len(rows), exc_info=error)
-        self._tally.failed()
+        self._stats.failed()
         with suppress(Exception):  # told already
             mx.synchronize()  # an earlier step may still be writing into the rows that are given up here
         suspects = [name for name in rows if name in self._scheduler.suspects]
@@ -460,7 +460,7 @@ class Engine:
         if guessed:
             guilty = None
             self._guessing.failed(rows)
-        self._flight = None
+        self._inflight = None
         self._executor.rebuild()
         now = time.monotonic()
         for name in rows:
@@ -485,7 +485,7 @@ class Engine:
                 waiting=self._scheduler.waiting,
                 kv_bytes=self._executor.nbytes + self._guessing.nbytes,
                 wait_seconds=self._scheduler.wait_seconds(),
-                counters=self._tally.counters(self._guessing.counters()),
+                counters=self._stats.counters(self._guessing.counters()),
                 prefix=self._prefixes.load(),
             )
         )

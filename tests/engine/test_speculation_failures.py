@@ -27,7 +27,7 @@ from guessing_support import (
 )
 from tiny_models import VOCAB, save
 
-from millpond.engine.flight import Flight, Steps
+from millpond.engine.inflight import InflightStep, Steps
 from millpond.model.load import LoadedModel, load
 from millpond.sample.state import SamplingState
 from millpond.speculate.controller import Controller
@@ -137,7 +137,7 @@ def test_a_verifying_step_that_raises_is_done_again_without_drafts(monkeypatch: 
     verifying = Steps.verifying
     raised = 0
 
-    def failing(steps: Steps, *args: object) -> Flight:
+    def failing(steps: Steps, *args: object) -> InflightStep:
         nonlocal raised
         raised += 1
         if raised == 2:

@@ -186,12 +186,12 @@ def orders(ready: Prepared) -> list[Order]:
         executor.prefill(name, 0, len(tokens) - 1, True)
     executor.fit(1 << 20)
     for drafts in ((), ((5,), (6, 7)), ()):
-        flight = executor.decode(drafts, 0.0)
-        executor.launch(flight)
-        drawn = flight.drawn()
+        step = executor.decode(drafts, 0.0)
+        executor.launch(step)
+        drawn = step.drawn()
         for row in drawn:
             executor.sequences[row.name].commit(row.tokens[0])
-        executor.took(flight, tuple(tuple(row.tokens) for row in drawn), (1, 1))
+        executor.took(step, tuple(tuple(row.tokens) for row in drawn), (1, 1))
     executor.set_aside("a")
     executor.depart("a", False, False)
     executor.depart("b", False, False)

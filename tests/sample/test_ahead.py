@@ -9,7 +9,7 @@ import pytest
 from sampler_support import sampler, state
 from statistics_support import deviation
 
-from millpond.engine.flight import agreeing
+from millpond.engine.inflight import agreeing
 from millpond.sample.sampler import BatchSampler
 from millpond.types import SamplingParams
 

@@ -49,7 +49,7 @@ BREAKS = [
     ),
     Break(
         name="D6-a-state-fails-the-step",
-        file="millpond/engine/flight.py",
+        file="millpond/engine/inflight.py",
         old="                sequence.fault = error\n",
         new="                raise\n",
         by=("test_what_sampling_knows_of_a_request_may_fail_at_any_step",),
@@ -70,7 +70,7 @@ BREAKS = [
     ),
     Break(
         name="D9-launched-elsewhere",
-        file="millpond/engine/flight.py",
+        file="millpond/engine/inflight.py",
         old="mx.async_eval(*self.waiting)",
         new='__import__("concurrent.futures").futures.ThreadPoolExecutor().submit(mx.eval, *self.waiting).result()',
         by=("test_one_thread_alone_touches_mlx",),

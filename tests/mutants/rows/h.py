@@ -28,7 +28,7 @@ BREAKS = [
     ),
     Break(
         name="H3-bad-guesses-are-taken",
-        file="millpond/engine/flight.py",
+        file="millpond/engine/inflight.py",
         old="if drawn != guessed), len(draft))",
         new="if drawn != guessed + 0 * drawn and drawn < 0), len(draft))",
         by=("test_every_answer_is_that_of_plain_decoding",),

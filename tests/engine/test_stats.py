@@ -12,7 +12,7 @@ import pytest
 from engine_driver import Driver, request
 from tiny_models import VOCAB, save
 
-from millpond.engine.tally import Tally
+from millpond.engine.stats import EngineStats
 from millpond.model.load import LoadedModel, load
 from millpond.observe.histogram import SECONDS, Histogram
 from millpond.types import PrefillChunk, SpecCounters
@@ -45,13 +45,13 @@ def test_a_histogram_puts_values_up_to_a_bound_below_it() -> None:
 
 
 def test_prompt_tokens_belong_to_the_step_that_reads_them() -> None:
-    tally = Tally()
-    tally.chunk(PrefillChunk("a", 0, 64, last=False))
-    tally.step(0.5, rows=0, drawn=0)
-    tally.chunk(PrefillChunk("a", 64, 99, last=True))
-    tally.step(0.25, rows=3, drawn=2)
-    tally.step(0.25, rows=3, drawn=3)
-    counted = tally.counters(SpecCounters())
+    stats = EngineStats()
+    stats.chunk(PrefillChunk("a", 0, 64, last=False))
+    stats.step(0.5, rows=0, drawn=0)
+    stats.chunk(PrefillChunk("a", 64, 99, last=True))
+    stats.step(0.25, rows=3, drawn=2)
+    stats.step(0.25, rows=3, drawn=3)
+    counted = stats.counters(SpecCounters())
     assert counted.prefill_tokens == 100
     assert counted.drawn_tokens == 5
     assert (counted.step_seconds.total, sum(counted.step_seconds.counts)) == (1.0, 3)

@@ -10,7 +10,7 @@ from millpond.observe.histogram import ROWS, SECONDS, STEP_TOKENS, Histogram
 from millpond.types import EngineCounters, PrefillChunk, SpecCounters
 
 
-class Tally:
+class EngineStats:
     """Since the engine's start."""
 
     def __init__(self) -> None:

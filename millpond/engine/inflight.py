@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass
-class Flight:
+class InflightStep:
     """A decode step whose tokens have not been read yet."""
 
     rows: tuple[str, ...]
@@ -142,10 +142,10 @@ class Steps:
         self,
         lane: Lane,
         sequences: Many[Sequence],
-        ahead: Flight | None,
+        ahead: InflightStep | None,
         begun: float,
         cuts: Callable[[tuple[str, ...]], list[Cut]],
-    ) -> Flight:
+    ) -> InflightStep:
         """One token for every row, behind its newest or behind what the unread step ``ahead`` has drawn.
 
         ``cuts`` is asked for the blocks that the forward fills.
@@ -162,9 +162,9 @@ class Steps:
         rows = _names(sequences)
         cut = cuts(rows)
         waiting = [*picks.arrays(), *lane.arrays(), *(array for one in cut for array in one.arrays())]
-        return Flight(rows, (), picks, cut, context_tokens, begun, dispatched, waiting)
+        return InflightStep(rows, (), picks, cut, context_tokens, begun, dispatched, waiting)
 
-    def verifying(self, lane: Lane, sequences: Many[Sequence], drafts: Drafts, begun: float) -> Flight:
+    def verifying(self, lane: Lane, sequences: Many[Sequence], drafts: Drafts, begun: float) -> InflightStep:
         """Every row's newest token and its draft tokens. How far each row has come is known once that is read."""
         sampler = self._sampler_for(sequences, drafts)
         context_tokens = sum(lane.lengths)
@@ -174,7 +174,7 @@ class Steps:
         positions = [len(sequences[row].tokens) + place for row, place in places]
         picks = self._agreed(sampler(logits_of(logits, places), positions))
         waiting = [*picks.arrays(), *lane.arrays()]
-        return Flight(_names(sequences), drafts, picks, [], context_tokens, begun, dispatched, waiting)
+        return InflightStep(_names(sequences), drafts, picks, [], context_tokens, begun, dispatched, waiting)
 
     def _agreed(self, picks: Picks) -> Picks:
         return picks if self._agree is None else replace(picks, tokens=self._agree(picks.tokens))
