@@ -330,7 +330,7 @@ class ServeConfig(BaseModel):
         """How tokens are guessed ahead for requests that do not say."""
         return Speculation(mode=SpecMode(self.spec), tokens=self.spec_tokens, adaptive=self.spec_adaptive == "on")
 
-    def guessing(self, draft_path: str) -> SpecSettings:
+    def spec_settings(self, draft_path: str) -> SpecSettings:
         """What the engine is told about it; ``draft_path`` is the folder of the draft model, if there is one."""
         return SpecSettings(default=self.speculation, draft_path=draft_path, shared=self.spec_shared == "on")
 

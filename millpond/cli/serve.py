@@ -151,7 +151,7 @@ class Front:
                 least_free_bytes=int(config.ssd_min_free),
                 label=self._served,
             ),
-            spec=config.guessing(draft_path),
+            spec=config.spec_settings(draft_path),
         )
         environment = log_environment(config)
         self._client = EngineClient(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from millpond.engine.boot_guessing import guessing
+from millpond.engine.boot_speculation import open_speculator
 from millpond.engine.executor import ALONE, Executor
 from millpond.engine.link import Link
 from millpond.engine.loop import Engine
@@ -39,13 +39,13 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
     limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=ready.chunk)
     scheduler = Scheduler(limits, budget, ready.costs)
-    guesses, modes = guessing(
+    speculator, modes = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, party.world, ranks
     )
     agree = agreement(ready.group) if ready.group is not None else None
     executor = Executor(model, capabilities, budget.limit_bytes, ready.prefixes, ranks, agree)
     engine = Engine(
-        model, capabilities, scheduler, ready.costs, budget.limit_bytes, executor, guesses, link.inbox, link
+        model, capabilities, scheduler, ready.costs, budget.limit_bytes, executor, speculator, link.inbox, link
     )
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)

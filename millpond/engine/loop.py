@@ -17,12 +17,12 @@ import mlx.core as mx
 from msgspec.structs import replace
 
 from millpond.engine.executor import Executor
-from millpond.engine.guessing import Guessing
 from millpond.engine.inflight import Drawn, InflightStep
 from millpond.engine.link import Inbox, Outbox
 from millpond.engine.orders import GroupBroken, Offered
 from millpond.engine.refusals import failure, impossible, unknown
 from millpond.engine.sequence import Sequence
+from millpond.engine.speculation import Speculator
 from millpond.engine.stats import EngineStats
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities
@@ -64,7 +64,7 @@ class Engine:
         costs: CostModel,
         limit_bytes: int,
         executor: Executor,
-        guessing: Guessing,
+        speculator: Speculator,
         inbox: Inbox,
         outbox: Outbox,
     ) -> None:
@@ -75,7 +75,7 @@ class Engine:
         self._limit_bytes = limit_bytes
         self._executor = executor
         self._prefixes = executor.prefixes
-        self._guessing = guessing
+        self._speculator = speculator
         self._inbox = inbox
         self._outbox = outbox
         self._sequences = executor.sequences
@@ -152,7 +152,7 @@ class Engine:
     def _patience(self) -> float | None:
         """How long to wait for a message when there is nothing else to do; None: for ever."""
         now = time.monotonic()
-        if not self._scheduler.idle or self._executor.lane.nbytes + self._guessing.nbytes == 0:
+        if not self._scheduler.idle or self._executor.lane.nbytes + self._speculator.nbytes == 0:
             self._idle_since = None
             return self._prefixes.patience(now)
         if self._idle_since is None:
@@ -167,7 +167,7 @@ class Engine:
         """Give back the memory that rows leave behind. Call it when there are none."""
         self._idle_since = None
         self._executor.trim()
-        self._guessing.rest()
+        self._speculator.rest()
         self._report()
 
     def _explain(self, asked: Explain) -> None:
@@ -206,7 +206,7 @@ class Engine:
             self._scheduler.remove(request.id)
             self._outbox.send(failure(request.id, error))
             return
-        self._guessing.arrive(sequence)
+        self._speculator.arrive(sequence)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Engine:
             and not self._executor.needs_history
             and not self._scheduler.suspects
             and all(self._sequences[name].told and self._sequences[name].remaining > 1 for name in plan.rows)
-            and not self._guessing.wants(plan.rows, self._sequences)
+            and not self._speculator.wants(plan.rows, self._sequences)
         )
 
     def _with_drafts(self, plan: StepPlan) -> StepPlan:
@@ -235,7 +235,7 @@ class Engine:
         columns = self._model.context_length - max(len(sequence.tokens) for sequence in batch) + 1
         columns = min(columns, MOST_DRAFT_TOKENS + 1, max(1, MOST_VERIFIED // len(batch)))
         room = self._scheduler.columns(plan, columns) - 1
-        return replace(plan, drafts=self._guessing.drafts(plan.rows, self._sequences, room, len(joining)))
+        return replace(plan, drafts=self._speculator.drafts(plan.rows, self._sequences, room, len(joining)))
 
     def _execute(self, plan: StepPlan) -> None:
         ahead, self._inflight = self._inflight, None
@@ -315,7 +315,7 @@ class Engine:
         started = time.monotonic()
         try:
             self._executor.prefill(chunk.id, chunk.start, chunk.end, chunk.last)
-            self._guessing.chunk_read(sequence, chunk.end - chunk.start)
+            self._speculator.chunk_read(sequence, chunk.end - chunk.start)
         except Exception as error:  # model code raises what it likes; only this request needs what failed
             self._alone_only(error)
             log.exception("prefill of request %s failed", chunk.id)
@@ -354,12 +354,12 @@ class Engine:
         tokens = sum(len(delta.tokens) + (delta.finish is Finish.STOP) for delta in deltas)
         self._stats.step(seconds, len(drawn), tokens, step.draft_tokens)
         if step.drafts:
-            self._guessing.verified(drawn, held, step.context_tokens, milliseconds)
-            self._scheduler.stretch = self._guessing.stretch(len(drawn), step.columns)
+            self._speculator.verified(drawn, held, step.context_tokens, milliseconds)
+            self._scheduler.slowdown = self._speculator.slowdown(len(drawn), step.columns)
         else:
             self._costs.observe_decode(len(drawn), step.context_tokens, milliseconds)
-            self._guessing.plain()
-            self._scheduler.stretch = 1.0
+            self._speculator.plain()
+            self._scheduler.slowdown = 1.0
         self._executor.took(step, tuple(tuple(row.tokens) for row in drawn), tuple(held))
         for name in [name for name in step.rows if self._sequences[name].spoilt]:
             self._compute_again(name)
@@ -430,13 +430,13 @@ class Engine:
         for name in sorted(leaving, key=lambda name: not self._sequences[name].dirty):
             sequence = self._sequences[name]
             self._executor.depart(name, sequence.dirty, sequence.poisoned)
-            self._guessing.answer_done(sequence)
+            self._speculator.answer_done(sequence)
             self._scheduler.remove(name)
 
     def _compute_again(self, name: str) -> None:
         """A step with draft tokens left numbers in a row that are not finite, which plain decoding might never meet."""
         sequence = self._sequences[name]
-        self._guessing.stop(name)
+        self._speculator.stop(name)
         if sequence.ended:
             return  # its row is zeroed when it is freed
         log.warning("a step with draft tokens gave numbers that are not finite; request %s goes on without", name)
@@ -459,7 +459,7 @@ class Engine:
         guilty = rows[0] if len(rows) == 1 else suspects[0] if len(suspects) == 1 else None
         if guessed:
             guilty = None
-            self._guessing.failed(rows)
+            self._speculator.failed(rows)
         self._inflight = None
         self._executor.rebuild()
         now = time.monotonic()
@@ -483,9 +483,9 @@ class Engine:
                 step=self._done,
                 running=self._scheduler.running,
                 waiting=self._scheduler.waiting,
-                kv_bytes=self._executor.nbytes + self._guessing.nbytes,
+                kv_bytes=self._executor.nbytes + self._speculator.nbytes,
                 wait_seconds=self._scheduler.wait_seconds(),
-                counters=self._stats.counters(self._guessing.counters()),
+                counters=self._stats.counters(self._speculator.counters()),
                 prefix=self._prefixes.load(),
             )
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from millpond.engine.boot_guessing import LoadedDraft
+from millpond.engine.boot_speculation import LoadedDraft
 from millpond.engine.party import Found, Party
 from millpond.engine.prefixes import Prefixes
 from millpond.hub.cache import NoCache, prefix_folder

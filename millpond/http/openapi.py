@@ -15,7 +15,6 @@ from starlette.routing import BaseRoute, Route
 
 from millpond import __version__
 from millpond.http.gate import ANY_HOST, OPEN
-from millpond.http.guesses import SpeculativeOptions
 from millpond.http.messages import ROLES
 from millpond.http.openapi_answers import (
     FAILURES,
@@ -41,6 +40,7 @@ from millpond.http.schemas import (
     StreamOptions,
 )
 from millpond.http.service import Service
+from millpond.http.speculation_fields import SpeculativeOptions
 
 JSON = "application/json"
 EVENTS = "text/event-stream"

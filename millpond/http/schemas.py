@@ -14,8 +14,14 @@ from typing import Annotated, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
-from millpond.http.guesses import PREDICTION, SPECULATIVE, SpeculativeOptions, read_prediction, read_speculative
 from millpond.http.messages import Message, read_messages
+from millpond.http.speculation_fields import (
+    PREDICTION,
+    SPECULATIVE,
+    SpeculativeOptions,
+    read_prediction,
+    read_speculative,
+)
 from millpond.types import SamplingParams
 
 SEED_MASK = 2**64 - 1

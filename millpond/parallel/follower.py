@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from millpond.engine.boot_guessing import trial
+from millpond.engine.boot_speculation import trial
 from millpond.engine.executor import Executor
 from millpond.engine.orders import (
     Arrive,

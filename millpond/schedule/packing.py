@@ -27,9 +27,9 @@ class Packer:
         max_chunk: int,
         grid: int,
         lengths: list[int],
-        stretch: float = 1.0,
+        slowdown: float = 1.0,
     ) -> None:
-        """``lengths``: tokens held by each decoding row. ``max_chunk``: most prompt tokens in the step. ``stretch``:
+        """``lengths``: tokens held by each decoding row. ``max_chunk``: most prompt tokens in the step. ``slowdown``:
         how many times as long as a plain one its decode forward takes."""
         self.chunks: list[PrefillChunk] = []
         self.full = False
@@ -39,7 +39,7 @@ class Packer:
         self._tokens_left = max_chunk // grid * grid
         self._rows = len(lengths)
         self._context = sum(lengths)
-        self._stretch = stretch
+        self._slowdown = slowdown
         self._spent_ms = 0.0
 
     def take(self, request: SchedulerRequest) -> None:
@@ -88,4 +88,4 @@ class Packer:
         rows, context = self._rows, self._context
         if adopting is not None:
             rows, context = rows + 1, context + adopting.tokens
-        return self._max_itl_ms - self._stretch * self._costs.decode_ms(rows, context) - self._spent_ms
+        return self._max_itl_ms - self._slowdown * self._costs.decode_ms(rows, context) - self._spent_ms

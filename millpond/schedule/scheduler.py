@@ -82,7 +82,7 @@ class Scheduler:
         self._added = 0
         self._answer = FIRST_ANSWER
         """Tokens of a typical answer, learnt: most end long before their max_tokens."""
-        self.stretch = 1.0
+        self.slowdown = 1.0
         """How many times as long as a plain one the latest decode forward took, because of draft tokens; set by whoever
         reads steps."""
         self._left: str | None = None
@@ -319,7 +319,7 @@ class Scheduler:
             max_chunk=self._limits.max_chunk,
             grid=self._limits.grid,
             lengths=[request.need for request in rows],
-            stretch=self.stretch,
+            slowdown=self.slowdown,
         )
         started = [request for request in self._requests.values() if request.started and request not in victims]
         holders = rows + started

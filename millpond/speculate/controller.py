@@ -1,9 +1,9 @@
 """How many draft tokens are worth verifying, step by step.
 
 Expected tokens per millisecond decide, from what was accepted of each row's drafts so far and from how long forwards of
-more columns take. Expectations can be wrong, so a purse stands behind them: guessing that costs time empties it, plain
+more columns take. Expectations can be wrong, so a budget stands behind them: guessing that costs time empties it, plain
 steps refill it at one per cent, and an empty one means plain decoding. That bounds the loss, whatever the text; what is
-in the purse pays for trying again. Pure; engine thread only.
+in the budget pays for trying again. Pure; engine thread only.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ MARGIN = 1.03
 """Expected gain below which guessing is not worth its risk."""
 REFILL = 0.01
 """Share of the plain steps' time that may be lost."""
-PURSE, FIRST_PURSE = 3.0, 1.5
-"""Most, and at first, in the purse; in plain steps."""
-PROBE_PURSE = 1.0
+BUDGET, FIRST_BUDGET = 3.0, 1.5
+"""Most, and at first, in the budget; in plain steps."""
+PROBE_BUDGET = 1.0
 PROBE_TOKENS = 2
-"""Draft tokens of a step that is only to find out, and the least that the purse must hold for it."""
-LEAST_PURSE = -2.0
+"""Draft tokens of a step that is only to find out, and the least that the budget must hold for it."""
+LEAST_BUDGET = -2.0
 """No debt grows beyond this: estimates that were as wrong as that have been corrected by it."""
 
 WAIT = 0.05
-"""What waiting in vain takes out of the purse."""
+"""What waiting in vain takes out of the budget."""
 
 LENGTHS = (2, 3, 4, 6, 9, 17)
 """Matches are sorted by how many tokens agree before the draft: a long match is right more often than a short one."""
@@ -83,7 +83,7 @@ class Controller:
     pace: Pace
     draft_share: float = 0.0
     """Time of one draft token of the draft model for all rows, in plain steps; learnt."""
-    _purse: float = FIRST_PURSE
+    _budget: float = FIRST_BUDGET
     _rows: dict[str, Chance] = field(default_factory=dict)
     _sources: list[Chance] = field(
         default_factory=lambda: [Chance(SOURCE_MEMORY) for _ in (*FIRST_CHANCES, FIRST_DRAFT_CHANCE)]
@@ -105,7 +105,7 @@ class Controller:
 
         ``unread``: tokens that must come as guessed before, or there will be nothing to verify.
         """
-        if not offers or self._purse <= 0.0:
+        if not offers or self._budget <= 0.0:
             return 0
         return self._best(offers, rows, unread) or self._probe(offers, rows)
 
@@ -113,13 +113,13 @@ class Controller:
         """Whether a draft model should read on, to propose up to ``most`` tokens: while its guesses are worth that, or
         now and then to find out. ``read_ms``: it just did, for so long."""
         if self._best([Offer("", most, DRAFT_MODEL)], 1):
-            return self._purse > 0.0
-        self._purse = max(LEAST_PURSE, self._purse - read_ms / max(1.0, self.costs.decode_ms(1, 0)))
-        return self._purse >= PURSE
+            return self._budget > 0.0
+        self._budget = max(LEAST_BUDGET, self._budget - read_ms / max(1.0, self.costs.decode_ms(1, 0)))
+        return self._budget >= BUDGET
 
     def waited(self) -> None:
         """A step was waited for in order to guess, in vain: Python was not hidden behind the device."""
-        self._purse = max(LEAST_PURSE, self._purse - WAIT)
+        self._budget = max(LEAST_BUDGET, self._budget - WAIT)
 
     def _best(self, offers: Sequence[Offer], rows: int, unread: int = 0) -> int:
         """By expectation alone."""
@@ -151,15 +151,15 @@ class Controller:
         return self.pace.factor(rows, count + 1) + (self.draft_share * count if drafted else 0.0)
 
     def _probe(self, offers: Sequence[Offer], rows: int) -> int:
-        """A few draft tokens to find out whether it pays by now, if the purse allows that."""
+        """A few draft tokens to find out whether it pays by now, if the budget allows that."""
         count = min(PROBE_TOKENS, max(offer.most for offer in offers))
         gained = sum(self.chance(offer) for offer in offers) / rows
         loss = self._time(offers, rows, count) - 1.0 - gained
-        return count if self._purse >= max(PROBE_PURSE, 2.0 * loss) else 0
+        return count if self._budget >= max(PROBE_BUDGET, 2.0 * loss) else 0
 
     def plain(self) -> None:
         """A step without draft tokens is over."""
-        self._purse = min(PURSE, self._purse + REFILL)
+        self._budget = min(BUDGET, self._budget + REFILL)
         self.pace.plain()
 
     def verified(
@@ -176,7 +176,7 @@ class Controller:
         """A step is over that verified ``offer.most`` draft tokens of each offer and accepted so many of them.
 
         ``drawn``: tokens that all ``rows`` of the forward drew, over ``context_tokens`` keys. ``charged``: it was our
-        choice, and the purse's.
+        choice, and the budget's.
         """
         columns = 1 + max((offer.most for offer in results), default=0)
         for offer, accepted in results.items():
@@ -192,4 +192,4 @@ class Controller:
             return
         # By what is known of such steps, not by this one's own time: when the machine pauses, drafts are not to blame.
         saved = drawn / rows - self.pace.factor(rows, columns) - (self.draft_share * (columns - 1) if draft_ms else 0.0)
-        self._purse = min(PURSE, max(LEAST_PURSE, self._purse + saved))
+        self._budget = min(BUDGET, max(LEAST_BUDGET, self._budget + saved))

@@ -222,12 +222,12 @@ def test_a_draft_model_is_needed_to_guess_with_one(source: str, tmp_path: Path) 
 
 
 def test_what_the_engine_is_told_about_guessing() -> None:
-    usual = DEFAULTS.guessing("")
+    usual = DEFAULTS.spec_settings("")
     assert usual == SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=0, adaptive=True))
     told = {"spec": "draft", "spec_tokens": "7", "spec_adaptive": "off", "spec_shared": "on", "draft_model": "demo"}
     config = read_config(told, {})
     assert config.speculation == Speculation(mode=SpecMode.DRAFT, tokens=7, adaptive=False)
-    assert config.guessing("/draft") == SpecSettings(default=config.speculation, draft_path="/draft", shared=True)
+    assert config.spec_settings("/draft") == SpecSettings(default=config.speculation, draft_path="/draft", shared=True)
 
 
 @pytest.mark.parametrize("source", SOURCES)

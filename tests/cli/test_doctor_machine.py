@@ -119,7 +119,7 @@ def test_how_tokens_are_guessed_ahead() -> None:
 
     def found(modes: list[str], spec: str, reason: str = "") -> Finding:
         config = read_config({"spec": spec, "draft_model": "demo"}, {})
-        return model._guessing(msgspec.structs.replace(info, speculation=modes, speculation_reason=reason), config)
+        return model._speculation(msgspec.structs.replace(info, speculation=modes, speculation_reason=reason), config)
 
     assert found(["ngram"], "ngram") == ok("guessing", "ngram; ngram unless a request says otherwise")
     assert found(["ngram", "draft"], "off") == ok("guessing", "ngram, draft; off unless a request says otherwise")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import msgspec
 import pytest
 from engine_driver import PACKED_TIE, Driver, Outcome, prefix_cache
-from guessing_support import (
-    GUESSED,
+from speculation_support import (
+    SPECULATED,
     Oracle,
     capabilities,
     crowd,
-    guessed,
-    guessed_if_any,
     model,
     plain,
     prompt,
     real_draft,
     request,
     same,
+    speculated,
+    speculated_if_any,
 )
 from tiny_models import SLOT_KINDS
 
@@ -30,7 +30,7 @@ def test_every_answer_is_that_of_plain_decoding(kind: str) -> None:
     expected = plain(kind, requests)
     arrivals = dict(zip((3, 7, 12, 20), requests[6:], strict=True))
     for chance in (0.0, 1.0, None):
-        driver = guessed(kind, requests[:6], expected, chance, arrivals=arrivals)
+        driver = speculated(kind, requests[:6], expected, chance, arrivals=arrivals)
         same(driver.outcomes, expected)
         counts = driver.beat.counters.spec
         assert counts.proposed == sum(counts.proposed_at)
@@ -51,7 +51,7 @@ def test_with_preemption_cancels_and_cached_prefixes() -> None:
             model("llama"),
             capabilities=capabilities("llama"),
             cache=cached,
-            spec=GUESSED,
+            spec=SPECULATED,
             draft=Oracle(truths, {f"r{n}": n / 3 for n in range(4)}),
             limit_bytes=limit,
         )
@@ -96,7 +96,7 @@ def test_blocks_filled_by_bursts_are_those_of_plain_decoding(kind: str, bits: in
                 model(kind, bits),
                 capabilities=capabilities(kind, bits),
                 cache=cached,
-                spec=GUESSED if drafted else None,
+                spec=SPECULATED if drafted else None,
                 draft=Oracle(truth, {one.id: 0.8}) if drafted else None,
             )
             driver.submit(one)
@@ -124,12 +124,12 @@ def test_endings_in_the_middle_of_a_run() -> None:
         if ends in whole[:stop_at]:
             continue
         one = request("r", tokens, 40, stop_token_ids=[ends], logprobs=0)
-        outcome = guessed("llama", [one], {"r": plain("llama", [request("r", tokens, 40)])["r"]}, 1.0).outcomes["r"]
+        outcome = speculated("llama", [one], {"r": plain("llama", [request("r", tokens, 40)])["r"]}, 1.0).outcomes["r"]
         assert (outcome.tokens, outcome.finish) == (whole[:stop_at], Finish.STOP)
         assert len(outcome.logprobs) == stop_at
         assert outcome.accepted <= stop_at
     for most in range(1, 12):
-        outcome = guessed_if_any("llama", request("r", tokens, most), whole)
+        outcome = speculated_if_any("llama", request("r", tokens, most), whole)
         assert (outcome.tokens, outcome.finish) == (whole[:most], Finish.LENGTH)
 
 
@@ -140,14 +140,14 @@ def test_context_and_memory_that_end() -> None:
     tokens = prompt(context - 9)
     one = request("r", tokens, 9)
     whole = plain("llama", [one])["r"].tokens
-    assert guessed_if_any("llama", one, whole).tokens == whole
+    assert speculated_if_any("llama", one, whole).tokens == whole
     limit = 256 * model("llama").token_bytes + 256 * model("llama").exact_bytes + 4096
     near = request("r", prompt(230), 24)
     truth = plain("llama", [near])["r"].tokens
     driver = Driver(
         model("llama"),
         capabilities=capabilities("llama"),
-        spec=GUESSED,
+        spec=SPECULATED,
         draft=Oracle({"r": truth}, {"r": 1.0}),
         limit_bytes=limit * 2,
     )
@@ -160,7 +160,7 @@ def test_context_and_memory_that_end() -> None:
 def test_models_in_the_solo_lane_do_without() -> None:
     one = request("r", prompt(20), 12)
     expected = plain("mamba", [one])
-    driver = Driver(model("mamba"), capabilities=capabilities("mamba"), spec=GUESSED)
+    driver = Driver(model("mamba"), capabilities=capabilities("mamba"), spec=SPECULATED)
     driver.submit(one)
     driver.run()
     same(driver.outcomes, expected)
@@ -173,7 +173,7 @@ def test_a_draft_model_beside_the_served_one(drafting: str, seed: int) -> None:
     requests = crowd(9, seed=4)
     expected = plain("llama", requests)
     draft = real_draft(drafting, seed)
-    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=GUESSED, draft=draft)
+    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=SPECULATED, draft=draft)
     for one in requests[:5]:
         driver.submit(one)
     gone = request("gone", prompt(33, 5), 60)
@@ -228,7 +228,7 @@ def test_a_request_chooses_for_itself() -> None:
     )
     few = msgspec.structs.replace(off, id="few", speculation=Speculation(mode=SpecMode.DRAFT, tokens=2, adaptive=False))
     oracle = Oracle({"few": truth, "off": truth}, {"few": 1.0, "off": 1.0})
-    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=GUESSED, draft=oracle)
+    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=SPECULATED, draft=oracle)
     for one in (off, few):
         driver.submit(one)
     driver.run()

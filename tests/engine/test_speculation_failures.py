@@ -13,8 +13,8 @@ import mlx.nn as nn
 import msgspec
 import pytest
 from engine_driver import Driver
-from guessing_support import (
-    GUESSED,
+from speculation_support import (
+    SPECULATED,
     Oracle,
     capabilities,
     crowd,
@@ -51,7 +51,7 @@ def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(monkeypatch
     monkeypatch.setattr(draft, "propose", failing)
     requests = crowd(4, seed=6)
     expected = plain("llama", requests)
-    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=GUESSED, draft=draft)
+    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=SPECULATED, draft=draft)
     for one in requests:
         driver.submit(one)
     driver.run()
@@ -119,7 +119,7 @@ def test_drafts_for_which_nothing_can_be_drawn_end_one_request(monkeypatch: pyte
         return ahead(state, draft)
 
     monkeypatch.setattr(SamplingState, "ahead", failing)
-    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=GUESSED, draft=oracle)
+    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=SPECULATED, draft=oracle)
     for one in requests:
         driver.submit(one)
     driver.run()
@@ -133,7 +133,7 @@ def test_a_verifying_step_that_raises_is_done_again_without_drafts(monkeypatch: 
     requests = [request(f"r{n}", prompt(20 + n, n), 24) for n in range(3)]
     expected = plain("llama", requests)
     oracle = Oracle({name: outcome.tokens for name, outcome in expected.items()}, {one.id: 1.0 for one in requests})
-    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=GUESSED, draft=oracle)
+    driver = Driver(model("llama"), capabilities=capabilities("llama"), spec=SPECULATED, draft=oracle)
     verifying = Steps.verifying
     raised = 0
 
@@ -189,7 +189,7 @@ def test_numbers_that_are_not_finite_behind_a_draft_harm_nobody(
         return found
 
     monkeypatch.setattr(oracle, "propose", poisoned)
-    driver = Driver(fresh, capabilities=capabilities("llama"), spec=GUESSED, draft=oracle)
+    driver = Driver(fresh, capabilities=capabilities("llama"), spec=SPECULATED, draft=oracle)
     for one in requests:
         driver.submit(one)
     done = False
@@ -239,7 +239,7 @@ def test_a_request_that_plain_decoding_fails_fails_with_drafts_too() -> None:
         driver = Driver(
             broken,
             capabilities=capabilities("llama"),
-            spec=GUESSED if drafted else None,
+            spec=SPECULATED if drafted else None,
             draft=Oracle({"r": truth}, {"r": 1.0}) if drafted else None,
         )
         driver.submit(one)
@@ -272,7 +272,7 @@ def test_padding_makes_no_room_for_itself() -> None:
     driver = Driver(
         model("llama"),
         capabilities=capabilities("llama"),
-        spec=GUESSED,
+        spec=SPECULATED,
         draft=Oracle(truths, {"long": 0.0, "short": 1.0}),
     )
     most = 0

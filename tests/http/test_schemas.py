@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from millpond.client import EngineError
 from millpond.client.public import public
 from millpond.http.errors import ApiError, from_engine, shown
-from millpond.http.guesses import speculation
 from millpond.http.schemas import (
     NOT_IMPLEMENTED,
     ChatRequest,
@@ -18,6 +17,7 @@ from millpond.http.schemas import (
     parse,
     unknown_fields,
 )
+from millpond.http.speculation_fields import speculation
 from millpond.types import ErrorKind, SpecMode, Speculation
 
 CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}]}

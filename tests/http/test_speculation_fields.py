@@ -1,4 +1,4 @@
-"""Guessing ahead, from the user's settings and fields to the counts in answers; the engine's side is scripted.
+"""Speculator ahead, from the user's settings and fields to the counts in answers; the engine's side is scripted.
 
 The scripted engine guesses 4 tokens per step unless told otherwise, and all of them are right unless a request has a
 prediction: then the guesses are the prediction's tokens at the same places. So every count is known in advance.

@@ -132,7 +132,7 @@ def test_whatever_the_text_the_loss_is_bounded(
     for tokens, chance in parts:
         world.run(tokens, chance)
     plain = world.tokens / world.rows
-    # A purse at most, what one step can overdraw it by, and the refill.
+    # A budget at most, what one step can overdraw it by, and the refill.
     assert world.time <= plain * 1.02 + 3.0 + 2.0 * steps(curve, rows)(MOST + 1)
 
 
@@ -207,7 +207,7 @@ def test_plain_steps_that_were_never_seen_do_not_make_guesses_look_free() -> Non
     assert not depth
 
 
-def test_forced_guesses_are_not_the_purses() -> None:
+def test_forced_guesses_are_not_the_budgets() -> None:
     world = World(CPU, 1, source=5)
     for _ in range(100):
         world.controller.verified({Offer("r0", MOST, 5): 0}, 1, 1, 100, 110.0, 0.0, charged=False)

@@ -15,10 +15,10 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from millpond.engine.executor import Executor
-from millpond.engine.guessing import Guessing
 from millpond.engine.link import Inbox
 from millpond.engine.loop import Engine
 from millpond.engine.prefixes import Prefixes
+from millpond.engine.speculation import Speculator
 from millpond.kv.format import KvFormat
 from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel
@@ -98,7 +98,7 @@ class Driver:
         self.prefixes = Prefixes(model.network, model.form, form, cache if form is not None else None, ssd)
         modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
         self.controller = Controller(costs, Pace(Curve()))
-        self.guessing = Guessing(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
+        self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
         self.engine = Engine(
             model,
             self.capabilities,
@@ -106,7 +106,7 @@ class Driver:
             costs,
             limit_bytes,
             Executor(model, self.capabilities, limit_bytes, self.prefixes),
-            self.guessing,
+            self.speculator,
             self.inbox,
             self,
         )
@@ -176,10 +176,10 @@ class Driver:
         self.engine.rest()
         assert all(outcome.endings == 1 for outcome in self.outcomes.values())
         assert not self.engine._sequences
-        assert not self.guessing._guessers
+        assert not self.speculator._guessers
         assert not self.controller._rows
         assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
-        assert not self.guessing._guessers, "what guesses for a request goes with it"
+        assert not self.speculator._guessers, "what guesses for a request goes with it"
 
 
 def prefix_cache(

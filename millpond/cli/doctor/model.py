@@ -68,10 +68,10 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         yield warn(
             "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
         )
-    yield _guessing(info, config)
+    yield _speculation(info, config)
 
 
-def _guessing(info: ModelInfo, config: ServeConfig) -> Finding:
+def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:
     """Whether tokens can be guessed ahead, and how."""
     if info.speculation:
         usual = config.spec if config.spec in info.speculation else "off"
@@ -110,7 +110,7 @@ def _start(path: str, config: ServeConfig, draft_path: str) -> wire.Start:
         kv_budget_bytes=config.kv_memory_mb * 2**20,
         packing=config.packing,
         prefix=PrefixSettings(ram_bytes=None if config.cache_ram is None else int(config.cache_ram)),
-        spec=config.guessing(draft_path),
+        spec=config.spec_settings(draft_path),
     )
 
 

@@ -46,7 +46,7 @@ BREAKS = [
     ),
     Break(
         name="A4-guesser-kept",
-        file="millpond/engine/guessing.py",
+        file="millpond/engine/speculation.py",
         old="        self.stop(sequence.request.id)\n",
         new="",
         by=("test_with_preemption_cancels_and_cached_prefixes",),

@@ -56,7 +56,7 @@ BREAKS = [
     ),
     Break(
         name="D6-guesses-fail-the-engine",
-        file="millpond/engine/guessing.py",
+        file="millpond/engine/speculation.py",
         old='            log.exception("guessing for request %s failed; it goes on without", name)\n',
         new="            raise\n",
         by=("test_whatever_guessing_raises_costs_guesses_and_nothing_else",),

@@ -35,7 +35,7 @@ BREAKS = [
     ),
     Break(
         name="E9-past-answers-for-all",
-        file="millpond/engine/guessing.py",
+        file="millpond/engine/speculation.py",
         old="return self._past.of(sequence.request.cache_salt)",
         new='return self._past.of(next(iter(self._past._indices), ""))',
         by=("test_past_answers_of_others_are_not_guessed_from",),

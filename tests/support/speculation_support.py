@@ -24,7 +24,7 @@ from millpond.types import (
     Speculation,
 )
 
-GUESSED = SpecSettings(default=Speculation(mode=SpecMode.DRAFT, tokens=7, adaptive=False))
+SPECULATED = SpecSettings(default=Speculation(mode=SpecMode.DRAFT, tokens=7, adaptive=False))
 SAMPLED: list[dict[str, object]] = [
     {"temperature": 0.0},
     {"temperature": 0.8, "top_p": 0.9},
@@ -141,7 +141,7 @@ def same(drafted: Mapping[str, Outcome], expected: Mapping[str, Outcome]) -> Non
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
-def guessed(
+def speculated(
     kind: str,
     requests: Sequence[Request],
     expected: Mapping[str, Outcome],
@@ -158,7 +158,7 @@ def guessed(
     driver = Driver(
         model(kind, bits),
         capabilities=capabilities(kind, bits),
-        spec=GUESSED,
+        spec=SPECULATED,
         draft=oracle,
         **options,  # type: ignore[arg-type]
     )
@@ -169,9 +169,9 @@ def guessed(
     return driver
 
 
-def guessed_if_any(kind: str, one: Request, truth: Sequence[int]) -> Outcome:
+def speculated_if_any(kind: str, one: Request, truth: Sequence[int]) -> Outcome:
     driver = Driver(
-        model(kind), capabilities=capabilities(kind), spec=GUESSED, draft=Oracle({one.id: truth}, {one.id: 1.0})
+        model(kind), capabilities=capabilities(kind), spec=SPECULATED, draft=Oracle({one.id: truth}, {one.id: 1.0})
     )
     driver.submit(one)
     driver.run()

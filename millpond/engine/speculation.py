@@ -43,7 +43,7 @@ class _Guesser:
     """Made when it is first asked: a long text takes milliseconds."""
 
 
-class Guessing:
+class Speculator:
     """What the engine loop calls. Without modes nothing is guessed and every method does the plain thing."""
 
     def __init__(
@@ -315,7 +315,7 @@ class Guessing:
             )
             self._counts.verified(rows, len(drawn))
 
-    def stretch(self, rows: int, columns: int) -> float:
+    def slowdown(self, rows: int, columns: int) -> float:
         """How many times as long as a plain one a step of so many columns takes."""
         return self._controller.pace.factor(rows, columns)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.executor import ALONE
-from millpond.engine.guessing import Guessing
 from millpond.engine.orders import Ranks, Trial
+from millpond.engine.speculation import Speculator
 from millpond.model.load import LoadedModel, ModelError, load
 from millpond.model.probe import Capabilities, remembered_probe
 from millpond.model.prompt import new_prompt
@@ -61,7 +61,7 @@ class LoadedDraft:
         return limit_bytes * own // max(1, own + other)
 
 
-def guessing(
+def open_speculator(
     settings: SpecSettings,
     model: LoadedModel,
     capabilities: Capabilities,
@@ -71,7 +71,7 @@ def guessing(
     draft_bytes: int,
     world: int = 1,
     ranks: Ranks = ALONE,
-) -> tuple[Guessing, list[SpecMode]]:
+) -> tuple[Speculator, list[SpecMode]]:
     """What guesses, and in which modes. ``content``: digest of the served model's folder."""
     modes: list[SpecMode] = []
     if capabilities.slots:
@@ -90,7 +90,7 @@ def guessing(
         )
         controller.draft_share = draft.model.weight_bytes / max(1, model.weight_bytes)
     most = MOST_ON_CPU if model.on_cpu else MOST_ON_GPU
-    return Guessing(settings, modes, most, model.vocab_size, controller, drafter), modes
+    return Speculator(settings, modes, most, model.vocab_size, controller, drafter), modes
 
 
 def _curve(model: LoadedModel, capabilities: Capabilities, ranks: Ranks) -> Curve:
