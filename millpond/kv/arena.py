@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 
 from millpond.kv.rows import Rows
+from millpond.kv.segment import KvSegment
 from millpond.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot, empty_slot
-from millpond.kv.stretch import Stretch
 from millpond.schedule.budget import capacity_bucket, rows_allocated
 
 NO_LIMIT = 1 << 62
@@ -66,7 +66,7 @@ class Arena:
         rows: Iterable[LayerRow | None] = layers if length else [None] * len(self._specs)
         for spec, layer in zip(self._specs, rows, strict=True):
             if layer is not None and layer.spare and layer.arrays[0].shape[2] == capacity and spec.window is None:
-                slot = Slot(self.rows, spec, [Stretch([mx.contiguous(array) for array in layer.arrays])])
+                slot = Slot(self.rows, spec, [KvSegment([mx.contiguous(array) for array in layer.arrays])])
             else:
                 slot = empty_slot(self.rows, spec, 1, capacity)
                 if layer is not None:

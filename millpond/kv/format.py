@@ -10,7 +10,7 @@ from millpond.native import packing
 from millpond.types import UNPACKED, KvPacking
 
 Arrays = tuple[mx.array, ...]
-"""Keys and values of one stretch of positions: two arrays as computed, or three for each when packed."""
+"""Keys and values of one segment of positions: two arrays as computed, or three for each when packed."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One layer's keys and values for all rows of the running batch, in the shape mlx-lm's models expect of a cache.
 
 Each row is aligned at position 0; a rollback lowers an int in Rows. A packed layer may keep its first positions as they
-were computed, in a stretch of their own. Engine thread only.
+were computed, in a segment of their own. Engine thread only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
 from millpond.kv.rows import Rows
-from millpond.kv.stretch import Stretch
+from millpond.kv.segment import KvSegment
 from millpond.native import decode
 
 RING_SLACK = 32
@@ -79,11 +79,11 @@ class LayerRow(NamedTuple):
 class Slot:
     """A plain layer, or with a window a sliding one: the same slot used as a ring."""
 
-    def __init__(self, rows: Rows, spec: LayerSpec, stretches: list[Stretch]) -> None:
-        """``stretches``: that of the exact positions, if there are any, and that of the others."""
+    def __init__(self, rows: Rows, spec: LayerSpec, segments: list[KvSegment]) -> None:
+        """``segments``: that of the exact positions, if there are any, and that of the others."""
         self.rows = rows
         self.spec = spec
-        self.stretches = stretches
+        self.segments = segments
         self._new: tuple[mx.array, mx.array] | None = None
         self._asked_for: tuple[tuple[int, int, int, int], float, bool] | None = None
         """What ``_asked`` is good for; None when the arrays may have moved."""
@@ -98,19 +98,19 @@ class Slot:
 
     @property
     def capacity(self) -> int:
-        return sum(stretch.capacity for stretch in self.stretches)
+        return sum(segment.capacity for segment in self.segments)
 
     @property
     def row_count(self) -> int:
-        return self.stretches[0].row_count
+        return self.segments[0].row_count
 
     @property
     def nbytes(self) -> int:
-        return sum(stretch.nbytes for stretch in self.stretches)
+        return sum(segment.nbytes for segment in self.segments)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [array for stretch in self.stretches for array in stretch.arrays]
+        return [array for segment in self.segments for array in segment.arrays]
 
     # --- what models ask of a cache: offset, make_mask, update_and_fetch, keys_and_values ---
 
@@ -139,18 +139,18 @@ class Slot:
         if self.spec.format.native:
             self._new = (keys, values)
             return keys, values
-        for stretch in self.stretches:
-            packed = len(stretch.arrays) > 2
-            stretch.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.rows.forward)
+        for segment in self.segments:
+            packed = len(segment.arrays) > 2
+            segment.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.rows.forward)
         keys_side, values_side = self.sides()[-1]
         return (keys_side, values_side) if self.spec.format.packs else (keys_side[0], values_side[0])
 
     def sides(self) -> list[Sides]:
-        """Keys and values of each stretch as far as the forward under way may see, lazily."""
+        """Keys and values of each segment as far as the forward under way may see, lazily."""
         forward = self.rows.forward
         width, found = forward.width(self.capacity), []
-        for stretch in self.stretches:
-            arrays = stretch.view(forward.n, max(0, width - stretch.first))
+        for segment in self.segments:
+            arrays = segment.view(forward.n, max(0, width - segment.first))
             found.append((arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
         return found
 
@@ -171,13 +171,13 @@ class Slot:
         sides: list[tuple[decode.Store | None, decode.Store]] = []
         for side in (0, 1):
             stores = []
-            for stretch in self.stretches:
-                half = len(stretch.arrays) // 2
+            for segment in self.segments:
+                half = len(segment.arrays) // 2
                 bits = decode.FLOAT_BITS if half == 1 else self.spec.format.packing.bits
-                stores.append(decode.store(stretch.arrays[side * half :][:half], bits, size))
+                stores.append(decode.store(segment.arrays[side * half :][:half], bits, size))
             sides.append((stores[0] if len(stores) > 1 else None, stores[-1]))
         dims = (self.spec.key_dim, self.spec.value_dim)
-        exact, window = self.stretches[-1].first, self.window or 0
+        exact, window = self.segments[-1].first, self.window or 0
         return decode.job(shape, dims, *sides, scale=scale, exact=exact, window=window, writes=writes)
 
     # --- what the arena asks: put, move, scrub, resize ---
@@ -185,29 +185,29 @@ class Slot:
     def put(self, row: int, layer: LayerRow, length: int) -> None:
         """Fill a row with a finished prompt of ``length`` tokens."""
         self._asked_for = None
-        for stretch, parts in zip(self.stretches, (layer.exact, layer.used)[-len(self.stretches) :], strict=True):
+        for segment, parts in zip(self.segments, (layer.exact, layer.used)[-len(self.segments) :], strict=True):
             if parts:
-                stretch.put(row, parts, length)
+                segment.put(row, parts, length)
 
     def span(self, row: int, start: int, end: int) -> Arrays:
-        """Positions [start, end) of a row, all in one stretch; see Stretch.span."""
-        return self.stretches[-1 if start >= self.stretches[-1].first else 0].span(row, start, end)
+        """Positions [start, end) of a row, all in one segment; see KvSegment.span."""
+        return self.segments[-1 if start >= self.segments[-1].first else 0].span(row, start, end)
 
     def lift(self, row: int, length: int) -> list[Arrays]:
         """A copy of what a row holds."""
-        return [stretch.lift(row, length) for stretch in self.stretches]
+        return [segment.lift(row, length) for segment in self.segments]
 
     def drop(self, row: int, lifted: list[Arrays]) -> None:
         """Write what ``lift`` returned, once evaluated, into another row."""
         self._asked_for = None
-        for stretch, arrays in zip(self.stretches, lifted, strict=True):
-            stretch.drop(row, arrays)
+        for segment, arrays in zip(self.segments, lifted, strict=True):
+            segment.drop(row, arrays)
 
     def scrub(self, row: int) -> None:
         """Zero a row that held non-finite numbers."""
         self._asked_for = None
-        for stretch in self.stretches:
-            stretch.scrub(row)
+        for segment in self.segments:
+            segment.scrub(row)
 
     def resize(self, rows: int, capacity: int) -> None:
         """Reallocate to the given sizes, keeping what fits. A ring's capacity is fixed."""
@@ -216,12 +216,12 @@ class Slot:
         if self.spec.format.native:
             mx.synchronize()  # a step in flight writes into this memory
         self._asked_for = None
-        for stretch, columns in zip(self.stretches, columns_of(self.spec, capacity), strict=True):
-            stretch.resize(rows, columns)
+        for segment, columns in zip(self.segments, columns_of(self.spec, capacity), strict=True):
+            segment.resize(rows, columns)
 
 
 def columns_of(spec: LayerSpec, capacity: int) -> list[int]:
-    """Columns of each stretch of a slot for ``capacity`` positions."""
+    """Columns of each segment of a slot for ``capacity`` positions."""
     if spec.capacity is not None:
         return [spec.capacity]
     exact = min(spec.exact, capacity)
@@ -231,12 +231,12 @@ def columns_of(spec: LayerSpec, capacity: int) -> list[int]:
 def empty_slot(rows: Rows, spec: LayerSpec, row_count: int, capacity: int) -> Slot:
     """A slot of zeros."""
     columns = columns_of(spec, capacity)
-    stretches = []
+    segments = []
     if len(columns) == 2:
-        stretches.append(Stretch(_zeros(spec, row_count, columns[0], packed=False)))
+        segments.append(KvSegment(_zeros(spec, row_count, columns[0], packed=False)))
     arrays = _zeros(spec, row_count, columns[-1], packed=spec.format.packs)
-    stretches.append(Stretch(arrays, spec.exact, ring=spec.window is not None))
-    return Slot(rows, spec, stretches)
+    segments.append(KvSegment(arrays, spec.exact, ring=spec.window is not None))
+    return Slot(rows, spec, segments)
 
 
 def _zeros(spec: LayerSpec, rows: int, columns: int, *, packed: bool) -> list[mx.array]:

@@ -44,7 +44,7 @@ def over(arrays: Attention) -> Attention:
         mask: Mask,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if isinstance(cache, Slot) and (cache.spec.format.native or len(cache.stretches) > 1):
+        if isinstance(cache, Slot) and (cache.spec.format.native or len(cache.segments) > 1):
             if sinks is not None:
                 raise NotImplementedError("slots of this kind know no attention sinks")
             if not cache.spec.format.native:

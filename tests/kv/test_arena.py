@@ -48,10 +48,10 @@ def layer_row(spec: LayerSpec, marks: list[int]) -> LayerRow:
 
 
 def seen_by(slot: Slot) -> list[npt.NDArray[np.float32]]:
-    """Keys and values [n, heads, width, dim] of all stretches, unpacked."""
+    """Keys and values [n, heads, width, dim] of all segments, unpacked."""
     sides: list[list[mx.array]] = [[], []]
-    for stretch in slot.sides():
-        for found, arrays in zip(sides, stretch, strict=True):
+    for segment in slot.sides():
+        for found, arrays in zip(sides, segment, strict=True):
             if len(arrays) == 3 and arrays[0].size:
                 packing = slot.spec.format.packing
                 found.append(mx.dequantize(*arrays, group_size=packing.group_size, bits=packing.bits))

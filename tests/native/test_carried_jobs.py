@@ -119,8 +119,8 @@ def test_slots_with_gaps_are_refused() -> None:
         with pytest.raises(ValueError, match="without gaps"):
             decode.store([array], decode.FLOAT_BITS, 0)
     arena, new, queries = filled(LAYER, 3, 4)
-    stretch = arena.slots[0].stretches[0]
-    stretch.arrays[1] = mx.concatenate([stretch.arrays[1]] * 2, axis=3)[..., ::2]
+    segment = arena.slots[0].segments[0]
+    segment.arrays[1] = mx.concatenate([segment.arrays[1]] * 2, axis=3)[..., ::2]
     arena.slots[0]._asked_for = None
     with pytest.raises(ValueError, match="without gaps"):
         forward(arena, new, queries)

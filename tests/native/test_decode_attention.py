@@ -199,7 +199,7 @@ def test_a_call_stays_lazy_until_it_is_evaluated(name: str) -> None:
     assert all(np.array_equal(was, array) for was, array in zip(before, arena.arrays(), strict=True))
     mx.eval(result)
     changed = [not np.array_equal(was, array) for was, array in zip(before, arena.arrays(), strict=True)]
-    assert all(changed), "keys and values of every stretch"
+    assert all(changed), "keys and values of every segment"
     (slot,) = arena.slots
     for row, length in enumerate((30, 63, 64, 300)):
         arrays = slot.span(row, length, length + 1)

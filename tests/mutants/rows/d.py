@@ -7,7 +7,7 @@ from mutants import Break
 BREAKS = [
     Break(
         name="D1-leaving-copies-all",
-        file="millpond/kv/stretch.py",
+        file="millpond/kv/segment.py",
         old="mx.take(array, index, axis=0)[:, :, : self._held(length)]",
         new="array[row : row + 1, :, : self._held(length)]",
         by=("test_joining_and_leaving_cost_one_row",),

@@ -1,6 +1,6 @@
-"""A stretch of positions of one layer, for all rows, in arrays that are written in place.
+"""A segment of positions of one layer, for all rows, in arrays that are written in place.
 
-Arrays are [rows, heads, capacity, x], each row aligned at the stretch's first position: keys and values, or the six
+Arrays are [rows, heads, capacity, x], each row aligned at the segment's first position: keys and values, or the six
 arrays of a packed format. A write is one scatter at (row, :, position), a read the view [:n, :, :width]. MLX updates in
 place only while nobody else holds the array, so no reference may outlive a step. Engine thread only.
 """
@@ -17,7 +17,7 @@ from millpond.kv.rows import Forward
 FIRST = mx.array([0], dtype=mx.int32)
 
 
-class Stretch:
+class KvSegment:
     """The positions from ``first`` on, or with ``ring`` the last ``capacity`` of them; positions here are absolute."""
 
     def __init__(self, arrays: Sequence[mx.array], first: int = 0, ring: bool = False) -> None:
@@ -42,7 +42,7 @@ class Stretch:
         return max(0, min(length - self.first, self.capacity))
 
     def write(self, parts: Arrays, forward: Forward) -> None:
-        """Write [n, H, L, x] at each row's position; what is not of this stretch is left out."""
+        """Write [n, H, L, x] at each row's position; what is not of this segment is left out."""
         start, end = forward.longest, forward.longest + forward.columns
         if forward.aligned and self.first <= start and (end - self.first <= self.capacity):
             for array, part in zip(self.arrays, parts, strict=True):
@@ -67,7 +67,7 @@ class Stretch:
         count = int(parts[0].shape[2])
         kept = min(count, self._held(length))
         done = 0
-        while done < kept:  # once for a plain stretch; a ring may wrap once
+        while done < kept:  # once for a plain segment; a ring may wrap once
             column = (last - kept + done - self.first) % self.capacity
             many = min(kept - done, self.capacity - column)
             skip = count - kept + done
