@@ -55,11 +55,6 @@ class LoadedDraft:
         self.model = capabilities.fitted(model)
         self.pipelined = capabilities.pipelined
 
-    def share_of(self, limit_bytes: int, model: LoadedModel) -> int:
-        """Of the memory for keys and values, what the draft model may have beside ``model``: as much per token."""
-        own, other = self.model.token_bytes, model.token_bytes
-        return limit_bytes * own // max(1, own + other)
-
 
 def open_speculator(
     settings: SpecSettings,

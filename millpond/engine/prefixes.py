@@ -22,16 +22,16 @@ from msgspec import structs
 from millpond.engine.orders import Ranks
 from millpond.engine.sequence import Sequence
 from millpond.kv.format import KvFormat
+from millpond.memory.allocator import take_ahead
+from millpond.memory.budget import PREFILL_STEP, capacity_bucket
 from millpond.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
 from millpond.model.lanes import Lane
-from millpond.model.memory import take_ahead
 from millpond.model.prompt import Prompt, new_prompt
 from millpond.observe.log import kv
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
 from millpond.prefix.records import BLOCK, Kind
 from millpond.prefix.visit import Offer, Visit
-from millpond.schedule.budget import PREFILL_STEP, capacity_bucket
 from millpond.types import PrefixLoad, PrefixReport
 
 if TYPE_CHECKING:

@@ -19,9 +19,11 @@ from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
 from millpond.hub.fingerprint import folder_fingerprint
 from millpond.hub.progress import SilentProgress
+from millpond.memory.budget import MemoryBudget
+from millpond.memory.machine import device_memory, total_memory
+from millpond.memory.shares import blocks_limit, draft_limit, kv_limit
 from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError, load
-from millpond.model.memory import total_memory
 from millpond.model.probe import Capabilities, remembered_probe, warm_up
 from millpond.model.shard import Group
 from millpond.observe.log import kv
@@ -30,7 +32,6 @@ from millpond.prefix.disk.events import Opened, SsdEvent, SsdLimits
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.keys import Namespace
 from millpond.prefix.policy import SavePolicy
-from millpond.schedule.budget import MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.types import PrefixSettings
 from millpond.wire import Start
@@ -41,7 +42,6 @@ CHUNK_CPU, CHUNK_GPU = 256, 2048
 """Most prompt tokens in one forward. On a CPU attention over a long chunk costs more than it saves in products."""
 LEAST_CONTEXT = 256
 """A server that cannot hold one request of this many tokens is of no use."""
-LEAST_KV_BYTES = 256 * 1024 * 1024
 OPEN_SECONDS = 10.0
 """How long the start waits for the SSD tier's index."""
 OTHERS_SECONDS = 1.0
@@ -144,9 +144,7 @@ def _prefixes(
     namespace = Namespace(
         weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=party.rank, world=party.world
     ).digest
-    limit = budget.limit_bytes // 2
-    if settings.ram_bytes is not None:
-        limit = min(settings.ram_bytes // party.neighbours, budget.limit_bytes)
+    limit = blocks_limit(settings.ram_bytes, budget.limit_bytes, party.neighbours)
     selfcheck = settings.selfcheck if party.rank == 0 else 0
     cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), selfcheck)
     folder = _ssd_folder(settings) if settings.ssd_bytes else None
@@ -195,11 +193,10 @@ def _budget(
 ) -> tuple[MemoryBudget, int]:
     """That of the served model, and how many bytes the draft model may use besides. ``asked``, and the machine's
     memory, are for so many ``neighbours`` together."""
-    usable = mx.device_info().get("max_recommended_working_set_size") if not model.on_cpu else None
+    device = None if model.on_cpu else device_memory(mx.device_info())
     weights = model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0)
-    share = int(usable * 0.9 if isinstance(usable, int) else total_memory() * 0.7) // neighbours
-    limit = asked // neighbours or max(share - weights, LEAST_KV_BYTES)
-    draft_bytes = draft.share_of(limit, model) if draft is not None else 0
+    limit = kv_limit(asked, weights, device, total_memory(), neighbours)
+    draft_bytes = draft_limit(limit, model.token_bytes, draft.model.token_bytes) if draft is not None else 0
     budget = MemoryBudget(
         kv_bytes_per_token=model.token_bytes,
         window_bytes_per_row=model.row_bytes,

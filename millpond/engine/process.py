@@ -10,8 +10,8 @@ import socket
 
 from millpond.engine.link import Link
 from millpond.lifeline import lost
+from millpond.memory.allocator import keep_freed_memory
 from millpond.model import blas
-from millpond.model.memory import keep_freed_memory
 from millpond.wire import VERSION, Fatal, Start
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from millpond.kv.rows import Rows
 from millpond.kv.segment import KvSegment
 from millpond.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot, empty_slot
-from millpond.schedule.budget import capacity_bucket, rows_allocated
+from millpond.memory.budget import capacity_bucket, rows_allocated
 
 NO_LIMIT = 1 << 62
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from millpond.hub.cache import keep, recalled
-from millpond.model.cgroups import ControlGroups
+from millpond.memory.cgroups import ControlGroups
 from millpond.native.library import needed, shim_path
 
 SPIN_US = 50

@@ -19,13 +19,14 @@ from mlx.utils import tree_flatten, tree_map
 from millpond.hub.errors import SourceError
 from millpond.kv.format import KvFormat
 from millpond.kv.slots import LayerSpec
+from millpond.memory.machine import total_memory
+from millpond.memory.shares import held_in_float32
 from millpond.model import attention
 from millpond.model.blocks import BlockFormat, block_format
 from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
 from millpond.model.config_rope import UnmappedRopeError
 from millpond.model.context import context_of
-from millpond.model.memory import total_memory
 from millpond.model.rotary import share_angles
 from millpond.model.shard import CannotShard, Group, shard
 from millpond.model.upstream import (
@@ -160,8 +161,8 @@ def _told(error: Exception) -> str:
 
 
 def _in_float32(network: nn.Module) -> nn.Module:
-    if float_bytes(network) > total_memory() * 0.8:
-        return network  # better slow than swapped out; packed weights run as they are
+    if not held_in_float32(float_bytes(network), total_memory()):
+        return network  # packed weights run as they are
     network.update(
         tree_map(
             lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array,

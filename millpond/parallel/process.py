@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 from millpond.engine.link import Link
 from millpond.engine.process import first_message
 from millpond.lifeline import lost
+from millpond.memory.allocator import keep_freed_memory
 from millpond.model import blas
-from millpond.model.memory import keep_freed_memory
 from millpond.observe.log import kv, last_words
 from millpond.parallel.backend import set_environment
 from millpond.types import GroupSettings

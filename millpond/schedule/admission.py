@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from millpond.schedule.budget import MemoryBudget, capacity_bucket
+from millpond.memory.budget import MemoryBudget, capacity_bucket
 from millpond.schedule.request import SchedulerRequest
 
 

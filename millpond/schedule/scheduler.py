@@ -23,8 +23,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from millpond.memory.budget import MemoryBudget
 from millpond.schedule.admission import MemoryReservation, choose_victims
-from millpond.schedule.budget import MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.packing import Packer
 from millpond.schedule.request import SchedulerRequest

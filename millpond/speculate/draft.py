@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from millpond.memory.budget import MemoryBudget
 from millpond.model.forwards import prefill
 from millpond.model.lanes import SlotsLane
 from millpond.model.load import LoadedModel
@@ -25,7 +26,6 @@ from millpond.model.prompt import Prompt
 from millpond.prefix.visit import Visit
 from millpond.sample.sampler import Picks
 from millpond.sample.state import SamplingState
-from millpond.schedule.budget import MemoryBudget
 from millpond.speculate.draft_picks import DraftPicks
 from millpond.speculate.draft_prompts import DraftPrompts, prompt_of_row
 from millpond.types import GRID, MOST_DRAFT_TOKENS, SamplingParams

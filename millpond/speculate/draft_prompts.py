@@ -13,6 +13,7 @@ from functools import partial
 import mlx.core as mx
 
 from millpond.kv.slots import LayerRow
+from millpond.memory.budget import PREFILL_STEP
 from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, finite, stored
 from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel
@@ -21,7 +22,6 @@ from millpond.model.upstream import cache_arrays, put_span
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.records import Kind
 from millpond.prefix.visit import Visit
-from millpond.schedule.budget import PREFILL_STEP
 
 NAMESPACE = "draft"
 """One model, one process: nothing has to be told apart."""

@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 
 from millpond.cli.doctor import machine, model
 from millpond.cli.doctor.finding import Finding, ok
-from millpond.cli.doctor.weights import weight_bytes
 from millpond.config import read_config
 from millpond.hub.cache import cache_root
 from millpond.model.load import load
@@ -174,7 +173,7 @@ def test_the_estimate_of_the_weights_is_what_they_take(bits: int | None, tmp_pat
         config["quantization"] = {"group_size": 32, "bits": bits}
         (folder / "config.json").write_text(json.dumps(config))
     on_cpu = mx.default_device() == mx.cpu
-    assert weight_bytes(folder, on_cpu, 2**40) == load(folder, 0, lambda _: None).weight_bytes
+    assert model._weight_bytes(folder, on_cpu, 2**40) == load(folder, 0, lambda _: None).weight_bytes
 
 
 def test_files_that_are_not_followed_to_the_letter_are_told(tmp_path: Path) -> None:

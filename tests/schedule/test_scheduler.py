@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from millpond.schedule.budget import MemoryBudget
+from millpond.memory.budget import MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, NeverFits, Scheduler
 from millpond.types import PrefillChunk, StepPlan

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.schedule.budget import MemoryBudget
+from millpond.memory.budget import MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, NeverFits, Scheduler
 from millpond.types import StepPlan

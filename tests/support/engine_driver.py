@@ -20,6 +20,7 @@ from millpond.engine.loop import Engine
 from millpond.engine.prefixes import Prefixes
 from millpond.engine.speculation import Speculator
 from millpond.kv.format import KvFormat
+from millpond.memory.budget import MemoryBudget
 from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities, probe
@@ -28,7 +29,6 @@ from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import SsdLimits
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.policy import SavePolicy
-from millpond.schedule.budget import MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.speculate.controller import Controller

@@ -15,6 +15,7 @@ from millpond.cli.doctor.packages import PIP
 
 PROGRAM = """
 import ctypes, json
+from millpond.memory.machine import device_memory
 from millpond.model import blas
 from millpond.native.library import needed, prepared, shim_path
 found = {"needed": needed(), "built": shim_path().is_file()}
@@ -29,8 +30,7 @@ if shim is not None:
     shim.millpond_rowblas_instructions.restype = ctypes.c_char_p
     found["instructions"] = shim.millpond_rowblas_instructions().decode()
 if not found["on_cpu"]:
-    info = mx.device_info()
-    found["memory"] = info.get("max_recommended_working_set_size") or info.get("memory_size") or 0
+    found["memory"] = device_memory(mx.device_info()) or 0
 print(json.dumps(found))
 """
 PROBE_SECONDS = 120

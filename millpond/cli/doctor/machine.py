@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import resource
-from pathlib import Path
 
 from millpond.cli.doctor.finding import Finding, ok, shown, warn
 from millpond.config import ServeConfig
-from millpond.model.cgroups import ControlGroups
-from millpond.model.memory import total_memory
+from millpond.memory.machine import free_memory, total_memory
 
 LEAST_FREE_BYTES = 2 * 2**30
 SPARE_FILES = 128
@@ -24,17 +22,6 @@ def memory() -> Finding:
     if free >= LEAST_FREE_BYTES:
         return ok("memory", text)
     return warn("memory", text, "close other programs, or serve a small model with a small --kv-memory-mb")
-
-
-def free_memory() -> int | None:
-    """Bytes that can be used without swapping, control groups counted; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # anything but Linux
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    left = ControlGroups.own().memory_left()
-    return min((amount for amount in (free, left) if amount is not None), default=None)
 
 
 def open_files(config: ServeConfig) -> Finding:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 from millpond import wire
 from millpond.cli.doctor.engine import Probe
 from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
-from millpond.cli.doctor.machine import free_memory
-from millpond.cli.doctor.weights import weight_bytes
 from millpond.client import EngineClient, EngineUnavailable
 from millpond.config import ServeConfig
 from millpond.hub.errors import SourceError
 from millpond.hub.progress import SilentProgress, TerminalProgress
 from millpond.hub.source import resolve
-from millpond.model.memory import total_memory
+from millpond.hub.weight_sizes import weight_sizes
+from millpond.memory.machine import free_memory, total_memory
+from millpond.memory.shares import fitting_kv, held_in_float32
 from millpond.types import ModelInfo, PrefixSettings
 
 REMARKED = "nothing, if the answers are what they should be; else remove what is named, or take another model"
@@ -37,7 +38,7 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         return
     free, total = free_memory(), probed.memory or total_memory()
     try:
-        weights = sum(weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
+        weights = sum(_weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
     except SourceError as error:
         yield fail("model", str(error), "correct what it says, or fetch the model again")
         return
@@ -71,6 +72,12 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
     yield _speculation(info, config)
 
 
+def _weight_bytes(folder: Path, on_cpu: bool, total: int) -> int:
+    """What the weights take once they are loaded. Raises SourceError."""
+    stored, in_float32 = weight_sizes(folder)
+    return in_float32 if on_cpu and held_in_float32(in_float32, total) else stored
+
+
 def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:
     """Whether tokens can be guessed ahead, and how."""
     if info.speculation:
@@ -93,7 +100,7 @@ def _room(info: ModelInfo, free: int | None) -> Finding:
         f"{count / info.context_length:.3g} full contexts"
     )
     if free is not None and info.weight_bytes + limit > free:
-        most = max(0, free - info.weight_bytes) * 9 // 10 >> 20
+        most = fitting_kv(free, info.weight_bytes) >> 20
         text += f", but with the weights that is more than the {shown(free)} free now"
         return warn("tokens", text, f"close other programs, or --kv-memory-mb {most}")
     return ok("tokens", text)

@@ -84,7 +84,7 @@ BREAKS = [
     ),
     Break(
         name="A6-own-group-unread",
-        file="millpond/model/cgroups.py",
+        file="millpond/memory/cgroups.py",
         old="            yield folder\n",
         new="            yield self.point\n",
         by=("test_version_1", "test_version_2"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from millpond.child import python
-from millpond.model.cgroups import ControlGroups
+from millpond.memory.cgroups import ControlGroups
 
 GIB = 2**30
 UNLIMITED = "9223372036854771712"
@@ -134,7 +134,7 @@ def test_a_real_group() -> None:
     try:
         program = (
             f"import os, pathlib; pathlib.Path({str(group / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
-            "from millpond.model.memory import total_memory; print(total_memory())"
+            "from millpond.memory.machine import total_memory; print(total_memory())"
         )
         done = subprocess.run(python("-c", program), capture_output=True, text=True, check=True)
         assert 1_400_000_000 < int(done.stdout) <= 1_500_000_000

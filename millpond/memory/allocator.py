@@ -1,12 +1,9 @@
-"""How much memory this machine, or the container we are in, really has, and what becomes of freed memory."""
+"""What becomes of the memory that arrays leave, where they come from the C library's allocator (MLX on a CPU)."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-
-from millpond.model.cgroups import ControlGroups
 
 KEPT_BYTES = 512 * 1024 * 1024
 """Freed memory that stays with the process for the next array."""
@@ -18,13 +15,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 AHEAD_BYTES = 256 * 1024 * 1024
 """Most memory that is taken from the system before anybody needs it."""
 PIECE_BYTES = 8 * 1024 * 1024
-
-
-def total_memory() -> int:
-    """Bytes of memory that this process may count on: the machine's, or less where control groups say so."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = ControlGroups.own().memory_limit()
-    return total if limit is None else min(total, limit)
 
 
 def keep_freed_memory() -> None:

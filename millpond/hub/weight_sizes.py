@@ -1,4 +1,4 @@
-"""How much memory a model's weights will take, from the heads of its files alone."""
+"""How large a model's weights are, from the heads of its files alone."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ from pathlib import Path
 from millpond.hub.weights import Tensor, tensors_of, weight_files
 
 FLOAT_BYTES = 4
-MOST_MEMORY_SHARE = 0.8
-"""On a CPU weights are held as float32 unless that takes more of the memory than this."""
 PACKED = "U32"
 """Type of the words that hold quantised weights."""
 
 
-def weight_bytes(folder: Path, on_cpu: bool, memory: int) -> int:
-    """Bytes of the weights once loaded. Raises SourceError."""
+def weight_sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of the weights as they are stored, and unpacked and in float32. Raises SourceError."""
     tensors = {name: tensor for name, (_, tensor) in tensors_of(weight_files(folder)).items()}
     stored = sum(tensor.size for tensor in tensors.values())
-    if not on_cpu:
-        return stored
-    floats = FLOAT_BYTES * sum(_numbers(tensors, _quantization(folder)))
-    return floats if floats <= memory * MOST_MEMORY_SHARE else stored
+    return stored, FLOAT_BYTES * sum(_numbers(tensors, _quantization(folder)))
 
 
 def _quantization(folder: Path) -> Mapping[str, object]:

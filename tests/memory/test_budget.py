@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.schedule.budget import MemoryBudget, capacity_bucket, row_bucket
+from millpond.memory.budget import MemoryBudget, capacity_bucket, row_bucket
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32)])

@@ -1,0 +1,36 @@
+"""Who may have how much of the memory. All sizes are bytes. Pure."""
+
+from __future__ import annotations
+
+FLOAT32_SHARE = 0.8
+"""Of the memory, what weights in float32 may take on a CPU, which computes fastest with those."""
+DEVICE_SHARE, MACHINE_SHARE = 0.9, 0.7
+"""Of a GPU's memory, or else of the machine's, what weights, keys and values may take together."""
+LEAST_KV_BYTES = 256 * 1024 * 1024
+
+
+def held_in_float32(float_bytes: int, total: int) -> bool:
+    """Whether a CPU holds weights of so many bytes in float32: better slow than swapped out."""
+    return float_bytes <= total * FLOAT32_SHARE
+
+
+def kv_limit(asked: int, weight_bytes: int, device: int | None, total: int, processes: int = 1) -> int:
+    """Most for rows, prompts and cached blocks of one of ``processes`` that share ``total``, the machine's memory, or
+    ``device``, that of its GPU if there is one that tells. ``asked`` is for all of them; 0: what the weights leave."""
+    usable = int(device * DEVICE_SHARE if device is not None else total * MACHINE_SHARE) // processes
+    return asked // processes or max(usable - weight_bytes, LEAST_KV_BYTES)
+
+
+def blocks_limit(asked: int | None, limit: int, processes: int = 1) -> int:
+    """Of a process's ``limit`` for keys and values, most for cached blocks. ``asked`` as above; None: half of it."""
+    return limit // 2 if asked is None else min(asked // processes, limit)
+
+
+def draft_limit(limit: int, token_bytes: int, draft_token_bytes: int) -> int:
+    """Of the same, what a draft model has beside the served one: room for as many tokens."""
+    return limit * draft_token_bytes // max(1, token_bytes + draft_token_bytes)
+
+
+def fitting_kv(free: int, weight_bytes: int) -> int:
+    """What to ask for where so much is free before the weights are loaded."""
+    return max(0, free - weight_bytes) * 9 // 10
