@@ -230,8 +230,8 @@ class Front:
     def _application(self, listeners: Sequence[socket.socket]) -> tuple[Starlette, Service]:
         from millpond.http.app import create_app
         from millpond.http.gate import served_hosts
+        from millpond.http.openai.schemas import NO_DEFAULTS
         from millpond.http.sampling import read_sampling_defaults
-        from millpond.http.schemas import NO_DEFAULTS
         from millpond.http.service import ModelNames
         from millpond.text.tokenizer import Tokenizer
 

@@ -16,16 +16,16 @@ from millpond.client import EngineClient
 from millpond.config import ServeConfig
 from millpond.http.access import AccessLayer
 from millpond.http.cache import explain
-from millpond.http.chat import chat
-from millpond.http.completions import completions
 from millpond.http.errors import ApiError, on_api_error, on_http_error, shown
 from millpond.http.gate import Gate
 from millpond.http.keys import Keys
 from millpond.http.metrics import metrics
 from millpond.http.models import get_model, list_models
+from millpond.http.openai.chat import chat
+from millpond.http.openai.completions import completions
+from millpond.http.openai.schemas import NO_DEFAULTS, SamplingDefaults
 from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
-from millpond.http.schemas import NO_DEFAULTS, SamplingDefaults
 from millpond.http.service import ModelNames, Service
 from millpond.text.tokenizer import Tokenizer
 

@@ -12,10 +12,10 @@ from starlette.types import Send
 
 from millpond.client import EngineError, EngineUnavailable
 from millpond.http.errors import from_engine, unavailable
+from millpond.http.openai.schemas import ChatRequest, CompletionRequest
 from millpond.http.prompts import Prompt, chat_prompt, check_limits, completion_prompts
 from millpond.http.reading import read_request
 from millpond.http.respond import client_name
-from millpond.http.schemas import ChatRequest, CompletionRequest
 from millpond.http.service import Service
 from millpond.http.sse import WatchedResponse, send_json
 from millpond.http.tenants import salt_of

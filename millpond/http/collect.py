@@ -17,7 +17,7 @@ from starlette.types import Send
 from millpond.client import EngineError
 from millpond.http.errors import from_engine
 from millpond.http.generation import Generation, Usage, parts
-from millpond.http.logprobs import GrowingLogprobs
+from millpond.http.openai.logprobs import GrowingLogprobs
 from millpond.http.sse import Headers, send_parts
 
 

@@ -1,6 +1,6 @@
 """GET /openapi.json: this server's API as an OpenAPI 3.1 document.
 
-What clients may send comes from the request models in schemas.py; what the server answers is in openapi_answers.py.
+What clients may send comes from the request models in openai/schemas.py, what is answered from openapi_answers.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from starlette.routing import BaseRoute, Route
 
 from millpond import __version__
 from millpond.http.gate import ANY_HOST, OPEN
-from millpond.http.messages import ROLES
+from millpond.http.openai.messages import ROLES
+from millpond.http.openai.schemas import (
+    LONGEST_STOP,
+    MOST_BIASES,
+    MOST_STOPS,
+    NOT_IMPLEMENTED,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+)
 from millpond.http.openapi_answers import (
     FAILURES,
     RESPONSE_HEADERS,
@@ -28,16 +38,6 @@ from millpond.http.openapi_answers import (
     listed,
     nullable,
     ref,
-)
-from millpond.http.schemas import (
-    LONGEST_STOP,
-    MOST_BIASES,
-    MOST_STOPS,
-    NOT_IMPLEMENTED,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    StreamOptions,
 )
 from millpond.http.service import Service
 from millpond.http.speculation_fields import SpeculativeOptions

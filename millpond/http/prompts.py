@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from millpond.client.public import public
 from millpond.http.errors import ApiError, bad_value
-from millpond.http.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from millpond.http.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from millpond.http.speculation_fields import check_mode
 from millpond.text.tokenizer import TemplateError, TextError, Tokenizer
 from millpond.types import ModelInfo

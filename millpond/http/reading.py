@@ -12,7 +12,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from millpond.http.body import json_object, read_body
-from millpond.http.schemas import GenerationRequest, parse, unknown_fields
+from millpond.http.openai.schemas import GenerationRequest, parse, unknown_fields
 from millpond.http.service import Service
 
 SMALL_BODY = 16 * 1024

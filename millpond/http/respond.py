@@ -19,8 +19,8 @@ from millpond.http.collect import WholeRendering, collect
 from millpond.http.errors import from_engine
 from millpond.http.gate import client_of
 from millpond.http.generation import Generation, Piece, Usage, parts
+from millpond.http.openai.schemas import CompletionRequest, GenerationRequest, SamplingDefaults
 from millpond.http.prompts import Prompt, check_limits, prediction_tokens
-from millpond.http.schemas import CompletionRequest, GenerationRequest, SamplingDefaults
 from millpond.http.service import Service
 from millpond.http.speculation_fields import speculation
 from millpond.http.sse import EventStream, Headers, WatchedResponse

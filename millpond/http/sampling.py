@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from millpond.http.schemas import NO_DEFAULTS, SAMPLING_FIELDS, GenerationRequest, SamplingDefaults
+from millpond.http.openai.schemas import NO_DEFAULTS, SAMPLING_FIELDS, GenerationRequest, SamplingDefaults
 
 log = logging.getLogger(__name__)
 

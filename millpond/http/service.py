@@ -18,7 +18,7 @@ from millpond.client import EngineClient, EngineError, EngineState
 from millpond.config import ServeConfig
 from millpond.http.errors import ApiError, shown, too_many, unavailable
 from millpond.http.meters import Meters
-from millpond.http.schemas import SamplingDefaults
+from millpond.http.openai.schemas import SamplingDefaults
 from millpond.http.threads import Threads
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ErrorKind, ModelInfo

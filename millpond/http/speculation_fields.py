@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
-from millpond.http.messages import read_content
+from millpond.http.openai.messages import read_content
 from millpond.types import MOST_DRAFT_TOKENS, ModelInfo, SpecMode, Speculation
 
 LONGEST_NAME = 40

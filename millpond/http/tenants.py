@@ -9,7 +9,7 @@ from __future__ import annotations
 from starlette.requests import Request as HttpRequest
 
 from millpond.http.gate import TENANT
-from millpond.http.schemas import LONGEST_SALT, GenerationRequest
+from millpond.http.openai.schemas import LONGEST_SALT, GenerationRequest
 from millpond.types import Salt
 
 WIDTH = LONGEST_SALT + 1

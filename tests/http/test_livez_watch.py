@@ -28,7 +28,7 @@ from starlette.routing import Route
 from worst_bodies import CHAT, COMBINED, CONTEXT, EXPLAIN, PLAIN, RAW, WORST, worst
 
 from millpond.http.app import ROUTES
-from millpond.http.schemas import ChatRequest, CompletionRequest
+from millpond.http.openai.schemas import ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer

@@ -95,7 +95,7 @@ def test_every_status_of_the_code_is_in_it(written: Document) -> None:
     """Statuses that handlers raise by number; a 405 belongs to methods that a document cannot have."""
     raised = {
         node.args[0].value
-        for file in Path(millpond.http.__file__).parent.glob("*.py")
+        for file in Path(millpond.http.__file__).parent.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ApiError" and node.args
         if isinstance(node.args[0], ast.Constant)

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from millpond.http.errors import ApiError
+from millpond.http.openai.schemas import ChatRequest, CompletionRequest, parse
 from millpond.http.prompts import chat_prompt, completion_prompts
-from millpond.http.schemas import ChatRequest, CompletionRequest, parse
 from millpond.text.tokenizer import Message, Tokenizer
 from millpond.types import ModelInfo
 

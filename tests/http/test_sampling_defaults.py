@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from millpond.http.openai.schemas import ChatRequest, CompletionRequest, parse
 from millpond.http.sampling import read_sampling_defaults
-from millpond.http.schemas import ChatRequest, CompletionRequest, parse
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from millpond.client import EngineError
 from millpond.client.public import public
 from millpond.http.errors import ApiError, from_engine, shown
-from millpond.http.schemas import (
+from millpond.http.openai.schemas import (
     NOT_IMPLEMENTED,
     ChatRequest,
     CompletionRequest,

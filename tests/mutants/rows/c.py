@@ -49,7 +49,7 @@ BREAKS = [
     ),
     Break(
         name="C4-no-role",
-        file="millpond/http/chat.py",
+        file="millpond/http/openai/chat.py",
         old='{"role": "assistant", "content": ""}',
         new='{"content": ""}',
         by=("test_chat_stream_begins_with_the_role_and_ends_with_usage",),

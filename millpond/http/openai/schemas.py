@@ -14,7 +14,7 @@ from typing import Annotated, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
-from millpond.http.messages import Message, read_messages
+from millpond.http.openai.messages import Message, read_messages
 from millpond.http.speculation_fields import (
     PREDICTION,
     SPECULATIVE,

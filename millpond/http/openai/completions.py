@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from millpond.http.collect import Collected
 from millpond.http.generation import Piece, Usage
-from millpond.http.logprobs import CompletionLogprobs, GrowingCompletionLogprobs, NoLogprobs
+from millpond.http.openai.logprobs import CompletionLogprobs, GrowingCompletionLogprobs, NoLogprobs
+from millpond.http.openai.schemas import CompletionRequest
 from millpond.http.prompts import completion_prompts
 from millpond.http.reading import read_request
 from millpond.http.respond import respond
-from millpond.http.schemas import CompletionRequest
 from millpond.http.service import Service
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ModelInfo, TokenLogprob

@@ -1,0 +1,1 @@
+"""OpenAI's API: chat completions and text completions, as it asks and as it answers."""
