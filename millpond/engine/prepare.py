@@ -196,17 +196,8 @@ def _budget(
     device = None if model.on_cpu else device_memory(mx.device_info())
     weights = model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0)
     limit = kv_limit(asked, weights, device, total_memory(), neighbours)
-    draft_bytes = draft_limit(limit, model.token_bytes, draft.model.token_bytes) if draft is not None else 0
-    budget = MemoryBudget(
-        kv_bytes_per_token=model.token_bytes,
-        window_bytes_per_row=model.row_bytes,
-        limit_bytes=limit - draft_bytes,
-        chunk_window_bytes=model.chunk_token_bytes * chunk,
-        exact_bytes_per_token=model.exact_bytes if model.form.packs else 0,
-        exact_window_bytes=model.exact_row_bytes if model.form.packs else 0,
-        exact_tokens=model.form.packing.start if model.form.packs else 0,
-    )
-    return budget, draft_bytes
+    draft_bytes = draft_limit(limit, model.sizes, draft.model.sizes) if draft is not None else 0
+    return MemoryBudget(model.sizes, limit - draft_bytes, chunk), draft_bytes
 
 
 def _within_memory(model: LoadedModel, budget: MemoryBudget, most: int) -> LoadedModel:

@@ -35,37 +35,46 @@ def capacity_bucket(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class MemoryBudget:
-    """Byte costs of a model's cache and the most it may use. ``limit_bytes`` covers arena and prefill caches."""
+class CacheSizes:
+    """What a model's caches take, in bytes."""
 
-    kv_bytes_per_token: int
+    token_bytes: int
     """Keys and values of one token of a row, in the layers whose cache grows with the context."""
-    window_bytes_per_row: int
+    row_bytes: int = 0
     """Fixed part of a row: sliding-window rings and recurrent state."""
-    limit_bytes: int
-    chunk_window_bytes: int = 0
-    """What a sliding-window cache holds beyond the window while a chunk of a prompt is being read."""
-    exact_bytes_per_token: int = 0
+    chunk_token_bytes: int = 0
+    """What a token of a prompt's chunk adds to the windows while the chunk is being read."""
+    exact_token_bytes: int = 0
     """Of rows that are packed: what a token takes as computed, beside that, while its prompt is being read."""
-    exact_window_bytes: int = 0
+    exact_row_bytes: int = 0
     """The same for the windows of one prompt."""
     exact_tokens: int = 0
     """Tokens of a packed row that stay as computed."""
 
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What a model's caches may take: ``limit_bytes`` covers arena and prefill caches."""
+
+    sizes: CacheSizes
+    limit_bytes: int
+    chunk: int = 0
+    """Most tokens of a prompt in one forward."""
+
     def arena_bytes(self, rows: int, longest: int) -> int:
         """Bytes of an arena that holds ``rows`` rows, the longest with ``longest`` tokens."""
-        capacity = capacity_bucket(longest)
-        exact = min(self.exact_tokens, capacity)
-        growing = (capacity - exact) * self.kv_bytes_per_token + exact * self.exact_bytes_per_token
-        row_bytes = growing + self.window_bytes_per_row
+        sizes, capacity = self.sizes, capacity_bucket(longest)
+        exact = min(sizes.exact_tokens, capacity)
+        row_bytes = (capacity - exact) * sizes.token_bytes + exact * sizes.exact_token_bytes + sizes.row_bytes
         return rows_allocated(rows, row_bytes, self.limit_bytes) * row_bytes
 
     def prefill_bytes(self, tokens: int) -> int:
         """Upper bound for the cache of a request that has ``tokens`` computed and no row yet; 0 for none."""
         if tokens <= 0:
             return 0
-        fixed = self.window_bytes_per_row + self.chunk_window_bytes + self.exact_window_bytes
-        return (tokens + PREFILL_STEP - 1) * (self.kv_bytes_per_token + self.exact_bytes_per_token) + fixed
+        sizes = self.sizes
+        fixed = sizes.row_bytes + sizes.chunk_token_bytes * self.chunk + sizes.exact_row_bytes
+        return (tokens + PREFILL_STEP - 1) * (sizes.token_bytes + sizes.exact_token_bytes) + fixed
 
     def alone_bytes(self, tokens: int) -> int:
         """Peak of a request of ``tokens`` with nothing beside it: recomputed whole, then adopted into a row."""

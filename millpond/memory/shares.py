@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from millpond.memory.budget import CacheSizes
+
 FLOAT32_SHARE = 0.8
 """Of the memory, what weights in float32 may take on a CPU, which computes fastest with those."""
 DEVICE_SHARE, MACHINE_SHARE = 0.9, 0.7
@@ -26,9 +28,9 @@ def blocks_limit(asked: int | None, limit: int, processes: int = 1) -> int:
     return limit // 2 if asked is None else min(asked // processes, limit)
 
 
-def draft_limit(limit: int, token_bytes: int, draft_token_bytes: int) -> int:
+def draft_limit(limit: int, served: CacheSizes, draft: CacheSizes) -> int:
     """Of the same, what a draft model has beside the served one: room for as many tokens."""
-    return limit * draft_token_bytes // max(1, token_bytes + draft_token_bytes)
+    return limit * draft.token_bytes // max(1, draft.token_bytes + served.token_bytes)
 
 
 def fitting_kv(free: int, weight_bytes: int) -> int:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from millpond.hub.errors import SourceError
 from millpond.kv.format import KvFormat
 from millpond.kv.slots import LayerSpec
+from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
 from millpond.model import attention
@@ -30,6 +31,7 @@ from millpond.model.context import context_of
 from millpond.model.rotary import share_angles
 from millpond.model.shard import CannotShard, Group, shard
 from millpond.model.upstream import (
+    PromptCache,
     cache_arrays,
     cache_bytes,
     cache_kind,
@@ -71,16 +73,8 @@ class LoadedModel:
     """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
     form: KvFormat
     """How slots and cached blocks keep keys and values."""
-    token_bytes: int
-    """Bytes that one token adds to the caches that grow."""
-    exact_bytes: int
-    """The same for tokens that are not packed: those of a prompt that is being read, and the first ones."""
-    row_bytes: int
-    """Bytes of what does not grow: windows and recurrent states of one request."""
-    exact_row_bytes: int
-    """The same for windows that are not packed."""
-    chunk_token_bytes: int
-    """Bytes that one token of a prompt chunk adds to the windows while the chunk is being read."""
+    sizes: CacheSizes
+    """What its caches take."""
     weight_bytes: int
     remarks: tuple[str, ...]
     """What of the folder is not used, or not as its files say; for people."""
@@ -125,31 +119,27 @@ def load(
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network, on_cpu)
     _evaluate(network, progress)
+    cache = new_cache(network)
     try:
-        logits = network(mx.array([[0]]), cache=new_cache(network))
-        mx.eval(logits)
+        logits = _filled(network, cache)
     except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
         raise ModelError(f"cannot run the model in {str(folder)!r}: {_told(error)}") from error
-    model = LoadedModel(
+    specs, form, sizes, blocks = _kept(network, cache, KvFormat(packing, native=decode.available()))
+    return LoadedModel(
         network=network,
         context_length=context_length,
         vocab_size=int(logits.shape[-1]),
         dtype=str(logits.dtype).removeprefix("mlx.core."),
         on_cpu=on_cpu,
-        kinds=[cache_kind(leaf) for leaf in leaves(new_cache(network))],
-        specs=[],
-        form=KvFormat(),
-        token_bytes=0,
-        exact_bytes=0,
-        row_bytes=0,
-        exact_row_bytes=0,
-        chunk_token_bytes=0,
+        kinds=[cache_kind(leaf) for leaf in leaves(cache)],
+        specs=specs,
+        form=form,
+        sizes=sizes,
         weight_bytes=_bytes(network),
         remarks=checkpoint.remarks,
         reading=checkpoint.reading,
-        blocks="",
+        blocks=blocks,
     )
-    return kept_as(model, KvFormat(packing, native=decode.available()))
 
 
 def _told(error: Exception) -> str:
@@ -209,8 +199,22 @@ def _context(config: dict[str, object], asked: int) -> int:
 def kept_as(model: LoadedModel, form: KvFormat) -> LoadedModel:
     """The same model with its keys and values kept in another way. Raises ModelError when that cannot be."""
     cache = new_cache(model.network)
-    # Run one token to learn what the layers store; config files lie more often.
-    mx.eval(model.network(mx.array([[0]]), cache=cache), cache_arrays(cache))
+    _filled(model.network, cache)
+    specs, form, sizes, blocks = _kept(model.network, cache, form)
+    return replace(model, specs=specs, form=form, sizes=sizes, blocks=blocks)
+
+
+def _filled(network: nn.Module, cache: PromptCache) -> mx.array:
+    """Run one token to learn what the layers store; config files lie more often. Logits, [1, 1, vocab]."""
+    logits: mx.array = network(mx.array([[0]]), cache=cache)
+    mx.eval(logits, cache_arrays(cache))
+    return logits
+
+
+def _kept(
+    network: nn.Module, cache: PromptCache, form: KvFormat
+) -> tuple[list[LayerSpec], KvFormat, CacheSizes, BlockFormat | str]:
+    """See LoadedModel. ``cache`` is filled; ``form`` is what is wished for."""
     try:
         specs = layer_specs(cache, KvFormat())
     except TypeError:
@@ -220,19 +224,20 @@ def kept_as(model: LoadedModel, form: KvFormat) -> LoadedModel:
     if form.packs:
         _check_packing(specs, form.packing)
     specs = [spec._replace(format=form) for spec in specs]
-    model = replace(model, specs=specs, form=form, blocks=block_format(cache, form))
-    if not specs:
-        token_bytes, row_bytes = _measured_sizes(model.network)
-        return replace(model, token_bytes=token_bytes, exact_bytes=token_bytes, row_bytes=row_bytes)
+    sizes = _sizes(specs, form) if specs else _measured_sizes(network)
+    return specs, form, sizes, block_format(cache, form)
+
+
+def _sizes(specs: list[LayerSpec], form: KvFormat) -> CacheSizes:
     growing = [spec for spec in specs if spec.capacity is None]
     sliding = [spec for spec in specs if spec.capacity is not None]
-    return replace(
-        model,
+    return CacheSizes(
         token_bytes=sum(spec.token_bytes for spec in growing),
-        exact_bytes=sum(spec.exact_bytes for spec in growing),
         row_bytes=sum(spec.token_bytes * (spec.capacity or 0) for spec in sliding),
-        exact_row_bytes=sum(spec.exact_bytes * (spec.capacity or 0) for spec in sliding),
         chunk_token_bytes=sum(spec.exact_bytes for spec in sliding),
+        exact_token_bytes=sum(spec.exact_bytes for spec in growing) if form.packs else 0,
+        exact_row_bytes=sum(spec.exact_bytes * (spec.capacity or 0) for spec in sliding) if form.packs else 0,
+        exact_tokens=form.packing.start if form.packs else 0,
     )
 
 
@@ -249,12 +254,12 @@ def _check_packing(specs: list[LayerSpec], packing: KvPacking) -> None:
         )
 
 
-def _measured_sizes(network: nn.Module) -> tuple[int, int]:
-    """Bytes per token and per request of caches whose layout is not known, from what they hold at two lengths."""
+def _measured_sizes(network: nn.Module) -> CacheSizes:
+    """Of caches whose layout is not known, from what they hold at two lengths."""
     cache, held = new_cache(network), []
     for _ in range(2):
         network(mx.zeros((1, CACHE_STEP), dtype=mx.int32), cache=cache)
         mx.eval(cache_arrays(cache))
         held.append(cache_bytes(cache))
     per_token = max(0, held[1] - held[0]) // CACHE_STEP
-    return per_token, max(0, held[0] - per_token * CACHE_STEP)
+    return CacheSizes(per_token, max(0, held[0] - per_token * CACHE_STEP))

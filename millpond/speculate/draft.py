@@ -70,7 +70,7 @@ class Draft:
         """
         self._model = model
         self._picks = DraftPicks(vocab_size)
-        self._budget = MemoryBudget(model.token_bytes, model.row_bytes, limit_bytes)
+        self._budget = MemoryBudget(model.sizes, limit_bytes)
         self._prompts = DraftPrompts(model, cache_bytes)
         self._evaluate = mx.async_eval if pipelined else mx.eval
         self._lane = SlotsLane(model.specs, limit_bytes)
@@ -90,12 +90,12 @@ class Draft:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token of a row."""
-        return self._model.token_bytes
+        return self._model.sizes.token_bytes
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, whatever its length."""
-        return self._model.row_bytes
+        return self._model.sizes.row_bytes
 
     # --- requests ---------------------------------------------------------------------------------------------
 

@@ -247,16 +247,14 @@ def test_bytes_are_those_of_the_format(packing: str, tmp_path: Path) -> None:
         packed = [record for record in records if record.arrays[0].dtype == mx.uint32]  # type: ignore[attr-defined]
         exact = [record for record in records if record not in packed]
         assert len(exact) == loaded.form.packing.start // BLOCK
-        per_token = {record.nbytes / BLOCK for record in packed}
-        assert per_token == {loaded.token_bytes}
-        assert {record.nbytes / BLOCK for record in exact} <= {loaded.exact_bytes}
-        capacity = 512
-        start = loaded.form.packing.start
-        assert max(rows) == start * loaded.exact_bytes + (capacity - start) * loaded.token_bytes
+        sizes, capacity, start = loaded.sizes, 512, loaded.form.packing.start
+        assert {record.nbytes / BLOCK for record in packed} == {sizes.token_bytes}
+        assert {record.nbytes / BLOCK for record in exact} <= {sizes.exact_token_bytes}
+        assert max(rows) == start * sizes.exact_token_bytes + (capacity - start) * sizes.token_bytes
         files = list(tmp_path.rglob("*.kv"))
         assert sum(path.stat().st_size for path in files) <= cached.nbytes + 4096 * len(files) + 8192
     bits, size = PACKINGS[packing].bits, PACKINGS[packing].group_size
-    share = loaded.token_bytes / loaded.exact_bytes
+    share = sizes.token_bytes / sizes.exact_token_bytes
     assert share == (bits + 32 / size) / 32
     if size == 64:
         assert share <= {8: 0.28, 4: 0.29 / 2}[bits]  # of float32
@@ -269,7 +267,7 @@ def test_more_conversations_run_at_once() -> None:
     computed in float32, so float16 is what float32 does with twice the memory. The exact form of the prompt that is
     being read counts too; it matters less the more conversations there are."""
     most = {}
-    limit = 80 * 256 * model("wide_llama").exact_bytes // 2
+    limit = 80 * 256 * model("wide_llama").sizes.token_bytes // 2
     for packing, memory in (("exact", 2 * limit), ("int8", limit)):
         loaded = model("wide_llama") if packing == "int8" else kept_as(model("wide_llama"), KvFormat(native=True))
         driven = Driver(loaded, max_rows=160, max_chunk=128, limit_bytes=memory)

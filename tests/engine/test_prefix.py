@@ -385,7 +385,7 @@ def test_an_idle_engine_never_refuses(kind: str) -> None:
     driven = driver(kind, cached, max_chunk=256, limit_bytes=limit)
     total = 0
     number = 0
-    while total < 10 * limit // max(1, model(kind).token_bytes):
+    while total < 10 * limit // max(1, model(kind).sizes.token_bytes):
         total += 250
         number += 1
         driven.submit(request(f"r{number}", prompt(250, seed=number), 2))

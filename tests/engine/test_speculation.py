@@ -45,7 +45,7 @@ def test_with_preemption_cancels_and_cached_prefixes() -> None:
     expected = plain("llama", requests)
     truths = {name: outcome.tokens for name, outcome in expected.items()}
     cached = prefix_cache(model("llama"))
-    tight = 1500 * model("llama").token_bytes
+    tight = 1500 * model("llama").sizes.token_bytes
     for limit in (tight, 1 << 30, 1 << 30):  # computed and preempted, computed into the cache, restored from it
         driver = Driver(
             model("llama"),
@@ -141,7 +141,7 @@ def test_context_and_memory_that_end() -> None:
     one = request("r", tokens, 9)
     whole = plain("llama", [one])["r"].tokens
     assert speculated_if_any("llama", one, whole).tokens == whole
-    limit = 256 * model("llama").token_bytes + 256 * model("llama").exact_bytes + 4096
+    limit = 512 * model("llama").sizes.token_bytes + 4096
     near = request("r", prompt(230), 24)
     truth = plain("llama", [near])["r"].tokens
     driver = Driver(

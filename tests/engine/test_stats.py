@@ -88,7 +88,7 @@ def test_a_token_that_ends_an_answer_is_drawn() -> None:
 
 def test_preemptions_compute_prompts_again() -> None:
     """Three rows outgrow room for two of them as long: one gives way, and is computed again with its answer so far."""
-    driven = Driver(model(), max_rows=4, limit_bytes=model().token_bytes * 1500)
+    driven = Driver(model(), max_rows=4, limit_bytes=model().sizes.token_bytes * 1500)
     for number in range(3):
         driven.submit(request(f"r{number}", prompt(60), 300))
     driven.run()

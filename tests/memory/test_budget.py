@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.memory.budget import MemoryBudget, capacity_bucket, row_bucket
+from millpond.memory.budget import CacheSizes, MemoryBudget, capacity_bucket, row_bucket
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32)])
@@ -20,7 +20,7 @@ def test_capacity_bucket(tokens: int, bucket: int) -> None:
 
 
 def test_bytes() -> None:
-    budget = MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=7, limit_bytes=8 * (512 * 10 + 7))
+    budget = MemoryBudget(CacheSizes(10, 7), limit_bytes=8 * (512 * 10 + 7))
     assert budget.arena_bytes(0, 5000) == 0
     assert budget.arena_bytes(3, 300) == 4 * (512 * 10 + 7)
     assert budget.arena_bytes(5, 300) == 5 * (512 * 10 + 7), "room for eight would take more than half of the limit"
@@ -31,18 +31,13 @@ def test_bytes() -> None:
 
 def test_packed_bytes() -> None:
     """(I1) Rows are packed but for their first tokens; a prompt that is being read has its exact form beside it."""
-    budget = MemoryBudget(
-        kv_bytes_per_token=10,
-        window_bytes_per_row=7,
-        limit_bytes=1 << 40,
-        chunk_window_bytes=3,
-        exact_bytes_per_token=40,
-        exact_window_bytes=28,
-        exact_tokens=128,
+    sizes = CacheSizes(
+        token_bytes=10, row_bytes=7, chunk_token_bytes=3, exact_token_bytes=40, exact_row_bytes=28, exact_tokens=128
     )
+    budget = MemoryBudget(sizes, limit_bytes=1 << 40, chunk=5)
     assert budget.arena_bytes(2, 300) == 2 * (128 * 40 + 384 * 10 + 7)
     assert budget.arena_bytes(1, 100) == 128 * 40 + 128 * 10 + 7
-    assert budget.prefill_bytes(1) == 256 * (10 + 40) + 7 + 28 + 3
+    assert budget.prefill_bytes(1) == 256 * (10 + 40) + 7 + 28 + 5 * 3
 
 
 @pytest.mark.parametrize("limit", [700 << 20, 1 << 30, 2 << 30, 20 << 30])
@@ -51,7 +46,7 @@ def test_conversations_that_fit(limit: int) -> None:
     counts = {}
     for name, token_bytes in {"float16": 30 * 2 * 3 * 64 * 2, "int8": 30 * 2 * 3 * (64 + 4)}.items():
         whole = 30 * 2 * 3 * 64 * 2 if name == "int8" else 0
-        budget = MemoryBudget(token_bytes, 0, limit, exact_bytes_per_token=whole)
+        budget = MemoryBudget(CacheSizes(token_bytes, exact_token_bytes=whole), limit)
         count = 0
         while budget.arena_bytes(count + 1, 2048) + budget.prefill_bytes(2047) <= budget.limit_bytes:
             count += 1
@@ -69,7 +64,7 @@ def test_buckets_are_enough_and_at_most_double(rows: int, tokens: int) -> None:
 
 def test_the_longest_request_is_the_longest_that_fits_alone() -> None:
     for limit in (0, 5_000, 12_345, 100_000, 10**9):
-        budget = MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=7, limit_bytes=limit, chunk_window_bytes=3)
+        budget = MemoryBudget(CacheSizes(10, 7, chunk_token_bytes=3), limit, chunk=1)
         longest = budget.longest(20_000)
         assert longest == 0 or budget.alone_bytes(longest) <= limit
         assert longest == 20_000 or budget.alone_bytes(longest + 1) > limit

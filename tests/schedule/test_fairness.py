@@ -9,13 +9,13 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from millpond.memory.budget import MemoryBudget
+from millpond.memory.budget import CacheSizes, MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, Scheduler
 
 QUICK = settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 """Without shrinking, which would take minutes here."""
-PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
+PLENTY = MemoryBudget(CacheSizes(1), limit_bytes=1 << 40)
 LONGEST = 4000
 
 
@@ -253,7 +253,7 @@ def test_the_predicted_wait_grows_with_the_queue(
     jobs: list[tuple[int, int]], steps: int, rows: int, memory: int
 ) -> None:
     """Monotone: one more request in the queue never makes the wait look shorter."""
-    world = World(rows, MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=memory))
+    world = World(rows, MemoryBudget(CacheSizes(1), limit_bytes=memory))
     for _ in range(rows):
         world.add(Job("", 0.0, prompt=100, answer=500))
     for _ in range(steps):
@@ -276,7 +276,7 @@ def test_the_predicted_wait_grows_with_the_queue(
 def test_the_predicted_wait_is_about_right(queue: int, answer: int, most: int, memory: int, rows: int) -> None:
     """Within a factor of three in a steady load of which the engine has seen some, whatever max_tokens promise."""
     rng = random.Random(queue)
-    world = World(rows, MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=memory))
+    world = World(rows, MemoryBudget(CacheSizes(1), limit_bytes=memory))
 
     def job(at: float) -> Job:
         return Job("", at, rng.randint(100, 300), rng.randint(answer // 2, answer * 3 // 2), most)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.memory.budget import MemoryBudget
+from millpond.memory.budget import CacheSizes, MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.types import GRID, StepPlan
 
-PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
+PLENTY = MemoryBudget(CacheSizes(1), limit_bytes=1 << 40)
 
 
 def make(max_chunk: int = 512, max_rows: int = 8, budget: MemoryBudget = PLENTY) -> Scheduler:
@@ -287,7 +287,7 @@ jobs = st.lists(
 @given(jobs, st.integers(0, 1000), st.booleans(), st.sampled_from([1 << 40, 6000]), st.sampled_from([64, 256]))
 def test_nobody_waits_for_ever(jobs: list[Job], seed: int, forgetful: bool, limit: int, chunk: int) -> None:
     """Whatever is offered, forgotten and held: all end, chunks are where they belong, no deadlock (D3, E2)."""
-    budget = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=limit)
+    budget = MemoryBudget(CacheSizes(1), limit_bytes=limit)
     Simulation(jobs, seed, forgetful, budget, chunk).run()
 
 

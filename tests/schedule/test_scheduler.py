@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from millpond.memory.budget import MemoryBudget
+from millpond.memory.budget import CacheSizes, MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, NeverFits, Scheduler
 from millpond.types import PrefillChunk, StepPlan
 
-PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
+PLENTY = MemoryBudget(CacheSizes(1), limit_bytes=1 << 40)
 LIMITS = Limits(max_rows=8, max_itl_ms=200.0, max_chunk=512)
 
 
@@ -195,7 +195,7 @@ def test_last_row_moves_into_a_freed_place() -> None:
 
 
 def test_never_fits_says_the_numbers() -> None:
-    scheduler = make(budget=MemoryBudget(kv_bytes_per_token=10, window_bytes_per_row=0, limit_bytes=50_000))
+    scheduler = make(budget=MemoryBudget(CacheSizes(10), limit_bytes=50_000))
     with pytest.raises(NeverFits, match=r"prompt \(2000 tokens\) and max_tokens \(500\) need \d+ bytes.*50000 bytes"):
         add(scheduler, "a", 2000, answer=500)
     assert scheduler.idle
@@ -219,7 +219,7 @@ def test_impossible_limits_are_refused(field: str) -> None:
 
 def tight(limit: int) -> MemoryBudget:
     """One byte per token and nothing else."""
-    return MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=limit)
+    return MemoryBudget(CacheSizes(1), limit_bytes=limit)
 
 
 def test_nobody_starts_that_would_not_fit_and_nobody_passes_the_first_that_waits() -> None:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.memory.budget import MemoryBudget
+from millpond.memory.budget import CacheSizes, MemoryBudget
 from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, NeverFits, Scheduler
 from millpond.types import StepPlan
 
-PLENTY = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=1 << 40)
+PLENTY = MemoryBudget(CacheSizes(1), limit_bytes=1 << 40)
 GRID = 64
 
 
@@ -251,7 +251,7 @@ def test_with_memory_to_spare_everything_holds(jobs: list[Job], limits: Limits, 
 def test_with_little_memory_everything_holds(
     jobs: list[Job], limits: Limits, seed: int, memory: int, window: int
 ) -> None:
-    budget = MemoryBudget(kv_bytes_per_token=3, window_bytes_per_row=window, limit_bytes=3 * memory)
+    budget = MemoryBudget(CacheSizes(3, window), limit_bytes=3 * memory)
     simulation = Simulation(limits, budget, Machine(), jobs, seed)
     simulation.run()
     assert len(simulation.finished) == len(jobs)
@@ -297,7 +297,7 @@ def test_a_large_request_gets_its_memory_in_the_end(memory: int) -> None:
     rng = random.Random(2)
     shorts = [Job(0.3 * index, rng.randint(20, 200), 30, 30) for index in range(400)]
     jobs = [Job(1.0, memory // 5, 100, 100), *shorts]
-    budget = MemoryBudget(kv_bytes_per_token=1, window_bytes_per_row=0, limit_bytes=memory)
+    budget = MemoryBudget(CacheSizes(1), limit_bytes=memory)
     simulation = Simulation(Limits(8, 200.0, 512), budget, Machine(), jobs)
     simulation.run()
     assert simulation.finished["0"] < 100.0

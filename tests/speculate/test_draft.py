@@ -278,7 +278,7 @@ def test_what_was_guessed_and_refused_is_not_kept(llama: LoadedModel) -> None:
 
 
 def test_a_cache_keeps_to_its_limit(llama: LoadedModel) -> None:
-    limit = 300 * llama.token_bytes
+    limit = 300 * llama.sizes.token_bytes
     draft = Draft(llama, VOCAB, LIMIT, limit)
     for seed in range(4):
         prompt = tokens_of(random.Random(seed), 200)
@@ -324,7 +324,7 @@ def test_requests_beyond_the_models_context_get_no_proposals(llama: LoadedModel)
 
 def test_memory_for_rows_is_limited(llama: LoadedModel) -> None:
     """What does not fit gets no proposals until others have left; what grows too long makes room."""
-    limit = 2 * 256 * llama.token_bytes + 800 * llama.token_bytes
+    limit = 2 * 256 * llama.sizes.token_bytes + 800 * llama.sizes.token_bytes
     draft, chance = Draft(llama, VOCAB, limit, 0), random.Random(1)
     prompts = {name: tokens_of(chance, 150) for name in "abcd"}
     fitting = []

@@ -84,15 +84,7 @@ class Driver:
         self.capabilities = capabilities or probe(model)
         model = self.model = self.capabilities.fitted(model)
         costs = CostModel()
-        budget = MemoryBudget(
-            kv_bytes_per_token=model.token_bytes,
-            window_bytes_per_row=model.row_bytes,
-            limit_bytes=limit_bytes,
-            chunk_window_bytes=model.chunk_token_bytes * max_chunk,
-            exact_bytes_per_token=model.exact_bytes if model.form.packs else 0,
-            exact_window_bytes=model.exact_row_bytes if model.form.packs else 0,
-            exact_tokens=model.form.packing.start if model.form.packs else 0,
-        )
+        budget = MemoryBudget(model.sizes, limit_bytes, max_chunk)
         self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
         form = model.blocks if isinstance(model.blocks, BlockFormat) and cache is not None else None
         self.prefixes = Prefixes(model.network, model.form, form, cache if form is not None else None, ssd)
