@@ -1,7 +1,7 @@
 """The outermost layer: request ids, one log line per request, and the last resort for unexpected exceptions.
 
 An id comes from the client's x-request-id when it is short and printable, else it is made here, and goes back in the
-response either way. Handlers add fields to the log line through ``scope["millpond.log"]``.
+response either way. What else the log line says, whoever served the request noted in its context.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from millpond.client import EngineError
-from millpond.http.errors import ERROR, ApiError
+from millpond.http.context import RequestContext, context_of
+from millpond.http.errors import ApiError
 from millpond.http.service import Service
 from millpond.observe.log import kv
 
@@ -39,45 +40,44 @@ class AccessLayer:
             return
         _leave_out_the_host(scope)
         _single_slashes(scope)
-        request_id = _request_id(scope)
-        scope["millpond.request_id"] = request_id
-        fields: dict[str, object] = scope.setdefault("millpond.log", {})
+        context = context_of(scope)
+        context.id = _request_id(scope)
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.id.encode())]
             await send(message)
 
         start = time.monotonic()
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            fields.setdefault("client", "gone")
+            context.left = context.left or "gone"
         except asyncio.CancelledError:
-            fields["client"] = "cut off"
+            context.left = "cut off"
             raise
         except Exception:
             # Nothing above would answer in our error shape; the trace goes to the log, never to the client.
-            log.exception("unexpected error", extra=kv(request=request_id))
+            log.exception("unexpected error", extra=kv(request=context.id))
             if not status:
                 error = ApiError(500, "internal error; the server's log says more", code="internal_error")
-                scope[ERROR] = error
+                context.error = error
                 await error.response()(scope, receive, send_with_id)
         finally:
-            _count(scope)
+            _count(scope, context)
             level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
-            base = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status or None}
+            base = {"id": context.id, "method": scope["method"], "path": scope["path"], "status": status or None}
             elapsed = round(time.monotonic() - start, 4)
-            log.log(level, "request", extra=kv(**base, seconds=elapsed, **fields))
+            log.log(level, "request", extra=kv(**base, seconds=elapsed, **context.log_fields()))
 
 
-def _count(scope: Scope) -> None:
+def _count(scope: Scope, context: RequestContext) -> None:
     """Count a refusal. What the engine failed was submitted, and is counted there."""
-    error = scope.pop(ERROR, None)  # it holds what was wrong, and a connection its last scope
-    if isinstance(error, ApiError) and not isinstance(error.__cause__, EngineError):
+    error, context.error = context.error, None  # a connection keeps its last scope
+    if error is not None and not isinstance(error.__cause__, EngineError):
         service: Service = scope["app"].state.service
         service.meters.refused(error.status, error.code or "other")
 

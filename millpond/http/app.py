@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -16,7 +17,8 @@ from millpond.client import EngineClient
 from millpond.config import ServeConfig
 from millpond.http.access import AccessLayer
 from millpond.http.cache import explain
-from millpond.http.errors import ApiError, on_api_error, on_http_error, shown
+from millpond.http.context import context_of
+from millpond.http.errors import ApiError, shown
 from millpond.http.gate import Gate
 from millpond.http.keys import Keys
 from millpond.http.metrics import metrics
@@ -65,7 +67,7 @@ def create_app(
     app = Starlette(
         routes=ROUTES,
         middleware=[Middleware(AccessLayer), *_cors(config.cors_origins), gate],
-        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
     )
     app.router.redirect_slashes = False
     app.state.service = service
@@ -101,3 +103,27 @@ def _cors(origins: Collection[str]) -> list[Middleware]:
             expose_headers=exposed,
         )
     ]
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler for ApiError."""
+    assert isinstance(error, ApiError)
+    context_of(request.scope).error = error
+    return error.response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler for its own errors: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    return await _on_api_error(request, _from_starlette(request, error))
+
+
+def _from_starlette(request: Request, error: HTTPException) -> ApiError:
+    path = shown(request.scope["path"])
+    if error.status_code == 404:
+        return ApiError(404, f"there is nothing at {path}", code="not_found")
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("Allow", "")
+        message = f"{shown(request.method)} is not allowed at {path}; allowed is {allow}"
+        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    return ApiError(error.status_code, str(error.detail), headers=error.headers)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, cast
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from millpond.http.context import RequestContext, context_of
 from millpond.http.errors import ApiError
 from millpond.observe.log import kv
 
 if TYPE_CHECKING:
+    from starlette.types import Scope
     from uvicorn.config import Config
     from uvicorn.server import ServerState
 
@@ -33,8 +35,6 @@ LEAST_READ = 32 * 1024
 """A client must take so many bytes, or all there are, of what waits for it in each write time-out."""
 PIECE = 8 * 1024
 """Bytes of a request that are parsed at a time, unless they are known to be a body's: chunks may be a byte each."""
-CONNECTIONS = "millpond.connections"
-"""Key of the scope under which a request finds how many connections were open when it came, its own included."""
 NO_HTTP = ApiError(400, "the request is not valid HTTP", code="bad_http").body()
 
 
@@ -145,6 +145,10 @@ class Connection(H11Protocol):
         super().data_received(data)
 
     @property
+    def _context(self) -> RequestContext:
+        return context_of(cast("Scope", self.scope))
+
+    @property
     def _chunked(self) -> bool:
         return any(name == b"transfer-encoding" for name, _ in self.headers)
 
@@ -152,7 +156,7 @@ class Connection(H11Protocol):
         before = self.scope
         super().handle_events()
         if self.scope is not before:
-            cast(dict[str, object], self.scope)[CONNECTIONS] = len(self.connections)
+            self._context.connections = len(self.connections)
             self._answering = True
             self._head_came()
             if not self.flow.write_paused:
@@ -209,7 +213,7 @@ class Connection(H11Protocol):
         waiting = self.transport.get_write_buffer_size()
         if waiting > max(0, before - LEAST_READ):
             if self._answering:
-                cast(dict[str, dict[str, object]], self.scope).setdefault("millpond.log", {})["client"] = "stalled"
+                self._context.left = "stalled"
             self.transport.abort()
         else:
             self._await_reading()

@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping
 
 import msgspec
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 
 from millpond.client import EngineError
@@ -19,8 +17,6 @@ from millpond.client.public import public
 from millpond.types import ErrorKind
 
 RETRY_AFTER = {"Retry-After": "1"}
-ERROR = "millpond.error"
-"""Key of the scope under which the access layer finds the ApiError that a request was answered with."""
 LONGEST_SHOWN = 80
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
@@ -119,27 +115,3 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(429, error.message, code=error.kind.value)
         case ErrorKind.ENGINE | ErrorKind.DIED:
             return ApiError(500, error.message, code=error.kind.value)
-
-
-async def on_api_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler for ApiError."""
-    assert isinstance(error, ApiError)
-    request.scope[ERROR] = error
-    return error.response()
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler for its own errors: unknown paths and methods."""
-    assert isinstance(error, HTTPException)
-    return await on_api_error(request, _from_starlette(request, error))
-
-
-def _from_starlette(request: Request, error: HTTPException) -> ApiError:
-    path = shown(request.scope["path"])
-    if error.status_code == 404:
-        return ApiError(404, f"there is nothing at {path}", code="not_found")
-    if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow", "")
-        message = f"{shown(request.method)} is not allowed at {path}; allowed is {allow}"
-        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
-    return ApiError(error.status_code, str(error.detail), headers=error.headers)

@@ -1,7 +1,6 @@
 """Who is let in: length announced, Host, Origin and API key, in that order, before a request's body is read.
 
-The probes are open to everybody who may connect. A request that passes carries its client's name in
-``scope["millpond.client"]``: the key's owner, empty without keys.
+The probes are open to everybody who may connect. Whose key a request showed is in its context when it passes.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from millpond.http.body import check_declared
-from millpond.http.errors import ERROR, ApiError, shown
+from millpond.http.context import context_of
+from millpond.http.errors import ApiError, shown
 from millpond.http.keys import Keys
 
 OPEN = ("/livez", "/readyz", "/health")
@@ -23,9 +22,6 @@ ANY_HOST = ("/livez", "/readyz")
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing; a page of another origin cannot read what they answer."""
-CLIENT = "millpond.client"
-TENANT = "millpond.tenant"
-"""Key of the scope under which the owner is whose prefixes are kept apart from those of others; empty: nobody's are."""
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?")
 
 
@@ -54,15 +50,15 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            context = context_of(scope)
             try:
                 check_declared(_header(scope, b"content-length"), self._most_bytes)
                 self._check_host(scope)
                 self._check_origin(scope)
-                scope[CLIENT] = self._client(scope)
-                scope[TENANT] = scope[CLIENT] if self._apart and self._keys.several else ""
+                context.owner = self._owner(scope)
+                context.tenant = context.owner if self._apart and self._keys.several else ""
             except ApiError as error:
-                scope.setdefault("millpond.log", {})["refused"] = error.code
-                scope[ERROR] = error
+                context.refused, context.error = error.code, error
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -87,7 +83,7 @@ class Gate:
             message = f"origin: {shown(origin)} may not call this server; --cors-origins says what may"
             raise ApiError(403, message, param="origin", code="origin_not_allowed")
 
-    def _client(self, scope: Scope) -> str:
+    def _owner(self, scope: Scope) -> str:
         if not self._keys or scope["path"] in OPEN:
             return ""
         words = _header(scope, b"authorization").split(None, 1)
@@ -97,14 +93,7 @@ class Gate:
         if owner is None:
             said = "the API key is not valid" if key else "an API key is required: Authorization: Bearer KEY"
             raise ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        scope.setdefault("millpond.log", {})["owner"] = owner
         return owner
-
-
-def client_of(request: Request) -> str:
-    """The owner of the key that the request showed; empty without keys."""
-    name: str = request.scope.get(CLIENT, "")
-    return name
 
 
 def served_hosts(allowed: Collection[str], bound: str, loopback: bool) -> frozenset[str]:

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from millpond import __version__
 from millpond.client import EngineState
-from millpond.http.connection import CONNECTIONS
+from millpond.http.context import context_of
 from millpond.http.families import Families
 from millpond.http.service import Service
 from millpond.types import ErrorKind, Finish, PrefixLoad, SpecCounters
@@ -58,7 +58,7 @@ SSD_SKIPPED = {"skipped_full": "full", "skipped_daily": "daily", "skipped_off": 
 async def metrics(request: Request) -> Response:
     """The route."""
     registry = CollectorRegistry()
-    registry.register(ServerCollector(request.app.state.service, request.scope.get(CONNECTIONS, 0)))
+    registry.register(ServerCollector(request.app.state.service, context_of(request.scope).connections))
     ProcessCollector(registry=registry)
     # ALLOWUTF8 leaves valid names as they are. The library's choice for most clients turns the colons into underscores.
     if "application/openmetrics-text" in request.headers.get("accept", ""):

@@ -16,8 +16,8 @@ from starlette.types import Send
 from millpond.client import EngineError
 from millpond.http.clock import Clock
 from millpond.http.collect import WholeRendering, collect
+from millpond.http.context import GenerationRecord, context_of
 from millpond.http.errors import from_engine
-from millpond.http.gate import client_of
 from millpond.http.generation import Generation, Piece, Usage, parts
 from millpond.http.openai.schemas import CompletionRequest, GenerationRequest, SamplingDefaults
 from millpond.http.prompts import Prompt, check_limits, prediction_tokens
@@ -149,7 +149,7 @@ def _requests(
 
 def client_name(http: HttpRequest, asked: GenerationRequest) -> str:
     """Whose request this is, for fair sharing: with keys nobody can claim to be somebody else."""
-    return client_of(http) or asked.user or (http.client.host if http.client is not None else "")
+    return context_of(http.scope).owner or asked.user or (http.client.host if http.client is not None else "")
 
 
 async def _stream(
@@ -198,11 +198,10 @@ def prefix_headers(generation: Generation) -> Headers:
 def _note(
     http: HttpRequest, base: str, asked: GenerationRequest, count: int, seed: int, generation: Generation
 ) -> None:
-    """Add to the request's log line what is needed to judge it and to run it again."""
     usage = generation.usage()
     prefix = generation.prefix()
     first = generation.first_seconds
-    http.scope.setdefault("millpond.log", {}).update(
+    context_of(http.scope).generation = GenerationRecord(
         completion=base,
         stream=asked.stream,
         choices=count,

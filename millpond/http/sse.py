@@ -14,6 +14,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from millpond.http.context import context_of
 from millpond.http.errors import ApiError
 
 Headers = list[tuple[bytes, bytes]]
@@ -49,7 +50,8 @@ class WatchedResponse(Response):
             if work.done():
                 work.result()
             else:
-                scope.setdefault("millpond.log", {}).setdefault("client", "gone")
+                context = context_of(scope)
+                context.left = context.left or "gone"
         finally:
             for task in (work, watch):
                 task.cancel()

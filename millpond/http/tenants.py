@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from starlette.requests import Request as HttpRequest
 
-from millpond.http.gate import TENANT
+from millpond.http.context import context_of
 from millpond.http.openai.schemas import LONGEST_SALT, GenerationRequest
 from millpond.types import Salt
 
@@ -18,7 +18,7 @@ WIDTH = LONGEST_SALT + 1
 
 def salt_of(http: HttpRequest, asked: GenerationRequest) -> Salt:
     """For the owner of the request's key, and the ``cache_salt`` that it gives."""
-    return salted(http.scope[TENANT], asked.cache_salt)
+    return salted(context_of(http.scope).tenant, asked.cache_salt)
 
 
 def salted(tenant: str, given: str) -> Salt:

@@ -37,15 +37,13 @@ BREAKS = [
         name="K3-prompts-logged",
         file="millpond/http/reading.py",
         old="    service.unknown_fields += unknown\n",
-        new=(
-            '    service.unknown_fields += unknown\n    request.scope.setdefault("millpond.log", {})["asked"] = asked\n'
-        ),
+        new='    service.unknown_fields += unknown\n    request.scope["millpond.request"].left = asked\n',
         by=("test_every_line_parses_and_none_has_text_of_a_prompt",),
     ),
     Break(
         name="K3-no-id",
         file="millpond/http/access.py",
-        old='[*message.get("headers", ()), (b"x-request-id", request_id.encode())]',
+        old='[*message.get("headers", ()), (b"x-request-id", context.id.encode())]',
         new='[*message.get("headers", ())]',
         by=("test_request_ids_are_echoed_or_made",),
     ),
