@@ -26,10 +26,10 @@ from pathlib import Path
 
 from millpond import wire
 from millpond.client import EngineClient
-from millpond.client.ranks import RANK_COMMAND, RankPlan
 from millpond.client.stream import EngineError
 from millpond.config import read_config
-from millpond.parallel.layout import plan
+from millpond.launch.followers import RANK_COMMAND, GroupPlan
+from millpond.launch.layout import group_layout
 from millpond.types import PrefixSettings, Request, SamplingParams, SpecMode, SpecSettings, Speculation
 
 CLIENTS = 8
@@ -135,7 +135,7 @@ def resident(pid: int) -> float:
 async def soak(args: argparse.Namespace) -> int:
     """Run it; returns the exit status."""
     flags = {"hostfile": args.hostfile} if args.hostfile else {"tp": str(args.ranks)}
-    layout = plan(read_config(flags, {}), {}, frozenset({"127.0.0.1"}))
+    layout = group_layout(read_config(flags, {}), {}, frozenset({"127.0.0.1"}))
     assert layout is not None
     with tempfile.TemporaryDirectory() as folder:
         start = wire.Start(
@@ -146,7 +146,7 @@ async def soak(args: argparse.Namespace) -> int:
             prefix=PrefixSettings(folder=folder, ssd_bytes=1 << 30, ssd_policy="second-use"),
             spec=SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=4, adaptive=False)),
         )
-        ranks = RankPlan(layout, args.model, args.model, ssh=tuple(args.ssh.split()))
+        ranks = GroupPlan(layout, args.model, args.model, ssh=tuple(args.ssh.split()))
         client = EngineClient(start, command=RANK_COMMAND, group=ranks, stall_seconds=60.0)
         await client.start()
         try:

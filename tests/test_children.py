@@ -15,7 +15,7 @@ from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 import millpond
 from millpond.child import inherited, python
 from millpond.client.engine import ENGINE_COMMAND
-from millpond.client.ranks import RANK_COMMAND
+from millpond.launch.followers import RANK_COMMAND
 
 PACKAGE = Path(millpond.__file__).parent
 HOSTILE = (

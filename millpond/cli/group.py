@@ -23,11 +23,11 @@ import msgspec
 
 from millpond.child import inherited
 from millpond.cli.given import find_model
-from millpond.client.process import described, send_signal
-from millpond.client.ranks import RANK_COMMAND, RankPlan
 from millpond.config import ServeConfig
+from millpond.launch.followers import RANK_COMMAND, GroupPlan
+from millpond.launch.layout import GroupLayout, group_layout
+from millpond.launch.process import described, send_signal
 from millpond.observe.log import kv, last_words
-from millpond.parallel.layout import Layout, plan
 from millpond.types import GroupSettings
 
 log = logging.getLogger("millpond.serve")
@@ -40,11 +40,12 @@ STOP_MARGIN = 15.0
 """Seconds that rank 0 may need for a stop, beyond those for draining."""
 
 
-def layout_of(config: ServeConfig, environ: Mapping[str, str] = os.environ) -> Layout | None:
+def layout_of(config: ServeConfig, environ: Mapping[str, str] = os.environ) -> GroupLayout | None:
     """The ranks that are asked for; None: one engine. Raises ConfigError."""
     own = socket.gethostname()
     short = own.partition(".")[0]
-    return plan(config, environ, frozenset({"127.0.0.1", "::1", "localhost", own, short, f"{short}.local"} - {""}))
+    names = frozenset({"127.0.0.1", "::1", "localhost", own, short, f"{short}.local"} - {""})
+    return group_layout(config, environ, names)
 
 
 def log_environment(config: ServeConfig) -> dict[str, str]:
@@ -52,9 +53,9 @@ def log_environment(config: ServeConfig) -> dict[str, str]:
     return {"MILLPOND_LOG_LEVEL": config.log_level, "MILLPOND_LOG_FORMAT": config.log_format}
 
 
-def rank_plan(layout: Layout, config: ServeConfig, given: str, folder: Path) -> RankPlan:
+def group_plan(layout: GroupLayout, config: ServeConfig, given: str, folder: Path) -> GroupPlan:
     """What groups are started from; ``given`` is the model as it was named."""
-    return RankPlan(
+    return GroupPlan(
         layout=layout,
         given=given,
         folder=str(folder),
@@ -95,7 +96,7 @@ async def read_input() -> asyncio.StreamReader:
     return reader
 
 
-def keep(layout: Layout, config: ServeConfig, given: str, command: Sequence[str] = RANK_COMMAND) -> int:
+def keep(layout: GroupLayout, config: ServeConfig, given: str, command: Sequence[str] = RANK_COMMAND) -> int:
     """Be the keeper of this process's rank; returns the exit code. Raises StartError when there is no such model."""
     model = find_model(given)
     assert layout.launch is not None

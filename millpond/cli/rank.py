@@ -17,8 +17,8 @@ import msgspec
 
 from millpond.cli.given import StartError, find_model
 from millpond.cli.group import read_input, start_follower
-from millpond.client.process import send_signal
-from millpond.client.ranks import RANK_COMMAND, SIGNALLED
+from millpond.launch.followers import RANK_COMMAND, SIGNALLED
+from millpond.launch.process import send_signal
 from millpond.observe.log import configure
 from millpond.types import GroupSettings
 

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 from millpond import wire
 from millpond.cli.certificate import BadCertificate, Certificate
 from millpond.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
-from millpond.cli.group import input_ended, keep, layout_of, log_environment, rank_plan
+from millpond.cli.group import group_plan, input_ended, keep, layout_of, log_environment
 from millpond.cli.interpreter import settle
 from millpond.cli.listen import allow_files, bind, loopback, url_of
 from millpond.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
-from millpond.client.ranks import RANK_COMMAND, RankPlan
 from millpond.config import ConfigError, ServeConfig, add_flags, read_config
 from millpond.http.keys import BadKeys, Keys
 from millpond.hub.cache import problem as cache_problem
+from millpond.launch.followers import RANK_COMMAND, GroupPlan
 from millpond.observe.log import configure, kv, last_words
 from millpond.types import ModelInfo, PrefixSettings
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             begun,
             certificate=certificate,
             draft_path=draft,
-            group=rank_plan(layout, config, args.model, model.path) if layout is not None else None,
+            group=group_plan(layout, config, args.model, model.path) if layout is not None else None,
         )
         asyncio.run(front.serve(listeners))
     except (ConfigError, StartError) as error:
@@ -117,7 +117,7 @@ class Front:
         engine_path: str = "",
         certificate: Certificate | None = None,
         draft_path: str = "",
-        group: RankPlan | None = None,
+        group: GroupPlan | None = None,
     ) -> None:
         """``engine_path`` is the model as the engine is told it; default: ``path``. With ``group`` the engine is rank 0
         of a group of ranks. ``engine_command`` is what it runs, unless it is Millpond's own."""

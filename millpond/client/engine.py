@@ -1,8 +1,8 @@
 """Supervision of the engine and the table of open requests.
 
-One task owns the crew, the engine's process and its followers if it has any: it starts it, reads its messages, and when
-it dies fails every open request at once and starts another, waiting a little longer after each failure. Every request
-leaves the table in ``_finish`` only, so submitted = finished + failed + cancelled + open at all times. Event loop only.
+One task owns the engine, with its followers if it has any: it starts it, reads its messages, and when it dies fails
+every open request at once and starts another, waiting a little longer after each failure. Every request leaves the
+table in ``_finish`` only, so submitted = finished + failed + cancelled + open at all times. Event loop only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from enum import StrEnum
 from millpond import wire
 from millpond.child import python
 from millpond.client.counts import Counts
-from millpond.client.crew import Crew
 from millpond.client.public import public
-from millpond.client.ranks import RankPlan
 from millpond.client.stream import EngineError, EngineUnavailable, Stream
 from millpond.client.watchdog import Watchdog
+from millpond.launch.followers import GroupPlan
+from millpond.launch.group import EngineGroup
 from millpond.observe.log import kv
 from millpond.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request, Salt
 
@@ -64,7 +64,7 @@ class EngineClient:
         on_ready: Callable[[ModelInfo], None] | None = None,
         stall_seconds: float = 0.0,
         max_restarts: int = MOST_FAILURES,
-        group: RankPlan | None = None,
+        group: GroupPlan | None = None,
     ) -> None:
         self._start = start
         self._command = tuple(command)
@@ -72,12 +72,12 @@ class EngineClient:
         self._on_ready = on_ready
         self._stall_seconds = stall_seconds
         self._max_restarts = max_restarts
-        self._group = group
+        self._plan = group
         self._deaths: deque[float] = deque()
         """When the engines died that had been ready; seconds, monotonic."""
         self._silence_seconds = group.layout.silence_seconds if group is not None else 0.0
         self.watchdog = self._new_watchdog()
-        self._crew: Crew | None = None
+        self._group: EngineGroup | None = None
         self._task: asyncio.Task[None] | None = None
         self._open: dict[str, Stream] = {}
         self._explaining: dict[str, asyncio.Future[PrefixReport]] = {}
@@ -106,12 +106,12 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        return self._crew.pid if self._crew is not None else None
+        return self._group.pid if self._group is not None else None
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Of all processes on this machine that work or stand for a rank, rank 0's first."""
-        return self._crew.pids if self._crew is not None else ()
+        return self._group.pids if self._group is not None else ()
 
     @property
     def beat_age(self) -> float | None:
@@ -131,8 +131,8 @@ class EngineClient:
         """Start the process and its supervision; loading goes on in the background. Raises OSError."""
         if self._task is not None:
             raise RuntimeError("this engine client was started before")
-        crew = await self._spawn()
-        self._task = asyncio.create_task(self._supervise(crew), name="engine-supervisor")
+        group = await self._spawn()
+        self._task = asyncio.create_task(self._supervise(group), name="engine-supervisor")
 
     async def settled(self) -> None:
         """Wait until the engine is ready, or until it is certain that it will not be. Raises EngineUnavailable."""
@@ -151,11 +151,11 @@ class EngineClient:
         """Fail what is open, ask the engine to exit, wait ``patience`` seconds, then make it. Safe to repeat."""
         self._stop_asked.set()
         self.fail_all(EngineError(ErrorKind.UNAVAILABLE, "the server is shutting down"))
-        if self._crew is not None:
-            self._crew.send(wire.Stop())
+        if self._group is not None:
+            self._group.send(wire.Stop())
         await self._supervised_within(patience)
-        if self._crew is not None:
-            self._crew.terminate()
+        if self._group is not None:
+            self._group.terminate()
         await self._supervised_within(1.0)
         self.kill()
         await self.gone()
@@ -167,8 +167,8 @@ class EngineClient:
 
     def kill(self) -> None:
         """End the engine, and every rank of it, this instant; for a forced exit of the front end."""
-        if self._crew is not None:
-            self._crew.kill()
+        if self._group is not None:
+            self._group.kill()
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -176,11 +176,11 @@ class EngineClient:
         """Hand one request to the engine. An id is never used twice: late messages about the first would be taken for
         the second. Raises EngineUnavailable, ValueError for an id that is open.
         """
-        if self._state is not EngineState.READY or self._crew is None or self._stopping:
+        if self._state is not EngineState.READY or self._group is None or self._stopping:
             raise EngineUnavailable(self.whole_reason())
         if request.id in self._open:
             raise ValueError(f"request id {request.id!r} is in use")
-        self._crew.send(wire.Submit(request))
+        self._group.send(wire.Submit(request))
         stream = Stream(request.id, self._leave)
         self._open[request.id] = stream
         self.counts.submitted += 1
@@ -188,12 +188,12 @@ class EngineClient:
 
     async def explain(self, tokens: list[int], cache_salt: Salt) -> PrefixReport:
         """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
-        if self._state is not EngineState.READY or self._crew is None or self._stopping:
+        if self._state is not EngineState.READY or self._group is None or self._stopping:
             raise EngineUnavailable(self.whole_reason())
         name = uuid.uuid4().hex
         answer: asyncio.Future[PrefixReport] = asyncio.get_running_loop().create_future()
         self._explaining[name] = answer
-        self._crew.send(wire.Explain(name, tokens, cache_salt))
+        self._group.send(wire.Explain(name, tokens, cache_salt))
         try:
             return await answer
         finally:
@@ -201,9 +201,9 @@ class EngineClient:
 
     def fail_all(self, error: EngineError) -> None:
         """End every open request with ``error`` and tell the engine to drop them."""
-        if self._crew is not None:
+        if self._group is not None:
             for request_id in self._open:
-                self._crew.send(wire.Cancel(request_id))
+                self._group.send(wire.Cancel(request_id))
         self._end_all(error)
 
     def unavailable_reason(self) -> str:
@@ -224,8 +224,8 @@ class EngineClient:
     def _leave(self, request_id: str, why: Finish | EngineError) -> None:
         """Nobody reads this request any more."""
         if request_id in self._open:
-            if self._crew is not None:
-                self._crew.send(wire.Cancel(request_id))
+            if self._group is not None:
+                self._group.send(wire.Cancel(request_id))
             self._finish(request_id, why)
 
     def _end_all(self, error: EngineError) -> None:
@@ -252,24 +252,24 @@ class EngineClient:
 
     # --- supervision --------------------------------------------------------------------------------------------
 
-    async def _supervise(self, crew: Crew) -> None:
+    async def _supervise(self, group: EngineGroup) -> None:
         """Own the process until stopped or until trying again makes no sense."""
         try:
-            await self._keep_running(crew)
+            await self._keep_running(group)
         except Exception as error:
             # Without its supervisor nothing would ever answer the open requests: say so and let serve end.
             log.exception("engine supervision failed")
             self._end_all(EngineError(ErrorKind.UNAVAILABLE, "the engine is not supervised any more"))
             self._give_up(f"its supervision failed: {type(error).__name__}")
 
-    async def _keep_running(self, crew: Crew | None) -> None:
+    async def _keep_running(self, group: EngineGroup | None) -> None:
         failures = 0
         while True:
-            failures = 0 if await self._run(crew) else failures + 1
+            failures = 0 if await self._run(group) else failures + 1
             if self._stopping:
                 return
             hopeless = self._fatal and self.reason.startswith(self._fatal) and not self._been_ready
-            if hopeless or (self._group and not self._group.layout.restarts):
+            if hopeless or (self._plan and not self._plan.layout.restarts):
                 self._give_up(self.reason)
                 return
             if failures >= MOST_FAILURES:
@@ -286,10 +286,10 @@ class EngineClient:
                 return
             self.counts.restarts += 1
             try:
-                crew = await self._spawn()
+                group = await self._spawn()
             except OSError as error:
                 self.reason = f"it could not be started: {error.strerror}"
-                crew = None
+                group = None
 
     def _dies_too_often(self) -> bool:
         now = time.monotonic()
@@ -298,42 +298,42 @@ class EngineClient:
             self._deaths.popleft()
         return len(self._deaths) > self._max_restarts
 
-    async def _spawn(self) -> Crew:
+    async def _spawn(self) -> EngineGroup:
         self._fatal = ""
         self.stage = None
         self.beat = None
-        crew = await Crew.spawn(self._command, self._environment, self._start, self._group)
+        group = await EngineGroup.spawn(self._command, self._environment, self._start, self._plan)
         if self._stopping:
-            crew.send(wire.Stop())
-        self._crew = crew
-        return crew
+            group.send(wire.Stop())
+        self._group = group
+        return group
 
-    async def _run(self, crew: Crew | None) -> bool:
+    async def _run(self, group: EngineGroup | None) -> bool:
         """Read messages until the engine is gone, then clean up. True when it was ready at some time."""
-        if crew is None:
+        if group is None:
             return False
         was_ready = False
         wrong = ""
-        watch = asyncio.create_task(self._watch(crew), name="engine-watchdog")
+        watch = asyncio.create_task(self._watch(group), name="engine-watchdog")
         try:
-            while (message := await crew.receive()) is not None:
+            while (message := await group.receive()) is not None:
                 self._apply(message)
                 was_ready = was_ready or self._state is EngineState.READY
         except wire.WireError as error:
             wrong = f"it sent a message that cannot be read: {error}"
-            crew.give_up()
+            group.give_up()
         finally:
             watch.cancel()
             if self._state is EngineState.READY:
                 self._set_state(EngineState.RESTARTING)
             self._end_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
-            ending = await crew.end(self._fatal)
-            self._crew = None
+            ending = await group.end(self._fatal)
+            self._group = None
             stalled = watch.result() if watch.done() and not watch.cancelled() else ""
             self.reason = wrong or stalled or ending
         return was_ready
 
-    async def _watch(self, crew: Crew) -> str:
+    async def _watch(self, group: EngineGroup) -> str:
         """Kill the process when it hangs; returns what was wrong."""
         pause = max(WATCH_SECONDS, min(filter(None, (self._stall_seconds, self._silence_seconds)), default=0.0) / 10)
         while True:
@@ -344,7 +344,7 @@ class EngineClient:
             wrong = self.watchdog.verdict() if self._state is EngineState.READY else ""
             if wrong:
                 log.error("engine stalled, killing it", extra=kv(reason=wrong))
-                crew.give_up()
+                group.give_up()
                 return wrong
 
     def _apply(self, message: wire.FromEngine) -> None:

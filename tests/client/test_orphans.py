@@ -26,8 +26,8 @@ from millpond import wire
 from millpond.child import python
 from millpond.cli.group import start_follower
 from millpond.client.engine import ENGINE_COMMAND
-from millpond.client.process import EngineProcess
-from millpond.client.ranks import RANK_COMMAND
+from millpond.launch.process import EngineProcess
+from millpond.launch.followers import RANK_COMMAND
 from millpond.types import GroupSettings
 
 async def main(model, endless):

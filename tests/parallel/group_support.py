@@ -13,28 +13,28 @@ import msgspec
 
 from millpond import wire
 from millpond.client import EngineClient
-from millpond.client.ranks import RankPlan
 from millpond.config import read_config
-from millpond.parallel.layout import Layout, plan
+from millpond.launch.followers import GroupPlan
+from millpond.launch.layout import GroupLayout, group_layout
 from millpond.types import GroupSettings, Request, SamplingParams
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_rank.py")))
 PATIENCE = 60.0
 
 
-def layout_for(**flags: str) -> Layout:
-    found = plan(read_config(flags, {}), {}, frozenset({"localhost", "127.0.0.1"}))
+def layout_for(**flags: str) -> GroupLayout:
+    found = group_layout(read_config(flags, {}), {}, frozenset({"localhost", "127.0.0.1"}))
     assert found is not None
     return found
 
 
-def client_for(group: RankPlan, stall_seconds: float = 0.0) -> EngineClient:
+def client_for(group: GroupPlan, stall_seconds: float = 0.0) -> EngineClient:
     start = wire.Start(model_path=group.folder, max_rows=8, max_itl_ms=400)
     return EngineClient(start, command=SCRIPTED, group=group, stall_seconds=stall_seconds)
 
 
 @contextlib.asynccontextmanager
-async def running(group: RankPlan) -> AsyncIterator[EngineClient]:
+async def running(group: GroupPlan) -> AsyncIterator[EngineClient]:
     client = client_for(group)
     await client.start()
     try:
@@ -44,9 +44,9 @@ async def running(group: RankPlan) -> AsyncIterator[EngineClient]:
         await client.stop()
 
 
-def local(script: str = "plain", **flags: str) -> RankPlan:
+def local(script: str = "plain", **flags: str) -> GroupPlan:
     """Ranks on this machine, three unless told otherwise."""
-    return RankPlan(layout_for(**{"tp": "3", **flags}), script, script, SCRIPTED)
+    return GroupPlan(layout_for(**{"tp": "3", **flags}), script, script, SCRIPTED)
 
 
 def group_of(client: EngineClient) -> GroupSettings:

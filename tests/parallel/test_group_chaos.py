@@ -16,8 +16,8 @@ from tiny_models import save
 
 from millpond import wire
 from millpond.client import EngineClient, EngineUnavailable
-from millpond.client.ranks import RANK_COMMAND, RankPlan
 from millpond.client.stream import EngineError
+from millpond.launch.followers import RANK_COMMAND, GroupPlan
 from millpond.types import PrefixSettings, Request, SamplingParams
 
 ANSWERED_SECONDS = 10.0
@@ -59,7 +59,7 @@ async def chaos(folder: Path, rounds: int, seed: int) -> None:
         max_itl_ms=400,
         prefix=PrefixSettings(folder=str(folder / "prefix"), ssd_bytes=1 << 30, ssd_policy="all"),
     )
-    plan = RankPlan(layout_for(tp="2"), str(folder), str(folder), environment=patient())
+    plan = GroupPlan(layout_for(tp="2"), str(folder), str(folder), environment=patient())
     client = EngineClient(start, command=RANK_COMMAND, environment=patient(), group=plan, max_restarts=10 * rounds)
     seen: set[int] = set()
     warm = 0

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from millpond.cli.group import layout_of
 from millpond.config import ConfigError, read_config
-from millpond.parallel.hosts import BACKENDS, Host, Hosts, check, parse_hosts
-from millpond.parallel.launched import Launch, find_launch
-from millpond.parallel.layout import CONTROL_PORT, Layout
+from millpond.launch.hosts import BACKENDS, Host, Hostfile, check, parse_hosts
+from millpond.launch.launched import LaunchedRank, find_launch
+from millpond.launch.layout import CONTROL_PORT, GroupLayout
 
 if TYPE_CHECKING:
     from millpond.types import GroupSettings
@@ -29,22 +29,22 @@ MACS = [
 ]
 
 
-def parse(data: object) -> Hosts:
+def parse(data: object) -> Hostfile:
     return parse_hosts(json.dumps(data).encode(), "hosts.json")
 
 
-def laid_out(flags: dict[str, str], environ: dict[str, str] | None = None) -> Layout | None:
+def laid_out(flags: dict[str, str], environ: dict[str, str] | None = None) -> GroupLayout | None:
     return layout_of(read_config(flags, {}), environ or {})
 
 
-def asked_for(flags: dict[str, str], environ: dict[str, str] | None = None) -> Layout:
+def asked_for(flags: dict[str, str], environ: dict[str, str] | None = None) -> GroupLayout:
     layout = laid_out(flags, environ)
     assert layout is not None
     return layout
 
 
-def told(layout: Layout, port: int = 4000, ports: tuple[int, ...] = (5001, 5002, 5003, 5004)) -> list[GroupSettings]:
-    return layout.settings(port, ports, "ab" * 32, dict.fromkeys(range(layout.world), "model"))
+def told(layout: GroupLayout, ports: tuple[int, ...] = (5001, 5002, 5003, 5004)) -> list[GroupSettings]:
+    return layout.settings(4000, ports, "ab" * 32, dict.fromkeys(range(layout.world), "model"))
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_any_json_is_hosts_or_a_config_error(data: object, backend: str) -> None
         check(found, backend, "hosts.json")
     except ConfigError:
         return
-    layout = Layout(
+    layout = GroupLayout(
         hosts=found.hosts, backend=backend, host="a", port=0, envs=found.envs, devices=("0",) * len(found.hosts)
     )
     ports = tuple(range(5000, 5000 + len(layout.addresses)))
@@ -291,21 +291,21 @@ def by_mlx(tmp_path: Path) -> dict[str, str]:
 
 
 def test_ranks_of_mlx_launch(by_mlx: dict[str, str], tmp_path: Path) -> None:
-    assert find_launch(by_mlx) == Launch(1, 2, "ring", "10.0.0.1", "mlx.launch")
+    assert find_launch(by_mlx) == LaunchedRank(1, 2, "ring", "10.0.0.1", "mlx.launch")
     devices = tmp_path / "devices.json"
     devices.write_text('[[null, "a"], ["a", null]]')
     jaccl = {"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "10.0.0.1:32323", "MLX_IBV_DEVICES": str(devices)}
-    assert find_launch(jaccl) == Launch(0, 2, "jaccl", "10.0.0.1", "mlx.launch")
-    assert find_launch({**jaccl, "MLX_JACCL_RING": "1"}) == Launch(0, 2, "jaccl-ring", "10.0.0.1", "mlx.launch")
+    assert find_launch(jaccl) == LaunchedRank(0, 2, "jaccl", "10.0.0.1", "mlx.launch")
+    assert find_launch({**jaccl, "MLX_JACCL_RING": "1"}) == LaunchedRank(0, 2, "jaccl-ring", "10.0.0.1", "mlx.launch")
     nccl = {"MLX_RANK": "2", "NCCL_HOST_IP": "10.0.0.9", "NCCL_PORT": "1", "MLX_WORLD_SIZE": "4"}
-    assert find_launch(nccl) == Launch(2, 4, "nccl", "10.0.0.9", "mlx.launch")
+    assert find_launch(nccl) == LaunchedRank(2, 4, "nccl", "10.0.0.9", "mlx.launch")
     assert find_launch({}) is None
 
 
 def test_ranks_of_mpirun() -> None:
     """mpi is left to mpirun, and an mpirun of a single process means nothing."""
     environ = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-    assert find_launch(environ) == Launch(3, 4, "mpi", "127.0.0.1", "mpirun")
+    assert find_launch(environ) == LaunchedRank(3, 4, "mpi", "127.0.0.1", "mpirun")
     assert find_launch({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}) is None
     layout = asked_for({"tp_backend": "mpi", "tp": "4"}, {**environ, **SECRET})
     assert (layout.backend, layout.restarts, layout.addresses) == ("mpi", False, ())

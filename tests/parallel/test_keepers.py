@@ -174,7 +174,7 @@ def test_the_real_mlx_launch_is_understood(tmp_path: Path) -> None:
     program.write_text(
         "import json, os, sys\n"
         "from pathlib import Path\n"
-        "from millpond.parallel.launched import find_launch\n"
+        "from millpond.launch.launched import find_launch\n"
         "launch = find_launch(os.environ)\n"
         "found = [launch.rank, launch.world, launch.backend, launch.host]\n"
         "Path(sys.argv[1], str(launch.rank)).write_text(json.dumps(found))\n"

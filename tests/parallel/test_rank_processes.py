@@ -269,7 +269,7 @@ def free_port() -> int:
 @pytest.mark.parametrize("script", ["slow=0.01", "slow=0.01,deafranks", "slow=0.01,deaf"])
 def test_a_stop_leaves_no_rank(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they listen or not."""
-    monkeypatch.setattr("millpond.client.crew.FAREWELL", 0.3)
+    monkeypatch.setattr("millpond.launch.group.FAREWELL", 0.3)
 
     async def test() -> None:
         client = client_for(local(script))
@@ -291,8 +291,8 @@ def test_an_orderly_stop_lets_the_followers_go(caplog: pytest.LogCaptureFixture)
         client = client_for(local())
         await client.start()
         await client.settled()
-        assert client._crew is not None
-        ranks = client._crew._ranks
+        assert client._group is not None
+        ranks = client._group._followers
         assert ranks is not None
         await client.stop()
         assert [ending.status for ending in ranks.endings] == [0, 0]

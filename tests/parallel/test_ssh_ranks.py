@@ -32,10 +32,10 @@ from group_support import (
     running,
 )
 
-from millpond.cli.group import layout_of, rank_plan
+from millpond.cli.group import group_plan, layout_of
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
-from millpond.client.ranks import RankPlan
 from millpond.config import read_config
+from millpond.launch.followers import GroupPlan
 from millpond.types import ErrorKind
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
@@ -137,7 +137,7 @@ def model_folder(parent: Path, script: str) -> Path:
     return folder
 
 
-def over_ssh(machine: Machine, tmp_path: Path, script: str, *names: str, python: str = sys.executable) -> RankPlan:
+def over_ssh(machine: Machine, tmp_path: Path, script: str, *names: str, python: str = sys.executable) -> GroupPlan:
     """Rank 0 here, the others where ssh leads to; as ``millpond serve`` would plan it, with scripted ranks."""
     hosts = [{"ssh": name, "ips": ["127.0.0.1"]} for name in ("localhost", *names)]
     hostfile = tmp_path / "hosts.json"
@@ -147,8 +147,8 @@ def over_ssh(machine: Machine, tmp_path: Path, script: str, *names: str, python:
     layout = layout_of(config, {})
     assert layout is not None
     folder = model_folder(tmp_path, script)
-    plan = rank_plan(layout, config, str(folder), folder)
-    return RankPlan(
+    plan = group_plan(layout, config, str(folder), folder)
+    return GroupPlan(
         layout=plan.layout,
         given=plan.given,
         folder=plan.folder,
@@ -285,7 +285,7 @@ def test_a_model_that_is_not_there_is_said(machine: Machine, tmp_path: Path, mon
 
     async def test() -> None:
         plan = over_ssh(machine, tmp_path, "plain", "rank-b")
-        elsewhere = RankPlan(**{**plan.__dict__, "given": "/no/such/model"})
+        elsewhere = GroupPlan(**{**plan.__dict__, "given": "/no/such/model"})
         with pytest.raises(EngineUnavailable) as failed:
             async with running(elsewhere):
                 pass

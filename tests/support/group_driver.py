@@ -24,8 +24,8 @@ from engine_driver import Outcome
 from patient_ring import patient
 
 from millpond import wire
-from millpond.parallel.hosts import Host
-from millpond.parallel.layout import LOOPBACK, Layout
+from millpond.launch.hosts import Host
+from millpond.launch.layout import LOOPBACK, GroupLayout
 from millpond.types import Finish, ModelInfo, Request
 
 PATIENCE = 120.0
@@ -67,7 +67,7 @@ class Group:
             inherited.callback(theirs.close)
             listener = inherited.enter_context(socket.create_server((LOOPBACK, 0)))
             self.port = listener.getsockname()[1]
-            layout = Layout(
+            layout = GroupLayout(
                 hosts=(Host("", (LOOPBACK,)),) * world,
                 backend="ring",
                 host=LOOPBACK,

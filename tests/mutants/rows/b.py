@@ -177,8 +177,8 @@ BREAKS = [
         name="B11-the-engine-is-not-told",
         file="millpond/client/engine.py",
         old=(
-            "            if self._crew is not None:\n"
-            "                self._crew.send(wire.Cancel(request_id))\n"
+            "            if self._group is not None:\n"
+            "                self._group.send(wire.Cancel(request_id))\n"
             "            self._finish(request_id, why)"
         ),
         new="            self._finish(request_id, why)",

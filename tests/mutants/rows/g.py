@@ -7,7 +7,7 @@ from mutants import Break
 BREAKS = [
     Break(
         name="G1-a-world-of-one",
-        file="millpond/parallel/layout.py",
+        file="millpond/launch/layout.py",
         old="    if world < 2:\n",
         new="    if world < 1:\n",
         by=("test_a_group_that_cannot_work_is_refused",),

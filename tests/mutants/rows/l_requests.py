@@ -65,8 +65,8 @@ BREAKS = [
         name="L8-the-engine-is-not-told",
         file="millpond/client/engine.py",
         old=(
-            "            if self._crew is not None:\n"
-            "                self._crew.send(wire.Cancel(request_id))\n"
+            "            if self._group is not None:\n"
+            "                self._group.send(wire.Cancel(request_id))\n"
             "            self._finish(request_id, why)"
         ),
         new="            self._finish(request_id, why)",
@@ -115,7 +115,7 @@ BREAKS = [
     ),
     Break(
         name="L28-a-follower-not-missed",
-        file="millpond/client/crew.py",
+        file="millpond/launch/group.py",
         old=("        if not self._stopping:\n            self._process.abandon()\n"),
         new="        return\n",
         by=("test_a_killed_follower_ends_all_at_once",),

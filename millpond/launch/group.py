@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from millpond import wire
-from millpond.client.process import EngineProcess
-from millpond.client.ranks import Ending, RankPlan, RankProcesses
+from millpond.launch.followers import Ending, Followers, GroupPlan
+from millpond.launch.process import EngineProcess
 
 CRASH_PATIENCE = 0.5
 """Seconds given to an engine that closed its socket before it is terminated."""
@@ -25,41 +25,41 @@ FAREWELL = 2.0
 """Seconds that followers may outlive rank 0 in an orderly stop."""
 
 
-class Crew:
+class EngineGroup:
     """Rank 0, or the only engine process, as the rest of the client sees it. ``spawn`` one, then always ``end`` it."""
 
-    def __init__(self, process: EngineProcess, ranks: RankProcesses | None) -> None:
+    def __init__(self, process: EngineProcess, followers: Followers | None) -> None:
         """``spawn`` makes them."""
         self._process = process
-        self._ranks = ranks
+        self._followers = followers
         self._stopping = False
         self._leader_failed_at = 0.0
         """When the process said that it could not go on, or was found to be gone; 0: neither."""
 
     @classmethod
     async def spawn(
-        cls, command: Sequence[str], environment: Mapping[str, str], start: wire.Start, plan: RankPlan | None
-    ) -> Crew:
+        cls, command: Sequence[str], environment: Mapping[str, str], start: wire.Start, plan: GroupPlan | None
+    ) -> EngineGroup:
         """Start everything and tell it what to load. Raises OSError."""
         if plan is None:
             process = await EngineProcess.spawn(command, environment)
             process.send(start)
             return cls(process, None)
-        ranks = RankProcesses.assemble(plan)
+        followers = Followers.assemble(plan)
         try:
-            process = await EngineProcess.spawn(command, environment, (ranks.descriptor,))
+            process = await EngineProcess.spawn(command, environment, (followers.descriptor,))
         except BaseException:
-            ranks.release()
+            followers.release()
             raise
-        crew = cls(process, ranks)
+        group = cls(process, followers)
         try:
-            process.send(msgspec.structs.replace(start, group=ranks.leader))
-            ranks.release()
-            await ranks.start(crew._follower_ended)
+            process.send(msgspec.structs.replace(start, group=followers.leader))
+            followers.release()
+            await followers.start(group._follower_ended)
         except BaseException:
-            await crew.end()
+            await group.end()
             raise
-        return crew
+        return group
 
     @property
     def pid(self) -> int:
@@ -68,7 +68,7 @@ class Crew:
     @property
     def pids(self) -> tuple[int, ...]:
         """Of all processes on this machine, rank 0's first."""
-        return self._process.pid, *(self._ranks.pids if self._ranks is not None else ())
+        return self._process.pid, *(self._followers.pids if self._followers is not None else ())
 
     def send(self, message: wire.ToEngine) -> None:
         """Queue one message for rank 0. Raises WireError when too large."""
@@ -98,21 +98,21 @@ class Crew:
     def kill(self) -> None:
         """SIGKILL for all, now, without waiting; for a forced exit."""
         self._process.kill()
-        if self._ranks is not None:
-            self._ranks.kill()
+        if self._followers is not None:
+            self._followers.kill()
 
     async def end(self, fatal: str = "") -> str:
         """See everybody out; returns the reason. ``fatal`` is what rank 0 said to it."""
-        if self._ranks is None:
+        if self._followers is None:
             return fatal or f"the engine process {await self._process.end(CRASH_PATIENCE)}"
         if self._stopping:
             reason = f"rank 0 {await self._process.end(CRASH_PATIENCE)}"
-            await self._ranks.end(FAREWELL)
+            await self._followers.end(FAREWELL)
             return fatal or reason
-        await self._ranks.culprit_or_all(GRACE)
-        reason = self._blamed(self._ranks.endings, fatal)
+        await self._followers.culprit_or_all(GRACE)
+        reason = self._blamed(self._followers.endings, fatal)
         self._process.kill()
-        await asyncio.gather(self._process.end(0.0), self._ranks.end(0.0))
+        await asyncio.gather(self._process.end(0.0), self._followers.end(0.0))
         return reason
 
     def _blamed(self, endings: Sequence[Ending], fatal: str) -> str:

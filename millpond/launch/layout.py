@@ -1,7 +1,7 @@
 """Which ranks a group has, where each runs, and what each must be told, as mlx.launch would tell it.
 
 A layout is decided once, at the start of ``millpond serve``; every group that is started from it gets ports and a
-secret of its own. Sockets are bound and secrets made in client/ranks.py; here only files that settings name are read.
+secret of its own. Sockets are bound and secrets made in followers.py; here only files that settings name are read.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from millpond.config import ConfigError, ServeConfig
-from millpond.parallel.hosts import Host, Hosts, check, read_hosts
-from millpond.parallel.launched import Launch, find_launch
+from millpond.launch.hosts import Host, Hostfile, check, read_hosts
+from millpond.launch.launched import LaunchedRank, find_launch
 from millpond.types import GroupSettings
 
 CONTROL_PORT = 32322
@@ -22,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 LEAST_SECRET = 16
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
+class GroupLayout(msgspec.Struct, frozen=True, kw_only=True):
     """The ranks of a group. ``hosts[n].ssh`` is empty where rank n runs on this machine."""
 
     hosts: tuple[Host, ...]
@@ -35,7 +35,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     envs: dict[str, str] = {}
     devices: tuple[str, ...] = ()
     """With nccl: which GPU each rank sees."""
-    launch: Launch | None = None
+    launch: LaunchedRank | None = None
     """This process's own place where somebody else starts the ranks; then ``hosts`` says nothing of them."""
     secret: str = ""
     """Hex; empty, as always where we start the ranks: each group gets one of its own."""
@@ -119,7 +119,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return {}
 
 
-def plan(config: ServeConfig, environ: Mapping[str, str], names: frozenset[str]) -> Layout | None:
+def group_layout(config: ServeConfig, environ: Mapping[str, str], names: frozenset[str]) -> GroupLayout | None:
     """The group that is asked for; None: none is, one engine runs the model alone.
 
     ``names`` are those by which ssh would reach this machine. Raises ConfigError.
@@ -142,11 +142,11 @@ def plan(config: ServeConfig, environ: Mapping[str, str], names: frozenset[str])
         return None
     if config.tp_backend.startswith("jaccl"):
         raise ConfigError(f"tp_backend: {config.tp_backend} needs a hostfile that names the RDMA devices")
-    hosts = Hosts(hosts=(Host("", (LOOPBACK,)),) * config.tp)
+    hosts = Hostfile(hosts=(Host("", (LOOPBACK,)),) * config.tp)
     return _ours(config, hosts, config.tp_backend if config.tp_backend != "auto" else "ring", environ)
 
 
-def _launched(config: ServeConfig, launch: Launch, secret: str) -> Layout:
+def _launched(config: ServeConfig, launch: LaunchedRank, secret: str) -> GroupLayout:
     if config.hostfile is not None:
         raise ConfigError(f"hostfile: is given to {launch.by}, which started this rank, not to millpond serve")
     if config.tp not in (0, launch.world):
@@ -165,7 +165,7 @@ def _launched(config: ServeConfig, launch: Launch, secret: str) -> Layout:
         raise ConfigError(
             f"tp_host: {launch.by} does not tell where rank 0 is; give an address that all ranks can reach"
         )
-    return Layout(
+    return GroupLayout(
         hosts=(Host(""),) * launch.world,
         backend=launch.backend,
         host=host,
@@ -177,7 +177,7 @@ def _launched(config: ServeConfig, launch: Launch, secret: str) -> Layout:
     )
 
 
-def _listed(config: ServeConfig, environ: Mapping[str, str], names: frozenset[str]) -> Layout:
+def _listed(config: ServeConfig, environ: Mapping[str, str], names: frozenset[str]) -> GroupLayout:
     assert config.hostfile is not None
     hosts = read_hosts(config.hostfile)
     where = f"hostfile: {config.hostfile}"
@@ -193,13 +193,13 @@ def _listed(config: ServeConfig, environ: Mapping[str, str], names: frozenset[st
     # Rank 0 is here, whatever it is called; and so is whoever has the same name.
     here = names | {hosts.hosts[0].ssh}
     placed = tuple(Host("" if host.ssh in here else host.ssh, host.ips, host.rdma) for host in hosts.hosts)
-    return _ours(config, Hosts(placed, backend, hosts.envs), backend, environ)
+    return _ours(config, Hostfile(placed, backend, hosts.envs), backend, environ)
 
 
-def _ours(config: ServeConfig, hosts: Hosts, backend: str, environ: Mapping[str, str]) -> Layout:
+def _ours(config: ServeConfig, hosts: Hostfile, backend: str, environ: Mapping[str, str]) -> GroupLayout:
     """A group whose ranks we start."""
     elsewhere = any(host.ssh for host in hosts.hosts)
-    return Layout(
+    return GroupLayout(
         hosts=hosts.hosts,
         backend=backend,
         host=config.tp_host or hosts.hosts[0].ips[0],

@@ -33,7 +33,7 @@ class Host(msgspec.Struct, frozen=True):
     """The devices that lead to each rank; None where there are none, and for the rank itself."""
 
 
-class Hosts(msgspec.Struct, frozen=True):
+class Hostfile(msgspec.Struct, frozen=True):
     """A hostfile as it was understood; rank n runs on ``hosts[n]``."""
 
     hosts: tuple[Host, ...]
@@ -43,7 +43,7 @@ class Hosts(msgspec.Struct, frozen=True):
     """Environment variables for every rank."""
 
 
-def read_hosts(path: Path) -> Hosts:
+def read_hosts(path: Path) -> Hostfile:
     """The hostfile at ``path``. Raises ConfigError."""
     try:
         with path.open("rb") as file:
@@ -55,7 +55,7 @@ def read_hosts(path: Path) -> Hosts:
     return parse_hosts(content, f"hostfile: {path}")
 
 
-def parse_hosts(content: bytes, where: str) -> Hosts:
+def parse_hosts(content: bytes, where: str) -> Hostfile:
     """``where`` begins every complaint. Raises ConfigError."""
     try:
         data = msgspec.json.decode(content)
@@ -75,7 +75,7 @@ def parse_hosts(content: bytes, where: str) -> Hosts:
     # mlx.distributed_config writes an empty backend, or null, where it was asked for none.
     if backend not in ("", None, *BACKENDS):
         raise ConfigError(f"{where}: backend: must be {', '.join(BACKENDS)} (got {_shown(backend)})")
-    return Hosts(
+    return Hostfile(
         hosts=tuple(_host(host, f"{where}: hosts[{rank}]") for rank, host in enumerate(hosts)),
         backend=str(backend or ""),
         envs=_envs(envs, f"{where}: envs"),
@@ -133,7 +133,7 @@ def _shown(value: object) -> str:
     return "nothing" if value is None else text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def check(hosts: Hosts, backend: str, where: str) -> None:
+def check(hosts: Hostfile, backend: str, where: str) -> None:
     """Can the hosts talk to each other over ``backend``? Raises ConfigError."""
     if backend == "ring":
         _check_ring(hosts, where)
@@ -143,7 +143,7 @@ def check(hosts: Hosts, backend: str, where: str) -> None:
         raise ConfigError(f"{where}: hosts[0].ips: rank 0 needs an address that all others can reach")
 
 
-def _check_ring(hosts: Hosts, where: str) -> None:
+def _check_ring(hosts: Hostfile, where: str) -> None:
     counts = [len(host.ips) for host in hosts.hosts]
     for rank, count in enumerate(counts):
         if not count:
@@ -155,7 +155,7 @@ def _check_ring(hosts: Hosts, where: str) -> None:
             )
 
 
-def _check_rdma(hosts: Hosts, backend: str, where: str) -> None:
+def _check_rdma(hosts: Hostfile, backend: str, where: str) -> None:
     world = len(hosts.hosts)
     for rank, host in enumerate(hosts.hosts):
         if len(host.rdma) != world:

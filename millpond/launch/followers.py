@@ -24,10 +24,10 @@ from pathlib import Path
 import msgspec
 
 from millpond.child import inherited, python
-from millpond.client.process import described, send_signal
+from millpond.launch.layout import GroupLayout
+from millpond.launch.process import described, send_signal
 from millpond.lifeline import LOST_STATUS
 from millpond.observe.log import kv
-from millpond.parallel.layout import Layout
 from millpond.types import GroupSettings
 
 log = logging.getLogger("millpond.client")
@@ -48,10 +48,10 @@ SECRET_BYTES = 32
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class GroupPlan:
     """What every group of this server is started from."""
 
-    layout: Layout
+    layout: GroupLayout
     given: str
     """The model as it was named: what ranks on other machines are told."""
     folder: str
@@ -89,22 +89,22 @@ class Ending:
         return self.status == LOST_STATUS
 
 
-class RankProcesses:
+class Followers:
     """The followers of one group, and rank 0's place in it. ``assemble`` one, ``start`` it, always ``end`` it."""
 
-    def __init__(self, plan: RankPlan, settings: Sequence[GroupSettings], listener: socket.socket) -> None:
+    def __init__(self, plan: GroupPlan, settings: Sequence[GroupSettings], listener: socket.socket) -> None:
         """``assemble`` makes them."""
         self._plan = plan
         self._settings = settings
         self._listener = listener
-        self._followers: list[_Follower] = []
+        self._followers: list[_FollowerProcess] = []
         self._on_end: Callable[[], None] = _nothing
         self._culprit = asyncio.Event()
         self.endings: list[Ending] = []
         """In the order in which they were noticed."""
 
     @classmethod
-    def assemble(cls, plan: RankPlan) -> RankProcesses:
+    def assemble(cls, plan: GroupPlan) -> Followers:
         """Take rank 0's address, find ports and make a secret. Raises OSError, in words."""
         layout = plan.layout
         listener = _listen(layout.host, layout.port)
@@ -144,7 +144,7 @@ class RankProcesses:
         for rank in sorted((*layout.followers_here, *layout.followers_elsewhere)):
             host = layout.hosts[rank].ssh
             command = self._over_ssh(host) if host else self._plan.command
-            follower = await _Follower.spawn(rank, host, command, self._plan.environment, self._ended)
+            follower = await _FollowerProcess.spawn(rank, host, command, self._plan.environment, self._ended)
             self._followers.append(follower)
             follower.tell(self._settings[rank])
             log.info("rank started", extra=kv(rank=rank, pid=follower.pid, host=host or None))
@@ -188,7 +188,7 @@ class RankProcesses:
             await asyncio.wait(left, timeout=seconds)
 
 
-class _Follower:
+class _FollowerProcess:
     """One process: a follower, or the ssh to the machine where one runs."""
 
     def __init__(
@@ -209,7 +209,7 @@ class _Follower:
         command: Sequence[str],
         environment: Mapping[str, str],
         ended: Callable[[Ending], None],
-    ) -> _Follower:
+    ) -> _FollowerProcess:
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

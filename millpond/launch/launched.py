@@ -14,7 +14,7 @@ import msgspec
 from millpond.config import ConfigError
 
 
-class Launch(msgspec.Struct, frozen=True):
+class LaunchedRank(msgspec.Struct, frozen=True):
     """This process's place in a group that somebody else starts."""
 
     rank: int
@@ -27,7 +27,7 @@ class Launch(msgspec.Struct, frozen=True):
     """Who started it, for people."""
 
 
-def find_launch(environ: Mapping[str, str]) -> Launch | None:
+def find_launch(environ: Mapping[str, str]) -> LaunchedRank | None:
     """None: nobody has started this process as a rank. Raises ConfigError for a place that makes no sense."""
     if "MLX_RANK" in environ:
         return _placed(_by_mlx(environ))
@@ -36,7 +36,7 @@ def find_launch(environ: Mapping[str, str]) -> Launch | None:
     return None
 
 
-def _placed(launch: Launch) -> Launch:
+def _placed(launch: LaunchedRank) -> LaunchedRank:
     if launch.world < 2:
         raise ConfigError(
             f"{launch.by} started {launch.world} rank, which cannot share a model; give it more hosts, or start "
@@ -49,29 +49,29 @@ def _placed(launch: Launch) -> Launch:
     return launch
 
 
-def _by_mlx(environ: Mapping[str, str]) -> Launch:
+def _by_mlx(environ: Mapping[str, str]) -> LaunchedRank:
     rank = _number(environ, "MLX_RANK")
     if "MLX_JACCL_COORDINATOR" in environ:
         backend = "jaccl-ring" if environ.get("MLX_JACCL_RING", "0") not in ("", "0") else "jaccl"
         host = environ["MLX_JACCL_COORDINATOR"].rpartition(":")[0]
-        return Launch(rank, len(_listed(environ, "MLX_IBV_DEVICES")), backend, host, "mlx.launch")
+        return LaunchedRank(rank, len(_listed(environ, "MLX_IBV_DEVICES")), backend, host, "mlx.launch")
     if "NCCL_HOST_IP" in environ:
         world = _number(environ, "MLX_WORLD_SIZE")
-        return Launch(rank, world, "nccl", environ["NCCL_HOST_IP"], "mlx.launch")
+        return LaunchedRank(rank, world, "nccl", environ["NCCL_HOST_IP"], "mlx.launch")
     if "MLX_HOSTFILE" in environ:
         nodes = _listed(environ, "MLX_HOSTFILE")
         first = nodes[0][0] if nodes and isinstance(nodes[0], list) and nodes[0] else ""
-        return Launch(rank, max(1, len(nodes)), "ring", str(first).rpartition(":")[0], "mlx.launch")
+        return LaunchedRank(rank, max(1, len(nodes)), "ring", str(first).rpartition(":")[0], "mlx.launch")
     raise ConfigError(
         "MLX_RANK is set as if by mlx.launch, but MLX_HOSTFILE, MLX_JACCL_COORDINATOR and NCCL_HOST_IP are not; unset "
         "it to serve without other ranks"
     )
 
 
-def _by_mpi(environ: Mapping[str, str]) -> Launch:
+def _by_mpi(environ: Mapping[str, str]) -> LaunchedRank:
     rank, world = _number(environ, "OMPI_COMM_WORLD_RANK"), _number(environ, "OMPI_COMM_WORLD_SIZE")
     here = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world)
-    return Launch(rank, world, "mpi", "127.0.0.1" if here else "", "mpirun")
+    return LaunchedRank(rank, world, "mpi", "127.0.0.1" if here else "", "mpirun")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
