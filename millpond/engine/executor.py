@@ -105,7 +105,7 @@ class Executor:
             self.set_aside(name)
             self.prefixes.cap(sequence, least)
             return False
-        sequence.prompt = self.prefixes.begin(sequence, position, alone=not self.lane.lengths)
+        sequence.read_into(self.prefixes.begin(sequence, position, alone=not self.lane.lengths))
         return True
 
     def prefill(self, name: str, start: int, end: int, last: bool) -> None:
@@ -120,41 +120,41 @@ class Executor:
         if last:
             self.prefixes.prompt_done(sequence, end)
             self.lane.adopt(sequence.prompt)
-            sequence.prompt = None
+            sequence.joined()
             self.rows.append(name)
 
-    def set_aside(self, name: str, scrub: bool = False) -> None:
+    def set_aside(self, name: str) -> None:
         """Take a request's row, or what has been read of its prompt. Nothing may be in flight."""
-        self.ranks.tell(SetAside(name, scrub))
         sequence = self.sequences[name]
-        if name in self.rows:
-            self._release(name, scrub)
-        self._drop_prompt(sequence)
-        self.prefixes.lost(sequence)
+        self.ranks.tell(SetAside(name, sequence.dirty))
+        self._free(sequence)
+        self._lost(sequence)
 
-    def depart(self, name: str, scrub: bool, poisoned: bool) -> Sequence:
-        """Give back everything that a request holds; its answer's blocks stay unless it is ``poisoned``. Nothing may be
-        in flight."""
-        self.ranks.tell(Depart(name, scrub, poisoned))
+    def depart(self, name: str) -> Sequence:
+        """Give back everything that a request holds; its answer's blocks stay unless it is poisoned. Nothing may be in
+        flight."""
         sequence = self.sequences.pop(name)
-        sequence.poisoned = poisoned
-        self._drop_prompt(sequence)
+        self.ranks.tell(Depart(name, sequence.dirty, sequence.poisoned))
         if name in self.rows:
             self.prefixes.answer_done(sequence, self.lane, self.rows.index(name))
-            self._release(name, scrub)
+        self._free(sequence)
         return sequence
 
-    def _release(self, name: str, scrub: bool) -> None:
-        row = self.rows.index(name)
-        self.lane.release(row, scrub)
-        self.rows[row] = self.rows[-1]
-        self.rows.pop()
-
-    def _drop_prompt(self, sequence: Sequence) -> None:
-        """Give up what has been read of a prompt that has no row yet, and the room that was made for it."""
+    def _free(self, sequence: Sequence) -> None:
+        """Its row, or what has been read of its prompt and the room that was made for that."""
+        name = sequence.request.id
         if sequence.prompt is not None:
             sequence.prompt = None
             self.lane.unreserve()
+        if name in self.rows:
+            row = self.rows.index(name)
+            self.lane.release(row, sequence.dirty)
+            self.rows[row] = self.rows[-1]
+            self.rows.pop()
+
+    def _lost(self, sequence: Sequence) -> None:
+        sequence.back_to_waiting()
+        self.prefixes.lost(sequence)
 
     # --- forwards ---------------------------------------------------------------------------------------------
 
@@ -196,14 +196,18 @@ class Executor:
             cuts = self.prefixes.filled(step.rows, before, self.lane)
         self.prefixes.step_read(cuts, self.sequences, self.lane)
 
-    def rebuild(self) -> None:
-        """A forward has failed: no row holds anything any more. Raises GroupBroken where there are other ranks."""
+    def rebuild(self) -> list[str]:
+        """A forward has failed: no row holds anything any more. Returns who had one, in row order. Raises GroupBroken
+        where there are other ranks."""
         if self.ranks.several:
             raise GroupBroken("a forward failed on rank 0, and nobody knows how far the others have come")
-        self.rows.clear()
+        rows, self.rows = self.rows, []
         self._unread.clear()
         self._steps.forget()
         self.lane = self._capabilities.lane(self._model, self._limit_bytes)
+        for name in rows:
+            self._lost(self.sequences[name])
+        return rows
 
     # --- memory -----------------------------------------------------------------------------------------------
 
@@ -232,9 +236,13 @@ class Executor:
             case Prefill(name, start, end, last):
                 self.prefill(name, start, end, last)
             case SetAside(name, scrub):
-                self.set_aside(name, scrub)
+                if scrub:
+                    self.sequences[name].not_finite(guessed=True)
+                self.set_aside(name)
             case Depart(name, scrub, poisoned):
-                self.depart(name, scrub, poisoned)
+                if scrub:
+                    self.sequences[name].not_finite(guessed=not poisoned)
+                self.depart(name)
             case Decode(drafts, behind, state):
                 if behind != bool(self._unread) or state != self.state:
                     raise GroupBroken(f"rank 0 is in state {state:08x} with its rows, this rank in {self.state:08x}")
@@ -260,7 +268,8 @@ class Executor:
             raise GroupBroken(f"rank 0 drew {tokens}, this rank {mine}")
         for row, count in zip(drawn, kept, strict=True):
             sequence = self.sequences[row.name]
-            sequence.poisoned = row.name in poisoned
+            if row.name in poisoned:
+                sequence.not_finite(guessed=False)
             for token in row.tokens[:count]:
                 sequence.commit(token)
         self.took(step, tokens, kept)

@@ -21,7 +21,7 @@ from millpond.engine.inflight import Drawn, InflightStep
 from millpond.engine.link import Inbox, Outbox
 from millpond.engine.orders import GroupBroken, Offered
 from millpond.engine.refusals import failure, impossible, unknown
-from millpond.engine.sequence import Sequence
+from millpond.engine.sequence import Health, Sequence, Status
 from millpond.engine.speculation import Speculator
 from millpond.engine.stats import EngineStats
 from millpond.model.load import LoadedModel
@@ -221,7 +221,7 @@ class Engine:
             and not plan.preempt
             and not self._executor.needs_history
             and not self._scheduler.suspects
-            and all(self._sequences[name].told and self._sequences[name].remaining > 1 for name in plan.rows)
+            and all(self._sequences[name].answered and self._sequences[name].remaining > 1 for name in plan.rows)
             and not self._speculator.wants(plan.rows, self._sequences)
         )
 
@@ -289,8 +289,9 @@ class Engine:
         """Requests of which some rank has less than was planned with; all their chunks wait for another step."""
         for chunk in chunks:
             sequence = self._sequences[chunk.id]
-            if sequence.prompt is not None or sequence.ended or chunk.id in refused:
+            if sequence.status is not Status.WAITING or chunk.id in refused:
                 continue
+            first = sequence.report is None
             try:
                 there = self._executor.begin(chunk.id, chunk.start)
             except GroupBroken:
@@ -301,8 +302,7 @@ class Engine:
                 continue
             if not there:
                 refused.add(chunk.id)
-            elif not sequence.begun:
-                sequence.begun = True
+            elif first:
                 begun.append(Delta(chunk.id, [], prefix=sequence.report))
         if begun:
             self._outbox.send(Deltas(begun))
@@ -310,7 +310,7 @@ class Engine:
     def _prefill(self, chunk: PrefillChunk) -> bool:
         """Run one chunk, adopting the prompt after its last. False: it failed, and the client has been told."""
         sequence = self._sequences[chunk.id]
-        if sequence.ended or sequence.prompt is None:  # an earlier chunk of this very step failed, or it was not begun
+        if sequence.status is not Status.READING:  # an earlier chunk of this very step failed, or it was not begun
             return False
         started = time.monotonic()
         try:
@@ -361,20 +361,18 @@ class Engine:
             self._speculator.plain()
             self._scheduler.slowdown = 1.0
         self._executor.took(step, tuple(tuple(row.tokens) for row in drawn), tuple(held))
-        for name in [name for name in step.rows if self._sequences[name].spoilt]:
+        for name in [name for name in step.rows if self._sequences[name].health is Health.SPOILT]:
             self._compute_again(name)
 
     def _take(self, step: InflightStep, drawn: Drawn, deltas: list[Delta]) -> int:
         """Commit what a row has drawn, as far as its answer goes, and tell it. Returns how many of the drawn tokens."""
         sequence = self._sequences[drawn.name]
         if drawn.bad or drawn.spoilt:
-            # Draft tokens may be to blame, and so may the padding of rows that have fewer.
-            sequence.spoilt = bool(step.drafts) and not sequence.again
-            sequence.poisoned = not sequence.spoilt
-        if sequence.ended:
+            sequence.not_finite(guessed=bool(step.drafts))
+        if sequence.status is Status.ENDED:
             return 0
         self._scheduler.proven(drawn.name)
-        if sequence.spoilt:
+        if sequence.health is Health.SPOILT:
             return 0
         if sequence.poisoned:
             self._end(drawn.name, ArithmeticError("the model produced logits that are not finite"))
@@ -398,7 +396,6 @@ class Engine:
         verdict = Verdict(right, drawn.drafts - right) if drawn.drafts else None
         deltas.append(Delta(drawn.name, tokens, finish, told or None, verdict=verdict))
         self._scheduler.grew(drawn.name, count)
-        sequence.told = True
         if finish is not None:
             self._leave(drawn.name)
         return count
@@ -412,7 +409,7 @@ class Engine:
     def _end(self, name: str, why: Finish | Exception) -> None:
         """Tell the client that its request is over without a token, and let it go. An unknown name is already over."""
         sequence = self._sequences.get(name)
-        if sequence is None or sequence.ended:
+        if sequence is None or sequence.status is Status.ENDED:
             return
         if isinstance(why, Finish):
             self._outbox.send(Deltas([Delta(name, [], why)]))
@@ -421,7 +418,7 @@ class Engine:
         self._leave(name)
 
     def _leave(self, name: str) -> None:
-        self._sequences[name].ended = True
+        self._sequences[name].end()
         self._leaving.append(name)
 
     def _free_leavers(self) -> None:
@@ -429,7 +426,7 @@ class Engine:
         leaving, self._leaving = self._leaving, []
         for name in sorted(leaving, key=lambda name: not self._sequences[name].dirty):
             sequence = self._sequences[name]
-            self._executor.depart(name, sequence.dirty, sequence.poisoned)
+            self._executor.depart(name)
             self._speculator.answer_done(sequence)
             self._scheduler.remove(name)
 
@@ -437,11 +434,10 @@ class Engine:
         """A step with draft tokens left numbers in a row that are not finite, which plain decoding might never meet."""
         sequence = self._sequences[name]
         self._speculator.stop(name)
-        if sequence.ended:
+        if sequence.status is Status.ENDED:
             return  # its row is zeroed when it is freed
         log.warning("a step with draft tokens gave numbers that are not finite; request %s goes on without", name)
-        sequence.spoilt, sequence.again = False, True
-        self._executor.set_aside(name, scrub=True)
+        self._executor.set_aside(name)
         self._scheduler.requeue(name, len(sequence.tokens), time.monotonic())
 
     def _recover(self, rows: tuple[str, ...], error: Exception, *, guessed: bool = False) -> None:
@@ -466,7 +462,6 @@ class Engine:
         for name in rows:
             sequence = self._sequences[name]
             self._scheduler.requeue(name, len(sequence.tokens), now, probation=guilty is None and not guessed)
-            self._prefixes.lost(sequence)
             if name == guilty:
                 self._end(name, error)
 

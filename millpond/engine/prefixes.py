@@ -179,7 +179,6 @@ class Prefixes:
 
     def lost(self, sequence: Sequence) -> None:
         """What was computed of it is gone; it begins again with all its tokens."""
-        sequence.prompt, sequence.snapshot_at, sequence.branch = None, 0, 0
         if sequence.visit is not None:
             sequence.visit.restart(sequence.tokens)
             if self._cache is not None:

@@ -1,13 +1,40 @@
-"""One request inside the engine: its committed tokens, its prompt cache while it is being read, its one ending."""
+"""One request inside the engine: its committed tokens, where it stands, how sound its row is. Engine thread only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from millpond.model.prompt import Prompt
 from millpond.prefix.visit import Visit
 from millpond.sample.state import SamplingState
 from millpond.types import Finish, PrefixReport, Request
+
+
+class Status(Enum):
+    """Where a request stands. Each goes on to the next; what is computed may be lost on the way, and then it waits
+    again. Any of them may end, and stays ended; what it still holds is freed at the next quiet point."""
+
+    WAITING = auto()
+    """Nothing of it is computed."""
+    READING = auto()
+    """Its prompt has caches of its own."""
+    DECODING = auto()
+    """It has a row."""
+    ENDED = auto()
+    """The client has been told its ending."""
+
+
+class Health(Enum):
+    """What is known of the numbers in a request's row."""
+
+    SOUND = auto()
+    SPOILT = auto()
+    """A step with draft tokens has left some that are not finite: it loses the row and is computed again without."""
+    RECOMPUTED = auto()
+    """It has lost a spoilt row. That happens once: whatever is not finite from now on is its own."""
+    POISONED = auto()
+    """They are not finite, and draft tokens are not to blame: nothing of it may be kept, nobody may have its answer."""
 
 
 @dataclass
@@ -18,44 +45,78 @@ class Sequence:
     sampling: SamplingState
     """What decides its draws; has taken the answer's tokens."""
     tokens: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    health: Health = Health.SOUND
     prompt: Prompt | None = None
-    """Filled chunk by chunk; given away at adoption."""
+    """Filled chunk by chunk while it is READING."""
     visit: Visit | None = None
     """Its dealings with the prefix cache; None where there is none."""
     report: PrefixReport | None = None
-    """What the cache did for its prompt, once it is known."""
-    begun: bool = False
-    """Whether the client knows it, and with it that its prompt has been begun."""
-    told: bool = False
-    """Whether the client has had a first token."""
+    """What the cache did for its prompt, once it has been begun for the first time."""
     snapshot_at: int = 0
     """Where the last snapshot of recurrent layers was taken or restored."""
     branch: int = 0
     """Where this prompt left what was known (models with recurrent layers): a snapshot there serves the next such."""
     stop_token: int | None = None
     """The drawn token that ended the answer; it is not part of ``tokens``."""
-    ended: bool = False
-    """Its ending has been told to the client. What it still holds is freed at the next quiet point."""
-    spoilt: bool = False
-    """A step with draft tokens left what is not finite in its row; it is computed again, without drafts."""
-    again: bool = False
-    """That has happened before."""
     fault: Exception | None = None
     """Why its own part of a step could not be made: it drew something instead, which nobody may have."""
-    poisoned: bool = False
-    """Its row holds non-finite numbers and must be zeroed when freed."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)
 
+    # --- where it stands --------------------------------------------------------------------------------------
+
+    def read_into(self, prompt: Prompt) -> None:
+        """Its prompt is being read from now on, into these caches."""
+        assert self.status is Status.WAITING, self.status
+        self.status, self.prompt = Status.READING, prompt
+
+    def joined(self) -> None:
+        """Its prompt has been read and is a row now."""
+        assert self.status is Status.READING, self.status
+        self.status, self.prompt = Status.DECODING, None
+
+    def back_to_waiting(self) -> None:
+        """What was computed of it is lost; it begins again with all its tokens, unless it has ended."""
+        self.prompt, self.snapshot_at, self.branch = None, 0, 0
+        if self.health is Health.SPOILT:
+            self.health = Health.RECOMPUTED
+        if self.status is not Status.ENDED:
+            self.status = Status.WAITING
+
+    def end(self) -> None:
+        """The client has been told its ending."""
+        assert self.status is not Status.ENDED, "a request ends once"
+        self.status = Status.ENDED
+
+    # --- its row's health -------------------------------------------------------------------------------------
+
+    def not_finite(self, *, guessed: bool) -> None:
+        """A step has left numbers that are not finite in its row. In one with draft tokens (``guessed``) those may be
+        to blame, and so may the padding of rows that have fewer."""
+        self.health = Health.SPOILT if guessed and self.health is Health.SOUND else Health.POISONED
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether nothing of it may be kept."""
+        return self.health is Health.POISONED
+
     @property
     def dirty(self) -> bool:
         """Whether its row must be zeroed when it is freed."""
-        return self.poisoned or self.spoilt
+        return self.health is Health.POISONED or self.health is Health.SPOILT
+
+    # --- its tokens -------------------------------------------------------------------------------------------
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.tokens)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the client has had a first token."""
+        return len(self.tokens) > self.prompt_length
 
     @property
     def remaining(self) -> int:

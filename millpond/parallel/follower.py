@@ -34,6 +34,7 @@ from millpond.engine.orders import (
 )
 from millpond.engine.party import Found
 from millpond.engine.prepare import Prepared, prepare
+from millpond.engine.sequence import Status
 from millpond.lifeline import LOST_STATUS
 from millpond.model.load import ModelError
 from millpond.model.shard import Group, agreement
@@ -250,7 +251,7 @@ class Worker:
         """Requests without a row, and how much of them has been read."""
         executor = self._executor
         for name, sequence in executor.sequences.items():
-            if name not in executor.rows:
+            if sequence.status is not Status.DECODING:
                 yield name, sequence.prompt.length if sequence.prompt is not None else 0
 
     def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:  # noqa: ARG002

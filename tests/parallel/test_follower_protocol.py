@@ -193,8 +193,8 @@ def orders(ready: Prepared) -> list[Order]:
             executor.sequences[row.name].commit(row.tokens[0])
         executor.took(step, tuple(tuple(row.tokens) for row in drawn), (1, 1))
     executor.set_aside("a")
-    executor.depart("a", False, False)
-    executor.depart("b", False, False)
+    executor.depart("a")
+    executor.depart("b")
     executor.close()
     return recorder.orders
 

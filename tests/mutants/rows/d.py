@@ -36,8 +36,8 @@ BREAKS = [
     Break(
         name="D4-rows-change-places",
         file="millpond/engine/executor.py",
-        old="        self.rows[row] = self.rows[-1]\n        self.rows.pop()\n",
-        new="        self.rows.pop(row)\n",
+        old="            self.rows[row] = self.rows[-1]\n            self.rows.pop()\n",
+        new="            self.rows.pop(row)\n",
         by=("test_batched_answers_equal_single_ones",),
     ),
     Break(
