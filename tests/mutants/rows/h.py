@@ -35,7 +35,7 @@ BREAKS = [
     ),
     Break(
         name="H4-goes-on-behind-the-end",
-        file="millpond/engine/loop.py",
+        file="millpond/engine/requests.py",
         old="while finish is None and count < len(drawn.tokens):",
         new="while count < len(drawn.tokens):",
         by=("test_endings_in_the_middle_of_a_run",),

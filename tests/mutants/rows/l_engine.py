@@ -14,14 +14,14 @@ BREAKS = [
     ),
     Break(
         name="L12-one-prompt-ends-the-engine",
-        file="millpond/engine/loop.py",
-        old='            log.exception("prefill of request %s failed", chunk.id)\n',
-        new="            raise\n",
+        file="millpond/engine/recovery.py",
+        old='        log.error("prefill of request %s failed", name, exc_info=error)\n',
+        new="        raise error\n",
         by=("test_one_bad_request_never_kills_others",),
     ),
     Break(
         name="L13-nobody-on-probation",
-        file="millpond/engine/loop.py",
+        file="millpond/engine/recovery.py",
         old="probation=guilty is None and not guessed",
         new="probation=False",
         by=("test_one_bad_request_never_kills_others",),
@@ -35,7 +35,7 @@ BREAKS = [
     ),
     Break(
         name="L14-arrival-ends-the-engine",
-        file="millpond/engine/loop.py",
+        file="millpond/engine/requests.py",
         old='            log.exception("request %s cannot be begun", request.id)\n',
         new="            raise\n",
         by=("test_a_request_that_cannot_be_sampled_fails_alone",),

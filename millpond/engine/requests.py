@@ -1,0 +1,142 @@
+"""What clients ask and are told: requests are taken in or refused, answered token by token, ended, and freed.
+
+Engine thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from millpond.engine.executor import Executor
+from millpond.engine.inflight import Drawn, InflightStep
+from millpond.engine.link import Outbox
+from millpond.engine.orders import GroupBroken
+from millpond.engine.refusals import failure, impossible, unknown
+from millpond.engine.sequence import Health, Status
+from millpond.engine.speculation import Speculator
+from millpond.model.load import LoadedModel
+from millpond.schedule.scheduler import NeverFits, Scheduler
+from millpond.types import Delta, ErrorKind, Finish, Request, TokenLogprob, Verdict
+from millpond.wire import Deltas, Explain, Explained, Failed
+
+log = logging.getLogger(__name__)
+
+
+class Requests:
+    """A request comes by ``submit``, gets its tokens by ``take``, and ends there or by ``end``, once."""
+
+    def __init__(
+        self, model: LoadedModel, scheduler: Scheduler, executor: Executor, speculator: Speculator, outbox: Outbox
+    ) -> None:
+        self._model = model
+        self._scheduler = scheduler
+        self._executor = executor
+        self._speculator = speculator
+        self._outbox = outbox
+        self._leaving: list[str] = []
+
+    def submit(self, request: Request) -> None:
+        """A client asks. What this model can never answer is refused."""
+        if request.id in self._executor.sequences:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        wrong = impossible(request, self._model)
+        if not wrong:
+            tokens, params = len(request.tokens), request.params
+            try:
+                self._scheduler.add(
+                    request.id, tokens, params.max_tokens, request.priority, request.client, time.monotonic()
+                )
+            except NeverFits as error:
+                wrong = str(error)
+        if wrong:
+            self._outbox.send(Failed(request.id, ErrorKind.INVALID, wrong))
+            return
+        try:
+            sequence = self._executor.arrive(request)
+        except GroupBroken:
+            raise
+        except Exception as error:  # whatever it is, it is about this request alone
+            log.exception("request %s cannot be begun", request.id)
+            self._scheduler.remove(request.id)
+            self._outbox.send(failure(request.id, error))
+            return
+        self._speculator.arrive(sequence)
+
+    def explain(self, asked: Explain) -> None:
+        """Tell what the prefix cache would do for a prompt."""
+        wrong = unknown(asked.tokens, self._model)
+        if wrong:
+            self._outbox.send(Failed(asked.id, ErrorKind.INVALID, wrong))
+            return
+        try:
+            self._outbox.send(Explained(asked.id, self._executor.prefixes.explain(asked.tokens, asked.cache_salt)))
+        except Exception as error:  # whatever it is, it is about this request alone
+            log.exception("explaining %s failed", asked.id)
+            self._outbox.send(failure(asked.id, error))
+
+    def take(self, step: InflightStep, drawn: Drawn, deltas: list[Delta]) -> int:
+        """Commit what a row has drawn, as far as its answer goes, and put what the client gets of it into ``deltas``.
+        Returns how many of the drawn tokens were taken."""
+        sequence = self._executor.sequences[drawn.name]
+        if drawn.bad or drawn.spoilt:
+            sequence.not_finite(guessed=bool(step.drafts))
+        if sequence.status is Status.ENDED:
+            return 0
+        self._scheduler.proven(drawn.name)
+        if sequence.health is Health.SPOILT:
+            return 0
+        if sequence.poisoned:
+            self.end(drawn.name, ArithmeticError("the model produced logits that are not finite"))
+            return 0
+        tokens: list[int] = []
+        told: list[TokenLogprob] = []
+        asked = sequence.request.params.logprobs
+        finish, count = None, 0
+        while finish is None and count < len(drawn.tokens):
+            try:
+                logprob = None if asked is None else step.picks.logprobs_of(drawn.first + count, asked)
+                kept, finish = sequence.commit(drawn.tokens[count])
+            except Exception as error:  # whatever it is, it is about this request alone
+                log.exception("taking a token of request %s failed", drawn.name)
+                self.end(drawn.name, error)
+                return 0
+            count += 1
+            if kept:
+                tokens.append(drawn.tokens[count - 1])
+                told += [logprob] if logprob is not None else []
+        right = min(len(tokens), drawn.agreed)
+        verdict = Verdict(right, drawn.drafts - right) if drawn.drafts else None
+        deltas.append(Delta(drawn.name, tokens, finish, told or None, verdict=verdict))
+        self._scheduler.grew(drawn.name, count)
+        if finish is not None:
+            self._ended(drawn.name)
+        return count
+
+    def end(self, name: str, why: Finish | Exception) -> None:
+        """Tell the client that its request is over without a token, and let it go. An unknown name is already over."""
+        sequence = self._executor.sequences.get(name)
+        if sequence is None or sequence.status is Status.ENDED:
+            return
+        if isinstance(why, Finish):
+            self._outbox.send(Deltas([Delta(name, [], why)]))
+        else:
+            self._outbox.send(failure(name, why))
+        self._ended(name)
+
+    def _ended(self, name: str) -> None:
+        self._executor.sequences[name].end()
+        self._leaving.append(name)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether some have ended and still hold what they had."""
+        return bool(self._leaving)
+
+    def free(self) -> None:
+        """Give back everything that ended requests hold. Nothing may be in flight."""
+        leaving, self._leaving = self._leaving, []
+        sequences = self._executor.sequences
+        for name in sorted(leaving, key=lambda name: not sequences[name].dirty):  # see Arena.release
+            self._speculator.answer_done(self._executor.depart(name))
+            self._scheduler.remove(name)
