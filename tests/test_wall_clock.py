@@ -15,7 +15,7 @@ DATES = {
     "cli/doctor/tls.py": 1,  # whether a certificate has expired
     "http/openai/chat.py": 1,  # created
     "http/openai/completions.py": 1,
-    "http/service.py": 1,
+    "http/served_model.py": 1,
     "prefix/disk/age_clock.py": 1,  # ages of files outlive every other clock
     "prefix/disk/upkeep.py": 2,
     "text/environment.py": 1,  # what templates are told of today

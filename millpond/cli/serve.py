@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from uvicorn import Server
 
-    from millpond.http.service import Service
+    from millpond.http.front_end import FrontEnd
 
 log = logging.getLogger("millpond.serve")
 
@@ -177,24 +177,24 @@ class Front:
             await self._client.stop(ENGINE_STOP_SECONDS)
 
     async def _serve_http(self, listeners: Sequence[socket.socket]) -> None:
-        app, service = self._application(listeners)
+        app, front = self._application(listeners)
         server = _server(app, self._config, self._certificate)
         serving = asyncio.create_task(server.serve(sockets=list(listeners)), name="http")
         url = url_of(listeners, self._config.host, "https" if self._certificate else "http")
         log.info("listening", extra=kv(url=url, model=self._served))
-        loading = asyncio.create_task(self._load(service, url), name="load")
+        loading = asyncio.create_task(self._load(front, url), name="load")
         try:
             await self._until_stopped(loading, serving)
-            log.info("stopping", extra=kv(running=service.held, drain_seconds=self._config.drain_seconds))
-            await service.drain(self._config.drain_seconds)
+            log.info("stopping", extra=kv(running=front.held, drain_seconds=self._config.drain_seconds))
+            await front.drain(self._config.drain_seconds)
         finally:
             loading.cancel()
-            service.draining = True
+            front.shut()
             # The engine goes first: whatever is still open gets its error while there is a connection to send it on.
             await self._client.stop(ENGINE_STOP_SECONDS)
             server.should_exit = True
             await asyncio.wait({serving, loading})
-            service.close()
+            front.close()
         log.info("stopped")
 
     async def _until_stopped(self, loading: asyncio.Task[None], serving: asyncio.Task[None]) -> None:
@@ -227,26 +227,29 @@ class Front:
                 ended.cancel()
         self._stop.set()
 
-    def _application(self, listeners: Sequence[socket.socket]) -> tuple[Starlette, Service]:
+    def _application(self, listeners: Sequence[socket.socket]) -> tuple[Starlette, FrontEnd]:
         from millpond.http.app import create_app
+        from millpond.http.front_end import FrontEnd
         from millpond.http.gate import served_hosts
         from millpond.http.openai.schemas import NO_DEFAULTS
         from millpond.http.sampling import read_sampling_defaults
-        from millpond.http.service import ModelNames
+        from millpond.http.served_model import ModelNames, ServedModel
         from millpond.text.tokenizer import Tokenizer
 
-        names = ModelNames(self._served, self._aliases)
-        hosts = served_hosts(self._config.allowed_hosts, self._config.host, loopback(listeners))
-        sampling = read_sampling_defaults(self._path) if self._config.sampling_defaults == "model" else NO_DEFAULTS
-        return create_app(
-            self._config, names, lambda: Tokenizer.load(self._path), self._client, self._keys, hosts, sampling
+        config, names = self._config, ModelNames(self._served, self._aliases)
+        hosts = served_hosts(config.allowed_hosts, config.host, loopback(listeners))
+        sampling = read_sampling_defaults(self._path) if config.sampling_defaults == "model" else NO_DEFAULTS
+        model = ServedModel(
+            names, lambda: Tokenizer.load(self._path), self._client, sampling, speculation=config.speculation
         )
+        front = FrontEnd(config, self._keys, model)
+        return create_app(front, hosts), front
 
-    async def _load(self, service: Service, url: str) -> None:
+    async def _load(self, front: FrontEnd, url: str) -> None:
         from millpond.text.tokenizer import TokenizerError
 
         try:
-            await service.load()
+            await front.load()
             settle()
             await self._client.settled()
         except TokenizerError as error:

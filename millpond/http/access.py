@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from millpond.client import EngineError
 from millpond.http.context import RequestContext, context_of
 from millpond.http.errors import ApiError
-from millpond.http.service import Service
+from millpond.http.front_end import FrontEnd
 from millpond.observe.log import kv
 
 log = logging.getLogger("millpond.http")
@@ -78,8 +78,8 @@ def _count(scope: Scope, context: RequestContext) -> None:
     """Count a refusal. What the engine failed was submitted, and is counted there."""
     error, context.error = context.error, None  # a connection keeps its last scope
     if error is not None and not isinstance(error.__cause__, EngineError):
-        service: Service = scope["app"].state.service
-        service.meters.refused(error.status, error.code or "other")
+        front: FrontEnd = scope["app"].state.front_end
+        front.refusals[error.status, error.code or "other"] += 1
 
 
 def _leave_out_the_host(scope: Scope) -> None:

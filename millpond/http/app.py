@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -13,23 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from millpond.client import EngineClient
-from millpond.config import ServeConfig
 from millpond.http.access import AccessLayer
 from millpond.http.cache import explain
 from millpond.http.context import context_of
 from millpond.http.errors import ApiError, shown
+from millpond.http.front_end import FrontEnd
 from millpond.http.gate import Gate
-from millpond.http.keys import Keys
 from millpond.http.metrics import metrics
 from millpond.http.models import get_model, list_models
 from millpond.http.openai.chat import chat
 from millpond.http.openai.completions import completions
-from millpond.http.openai.schemas import NO_DEFAULTS, SamplingDefaults
 from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
-from millpond.http.service import ModelNames, Service
-from millpond.text.tokenizer import Tokenizer
 
 ROUTES = [
     Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -45,20 +40,12 @@ ROUTES = [
 ]
 
 
-def create_app(
-    config: ServeConfig,
-    names: ModelNames,
-    load_tokenizer: Callable[[], Tokenizer],
-    client: EngineClient,
-    keys: Keys,
-    hosts: Collection[str],
-    sampling: SamplingDefaults = NO_DEFAULTS,
-) -> tuple[Starlette, Service]:
-    """The application and its state. The caller starts ``client`` and awaits ``Service.load``."""
-    service = Service(config, names, load_tokenizer, client, sampling)
+def create_app(front: FrontEnd, hosts: Collection[str]) -> Starlette:
+    """The application; ``hosts`` are those served. The caller starts the engine and awaits ``FrontEnd.load``."""
+    config = front.config
     gate = Middleware(
         Gate,
-        keys=keys,
+        keys=front.keys,
         hosts=hosts,
         origins=config.cors_origins,
         most_bytes=int(config.max_body),
@@ -70,8 +57,8 @@ def create_app(
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
     )
     app.router.redirect_slashes = False
-    app.state.service = service
-    return app, service
+    app.state.front_end = front
+    return app
 
 
 class Cors(CORSMiddleware):

@@ -12,11 +12,12 @@ from starlette.types import Send
 
 from millpond.client import EngineError, EngineUnavailable
 from millpond.http.errors import from_engine, unavailable
+from millpond.http.front_end import FrontEnd, front_end_of
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest
 from millpond.http.prompts import Prompt, chat_prompt, check_limits, completion_prompts
 from millpond.http.reading import read_request
 from millpond.http.respond import client_name
-from millpond.http.service import Service
+from millpond.http.served_model import ServedModel
 from millpond.http.sse import WatchedResponse, send_json
 from millpond.http.tenants import salt_of
 from millpond.types import ErrorKind, PrefixReport
@@ -24,8 +25,8 @@ from millpond.types import ErrorKind, PrefixReport
 
 async def explain(request: Request) -> Response:
     """Takes the body of a chat or a plain completion and answers with one entry per prompt. Raises ApiError."""
-    service: Service = request.app.state.service
-    asked = await read_request(request, _kind_of)
+    front = front_end_of(request)
+    asked, model = await read_request(request, front, _kind_of)
     count = 1 if isinstance(asked, ChatRequest) else len(asked.prompt)
 
     salt = salt_of(request, asked)
@@ -33,14 +34,14 @@ async def explain(request: Request) -> Response:
     async def work(send: Send) -> None:
         nonlocal asked
         entries = []
-        with service.permit(count, client_name(request, asked)):
-            prompts = deque(await _prompts(service, asked))
+        with front.permit(model, count, client_name(request, asked)):
+            prompts = deque(await _prompts(front, model, asked))
             asked = asked.without_content()
             try:
-                async with asyncio.timeout(service.config.queue_timeout or None):
+                async with asyncio.timeout(front.config.queue_timeout or None):
                     while prompts:
                         tokens = prompts.popleft().tokens
-                        entries.append(_entry(len(tokens), await service.client.explain(tokens, salt)))
+                        entries.append(_entry(len(tokens), await model.client.explain(tokens, salt)))
             except TimeoutError:
                 kind = ErrorKind.QUEUE_TIMEOUT
                 raise from_engine(EngineError(kind, f"{kind.value}: the engine did not get round to it")) from None
@@ -57,10 +58,10 @@ def _kind_of(fields: Mapping[str, object]) -> type[ChatRequest] | type[Completio
     return CompletionRequest if fields.get("messages") is None else ChatRequest
 
 
-async def _prompts(service: Service, asked: ChatRequest | CompletionRequest) -> list[Prompt]:
-    tokenizer, info = service.ready()
+async def _prompts(front: FrontEnd, model: ServedModel, asked: ChatRequest | CompletionRequest) -> list[Prompt]:
+    tokenizer, info = model.ready()
     check_limits(asked, info)
-    return await service.in_text_thread(
+    return await front.in_text_thread(
         lambda: (
             chat_prompt(asked, tokenizer, info)
             if isinstance(asked, ChatRequest)

@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Self
 
 from millpond.client import EngineError, EngineUnavailable, Stream
+from millpond.config import ServeConfig
 from millpond.http.clock import Clock, Phase
 from millpond.http.errors import unavailable
-from millpond.http.service import Service
+from millpond.http.served_model import ServedModel
 from millpond.text.answer import Answer
 from millpond.text.stops import StopStrings
 from millpond.text.tokenizer import TextError, Tokenizer
@@ -142,16 +143,17 @@ class Generation:
 
     def __init__(
         self,
-        service: Service,
+        model: ServedModel,
+        config: ServeConfig,
         tokenizer: Tokenizer,
         requests: Sequence[Request],
         stops: StopStrings,
         n: int,
         start: float,
     ) -> None:
-        self._client = service.client
-        self._config = service.config
-        self._meters = service.meters
+        self._client = model.client
+        self._config = config
+        self._meters = model.meters
         self._n = n
         self._choices = [
             _Choice(index, len(request.tokens), Answer(tokenizer.detokenizer(), stops))

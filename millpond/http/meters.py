@@ -5,19 +5,15 @@ How requests end is counted in ``EngineClient.counts``, in the one place where t
 
 from __future__ import annotations
 
-from collections import Counter
-
 from millpond.observe.histogram import SECONDS, TOKENS, Histogram
 
 CHOICES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Meters:
-    """One per server. A request here is one answer: n of them to a prompt count n times, their prompt too."""
+    """One per served model. A request here is one answer: n of them to a prompt count n times, their prompt too."""
 
     def __init__(self) -> None:
-        self.refusals: Counter[tuple[int, str]] = Counter()
-        """By status and error code."""
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -74,7 +70,3 @@ class Meters:
     def all_finished(self, longest: int) -> None:
         """All answers to a prompt are there, the longest of so many tokens."""
         self.longest_answers.observe(longest)
-
-    def refused(self, status: int, code: str) -> None:
-        """An HTTP request was turned away with this status and error code before anything was submitted."""
-        self.refusals[status, code] += 1

@@ -20,10 +20,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millpond import __version__
-from millpond.client import EngineState
+from millpond.client import EngineClient, EngineState
 from millpond.http.context import context_of
 from millpond.http.families import Families
-from millpond.http.service import Service
+from millpond.http.front_end import FrontEnd, front_end_of
+from millpond.http.meters import Meters
 from millpond.types import ErrorKind, Finish, PrefixLoad, SpecCounters
 from millpond.wire import Beat
 
@@ -58,7 +59,7 @@ SSD_SKIPPED = {"skipped_full": "full", "skipped_daily": "daily", "skipped_off": 
 async def metrics(request: Request) -> Response:
     """The route."""
     registry = CollectorRegistry()
-    registry.register(ServerCollector(request.app.state.service, context_of(request.scope).connections))
+    registry.register(ServerCollector(front_end_of(request), context_of(request.scope).connections))
     ProcessCollector(registry=registry)
     # ALLOWUTF8 leaves valid names as they are. The library's choice for most clients turns the colons into underscores.
     if "application/openmetrics-text" in request.headers.get("accept", ""):
@@ -71,8 +72,8 @@ async def metrics(request: Request) -> Response:
 class ServerCollector(Collector):
     """Reads the numbers of one server when it is asked to. Event loop only."""
 
-    def __init__(self, service: Service, connections: int) -> None:
-        self._service = service
+    def __init__(self, front: FrontEnd, connections: int) -> None:
+        self._front = front
         self._connections = connections
 
     def describe(self) -> Iterable[Metric]:
@@ -80,47 +81,47 @@ class ServerCollector(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        service = self._service
-        families = Families(service.names.served)
-        beat = service.client.beat or Beat(step=0, running=0, waiting=0, kv_bytes=0)
-        _server(families, service, self._connections)
-        _requests(families, service)
-        _tokens(families, service)
-        _times(families, service)
-        _engine(families, service, beat)
+        front, model = self._front, self._front.model
+        client = model.client
+        families = Families(model.names.served)
+        beat = client.beat or Beat(step=0, running=0, waiting=0, kv_bytes=0)
+        _server(families, front, self._connections)
+        _requests(families, client, model.meters)
+        _tokens(families, model.meters)
+        _times(families, model.meters)
+        _engine(families, client, beat)
         _speculation(families, beat.counters.spec)
         _prefix_cache(families, beat.prefix)
         _ssd(families, beat.prefix)
         return families.made
 
 
-def _server(to: Families, service: Service, connections: int) -> None:
-    info = service.client.info
+def _server(to: Families, front: FrontEnd, connections: int) -> None:
+    info = front.model.client.info
     to.gauges("millpond_build_info", "Version of Millpond; always 1.", ("version",), [(__version__, 1)])
     model = [((info.device, info.dtype, info.lane, info.fingerprint), 1.0)] if info is not None else []
     labels = ("device", "dtype", "lane", "fingerprint")
     to.gauges("millpond_model_info", "What the engine found out about the model; always 1.", labels, model)
-    to.gauge("millpond_ready", "Whether requests are welcome (1).", not service.not_ready())
+    to.gauge("millpond_ready", "Whether requests are welcome (1).", not front.model.not_ready())
     to.gauge("millpond_connections", "Open connections, the one that asks included.", connections)
     to.gauge(
         "millpond_permits_held",
         "Answers that hold a place: from before their prompt is read to the last byte sent.",
-        service.held,
+        front.held,
     )
-    to.gauge("millpond_permits_limit", "Places there are; more requests get a 429.", service.most_held)
+    to.gauge("millpond_permits_limit", "Places there are; more requests get a 429.", front.most_held)
     to.counters(
         "millpond_requests_refused",
         "HTTP requests answered with an error before anything was submitted to the engine.",
         ("status", "code"),
-        [((str(status), code), count) for (status, code), count in sorted(service.meters.refusals.items())],
+        [((str(status), code), count) for (status, code), count in sorted(front.refusals.items())],
     )
     to.counter(
-        "millpond_unknown_fields", "Fields of requests that mean nothing here and were ignored.", service.unknown_fields
+        "millpond_unknown_fields", "Fields of requests that mean nothing here and were ignored.", front.unknown_fields
     )
 
 
-def _requests(to: Families, service: Service) -> None:
-    client = service.client
+def _requests(to: Families, client: EngineClient, meters: Meters) -> None:
     counts = client.counts
     to.counter("millpond_requests_submitted", "Answers asked of the engine.", counts.submitted)
     to.counter("millpond_requests_finished", "Answers that came to their end.", counts.finished)
@@ -146,13 +147,11 @@ def _requests(to: Families, service: Service) -> None:
             ("error", counts.failed),
         ],
     )
-    meters = service.meters
     to.histogram("vllm:request_params_n", "Answers asked for per prompt.", meters.answers_asked.distribution())
     to.histogram("vllm:request_params_max_tokens", "Most tokens asked for.", meters.tokens_asked.distribution())
 
 
-def _tokens(to: Families, service: Service) -> None:
-    meters = service.meters
+def _tokens(to: Families, meters: Meters) -> None:
     cached, prompt = meters.cached_tokens, meters.prompt_tokens
     to.counter(
         "vllm:prompt_tokens", "Prompt tokens of answers that got their first token, cached ones included.", prompt
@@ -174,8 +173,7 @@ def _tokens(to: Families, service: Service) -> None:
         to.histogram(name, text, seen.distribution())
 
 
-def _times(to: Families, service: Service) -> None:
-    meters = service.meters
+def _times(to: Families, meters: Meters) -> None:
     times = (
         (
             "vllm:time_to_first_token_seconds",
@@ -206,8 +204,8 @@ def _times(to: Families, service: Service) -> None:
         to.histogram(name, text, seen.distribution())
 
 
-def _engine(to: Families, service: Service, beat: Beat) -> None:
-    client, counted = service.client, beat.counters
+def _engine(to: Families, client: EngineClient, beat: Beat) -> None:
+    counted = beat.counters
     limit = client.info.kv_limit_bytes if client.info is not None else 0
     states = [(state.value, state is client.state) for state in EngineState]
     to.gauges("millpond_engine_state", "The engine's state (1), and the others (0).", ("state",), states)

@@ -6,33 +6,31 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from millpond.client.public import public
-from millpond.http.service import Service
+from millpond.http.front_end import front_end_of
+from millpond.http.served_model import ServedModel
 
 
 async def list_models(request: Request) -> Response:
     """The one model there is, as a list."""
-    service: Service = request.app.state.service
-    return JSONResponse({"object": "list", "data": [_model(service)]})
+    return JSONResponse({"object": "list", "data": [_shown(front_end_of(request).model)]})
 
 
 async def get_model(request: Request) -> Response:
     """One model by any of its names. Raises ApiError 404."""
-    service: Service = request.app.state.service
-    service.names.check(request.path_params["model"] or "/")
-    return JSONResponse(_model(service))
+    return JSONResponse(_shown(front_end_of(request).model_for(request.path_params["model"] or "/")))
 
 
-def _model(service: Service) -> dict[str, object]:
-    model: dict[str, object] = {
-        "id": service.names.served,
+def _shown(model: ServedModel) -> dict[str, object]:
+    shown: dict[str, object] = {
+        "id": model.names.served,
         "object": "model",
-        "created": service.created,
+        "created": model.created,
         "owned_by": "millpond",
     }
-    info = service.client.info
+    info = model.client.info
     if info is not None:
-        model["max_model_len"] = info.context_length
-        model["millpond"] = {
+        shown["max_model_len"] = info.context_length
+        shown["millpond"] = {
             "lane": info.lane,
             "lane_reason": _told(info.lane_reason),
             "cache_kinds": info.cache_kinds,
@@ -43,7 +41,7 @@ def _model(service: Service) -> dict[str, object]:
             "ranks": info.ranks,
             "kv_bytes_per_token": info.kv_bytes_per_token,
             "kv_format": info.kv_format,
-            "sampling_defaults": dict(service.sampling),
+            "sampling_defaults": dict(model.sampling),
             "fingerprint": info.fingerprint,
             "prefix_cache": info.prefix_cache,
             "prefix_cache_reason": _told(info.prefix_cache_reason),
@@ -51,7 +49,7 @@ def _model(service: Service) -> dict[str, object]:
             "speculation_reason": _told(info.speculation_reason),
             "remarks": [_told(remark) for remark in info.remarks],
         }
-    return model
+    return shown
 
 
 def _told(reason: str) -> str:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from millpond import __version__
+from millpond.http.front_end import front_end_of
 from millpond.http.gate import ANY_HOST, OPEN
 from millpond.http.openai.messages import ROLES
 from millpond.http.openai.schemas import (
@@ -39,7 +40,6 @@ from millpond.http.openapi_answers import (
     nullable,
     ref,
 )
-from millpond.http.service import Service
 from millpond.http.speculation_fields import SpeculativeOptions
 
 JSON = "application/json"
@@ -174,9 +174,10 @@ async def openapi(request: Request) -> Response:
     """The route."""
     state = request.app.state
     if not hasattr(state, "openapi"):
-        service: Service = state.service
         # Too slow to be made on the event loop, or more than once.
-        state.openapi = await service.in_text_thread(lambda: msgspec.json.encode(document(request.app.routes)))
+        state.openapi = await front_end_of(request).in_text_thread(
+            lambda: msgspec.json.encode(document(request.app.routes))
+        )
     return Response(state.openapi, media_type=JSON)
 
 

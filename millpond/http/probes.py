@@ -9,8 +9,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from millpond.client import EngineClient
 from millpond.http.errors import RETRY_AFTER
-from millpond.http.service import Service
+from millpond.http.front_end import FrontEnd, front_end_of
 
 SERVING = ("ok", "degraded", "overloaded")
 
@@ -22,7 +23,7 @@ async def livez(_request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """200, or 503 with the reasons."""
-    reasons = _service(request).not_ready()
+    reasons = front_end_of(request).model.not_ready()
     if reasons:
         return JSONResponse({"status": "not ready", "reasons": reasons}, 503, RETRY_AFTER)
     return JSONResponse({"status": "ready"})
@@ -30,27 +31,21 @@ async def readyz(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while requests are served, 503 otherwise; the body has the numbers either way."""
-    service = _service(request)
-    status = service.status()
+    front = front_end_of(request)
+    status, model = front.status(), front.model
     serving = status in SERVING
     body = {
         "status": status,
-        "reasons": service.not_ready(),
-        "engine": _engine(service),
-        "requests": _requests(service),
+        "reasons": model.not_ready(),
+        "engine": _engine(model.client),
+        "requests": _requests(front),
         "process": {"tasks": len(asyncio.all_tasks()), "threads": threading.active_count()},
-        "prefix_cache": msgspec.to_builtins(service.client.beat.prefix) if service.client.beat else None,
+        "prefix_cache": msgspec.to_builtins(model.client.beat.prefix) if model.client.beat else None,
     }
     return JSONResponse(body, 200 if serving else 503, None if serving else RETRY_AFTER)
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-def _engine(service: Service) -> dict[str, object]:
-    client = service.client
+def _engine(client: EngineClient) -> dict[str, object]:
     beat, stage, age = client.beat, client.stage, client.beat_age
     return {
         "state": client.state.value,
@@ -67,14 +62,15 @@ def _engine(service: Service) -> dict[str, object]:
     }
 
 
-def _requests(service: Service) -> dict[str, object]:
-    counts = service.client.counts
+def _requests(front: FrontEnd) -> dict[str, object]:
+    client = front.model.client
+    counts = client.counts
     return {
-        "held": service.held,
+        "held": front.held,
         "submitted": counts.submitted,
         "finished": counts.finished,
         "failed": counts.failed,
         "cancelled": counts.cancelled,
-        "running": service.client.open_requests,
-        "unknown_fields": service.unknown_fields,
+        "running": client.open_requests,
+        "unknown_fields": front.unknown_fields,
     }

@@ -12,8 +12,9 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from millpond.http.body import json_object, read_body
+from millpond.http.front_end import FrontEnd
 from millpond.http.openai.schemas import GenerationRequest, parse, unknown_fields
-from millpond.http.service import Service
+from millpond.http.served_model import ServedModel
 
 SMALL_BODY = 16 * 1024
 """Bytes that take a few milliseconds at most, whatever they are."""
@@ -21,13 +22,14 @@ SMALL_BODY = 16 * 1024
 R = TypeVar("R", bound=GenerationRequest)
 
 
-async def read_request(request: Request, kind_of: Callable[[Mapping[str, object]], type[R]]) -> R:
-    """The request, its model checked, its unknown fields counted. ``kind_of`` tells what the fields make.
+async def read_request(
+    request: Request, front: FrontEnd, kind_of: Callable[[Mapping[str, object]], type[R]]
+) -> tuple[R, ServedModel]:
+    """The request and the model that it names, its unknown fields counted. ``kind_of`` tells what the fields make.
 
     Raises ApiError, ClientDisconnect.
     """
-    service: Service = request.app.state.service
-    config = service.config
+    config = front.config
     body = await read_body(request, int(config.max_body), config.body_timeout)
 
     def read() -> tuple[R, int]:
@@ -35,7 +37,7 @@ async def read_request(request: Request, kind_of: Callable[[Mapping[str, object]
         kind = kind_of(fields)
         return parse(kind, fields), len(unknown_fields(kind, fields))
 
-    asked, unknown = read() if len(body) <= SMALL_BODY else await service.in_text_thread(read, urgent=False)
-    service.names.check(asked.model)
-    service.unknown_fields += unknown
-    return asked
+    asked, unknown = read() if len(body) <= SMALL_BODY else await front.in_text_thread(read, urgent=False)
+    model = front.model_for(asked.model)
+    front.unknown_fields += unknown
+    return asked, model

@@ -18,10 +18,11 @@ from millpond.http.clock import Clock
 from millpond.http.collect import WholeRendering, collect
 from millpond.http.context import GenerationRecord, context_of
 from millpond.http.errors import from_engine
+from millpond.http.front_end import FrontEnd
 from millpond.http.generation import Generation, Piece, Usage, parts
 from millpond.http.openai.schemas import CompletionRequest, GenerationRequest, SamplingDefaults
 from millpond.http.prompts import Prompt, check_limits, prediction_tokens
-from millpond.http.service import Service
+from millpond.http.served_model import ServedModel
 from millpond.http.speculation_fields import speculation
 from millpond.http.sse import EventStream, Headers, WatchedResponse
 from millpond.http.tenants import salt_of
@@ -53,7 +54,8 @@ RenderingOf = Callable[[R, str, Tokenizer, ModelInfo, list[str]], Rendering]
 
 def respond(
     http: HttpRequest,
-    service: Service,
+    front: FrontEnd,
+    model: ServedModel,
     asked: R,
     count: int,
     read_prompts: ReadPrompts[R],
@@ -66,36 +68,36 @@ def respond(
 
     async def work(send: Send) -> None:
         nonlocal asked
-        clock = Clock(service.config, asyncio.get_running_loop().time())
-        tokenizer, info = service.ready()
+        clock = Clock(front.config, asyncio.get_running_loop().time())
+        tokenizer, info = model.ready()
         check_limits(asked, info)
         client = client_name(http, asked)
-        guessing = speculation(asked.speculative, service.config.speculation, info.speculation)
+        guessing = speculation(asked.speculative, model.speculation, info.speculation)
 
         def read() -> tuple[list[Prompt], list[int], StopStrings]:
             prompts = read_prompts(asked, tokenizer, info)
-            return prompts, _prediction(asked, guessing, service, tokenizer, info), StopStrings(asked.stop)
+            return prompts, _prediction(asked, guessing or model.speculation, tokenizer, info), StopStrings(asked.stop)
 
-        with service.permit(count, client):
+        with front.permit(model, count, client):
             try:
                 async with asyncio.timeout_at(clock.deadline):
-                    prompts, prediction, stops = await service.in_text_thread(read)
+                    prompts, prediction, stops = await front.in_text_thread(read)
             except TimeoutError:
                 raise from_engine(clock.late()) from None
             asked = asked.without_content()
             base = uuid.uuid4().hex
             ends = sorted(tokenizer.eos_token_ids)
-            salt, defaults = salt_of(http, asked), service.sampling
+            salt, defaults = salt_of(http, asked), model.sampling
             requests = _requests(base, asked, prompts, ends, defaults, client, salt, guessing, prediction)
             seed = requests[0].params.seed
             rendering = rendering_of(asked, base, tokenizer, info, [prompt.echo for prompt in prompts])
-            _count(service, asked, prompts)
-            generation = Generation(service, tokenizer, requests, stops, asked.n, clock.start)
+            _count(model, asked, prompts)
+            generation = Generation(model, front.config, tokenizer, requests, stops, asked.n, clock.start)
             del prompts, prediction, requests
             async with generation:
                 try:
                     if asked.stream:
-                        await _stream(send, service, generation, rendering, asked.include_usage)
+                        await _stream(send, model, front.config.keepalive, generation, rendering, asked.include_usage)
                     else:
                         await collect(send, generation, rendering, count, prefix_headers)
                 finally:
@@ -104,17 +106,14 @@ def respond(
     return WatchedResponse(work)
 
 
-def _count(service: Service, asked: GenerationRequest, prompts: list[Prompt]) -> None:
+def _count(model: ServedModel, asked: GenerationRequest, prompts: list[Prompt]) -> None:
     for prompt in prompts:
-        service.meters.asked(asked.n, prompt.max_tokens)
+        model.meters.asked(asked.n, prompt.max_tokens)
 
 
-def _prediction(
-    asked: GenerationRequest, guessing: Speculation | None, service: Service, tokenizer: Tokenizer, info: ModelInfo
-) -> list[int]:
+def _prediction(asked: GenerationRequest, guessing: Speculation, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:
     """What the client expects of the answer, where anything is made of it."""
-    mode = (guessing or service.config.speculation).mode
-    if not asked.prediction or mode not in info.speculation:
+    if not asked.prediction or guessing.mode not in info.speculation:
         return []
     parse_special = isinstance(asked, CompletionRequest) and asked.parse_special
     return prediction_tokens(asked.prediction, tokenizer, info.context_length, parse_special=parse_special)
@@ -153,17 +152,22 @@ def client_name(http: HttpRequest, asked: GenerationRequest) -> str:
 
 
 async def _stream(
-    send: Send, service: Service, generation: Generation, rendering: Rendering, include_usage: bool
+    send: Send,
+    model: ServedModel,
+    keepalive: float,
+    generation: Generation,
+    rendering: Rendering,
+    include_usage: bool,
 ) -> None:
     events = EventStream(send, lambda: prefix_headers(generation))
     opened: set[int] = set()
-    seen = service.client.progress
+    seen = model.client.progress
     try:
-        async for piece in generation.pieces(service.config.keepalive):
+        async for piece in generation.pieces(keepalive):
             if piece is None:
                 # An engine that hangs must not look alive: proxies and clients have their own patience with silence.
-                if service.client.progress != seen:
-                    seen = service.client.progress
+                if model.client.progress != seen:
+                    seen = model.client.progress
                     await events.comment()
                 continue
             if piece.choice not in opened:

@@ -31,7 +31,7 @@ IMPORTED = (
     "millpond.http.app",
     "millpond.http.connection",
     "millpond.http.gate",
-    "millpond.http.service",
+    "millpond.http.front_end",
     "millpond.text.tokenizer",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",

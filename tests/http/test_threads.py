@@ -24,11 +24,14 @@ from millpond.client import EngineClient
 from millpond.config import ServeConfig
 from millpond.http.app import create_app
 from millpond.http.body import json_object
+from millpond.http.front_end import TEXT_THREADS, FrontEnd
 from millpond.http.keys import Keys
-from millpond.http.service import TEXT_THREADS, ModelNames, Service
+from millpond.http.openai.schemas import NO_DEFAULTS
+from millpond.http.served_model import ModelNames, ServedModel
 from millpond.http.threads import Threads
 from millpond.text.template import ChatTemplate
 from millpond.text.tokenizer import Message, Tokenizer
+from millpond.types import Speculation
 
 ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
 
@@ -63,16 +66,17 @@ def tokenizer(byte_tokenizer: Path) -> WatchedTokenizer:
 
 
 @contextlib.asynccontextmanager
-async def front(tokenizer: Tokenizer, script: str) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+async def front(tokenizer: Tokenizer, script: str) -> AsyncIterator[tuple[httpx.AsyncClient, FrontEnd]]:
     """A front end within this process."""
     client = EngineClient(wire.Start(model_path=script, max_rows=8, max_itl_ms=400), command=ENGINE)
     await client.start()
-    names = ModelNames("test", frozenset())
-    app, service = create_app(ServeConfig(), names, lambda: tokenizer, client, Keys((), None), ())
-    await asyncio.gather(service.load(), client.settled())
+    model = ServedModel(ModelNames("test", frozenset()), lambda: tokenizer, client, NO_DEFAULTS, Speculation())
+    serving = FrontEnd(ServeConfig(), Keys((), None), model)
+    app = create_app(serving, ())
+    await asyncio.gather(serving.load(), client.settled())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
-        yield http, service
-    service.close()
+        yield http, serving
+    serving.close()
     await client.stop()
 
 
@@ -210,11 +214,7 @@ def test_a_template_without_an_end_costs_a_400_and_no_thread(
     made = Tokenizer.load(tmp_path)
 
     async def test() -> None:
-        client = EngineClient(wire.Start(model_path="plain", max_rows=8, max_itl_ms=400), command=ENGINE)
-        await client.start()
-        app, service = create_app(ServeConfig(), ModelNames("t", frozenset()), lambda: made, client, Keys((), None), ())
-        await asyncio.gather(service.load(), client.settled())
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        async with front(made, "plain") as (http, _):
 
             def chat(content: str) -> Awaitable[httpx.Response]:
                 body = {"messages": [{"role": "user", "content": content}], "max_tokens": 3}
@@ -224,7 +224,5 @@ def test_a_template_without_an_end_costs_a_400_and_no_thread(
                 assert answer.status_code == 400
                 assert "without coming to an end" in answer.json()["error"]["message"]
             assert (await chat("hi")).status_code == 200
-        service.close()
-        await client.stop()
 
     asyncio.run(asyncio.wait_for(test(), 30))

@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millpond.http.collect import Collected
+from millpond.http.front_end import front_end_of
 from millpond.http.generation import Piece, Usage
 from millpond.http.openai.logprobs import GrowingChatLogprobs, NoLogprobs, chat_logprobs
 from millpond.http.openai.schemas import ChatRequest
 from millpond.http.prompts import chat_prompt
 from millpond.http.reading import read_request
 from millpond.http.respond import respond
-from millpond.http.service import Service
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ModelInfo
 
@@ -68,12 +68,12 @@ class ChatRendering:
 
 async def chat(request: Request) -> Response:
     """The route. Raises ApiError."""
-    service: Service = request.app.state.service
+    front = front_end_of(request)
+    asked, model = await read_request(request, front, lambda _fields: ChatRequest)
 
     def rendering(
         asked: ChatRequest, base: str, tokenizer: Tokenizer, info: ModelInfo, _echoes: list[str]
     ) -> ChatRendering:
-        return ChatRendering(asked, service.names.served, base, tokenizer, info)
+        return ChatRendering(asked, model.names.served, base, tokenizer, info)
 
-    asked = await read_request(request, lambda _fields: ChatRequest)
-    return respond(request, service, asked, asked.n, chat_prompt, rendering)
+    return respond(request, front, model, asked, asked.n, chat_prompt, rendering)

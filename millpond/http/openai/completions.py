@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millpond.http.collect import Collected
+from millpond.http.front_end import front_end_of
 from millpond.http.generation import Piece, Usage
 from millpond.http.openai.logprobs import CompletionLogprobs, GrowingCompletionLogprobs, NoLogprobs
 from millpond.http.openai.schemas import CompletionRequest
 from millpond.http.prompts import completion_prompts
 from millpond.http.reading import read_request
 from millpond.http.respond import respond
-from millpond.http.service import Service
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ModelInfo, TokenLogprob
 
@@ -80,12 +80,12 @@ class CompletionRendering:
 
 async def completions(request: Request) -> Response:
     """The route. Raises ApiError."""
-    service: Service = request.app.state.service
+    front = front_end_of(request)
+    asked, model = await read_request(request, front, lambda _fields: CompletionRequest)
 
     def rendering(
         asked: CompletionRequest, base: str, tokenizer: Tokenizer, info: ModelInfo, echoes: list[str]
     ) -> CompletionRendering:
-        return CompletionRendering(asked, service.names.served, base, tokenizer, info, echoes)
+        return CompletionRendering(asked, model.names.served, base, tokenizer, info, echoes)
 
-    asked = await read_request(request, lambda _fields: CompletionRequest)
-    return respond(request, service, asked, len(asked.prompt) * asked.n, completion_prompts, rendering)
+    return respond(request, front, model, asked, len(asked.prompt) * asked.n, completion_prompts, rendering)

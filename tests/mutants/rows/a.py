@@ -7,7 +7,7 @@ from mutants import Break
 BREAKS = [
     Break(
         name="A1-ready-while-loading",
-        file="millpond/http/service.py",
+        file="millpond/http/served_model.py",
         old=("elif self.client.state is not EngineState.READY:\n            reasons.append"),
         new=("elif self.client.state is EngineState.FAILED:\n            reasons.append"),
         by=("test_livez_answers_and_work_is_refused_while_the_model_loads",),
@@ -33,8 +33,8 @@ BREAKS = [
     Break(
         name="A3-no-drain",
         file="millpond/cli/serve.py",
-        old="await service.drain(self._config.drain_seconds)",
-        new="await service.drain(0.0)",
+        old="await front.drain(self._config.drain_seconds)",
+        new="await front.drain(0.0)",
         by=("test_sigterm_drains_and_exits_with_0",),
     ),
     Break(
@@ -53,9 +53,9 @@ BREAKS = [
     ),
     Break(
         name="A4-places-kept",
-        file="millpond/http/service.py",
-        old=("            self._held -= choices\n            self._held_by"),
-        new=("            self._held -= 1\n            self._held_by"),
+        file="millpond/http/front_end.py",
+        old="self.held -= choices",
+        new="self.held -= 1",
         by=("test_one_failed_choice_fails_the_request_and_frees_the_others",),
     ),
     Break(

@@ -147,7 +147,7 @@ BREAKS = [
     ),
     Break(
         name="B9-choices-not-counted",
-        file="millpond/http/service.py",
+        file="millpond/http/front_end.py",
         old="if own_most and own + choices > own_most:",
         new="if own_most and own >= own_most:",
         by=("test_places_per_client_without_keys",),
@@ -155,8 +155,8 @@ BREAKS = [
     Break(
         name="B9-one-place-for-all",
         file="millpond/http/respond.py",
-        old="with service.permit(count, client):",
-        new="with service.permit(1, client):",
+        old="with front.permit(model, count, client):",
+        new="with front.permit(model, 1, client):",
         by=("test_a_place_per_answer",),
     ),
     Break(
@@ -203,7 +203,7 @@ BREAKS = [
     ),
     Break(
         name="B13-on-the-loop",
-        file="millpond/http/service.py",
+        file="millpond/http/front_end.py",
         old="return await asyncio.wrap_future(self._pool.submit(work, urgent=urgent))",
         new="return work()",
         by=("test_the_event_loop_answers_while_a_prompt_is_read",),

@@ -7,9 +7,9 @@ from mutants import Break
 BREAKS = [
     Break(
         name="L1-one-too-many",
-        file="millpond/http/service.py",
-        old="if self._held + choices > most:",
-        new="if self._held + choices > most + 1:",
+        file="millpond/http/front_end.py",
+        old="if self.held + choices > most:",
+        new="if self.held + choices > most + 1:",
         by=("test_a_full_queue_is_a_429",),
     ),
     Break(
@@ -101,15 +101,15 @@ BREAKS = [
     ),
     Break(
         name="L25-the-rest-forgotten",
-        file="millpond/http/service.py",
+        file="millpond/http/served_model.py",
         old="            self.client.fail_all(EngineError(ErrorKind.UNAVAILABLE, message))\n",
         new="            await self._idle.wait()\n",
         by=("test_a_stop_with_requests_that_nobody_began",),
     ),
     Break(
         name="L26-work-accepted-meanwhile",
-        file="millpond/http/service.py",
-        old=("        self.draining = True\n        try:\n"),
+        file="millpond/http/served_model.py",
+        old=("        self.leaving = why\n        try:\n"),
         new="        try:\n",
         by=("test_sigterm_drains_and_exits_with_0",),
     ),

@@ -1,0 +1,144 @@
+"""What a serving process has once, whichever model it serves: places, text threads, keys, and its end.
+
+A permit belongs to a request from before its prompt is read until its last byte is sent, streams included. Event loop
+only, except for what runs in the text threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from millpond.client import EngineState
+from millpond.config import ServeConfig
+from millpond.http.errors import ApiError, shown, too_many
+from millpond.http.keys import Keys
+from millpond.http.served_model import ServedModel
+from millpond.http.threads import Threads
+
+T = TypeVar("T")
+
+TEXT_THREADS = 2
+STALE_BEAT_SECONDS = 5.0
+"""A heartbeat comes twice a second; after this long without one something is wrong."""
+STUCK_SECONDS = 30.0
+"""A step takes less than this, or people should know."""
+SHUTTING_DOWN = "the server is shutting down"
+
+
+class FrontEnd:
+    """The state of one serving process."""
+
+    def __init__(self, config: ServeConfig, keys: Keys, model: ServedModel) -> None:
+        self.config = config
+        self.keys = keys
+        self.model = model
+        self.refusals: Counter[tuple[int, str]] = Counter()
+        """HTTP requests turned away before anything was submitted, by status and error code."""
+        self.unknown_fields = 0
+        self.draining = False
+        self.held = 0
+        """Answers that hold a place."""
+        self._held_by: Counter[str] = Counter()
+        self._pool = Threads(TEXT_THREADS, "text")
+
+    def model_for(self, asked: str) -> ServedModel:
+        """The model that a request names; no name means the one there is. Raises ApiError 404."""
+        names = self.model.names
+        if asked and asked not in names:
+            message = f"model: {shown(asked)} does not exist; this server has {shown(names.served)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.model
+
+    async def load(self) -> None:
+        """Load the model's tokenizer in a text thread. Raises whatever the loader raises."""
+        self.model.tokenizer = await self.in_text_thread(self.model.load_tokenizer)
+
+    async def in_text_thread(self, work: Callable[[], T], *, urgent: bool = True) -> T:
+        """Run templating, tokenising or reading off the event loop; what is not urgent comes after all that is."""
+        return await asyncio.wrap_future(self._pool.submit(work, urgent=urgent))
+
+    def status(self) -> str:
+        """One word for /health."""
+        client = self.model.client
+        if self.draining:
+            return "shutting_down"
+        if client.state is not EngineState.READY:
+            return client.state.value
+        if self.model.not_ready():
+            return "starting"
+        age = client.beat_age
+        if (age is not None and age > STALE_BEAT_SECONDS) or client.watchdog.stuck_seconds > STUCK_SECONDS:
+            return "degraded"
+        return "overloaded" if self.held >= self.most_held else "ok"
+
+    # --- admission ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def permit(self, model: ServedModel, choices: int, client: str) -> Iterator[None]:
+        """Hold the places of ``choices`` answers for a client. Raises ApiError 429 when there are none, or when the
+        wait is predicted to be longer than the queue's time-out."""
+        self._admit(model, choices, client)
+        self.held += choices
+        self._held_by[client] += choices
+        try:
+            with model.answering(choices):
+                yield
+        finally:
+            self.held -= choices
+            self._held_by[client] -= choices
+            if not self._held_by[client]:
+                del self._held_by[client]
+
+    def _admit(self, model: ServedModel, choices: int, client: str) -> None:
+        most, own_most = self.most_held, self.config.max_per_client
+        least = min(most, own_most or most)
+        if choices > least:
+            message = f"n: prompts times n must be at most {least} here, got {choices}"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        beat = model.client.beat
+        wait = beat.wait_seconds if beat is not None else 0.0
+        if self.held + choices > most:
+            message = f"{self.held} answers are running or waiting, at most {most} may; {choices} more do not fit"
+            raise too_many(message, "queue_full", wait)
+        own = self._held_by.get(client, 0)
+        if own_most and own + choices > own_most:
+            message = f"{own} answers of this client are running or waiting, at most {own_most} may"
+            raise too_many(message, "client_limit", wait)
+        patience = self.config.queue_timeout
+        if patience and wait > patience:
+            message = f"a request would wait for about {wait:.0f} s, and may for {patience:g} s"
+            raise too_many(message, "queue_too_long", wait - patience)
+
+    @property
+    def most_held(self) -> int:
+        """How many answers may hold a place."""
+        info = self.model.client.info
+        return (info.max_rows if info is not None else 0) + self.config.max_waiting
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def shut(self) -> None:
+        """Welcome no more requests."""
+        self.draining = True
+        self.model.leaving = SHUTTING_DOWN
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new work, let the running finish for ``seconds``, then end the rest with an error."""
+        self.draining = True
+        await self.model.drain(seconds, SHUTTING_DOWN)
+
+    def close(self) -> None:
+        """End the text threads."""
+        self._pool.close()
+
+
+def front_end_of(request: Request) -> FrontEnd:
+    """What serves this request."""
+    front: FrontEnd = request.app.state.front_end
+    return front
