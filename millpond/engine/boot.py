@@ -11,13 +11,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import open_speculator
-from millpond.engine.executor import ALONE, Executor
-from millpond.engine.link import Link
+from millpond.engine.executor import ALONE
+from millpond.engine.link import Inbox, Link, Outbox
 from millpond.engine.loop import Engine
 from millpond.engine.orders import Ranks
 from millpond.engine.party import Lone, Party
-from millpond.engine.prepare import prepare
-from millpond.model.shard import agreement
+from millpond.engine.prepare import Prepared, prepare
+from millpond.engine.speculation import Speculator
 from millpond.observe.log import kv
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.types import ModelInfo, SpecMode
@@ -37,16 +37,10 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
     party = party or Lone()
     ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, party)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
-    limits = Limits(max_rows=start.max_rows, max_itl_ms=start.max_itl_ms, max_chunk=ready.chunk)
-    scheduler = Scheduler(limits, budget, ready.costs)
     speculator, modes = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, party.world, ranks
     )
-    agree = agreement(ready.group) if ready.group is not None else None
-    executor = Executor(model, capabilities, budget.limit_bytes, ready.prefixes, ranks, agree)
-    engine = Engine(
-        model, capabilities, scheduler, ready.costs, budget.limit_bytes, executor, speculator, link.inbox, link
-    )
+    engine = assembled(ready, start.max_rows, start.max_itl_ms, speculator, link.inbox, link, ranks)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
@@ -87,6 +81,22 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
         )
     )
     return engine
+
+
+def assembled(
+    ready: Prepared,
+    max_rows: int,
+    max_itl_ms: float,
+    speculator: Speculator,
+    inbox: Inbox,
+    outbox: Outbox,
+    ranks: Ranks = ALONE,
+) -> Engine:
+    """The engine, made of what has been prepared."""
+    model, capabilities, costs, limit = ready.model, ready.capabilities, ready.costs, ready.budget.limit_bytes
+    scheduler = Scheduler(Limits(max_rows, max_itl_ms, ready.chunk), ready.budget, costs)
+    executor = ready.executor(ranks)
+    return Engine(model, capabilities, scheduler, costs, limit, executor, speculator, inbox, outbox)
 
 
 def _percent_by_percent(link: Link) -> Callable[[str, float], None]:

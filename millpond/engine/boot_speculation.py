@@ -14,8 +14,9 @@ import mlx.core as mx
 from millpond.engine.executor import ALONE
 from millpond.engine.orders import Ranks, Trial
 from millpond.engine.speculation import Speculator
-from millpond.model.load import LoadedModel, ModelError, load
-from millpond.model.probe import Capabilities, remembered_probe
+from millpond.model.load import LoadedModel, ModelError
+from millpond.model.opened import open_model
+from millpond.model.probe import Capabilities
 from millpond.model.prompt import new_prompt
 from millpond.model.remember import remembered
 from millpond.schedule.costs import CostModel
@@ -46,14 +47,13 @@ class LoadedDraft:
         if differs:
             raise ModelError(f"draft_model: it cannot guess for this model, for {differs}")
         try:
-            model = load(folder, 0, lambda _: None)
+            opened = open_model(folder, lambda: content)
         except ModelError as error:
             raise ModelError(f"draft_model: {error}") from error
-        capabilities = remembered_probe(model, model.identity(content))
-        if not capabilities.slots:
-            raise ModelError(f"draft_model: it cannot be run in a batch: {capabilities.reason}")
-        self.model = capabilities.fitted(model)
-        self.pipelined = capabilities.pipelined
+        if not opened.capabilities.slots:
+            raise ModelError(f"draft_model: it cannot be run in a batch: {opened.capabilities.reason}")
+        self.model = opened.model
+        self.pipelined = opened.capabilities.pipelined
 
 
 def open_speculator(

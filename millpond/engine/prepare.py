@@ -13,6 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import LoadedDraft
+from millpond.engine.executor import ALONE, Executor
+from millpond.engine.orders import Ranks
 from millpond.engine.party import Found, Party
 from millpond.engine.prefixes import Prefixes
 from millpond.hub.cache import NoCache, prefix_folder
@@ -23,9 +25,10 @@ from millpond.memory.budget import MemoryBudget
 from millpond.memory.machine import device_memory, total_memory
 from millpond.memory.shares import blocks_limit, draft_limit, kv_limit
 from millpond.model.blocks import BlockFormat, agree, stored
-from millpond.model.load import LoadedModel, ModelError, load
-from millpond.model.probe import Capabilities, remembered_probe, warm_up
-from millpond.model.shard import Group
+from millpond.model.load import LoadedModel, ModelError
+from millpond.model.opened import open_model
+from millpond.model.probe import Capabilities, warm_up
+from millpond.model.shard import Group, agreement
 from millpond.observe.log import kv
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened, SsdEvent, SsdLimits
@@ -58,17 +61,22 @@ class Prepared:
 
     model: LoadedModel
     capabilities: Capabilities
-    content: str
-    """Digest of weights and config."""
-    group: Group | None
     costs: CostModel
     budget: MemoryBudget
     chunk: int
     prefixes: Prefixes
-    uncached: str
+    uncached: str = ""
     """Why prefixes are not cached; empty when they are."""
-    draft: LoadedDraft | None
-    draft_bytes: int
+    content: str = ""
+    """Digest of weights and config."""
+    group: Group | None = None
+    draft: LoadedDraft | None = None
+    draft_bytes: int = 0
+
+    def executor(self, ranks: Ranks = ALONE) -> Executor:
+        """What runs this rank. ``ranks``: those that do as it does."""
+        agree = agreement(self.group) if self.group is not None else None
+        return Executor(self.model, self.capabilities, self.budget.limit_bytes, self.prefixes, ranks, agree)
 
 
 def prepare(
@@ -89,11 +97,17 @@ def prepare(
         digest = pool.submit(_digest, folder)  # reads files only: runs beside the load
         draft_digest = pool.submit(_digest, drafter) if drafter is not None else None
         group = party.join(digest.result()) if party.world > 1 else None
-        model = load(folder, start.context_length, partial(progress, "weights"), start.packing, group)
-        content = model.identity(digest.result())
-        progress("probe", 1.0)
-        capabilities = remembered_probe(model, content, (party.rank, party.world), party.unanimous)
-        model = capabilities.fitted(model)
+        opened = open_model(
+            folder,
+            digest.result,
+            context_length=start.context_length,
+            packing=start.packing,
+            group=group,
+            progress=progress,
+            share=(party.rank, party.world),
+            unanimous=party.unanimous,
+        )
+        model, capabilities, content = opened.model, opened.capabilities, opened.content
         warm_up(model, capabilities)
         draft = None
         if drafter is not None and draft_digest is not None and capabilities.slots:

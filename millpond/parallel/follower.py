@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from millpond.engine.boot_speculation import trial
-from millpond.engine.executor import Executor
 from millpond.engine.orders import (
     Arrive,
     Begin,
@@ -37,7 +36,7 @@ from millpond.engine.prepare import Prepared, prepare
 from millpond.engine.sequence import Status
 from millpond.lifeline import LOST_STATUS
 from millpond.model.load import ModelError
-from millpond.model.shard import Group, agreement
+from millpond.model.shard import Group
 from millpond.observe.log import kv, last_words
 from millpond.parallel.backend import machine, versions
 from millpond.parallel.channel import Channel, ChannelError
@@ -181,12 +180,9 @@ class Worker:
     """Carries out orders, and offers rank 0 what it can restore of waiting requests."""
 
     def __init__(self, rank: Rank, ready: Prepared) -> None:
-        assert ready.group is not None
         self._rank = rank
         self._ready = ready
-        self._executor = Executor(
-            ready.model, ready.capabilities, ready.budget.limit_bytes, ready.prefixes, agree=agreement(ready.group)
-        )
+        self._executor = ready.executor()
         self._trial: Callable[[int], float] | None = None
         self._offered: dict[str, tuple[int, bool]] = {}
         """What rank 0 has been told of waiting requests."""

@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 import random
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import mlx.core as mx
 import msgspec
 import pytest
 from engine_driver import Driver, Outcome, prefix_cache, request
-from tiny_models import CONFIGS, VOCAB, save
+from tiny_models import CONFIGS, VOCAB, capabilities, model
 
 from millpond.engine.refusals import failure
-from millpond.model.load import LoadedModel, load
-from millpond.model.probe import Capabilities, probe
 from millpond.sample.edits import RowEdits
 from millpond.sample.state import SamplingState
 from millpond.types import ErrorKind, Finish, Request
@@ -28,16 +24,6 @@ OUT_OF_MEMORY = (
     RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)"),
     RuntimeError("CUDA error: out of memory"),
 )
-
-
-@cache
-def model(kind: str) -> LoadedModel:
-    return load(save(kind, Path(mkdtemp())), 0, lambda fraction: None)
-
-
-@cache
-def capabilities(kind: str) -> Capabilities:
-    return probe(model(kind))
 
 
 def driver(kind: str = "llama", **options: int) -> Driver:

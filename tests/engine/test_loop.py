@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import random
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, reference, request
-from tiny_models import CONFIGS, VOCAB, save
+from tiny_models import CONFIGS, VOCAB, capabilities, model
 
 from millpond.kv.slots import Slot
-from millpond.model.load import LoadedModel, load
-from millpond.model.probe import Capabilities, probe
 from millpond.types import ErrorKind, Finish
-
-
-@cache
-def model(kind: str) -> LoadedModel:
-    return load(save(kind, Path(mkdtemp())), 0, lambda fraction: None)
-
-
-@cache
-def capabilities(kind: str) -> Capabilities:
-    return probe(model(kind))
 
 
 def driver(kind: str, **options: int) -> Driver:

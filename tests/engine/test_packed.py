@@ -21,12 +21,13 @@ from engine_driver import (
     request,
     settle,
 )
-from tiny_models import CONFIGS_WIDE, VOCAB, save
+from tiny_models import CONFIGS_WIDE, VOCAB, opened, save
 
 from millpond.engine.link import Inbox
 from millpond.kv.format import KvFormat
 from millpond.model.blocks import BlockFormat
-from millpond.model.load import LoadedModel, ModelError, kept_as, load
+from millpond.model.load import LoadedModel, ModelError, kept_as
+from millpond.model.opened import open_model
 from millpond.model.probe import Capabilities, probe
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
@@ -44,7 +45,7 @@ Which = tuple[str, str, bool]
 
 @cache
 def model(kind: str, packing: str = "int8", native: bool = True) -> LoadedModel:
-    loaded = load(save(kind, Path(mkdtemp())), 0, lambda fraction: None, PACKINGS[packing])
+    loaded = opened(kind, PACKINGS[packing]).model
     return loaded if native else kept_as(loaded, dataclasses.replace(loaded.form, native=False))
 
 
@@ -285,19 +286,14 @@ def test_models_that_cannot_be_packed_say_so(kind: str, word: str) -> None:
     """Latent and recurrent caches: an error that names the setting, not a silent fall-back."""
     packing = KvPacking(bits=8, group_size=32)
     folder = save(kind, Path(mkdtemp()))
-
-    def start() -> None:
-        loaded = load(folder, 0, lambda fraction: None, packing)
-        probe(loaded).fitted(loaded)
-
     with pytest.raises(ModelError, match=word) as caught:
-        start()
+        open_model(folder, packing=packing)
     assert "kv_" in str(caught.value)
 
 
 def test_a_group_that_does_not_divide_a_head() -> None:
     with pytest.raises(ModelError, match=r"kv_group_size: 128 does not divide.*\(64\); allowed: 32, 64"):
-        load(save("wide_llama", Path(mkdtemp())), 0, lambda fraction: None, KvPacking(bits=8, group_size=128))
+        open_model(save("wide_llama", Path(mkdtemp())), packing=KvPacking(bits=8, group_size=128))
 
 
 def test_formats_do_not_share_blocks() -> None:

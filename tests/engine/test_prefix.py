@@ -10,20 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import mlx.core as mx
 import msgspec
 import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, prefix_cache, reference, request, settle
 from prefix_support import check_memory, check_tree
-from tiny_models import CONFIGS, SOLO_KINDS, VOCAB, save
+from tiny_models import CONFIGS, SOLO_KINDS, VOCAB, capabilities, model
 
 from millpond.engine import prefixes
 from millpond.engine.link import Inbox
 from millpond.model.blocks import BlockFormat, Stored
-from millpond.model.load import LoadedModel, load
-from millpond.model.probe import Capabilities, probe
+from millpond.model.load import LoadedModel
 from millpond.model.upstream import cache_arrays
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
@@ -42,22 +40,12 @@ EXACT = ("gemma3_text", *SOLO_KINDS)
 
 
 @cache
-def model(kind: str) -> LoadedModel:
-    return load(save(kind, Path(mkdtemp())), 0, lambda fraction: None)
-
-
-@cache
 def ungrouped(kind: str) -> LoadedModel:
     """A model whose layers are all of different shapes, as far as its blocks are concerned."""
     form = model(kind).blocks
     assert isinstance(form, BlockFormat)
     kv, window = (tuple((leaf,) for group in groups for leaf in group) for groups in (form.kv, form.window))
     return dataclasses.replace(model(kind), blocks=dataclasses.replace(form, kv=kv, window=window))
-
-
-@cache
-def capabilities(kind: str) -> Capabilities:
-    return probe(model(kind))
 
 
 def driver(kind: str, cached: PrefixCache | None, **options: object) -> Driver:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import random
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, request
-from tiny_models import VOCAB, save
+from tiny_models import VOCAB, model
 
 from millpond.engine.stats import EngineStats
-from millpond.model.load import LoadedModel, load
 from millpond.observe.histogram import SECONDS, Histogram
 from millpond.types import PrefillChunk, SpecCounters
-
-
-@cache
-def model() -> LoadedModel:
-    return load(save("llama", Path(mkdtemp())), 0, lambda fraction: None)
 
 
 def prompt(length: int) -> list[int]:
@@ -60,7 +51,7 @@ def test_prompt_tokens_belong_to_the_step_that_reads_them() -> None:
 
 
 def test_every_token_and_step_is_counted_once() -> None:
-    driven = Driver(model(), max_rows=3, max_chunk=64)
+    driven = Driver(model("llama"), max_rows=3, max_chunk=64)
     lengths = (500, 1, 2, 64, 65, 300)
     driven.run(arrivals={2 * turn: request(f"r{size}", prompt(size), 9) for turn, size in enumerate(lengths)})
     counted = driven.beat.counters
@@ -76,11 +67,11 @@ def test_every_token_and_step_is_counted_once() -> None:
 
 
 def test_a_token_that_ends_an_answer_is_drawn() -> None:
-    first = Driver(model())
+    first = Driver(model("llama"))
     first.submit(request("a", prompt(20), 8))
     first.run()
     end = first.outcomes["a"].tokens[3]
-    driven = Driver(model())
+    driven = Driver(model("llama"))
     driven.submit(request("a", prompt(20), 8, stop_token_ids=[end]))
     driven.run()
     assert driven.beat.counters.drawn_tokens == drawn(driven) + 1
@@ -88,7 +79,7 @@ def test_a_token_that_ends_an_answer_is_drawn() -> None:
 
 def test_preemptions_compute_prompts_again() -> None:
     """Three rows outgrow room for two of them as long: one gives way, and is computed again with its answer so far."""
-    driven = Driver(model(), max_rows=4, limit_bytes=model().sizes.token_bytes * 1500)
+    driven = Driver(model("llama"), max_rows=4, limit_bytes=model("llama").sizes.token_bytes * 1500)
     for number in range(3):
         driven.submit(request(f"r{number}", prompt(60), 300))
     driven.run()
@@ -100,7 +91,7 @@ def test_preemptions_compute_prompts_again() -> None:
 
 
 def test_a_failed_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    driven = Driver(model())
+    driven = Driver(model("llama"))
     driven.submit(request("a", prompt(5), 6))
     working = mx.async_eval
     calls = 0

@@ -9,7 +9,7 @@ import pytest
 from engine_driver import Driver, assert_right, request
 from tokenizers import Tokenizer
 
-from millpond.model.load import load
+from millpond.model.opened import open_model
 from millpond.types import UNPACKED, KvPacking, Request
 
 ROOT = Path(__file__).parents[2]
@@ -18,13 +18,13 @@ TEXT = "\n\n".join((ROOT / name).read_text() for name in ("README.md", "docs/arc
 
 def check(folder: Path, lengths: list[int], answer: int, packing: KvPacking = UNPACKED) -> None:
     """Prompts of these lengths join at different turns and leave at different lengths; each is then run alone."""
-    model = load(folder, 0, lambda fraction: None, packing)
+    opened = open_model(folder, packing=packing)
     encoding = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT * 3).ids
     prompts = {f"r{index}": encoding[index * 97 : index * 97 + length] for index, length in enumerate(lengths)}
     requests: list[Request] = [
         request(name, tokens, answer + 5 * (index % 3)) for index, (name, tokens) in enumerate(prompts.items())
     ]
-    driven = Driver(model, max_rows=16)
+    driven = Driver(opened.model, capabilities=opened.capabilities, max_rows=16)
     assert driven.capabilities.slots
     assert driven.capabilities.pipelined
     for one in requests[: len(requests) // 2]:
@@ -32,7 +32,7 @@ def check(folder: Path, lengths: list[int], answer: int, packing: KvPacking = UN
     driven.run(arrivals={3 + 4 * index: one for index, one in enumerate(requests[len(requests) // 2 :])})
     for one in requests:
         assert len(driven.outcomes[one.id].tokens) == one.params.max_tokens
-        assert_right(model, one.tokens, driven.outcomes[one.id].tokens)
+        assert_right(opened.model, one.tokens, driven.outcomes[one.id].tokens)
 
 
 @pytest.mark.models

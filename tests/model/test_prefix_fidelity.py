@@ -18,8 +18,9 @@ from tiny_models import CONFIGS, VOCAB, save
 from tokenizers import Tokenizer
 
 from millpond.engine.link import Inbox
-from millpond.model.load import LoadedModel, load
-from millpond.model.probe import Capabilities, probe
+from millpond.model.load import LoadedModel
+from millpond.model.opened import open_model
+from millpond.model.probe import Capabilities
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
 from millpond.prefix.disk.tier import SsdTier
@@ -97,10 +98,10 @@ def opened(model: LoadedModel, folder: Path) -> Iterator[tuple[PrefixCache, SsdT
 
 
 def real(folder: Path, length: int, packing: KvPacking = UNPACKED) -> Subject:
-    model = load(folder, 0, lambda fraction: None, packing)
+    opened = open_model(folder, packing=packing)
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
     prompts = [ids[50 : 50 + length], *(ids[number * 301 : number * 301 + 40 + 9 * number] for number in range(1, 8))]
-    return Subject(model, folder, probe(model), prompts)
+    return Subject(opened.model, folder, opened.capabilities, prompts)
 
 
 BATCHES = [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
@@ -142,6 +143,6 @@ def test_gemma3_packed_past_its_window(gemma3_folder: Path, tmp_path: Path, batc
 )
 def test_every_kind_of_cache(kind: str, tmp_path: Path, batch: int) -> None:
     folder = save(kind, tmp_path / "model")
-    model = load(folder, 0, lambda fraction: None)
+    opened = open_model(folder)
     prompts = [[(7 * n * n + 13 * number + 3) % VOCAB for n in range(170 - 17 * number)] for number in range(8)]
-    Subject(model, folder, probe(model), prompts).check(tmp_path, batch)
+    Subject(opened.model, folder, opened.capabilities, prompts).check(tmp_path, batch)

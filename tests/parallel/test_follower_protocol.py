@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage, threads_may_end
 from tiny_models import save
 
-from millpond.engine.executor import Executor
 from millpond.engine.orders import (
     Begin,
     Close,
@@ -39,7 +38,6 @@ from millpond.engine.orders import (
 )
 from millpond.engine.prepare import Prepared, prepare
 from millpond.lifeline import LOST_STATUS
-from millpond.model.shard import agreement
 from millpond.parallel.channel import Channel, ChannelError
 from millpond.parallel.follower import Worker
 from millpond.parallel.messages import (
@@ -177,9 +175,7 @@ def orders(ready: Prepared) -> list[Order]:
     """What rank 0 tells while it answers two requests."""
     assert ready.group is not None
     recorder = Recorder()
-    executor = Executor(
-        ready.model, ready.capabilities, ready.budget.limit_bytes, ready.prefixes, recorder, agreement(ready.group)
-    )
+    executor = ready.executor(recorder)
     for name, tokens in (("a", [1, 2, 3, 4]), ("b", [9, 8, 7])):
         executor.arrive(request(name, tokens, 9))
         assert executor.begin(name, 0)

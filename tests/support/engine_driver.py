@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
-from millpond.engine.executor import Executor
+from millpond.engine.boot import assembled
 from millpond.engine.link import Inbox
-from millpond.engine.loop import Engine
 from millpond.engine.prefixes import Prefixes
+from millpond.engine.prepare import Prepared
 from millpond.engine.speculation import Speculator
 from millpond.kv.format import KvFormat
 from millpond.memory.budget import MemoryBudget
@@ -30,7 +30,6 @@ from millpond.prefix.disk.events import SsdLimits
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.policy import SavePolicy
 from millpond.schedule.costs import CostModel
-from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
 from millpond.speculate.pace import Curve, Pace
@@ -83,25 +82,21 @@ class Driver:
         self.beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)
         self.capabilities = capabilities or probe(model)
         model = self.model = self.capabilities.fitted(model)
-        costs = CostModel()
-        budget = MemoryBudget(model.sizes, limit_bytes, max_chunk)
-        self.scheduler = Scheduler(Limits(max_rows=max_rows, max_itl_ms=400, max_chunk=max_chunk), budget, costs)
         form = model.blocks if isinstance(model.blocks, BlockFormat) and cache is not None else None
         self.prefixes = Prefixes(model.network, model.form, form, cache if form is not None else None, ssd)
-        modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
-        self.controller = Controller(costs, Pace(Curve()))
-        self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
-        self.engine = Engine(
-            model,
-            self.capabilities,
-            self.scheduler,
-            costs,
-            limit_bytes,
-            Executor(model, self.capabilities, limit_bytes, self.prefixes),
-            self.speculator,
-            self.inbox,
-            self,
+        ready = Prepared(
+            model=model,
+            capabilities=self.capabilities,
+            costs=CostModel(),
+            budget=MemoryBudget(model.sizes, limit_bytes, max_chunk),
+            chunk=max_chunk,
+            prefixes=self.prefixes,
         )
+        modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
+        self.controller = Controller(ready.costs, Pace(Curve()))
+        self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
+        self.engine = assembled(ready, max_rows, 400, self.speculator, self.inbox, self)
+        self.scheduler = self.engine._scheduler
 
     # the engine's Outbox
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 from engine_driver import Driver, Outcome
-from tiny_models import VOCAB, save
+from tiny_models import VOCAB, opened, save
 
-from millpond.model.load import LoadedModel, load
-from millpond.model.probe import Capabilities, probe
+from millpond.model.load import LoadedModel
+from millpond.model.opened import open_model
+from millpond.model.probe import Capabilities
 from millpond.speculate.draft import Draft
 from millpond.types import (
     KvPacking,
@@ -35,21 +35,11 @@ SAMPLED: list[dict[str, object]] = [
 
 
 def model(kind: str, bits: int = 0) -> LoadedModel:
-    return _model(kind, bits)
-
-
-@cache
-def _model(kind: str, bits: int) -> LoadedModel:
-    return load(save(kind, Path(mkdtemp())), 0, lambda _: None, KvPacking(bits=bits, group_size=32))
+    return opened(kind, KvPacking(bits=bits, group_size=32)).model
 
 
 def capabilities(kind: str, bits: int = 0) -> Capabilities:
-    return _capabilities(kind, bits)
-
-
-@cache
-def _capabilities(kind: str, bits: int) -> Capabilities:
-    return probe(model(kind, bits))
+    return opened(kind, KvPacking(bits=bits, group_size=32)).capabilities
 
 
 class Oracle(Draft):
@@ -180,5 +170,4 @@ def speculated_if_any(kind: str, one: Request, truth: Sequence[int]) -> Outcome:
 
 def real_draft(kind: str, seed: int = 0, share: int = 1 << 28) -> Draft:
     """A draft model of that kind; with seed 0 the served one's twin."""
-    drafting = load(save(kind, Path(mkdtemp()), seed), 0, lambda _: None)
-    return Draft(probe(drafting).fitted(drafting), VOCAB, share, share)
+    return Draft(open_model(save(kind, Path(mkdtemp()), seed)).model, VOCAB, share, share)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import mkdtemp
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+
+from millpond.model.load import LoadedModel
+from millpond.model.opened import OpenModel, open_model
+from millpond.model.probe import Capabilities
+from millpond.types import UNPACKED, KvPacking
 
 VOCAB = 256
 CONTEXT = 512
@@ -159,3 +166,17 @@ def save(kind: str, folder: Path, seed: int = 0) -> Path:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config_of(kind)))
     return folder
+
+
+@cache
+def opened(kind: str, packing: KvPacking = UNPACKED) -> OpenModel:
+    """A tiny model as the engine opens it; once for all tests, which leave it as it is."""
+    return open_model(save(kind, Path(mkdtemp())), packing=packing)
+
+
+def model(kind: str) -> LoadedModel:
+    return opened(kind).model
+
+
+def capabilities(kind: str) -> Capabilities:
+    return opened(kind).capabilities

@@ -1,0 +1,45 @@
+"""From a model's folder to a model that runs: loaded, and found out what can be done with it. Engine thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from millpond.model.load import LoadedModel, load
+from millpond.model.probe import Capabilities, probe, remembered_probe
+from millpond.model.shard import Group
+from millpond.types import UNPACKED, KvPacking
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in memory, kept as the probe has found that it can be."""
+
+    model: LoadedModel
+    capabilities: Capabilities
+    content: str
+    """What tells it from others, hex; empty where nobody asked."""
+
+
+def open_model(
+    folder: Path,
+    digest: Callable[[], str] | None = None,
+    *,
+    context_length: int = 0,
+    packing: KvPacking = UNPACKED,
+    group: Group | None = None,
+    progress: Callable[[str, float], None] = lambda _stage, _done: None,
+    share: tuple[int, int] = (0, 1),
+    unanimous: Callable[[bool], bool] = bool,
+) -> OpenModel:
+    """Load ``folder`` as ``load`` does, and probe it as ``remembered_probe`` does: afresh without a ``digest`` of the
+    folder's content. ``progress`` gets a stage and how far it has come, in [0, 1].
+
+    Raises ModelError when the model cannot be served.
+    """
+    model = load(folder, context_length, lambda done: progress("weights", done), packing, group)
+    content = model.identity(digest()) if digest is not None else ""
+    progress("probe", 1.0)
+    capabilities = remembered_probe(model, content, share, unanimous) if content else probe(model)
+    return OpenModel(capabilities.fitted(model), capabilities, content)
