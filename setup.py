@@ -1,13 +1,16 @@
 """The one thing pyproject.toml cannot say: the C part is built on Linux only, and may be missing."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROWBLAS = Extension(
     "millpond.native._rowblas",
-    sources=[f"millpond/native/{name}.c" for name in ("rowblas", "pool", "attention", "decode", "packed")],
-    depends=[f"millpond/native/{name}.h" for name in ("rowblas", "pool", "kernels", "packed", "packing", "softmax")],
+    sources=[
+        f"millpond/native/{name}.c" for name in ("rowblas", "gemm", "decode", "attention", "packed", "kernels", "pool")
+    ],
+    depends=[str(header) for header in Path("millpond/native").glob("*.h")],
     extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
     libraries=["pthread"],
     # Without a compiler the package installs all the same; millpond.model.blas then says what is missing.

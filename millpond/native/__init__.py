@@ -1,1 +1,1 @@
-"""The compiled part, for Linux CPUs: rowblas.c. Loaded by millpond.model.blas, never imported."""
+"""The compiled part, for Linux CPUs; rowblas.c is its top. Loaded by millpond.model.blas, never imported."""

@@ -14,8 +14,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common.h"
+#include "gemm.h"
+#include "kernels.h"
 #include "pool.h"
-#include "rowblas.h"
 
 enum { QUERY_TILE = 64, KEY_TILE = 256 };
 
@@ -34,34 +36,6 @@ struct attention {
     float scale; /* of scores whose softmax is to the base of 2 */
     int32_t causal;
 };
-
-#define WIDTH 4
-#define TARGET
-#define NAME(base) base##_portable
-#include "softmax.h"
-
-#if defined(__x86_64__)
-#define WIDTH 8
-#define TARGET __attribute__((target("avx2,fma")))
-#define NAME(base) base##_avx2
-#include "softmax.h"
-
-#define WIDTH 16
-#define TARGET __attribute__((target("avx512f,fma")))
-#define NAME(base) base##_avx512
-#include "softmax.h"
-#endif
-
-float (*softmax_row)(float *, long, struct running *) = softmax_row_portable;
-
-void attention_for(int bits)
-{
-#if defined(__x86_64__)
-    softmax_row = bits == 512 ? softmax_row_avx512 : softmax_row_avx2;
-#else
-    (void)bits;
-#endif
-}
 
 struct tile {
     long first, rows; /* queries */

@@ -10,14 +10,17 @@
  * left matrix begins with a password made when the process started and describes the job, the right one holds queries,
  * keys and values, and the product's memory takes the result. */
 
+#include "decode.h"
+
 #include <math.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 
-#include "packed.h"
+#include "common.h"
+#include "kernels.h"
 #include "pool.h"
-#include "rowblas.h"
 
 enum { TILE = 64, SPLIT = 512 };
 

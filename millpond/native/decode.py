@@ -23,7 +23,7 @@ FLOAT_BITS = 32
 
 
 class Packed(ctypes.Structure):
-    """struct packed of packed.h."""
+    """struct packed of kernels.h."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("numbers", "scales", "biases"))
 

@@ -1,10 +1,5 @@
-/* Packing and unpacking for one instruction set. Included by packed.c once per set, with
- *   WIDTH      floats in one vector; 4 or 8
- *   TARGET     the function attribute that allows the instructions
- *   NAME(base) the function's name for this set */
+/* Packing and unpacking for one instruction set of 4 or 8 floats a vector; see kernels.h and instruction_set.h. */
 
-typedef float NAME(vec) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint8_t NAME(bytes) __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 TARGET static inline __attribute__((always_inline)) NAME(ints) NAME(spread)(const uint8_t *from, const int bits)
@@ -94,7 +89,3 @@ TARGET static void NAME(pack)(int bits, const float *from, long groups, long siz
         }
     }
 }
-
-#undef WIDTH
-#undef TARGET
-#undef NAME

@@ -12,6 +12,9 @@
 
 typedef void (*piece_function)(const void *job, long number);
 
+/* Below this many multiply-adds one thread is as fast as several, and below the second a sleeping one wakes too late. */
+enum { SHARE_MACS = 1 << 20, WAKE_MACS = 4 << 20 };
+
 /* Once, before anything else. */
 void pool_init(int threads, long spin_us);
 

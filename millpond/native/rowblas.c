@@ -4,17 +4,17 @@
  * One decode step multiplies a few rows by every weight once; a general sgemm first packs the weights, which costs
  * more than the product. Reading them in place runs at the speed of memory.
  *
- * OpenBLAS runs with one thread per call, on the pieces that the pool hands out: a thread that the system takes away
- * delays one piece, where OpenBLAS's own threads would all wait for it. */
-
-#include "rowblas.h"
+ * The top of the library: it calls gemm.h and decode.h, they call kernels.h and pool.h, and nothing calls back up. */
 
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "packed.h"
+#include "common.h"
+#include "decode.h"
+#include "gemm.h"
+#include "kernels.h"
 #include "pool.h"
 
 enum { MAX_ROWS = 32 };
@@ -23,145 +23,6 @@ typedef void (*double_gemm)(int, int, int, int, int, int, double, const double *
                             double *, int);
 typedef void (*complex_gemm)(int, int, int, int, int, int, const void *, const void *, int, const void *, int,
                              const void *, void *, int);
-
-/* --- kernels by instruction set ------------------------------------------------------------------------------- */
-
-typedef float quarter __attribute__((vector_size(16)));
-
-#define WIDTH 4
-#define TARGET
-#define NAME(base) base##_portable
-#include "kernels.h"
-
-#if defined(__x86_64__)
-#define WIDTH 8
-#define TARGET __attribute__((target("avx2,fma")))
-#define NAME(base) base##_avx2
-#include "kernels.h"
-
-#define WIDTH 16
-#define TARGET __attribute__((target("avx512f,fma")))
-#define NAME(base) base##_avx512
-#include "kernels.h"
-#endif
-
-product dot_rows = dot_rows_portable;
-product mix_rows = mix_rows_portable;
-static const char *instructions = "portable";
-
-static void choose_kernels(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) {
-        dot_rows = dot_rows_avx512;
-        mix_rows = mix_rows_avx512;
-        instructions = "avx512";
-        attention_for(512);
-        packed_for(512);
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        dot_rows = dot_rows_avx2;
-        mix_rows = mix_rows_avx2;
-        instructions = "avx2";
-        attention_for(256);
-        packed_for(256);
-    }
-#elif defined(__aarch64__)
-    instructions = "neon";
-#endif
-}
-
-/* --- pieces ---------------------------------------------------------------------------------------------------- */
-
-enum {
-    /* Weights a thread takes at a time: small enough to even out threads that are slowed down by others. */
-    CHUNK_BYTES = 64 * 1024,
-    /* Below this one thread is as fast as several. */
-    SHARE_BYTES = 2 * CHUNK_BYTES,
-    /* Below this a sleeping worker would wake too late to help. */
-    WAKE_BYTES = 256 * 1024,
-    /* Multiply-adds a thread takes at a time of products passed on. */
-    PIECE_MACS = 2 << 20,
-    /* Pieces are multiples of this many rows or columns, to suit every kernel's tile. */
-    PIECE_STEP = 48,
-};
-
-real_gemm next_sgemm;
-
-/* One product: C = alpha A . B + beta C, with BLAS's meaning of every field. */
-struct gemm {
-    int trans_a, trans_b;
-    long m, n, k;
-    float alpha, beta;
-    const float *a, *b;
-    float *c;
-    long lda, ldb, ldc;
-};
-
-struct job {
-    struct gemm whole;
-    int own;     /* few rows of A, B transposed: done here */
-    int by_rows; /* cut along m, else along n */
-    long step;
-};
-
-static void pass_on(const struct gemm *g)
-{
-    next_sgemm(ROW_MAJOR, g->trans_a, g->trans_b, (int)g->m, (int)g->n, (int)g->k, g->alpha, g->a, (int)g->lda, g->b,
-               (int)g->ldb, g->beta, g->c, (int)g->ldc);
-}
-
-static void run_piece(const void *data, long number)
-{
-    const struct job *job = data;
-    struct gemm g = job->whole;
-    long from = number * job->step, length = job->by_rows ? g.m : g.n;
-    long count = length - from < job->step ? length - from : job->step;
-    if (job->by_rows) {
-        g.m = count;
-        g.a += from * (g.trans_a == NO_TRANS ? g.lda : 1);
-        g.c += from * g.ldc;
-    } else {
-        g.n = count;
-        g.b += from * (g.trans_b == NO_TRANS ? 1 : g.ldb);
-        g.c += from;
-    }
-    if (job->own)
-        dot_rows(g.m, g.n, g.k, g.a, g.lda, g.b, g.ldb, g.c, g.ldc);
-    else
-        pass_on(&g);
-}
-
-static long rounded(long value, long step) { return value < step ? step : value / step * step; }
-
-/* Few rows: B's rows are shared out. */
-static void own_product(const struct gemm *g)
-{
-    long bytes = g->n * g->k * (long)sizeof(float);
-    if (bytes < SHARE_BYTES || !pool_claim()) {
-        dot_rows(g->m, g->n, g->k, g->a, g->lda, g->b, g->ldb, g->c, g->ldc);
-        return;
-    }
-    long step = rounded(CHUNK_BYTES / (g->k * (long)sizeof(float)), 12); /* a multiple of both tile widths */
-    struct job job = {*g, 1, 0, step};
-    pool_run(run_piece, &job, (g->n + step - 1) / step, bytes >= WAKE_BYTES);
-}
-
-/* Anything else: cut along its longer side. */
-static void passed_product(const struct gemm *g)
-{
-    long macs = g->m * g->n * g->k;
-    if (macs < SHARE_MACS || !pool_claim()) {
-        pass_on(g);
-        return;
-    }
-    int by_rows = g->m > g->n;
-    long length = by_rows ? g->m : g->n;
-    long most = length / (4 * pool_threads()), least = length * PIECE_MACS / macs;
-    long step = rounded(most > least ? most : least, PIECE_STEP);
-    struct job job = {*g, 0, by_rows, step};
-    pool_run(run_piece, &job, (length + step - 1) / step, macs >= WAKE_MACS);
-}
 
 /* --- what MLX calls --------------------------------------------------------------------------------------------- */
 
@@ -173,6 +34,7 @@ static complex_gemm next_cgemm;
 static unsigned char own[MAX_ROWS + 1];
 static _Atomic uint64_t own_calls, passed_calls;
 static int carrying;
+static const char *instructions = "portable";
 
 EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                         const float *b, int ldb, float beta, float *c, int ldc)
@@ -226,7 +88,7 @@ EXPORT void millpond_rowblas_init(void *sgemm, void *dgemm, void *cgemm, int thr
     next_sgemm = (real_gemm)sgemm;
     next_dgemm = (double_gemm)dgemm;
     next_cgemm = (complex_gemm)cgemm;
-    choose_kernels();
+    instructions = choose_kernels();
     carrying = carried_init();
     pool_init(threads, spin_us);
 }

@@ -1,10 +1,4 @@
-/* One tile of a softmax for one instruction set. Included by attention.c once per set, with
- *   WIDTH      floats in one vector
- *   TARGET     the function attribute that allows the instructions
- *   NAME(base) the function's name for this set */
-
-typedef float NAME(vec) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+/* One tile of a softmax for one instruction set; see kernels.h and instruction_set.h. */
 
 /* 2 to the power of x, x at most 0; relative error below 2e-7, and 0 below 2^-126. */
 TARGET static inline __attribute__((always_inline)) NAME(vec) NAME(power)(NAME(vec) x)
@@ -53,7 +47,3 @@ TARGET static float NAME(softmax_row)(float *scores, long cols, struct running *
     running->sum = running->sum * factor + total;
     return factor;
 }
-
-#undef WIDTH
-#undef TARGET
-#undef NAME
