@@ -338,10 +338,10 @@ class Prefixes:
 
     def _cut_row(self, lane: Lane, row: int, begin: int, end: int) -> dict[Kind, Stored]:
         assert self._form is not None
-        records = {Kind.KV: self._form.spans(lane.spans(row, begin, end), Kind.KV)}
+        records = {Kind.KV: self._form.spans(lane.spans(row, begin, end, Kind.KV), Kind.KV)}
         if self._form.window:
             first = self._form.window_start(begin, end)
-            records[Kind.WINDOW] = self._form.spans(lane.spans(row, first, end, sliding=True), Kind.WINDOW)
+            records[Kind.WINDOW] = self._form.spans(lane.spans(row, first, end, Kind.WINDOW), Kind.WINDOW)
         return records
 
     def step_read(self, cuts: Many[Cut], sequences: dict[str, Sequence], lane: Lane) -> None:

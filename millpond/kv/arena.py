@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
+from millpond.kv.format import Arrays
+from millpond.kv.leaf import LeafRow, LeafSpec, Slot
 from millpond.kv.rows import Rows
-from millpond.kv.segment import KvSegment
-from millpond.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot, empty_slot
 from millpond.memory.budget import capacity_bucket, rows_allocated
+from millpond.prefix.records import Kind
 
 NO_LIMIT = 1 << 62
 
@@ -23,11 +24,13 @@ NO_LIMIT = 1 << 62
 class Arena:
     """The running batch's keys and values."""
 
-    def __init__(self, specs: Sequence[LayerSpec], limit_bytes: int = NO_LIMIT) -> None:
+    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT) -> None:
         self._limit_bytes = limit_bytes
         self.rows = Rows()
         self.slots: list[Slot] = []
         self._specs = specs
+        self._nothing = [LeafRow(())] * len(specs)
+        """A row of no tokens."""
         self._reserved = (0, 0)
         """Rows and tokens that the next adoption will need."""
 
@@ -39,40 +42,33 @@ class Arena:
     def nbytes(self) -> int:
         return sum(slot.nbytes for slot in self.slots)
 
-    def adopt(self, layers: Iterable[LayerRow], length: int) -> int:
+    def adopt(self, leaves: Iterable[LeafRow], length: int) -> int:
         """Copy a finished prompt into the next free row and return that row's number.
 
-        ``layers`` has one entry per layer, or none at all when ``length`` is 0. It is consumed one by one, so a
+        ``leaves`` has one entry per leaf, or none at all when ``length`` is 0. It is consumed one by one, so a
         generator may drop each source as it goes. If it raises, the live rows are as they were.
         """
         row = len(self.lengths)
         self._reserved = (0, 0)
         if not self.lengths and all(slot.row_count == 1 for slot in self.slots):
             self.slots.clear()
-            self.slots = self._first_row(layers, length)
+            self.slots = self._first_row(leaves, length)
             self.lengths.append(length)
             return row
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
-        for slot, layer in zip(self.slots, layers, strict=length > 0):
-            slot.put(row, layer, length)
+        for slot, leaf in zip(self.slots, leaves if length else self._nothing, strict=True):
+            slot.put(row, leaf, length)
             mx.eval(slot.arrays)
         self.lengths.append(length)
         return row
 
-    def _first_row(self, layers: Iterable[LayerRow], length: int) -> list[Slot]:
-        """Slots with one row that holds ``layers``; arrays of the right size are taken as they are."""
+    def _first_row(self, leaves: Iterable[LeafRow], length: int) -> list[Slot]:
+        """Slots with one row that holds ``leaves``."""
         capacity = capacity_bucket(length + 1)
         slots: list[Slot] = []
-        rows: Iterable[LayerRow | None] = layers if length else [None] * len(self._specs)
-        for spec, layer in zip(self._specs, rows, strict=True):
-            if layer is not None and layer.spare and layer.arrays[0].shape[2] == capacity and spec.window is None:
-                slot = Slot(self.rows, spec, [KvSegment([mx.contiguous(array) for array in layer.arrays])])
-            else:
-                slot = empty_slot(self.rows, spec, 1, capacity)
-                if layer is not None:
-                    slot.put(0, layer, length)
-            mx.eval(slot.arrays)
-            slots.append(slot)
+        for spec, leaf in zip(self._specs, leaves if length else self._nothing, strict=True):
+            slots.append(spec.slot(leaf, length, capacity))
+            mx.eval(slots[-1].arrays)
         return slots
 
     def release(self, row: int, scrub: bool = False) -> None:
@@ -86,40 +82,40 @@ class Arena:
                 slot.scrub(row)
         if row != last:
             for slot in self.slots:
-                lifted = slot.lift(last, self.lengths[last])
-                mx.eval(lifted)
-                slot.drop(row, lifted)
+                slot.move(last, row, self.lengths[last])
                 if scrub:  # perhaps that one is to be scrubbed next
                     slot.scrub(last)
                 mx.eval(slot.arrays)
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
-    def spans(self, row: int, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
-        """Positions [start, end) of a row, lazily, one entry per layer; None for layers of the other sort."""
-        return [
-            LayerRow(slot.span(row, start, end)) if (slot.window is not None) == sliding else None
-            for slot in self.slots
-        ]
+    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
+        """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
+        return [slot.span(row, start, end) if slot.kind is kind else () for slot in self.slots]
 
     def begin(self, columns: int) -> Sequence[Slot]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
-        self.rows.begin(columns)
-        return self.slots
+        forward = self.rows.begin(columns)
+        for slot in self.slots:
+            slot.begin(forward)
+        return self.slots  # one per layer: a layer of several leaves would be handed a tuple of them
 
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
+        for slot in self.slots:
+            slot.advance(counts)
         self.rows.advance(counts)
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Take the last ``counts[i]`` tokens of row i back: such as forwards have written. No forward is under way.
 
-        Where there are rings, no position more than RING_SLACK behind the last one ever written may be the next one:
-        what its window needs is gone. Raises ValueError for counts that go beyond that by themselves.
+        No position that is further behind the last one ever written than some leaf rewinds may be the next one: what
+        that leaf needs is gone. Raises ValueError for counts that go beyond that by themselves.
         """
-        if max(counts, default=0) > RING_SLACK and any(spec.window is not None for spec in self._specs):
-            raise ValueError(f"sliding windows cannot go back by {max(counts)} tokens; at most {RING_SLACK}")
+        most = min(spec.rewinds for spec in self._specs)
+        if max(counts, default=0) > most:
+            raise ValueError(f"rows cannot go back by {max(counts)} tokens; at most {most}")
         self.rows.rewind(counts)
 
     def reserve(self, length: int, share: float) -> None:
@@ -148,7 +144,7 @@ class Arena:
             capacity = capacity_bucket(longest)
             rows = self._row_target(max(len(self.lengths), self._reserved[0]), capacity)
             for slot in self.slots:
-                slot.resize(min(slot.row_count, rows), min(slot.capacity, capacity))
+                slot.shrink(rows, capacity)
 
     def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
         """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""
@@ -156,7 +152,7 @@ class Arena:
         capacity = max(least_capacity, capacity_bucket(self._reserved[1]))
         target = self._row_target(max(rows, self._reserved[0]), capacity)
         for slot in slots:
-            if slot.row_count < rows or (slot.window is None and slot.capacity < least_capacity):
+            if not slot.fits(rows, least_capacity):
                 slot.resize(max(target, rows), capacity)
 
     def _row_target(self, rows: int, capacity: int) -> int:

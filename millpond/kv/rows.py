@@ -97,9 +97,10 @@ class Rows:
         self.lengths: list[int] = []
         self._forward: Forward | None = None
 
-    def begin(self, columns: int) -> None:
+    def begin(self, columns: int) -> Forward:
         """Start a forward of ``columns`` new tokens per row."""
         self._forward = Forward(self.lengths, columns)
+        return self._forward
 
     def advance(self, counts: Sequence[int]) -> None:
         """End the forward: keep ``counts[i]`` of row i's new tokens. Keeping fewer than written is the rollback."""
@@ -113,9 +114,3 @@ class Rows:
         if any(not 0 <= count <= length for length, count in zip(self.lengths, counts, strict=True)):
             raise ValueError(f"rows of {self.lengths} tokens cannot go back by {list(counts)}")
         self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
-
-    @property
-    def forward(self) -> Forward:
-        if self._forward is None:
-            raise RuntimeError("no forward under way: call begin() first")
-        return self._forward

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from millpond.kv.format import Arrays
 from millpond.kv.rows import Forward
@@ -21,9 +22,26 @@ class KvSegment:
     """The positions from ``first`` on, or with ``ring`` the last ``capacity`` of them; positions here are absolute."""
 
     def __init__(self, arrays: Sequence[mx.array], first: int = 0, ring: bool = False) -> None:
-        self.arrays = list(arrays)
         self.first = first
         self.ring = ring
+        self.moves = 0
+        """Grows whenever the arrays may have got other memory: addresses taken before are void then."""
+        self._arrays = tuple(arrays)
+
+    @property
+    def arrays(self) -> Arrays:
+        return self._arrays
+
+    @arrays.setter
+    def arrays(self, arrays: Sequence[mx.array]) -> None:
+        self.moves += 1
+        self._arrays = tuple(arrays)
+
+    def _set(self, where: tuple[slice | mx.array, ...], parts: Sequence[mx.array]) -> None:
+        """Write into all arrays: the only way that it is done. MLX copies those that somebody else holds."""
+        self.moves += 1
+        for array, part in zip(self._arrays, parts, strict=True):
+            array[where] = part
 
     @property
     def capacity(self) -> int:
@@ -45,21 +63,18 @@ class KvSegment:
         """Write [n, H, L, x] at each row's position; what is not of this segment is left out."""
         start, end = forward.longest, forward.longest + forward.columns
         if forward.aligned and self.first <= start and (end - self.first <= self.capacity):
-            for array, part in zip(self.arrays, parts, strict=True):
-                array[: forward.n, :, start - self.first : end - self.first] = part
+            self._set(np.s_[: forward.n, :, start - self.first : end - self.first], parts)
         elif self.ring or forward.within(self.first, self.first + self.capacity):
             column = forward.positions % self.capacity if self.ring else forward.positions - self.first
-            for array, part in zip(self.arrays, parts, strict=True):
-                array[forward.row, :, column] = part.swapaxes(1, 2)
+            self._set((forward.row, slice(None), column), [part.swapaxes(1, 2) for part in parts])
         else:
             row, place, column = forward.places(self.first, self.first + self.capacity)
             if row.size:
-                for array, part in zip(self.arrays, parts, strict=True):
-                    array[row, :, column] = part[row, :, place]
+                self._set((row, slice(None), column), [part[row, :, place] for part in parts])
 
     def view(self, n: int, width: int) -> Arrays:
         """Everything that the first ``n`` rows hold up to column ``width``, lazily."""
-        return tuple(array[:n, :, :width] for array in self.arrays)
+        return tuple(array[:n, :, :width] for array in self._arrays)
 
     def put(self, row: int, parts: Arrays, length: int) -> None:
         """Fill a row of ``length`` positions with [1, H, m, x]: the last m of them that belong here, in order."""
@@ -71,11 +86,11 @@ class KvSegment:
             column = (last - kept + done - self.first) % self.capacity
             many = min(kept - done, self.capacity - column)
             skip = count - kept + done
-            for array, part in zip(self.arrays, parts, strict=True):
-                piece = part[:, :, skip : skip + many]
+            pieces = [part[:, :, skip : skip + many] for part in parts]
+            if self.row_count == 1 and many == self.capacity:
                 # Assigning a whole array makes it a view of what is assigned; ours must have memory of their own.
-                whole = self.row_count == 1 and many == self.capacity
-                array[row : row + 1, :, column : column + many] = mx.take(piece, FIRST, axis=0) if whole else piece
+                pieces = [mx.take(piece, FIRST, axis=0) for piece in pieces]
+            self._set(np.s_[row : row + 1, :, column : column + many], pieces)
             done += many
 
     def span(self, row: int, start: int, end: int) -> Arrays:
@@ -88,25 +103,20 @@ class KvSegment:
         column = mx.arange(start, end, dtype=mx.int32) % self.capacity
         return tuple(mx.take(array[row : row + 1], column, axis=2) for array in self.arrays)
 
-    def lift(self, row: int, length: int) -> Arrays:
-        """A copy of a row's used columns. A gather, because a slice may share the buffer and block in-place writes."""
-        index = mx.array([row], dtype=mx.int32)
-        return tuple(mx.take(array, index, axis=0)[:, :, : self._held(length)] for array in self.arrays)
-
-    def drop(self, row: int, lifted: Arrays) -> None:
-        """Write what ``lift`` returned, once evaluated, into another row: same columns, no wrap."""
-        used = lifted[0].shape[2]
-        for array, part in zip(self.arrays, lifted, strict=True):
-            array[row : row + 1, :, :used] = part
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy what a row of ``length`` positions holds over another row: same columns, no wrap."""
+        # A gather, because a slice may share the buffer and block in-place writes.
+        index = mx.array([source], dtype=mx.int32)
+        lifted = [mx.take(array, index, axis=0)[:, :, : self._held(length)] for array in self.arrays]
+        mx.eval(lifted)
+        self._set(np.s_[target : target + 1, :, : self._held(length)], lifted)
 
     def scrub(self, row: int) -> None:
         """Zero a row that held non-finite numbers: a masked NaN still poisons 0 x V of the row's next owner."""
-        for array in self.arrays:
-            array[row : row + 1] = mx.zeros_like(array[row : row + 1])
+        self._set(np.s_[row : row + 1, :], [mx.zeros_like(array[row : row + 1]) for array in self.arrays])
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Reallocate to the given sizes, keeping what fits. A ring's capacity is fixed."""
-        capacity = self.capacity if self.ring else capacity
+        """Reallocate to the given sizes, keeping what fits."""
         if (rows, capacity) != (self.row_count, self.capacity):
             self.arrays = [_resized(array, rows, capacity) for array in self.arrays]
             mx.eval(self.arrays)

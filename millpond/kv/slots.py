@@ -1,19 +1,24 @@
-"""One layer's keys and values for all rows of the running batch, in the shape mlx-lm's models expect of a cache.
+"""Keys and values of one layer for all rows of the running batch, in the shape mlx-lm's models expect of a cache.
 
 Each row is aligned at position 0; a rollback lowers an int in Rows. A packed layer may keep its first positions as they
-were computed, in a segment of their own. Engine thread only.
+were computed, in a segment of their own. A sliding layer keeps its last positions, in a ring. Engine thread only.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import mlx.core as mx
 
 from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
-from millpond.kv.rows import Rows
+from millpond.kv.leaf import LeafRow
+from millpond.kv.rows import Forward
 from millpond.kv.segment import KvSegment
 from millpond.native import decode
+from millpond.prefix.records import Kind
 
 RING_SLACK = 32
 """Columns of a ring beyond its window: the most tokens one forward may write, so that a rollback never lost a key."""
@@ -21,26 +26,27 @@ Sides = tuple[Arrays, Arrays]
 """All arrays of the keys, and all of the values."""
 
 
-class LayerSpec(NamedTuple):
-    """What one layer stores per position and row."""
+@dataclass(frozen=True)
+class KvSpec:
+    """What a layer that sees everything keeps: keys and values of each position."""
 
     heads: int
     key_dim: int
     value_dim: int
     dtype: mx.Dtype
-    window: int | None
-    """Sliding-window size in tokens, or None for a plain layer."""
     format: KvFormat = AS_COMPUTED
 
+    kind: ClassVar[Kind] = Kind.KV
+    rewinds: ClassVar[int] = sys.maxsize
+
     @property
-    def capacity(self) -> int | None:
-        """Columns of a sliding layer's ring; None for a plain layer, which grows."""
-        return None if self.window is None else self.window + RING_SLACK
+    def deferred(self) -> bool:
+        return self.format.native  # C writes behind MLX's back, and no array says when
 
     @property
     def exact(self) -> int:
-        """Positions from the start that are never packed. A ring has none: it forgets them anyway."""
-        return self.format.packing.start if self.format.packs and self.window is None else 0
+        """Positions from the start that are never packed."""
+        return self.format.packing.start if self.format.packs else 0
 
     @property
     def token_bytes(self) -> int:
@@ -53,56 +59,79 @@ class LayerSpec(NamedTuple):
         return self.heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
 
     def row_bytes(self, capacity: int) -> int:
-        """Bytes of one row with room for ``capacity`` positions."""
-        if self.capacity is not None:
-            return self.capacity * self.token_bytes
         exact = min(self.exact, capacity)
         return exact * self.exact_bytes + (capacity - exact) * self.token_bytes
 
+    def columns(self, capacity: int) -> list[int]:
+        """Columns of each segment of a slot for ``capacity`` positions."""
+        exact = min(self.exact, capacity)
+        return [exact, capacity - exact] if self.exact else [capacity]
 
-class LayerRow(NamedTuple):
-    """One layer of one row, [1, heads, m + spare, x] each: the last m positions, in order."""
+    def slot(self, leaf: LeafRow, length: int, capacity: int) -> KvSlot:
+        if leaf.spare and leaf.arrays[0].shape[2] == capacity:
+            return KvSlot(self, [KvSegment([mx.contiguous(array) for array in leaf.arrays])])
+        columns = self.columns(capacity)
+        segments = [KvSegment(self.zeros(count, packed=False)) for count in columns[:-1]]
+        slot = KvSlot(self, [*segments, KvSegment(self.zeros(columns[-1], packed=self.format.packs), self.exact)])
+        slot.put(0, leaf, length)
+        return slot
 
-    arrays: Arrays
-    """Behind the exact positions."""
-    spare: int = 0
-    """Unused positions at the end of them."""
-    exact: Arrays = ()
-    """Keys and values of the positions that are never packed; none where there are no such."""
+    def zeros(self, columns: int, *, packed: bool) -> list[mx.array]:
+        """Arrays of a segment of one row."""
+        one = [mx.zeros((1, self.heads, 1, dim), dtype=self.dtype) for dim in (self.key_dim, self.value_dim)]
+        like = self.format.pack(*one) if packed else one
+        return [mx.zeros((1, self.heads, columns, array.shape[3]), dtype=array.dtype) for array in like]
+
+
+@dataclass(frozen=True)
+class RingSpec(KvSpec):
+    """What a sliding layer keeps: keys and values of the last positions, none of them exempt from packing."""
+
+    window: int = field(kw_only=True)
+    """Positions that a token sees, its own included."""
+
+    kind: ClassVar[Kind] = Kind.WINDOW
+    rewinds: ClassVar[int] = RING_SLACK
+    exact: ClassVar[int] = 0  # it forgets them anyway
 
     @property
-    def used(self) -> Arrays:
-        """The arrays without the unused positions."""
-        return tuple(array[:, :, : -self.spare] for array in self.arrays) if self.spare else self.arrays
+    def capacity(self) -> int:
+        """Columns of the ring."""
+        return self.window + RING_SLACK
+
+    def row_bytes(self, capacity: int) -> int:  # noqa: ARG002 - a ring does not grow
+        return self.capacity * self.token_bytes
+
+    def columns(self, capacity: int) -> list[int]:  # noqa: ARG002 - a ring does not grow
+        return [self.capacity]
+
+    def slot(self, leaf: LeafRow, length: int, capacity: int) -> RingSlot:  # noqa: ARG002 - the same
+        slot = RingSlot(self, [KvSegment(self.zeros(self.capacity, packed=self.format.packs), ring=True)])
+        slot.put(0, leaf, length)
+        return slot
 
 
-class Slot:
-    """A plain layer, or with a window a sliding one: the same slot used as a ring."""
+class KvSlot:
+    """A layer that sees everything: room grows with the longest row."""
 
-    def __init__(self, rows: Rows, spec: LayerSpec, segments: list[KvSegment]) -> None:
+    kind = Kind.KV
+    window: int | None = None
+    """Positions that a token sees, where not all."""
+
+    def __init__(self, spec: KvSpec, segments: list[KvSegment]) -> None:
         """``segments``: that of the exact positions, if there are any, and that of the others."""
-        self.rows = rows
         self.spec = spec
         self.segments = segments
+        self.row_count = segments[0].row_count
+        self.capacity = sum(segment.capacity for segment in segments)
+        self._forward: Forward | None = None
         self._new: tuple[mx.array, mx.array] | None = None
-        self._asked_for: tuple[tuple[int, int, int, int], float, bool] | None = None
-        """What ``_asked`` is good for; None when the arrays may have moved."""
+        self._asked_for: tuple[tuple[int, int, int, int], float, bool, int] | None = None
+        """What ``_asked`` is good for."""
         self._asked = b""
         if spec.format.packs and not spec.format.native:
             # How mlx-lm's attention finds out that keys and values are packed.
             self.bits, self.group_size = spec.format.packing.bits, spec.format.packing.group_size
-
-    @property
-    def window(self) -> int | None:
-        return self.spec.window
-
-    @property
-    def capacity(self) -> int:
-        return sum(segment.capacity for segment in self.segments)
-
-    @property
-    def row_count(self) -> int:
-        return self.segments[0].row_count
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +146,7 @@ class Slot:
     @property
     def offset(self) -> mx.array:
         """int32 [n]: absolute position of each row's first new token; constant during one forward."""
-        return self.rows.forward.offset
+        return self.forward.offset
 
     def make_mask(
         self,
@@ -128,7 +157,7 @@ class Slot:
         """Mask of the forward under way; see Forward.mask. None when a native slot sees what it would see anyway."""
         if self.spec.format.native and (window_size or self.window) == self.window:
             return None
-        return self.rows.forward.mask(window_size or self.window, self.capacity)
+        return self.forward.mask(window_size or self.window, self.capacity)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | tuple[Arrays, Arrays]:
         """Write [n, H, L, D] at each row's position; what is returned is for attention alone.
@@ -141,13 +170,13 @@ class Slot:
             return keys, values
         for segment in self.segments:
             packed = len(segment.arrays) > 2
-            segment.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.rows.forward)
+            segment.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.forward)
         keys_side, values_side = self.sides()[-1]
         return (keys_side, values_side) if self.spec.format.packs else (keys_side[0], values_side[0])
 
     def sides(self) -> list[Sides]:
         """Keys and values of each segment as far as the forward under way may see, lazily."""
-        forward = self.rows.forward
+        forward = self.forward
         width, found = forward.width(self.capacity), []
         for segment in self.segments:
             arrays = segment.view(forward.n, max(0, width - segment.first))
@@ -162,9 +191,10 @@ class Slot:
         new, self._new = self._new or (), None
         n, heads, length, _ = queries.shape
         shape = (n, heads, self.spec.heads, length)
-        if (shape, scale, bool(new)) != self._asked_for:
-            self._asked_for, self._asked = (shape, scale, bool(new)), self._job(shape, scale, bool(new))
-        return decode.attend(self._asked, self.rows.forward.packed_lengths, queries, new, self.spec.value_dim)
+        asked_for = (shape, scale, bool(new), self.segments[0].moves + self.segments[-1].moves)
+        if asked_for != self._asked_for:
+            self._asked_for, self._asked = asked_for, self._job(shape, scale, bool(new))
+        return decode.attend(self._asked, self.forward.packed_lengths, queries, new, self.spec.value_dim)
 
     def _job(self, shape: tuple[int, int, int, int], scale: float, writes: bool) -> bytes:
         size = self.spec.format.packing.group_size
@@ -180,12 +210,23 @@ class Slot:
         exact, window = self.segments[-1].first, self.window or 0
         return decode.job(shape, dims, *sides, scale=scale, exact=exact, window=window, writes=writes)
 
-    # --- what the arena asks: put, move, scrub, resize ---
+    # --- what the arena asks ---
 
-    def put(self, row: int, layer: LayerRow, length: int) -> None:
-        """Fill a row with a finished prompt of ``length`` tokens."""
-        self._asked_for = None
-        for segment, parts in zip(self.segments, (layer.exact, layer.used)[-len(self.segments) :], strict=True):
+    @property
+    def forward(self) -> Forward:
+        """The one under way."""
+        if self._forward is None:
+            raise RuntimeError("no forward under way: call begin() first")
+        return self._forward
+
+    def begin(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def advance(self, counts: Sequence[int]) -> None:  # noqa: ARG002 - what is not kept lies behind the row's end
+        self._forward = None
+
+    def put(self, row: int, leaf: LeafRow, length: int) -> None:
+        for segment, parts in zip(self.segments, (leaf.exact, leaf.used)[-len(self.segments) :], strict=True):
             if parts:
                 segment.put(row, parts, length)
 
@@ -193,53 +234,39 @@ class Slot:
         """Positions [start, end) of a row, all in one segment; see KvSegment.span."""
         return self.segments[-1 if start >= self.segments[-1].first else 0].span(row, start, end)
 
-    def lift(self, row: int, length: int) -> list[Arrays]:
-        """A copy of what a row holds."""
-        return [segment.lift(row, length) for segment in self.segments]
-
-    def drop(self, row: int, lifted: list[Arrays]) -> None:
-        """Write what ``lift`` returned, once evaluated, into another row."""
-        self._asked_for = None
-        for segment, arrays in zip(self.segments, lifted, strict=True):
-            segment.drop(row, arrays)
+    def move(self, source: int, target: int, length: int) -> None:
+        for segment in self.segments:
+            segment.move(source, target, length)
 
     def scrub(self, row: int) -> None:
-        """Zero a row that held non-finite numbers."""
-        self._asked_for = None
         for segment in self.segments:
             segment.scrub(row)
 
+    def fits(self, rows: int, capacity: int) -> bool:
+        return rows <= self.row_count and capacity <= self.capacity
+
     def resize(self, rows: int, capacity: int) -> None:
-        """Reallocate to the given sizes, keeping what fits. A ring's capacity is fixed."""
-        if (rows, self.capacity if self.window else capacity) == (self.row_count, self.capacity):
+        columns = self.spec.columns(capacity)
+        if (rows, sum(columns)) == (self.row_count, self.capacity):
             return
         if self.spec.format.native:
             mx.synchronize()  # a step in flight writes into this memory
-        self._asked_for = None
-        for segment, columns in zip(self.segments, columns_of(self.spec, capacity), strict=True):
-            segment.resize(rows, columns)
+        for segment, count in zip(self.segments, columns, strict=True):
+            segment.resize(rows, count)
+        self.row_count, self.capacity = rows, sum(columns)
+
+    def shrink(self, rows: int, capacity: int) -> None:
+        self.resize(min(self.row_count, rows), min(self.capacity, capacity))
 
 
-def columns_of(spec: LayerSpec, capacity: int) -> list[int]:
-    """Columns of each segment of a slot for ``capacity`` positions."""
-    if spec.capacity is not None:
-        return [spec.capacity]
-    exact = min(spec.exact, capacity)
-    return [exact, capacity - exact] if spec.exact else [capacity]
+class RingSlot(KvSlot):
+    """A sliding layer: its one segment is a ring, whose size is fixed."""
 
+    kind = Kind.WINDOW
 
-def empty_slot(rows: Rows, spec: LayerSpec, row_count: int, capacity: int) -> Slot:
-    """A slot of zeros."""
-    columns = columns_of(spec, capacity)
-    segments = []
-    if len(columns) == 2:
-        segments.append(KvSegment(_zeros(spec, row_count, columns[0], packed=False)))
-    arrays = _zeros(spec, row_count, columns[-1], packed=spec.format.packs)
-    segments.append(KvSegment(arrays, spec.exact, ring=spec.window is not None))
-    return Slot(rows, spec, segments)
+    def __init__(self, spec: RingSpec, segments: list[KvSegment]) -> None:
+        super().__init__(spec, segments)
+        self.window = spec.window
 
-
-def _zeros(spec: LayerSpec, rows: int, columns: int, *, packed: bool) -> list[mx.array]:
-    one = [mx.zeros((1, spec.heads, 1, dim), dtype=spec.dtype) for dim in (spec.key_dim, spec.value_dim)]
-    like = spec.format.pack(*one) if packed else one
-    return [mx.zeros((rows, spec.heads, columns, array.shape[3]), dtype=array.dtype) for array in like]
+    def fits(self, rows: int, capacity: int) -> bool:  # noqa: ARG002 - a ring has room for any number
+        return rows <= self.row_count

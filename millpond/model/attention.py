@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from millpond.kv.format import Arrays
-from millpond.kv.slots import Slot
+from millpond.kv.slots import KvSlot
 from millpond.model import cpu_math
 from millpond.model.upstream import LayerCache, Mask, upstream_attention
 
@@ -39,12 +39,12 @@ def over(arrays: Attention) -> Attention:
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        cache: LayerCache | Slot | None,
+        cache: LayerCache | KvSlot | None,
         scale: float,
         mask: Mask,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if isinstance(cache, Slot) and (cache.spec.format.native or len(cache.segments) > 1):
+        if isinstance(cache, KvSlot) and (cache.spec.format.native or len(cache.segments) > 1):
             if sinks is not None:
                 raise NotImplementedError("slots of this kind know no attention sinks")
             if not cache.spec.format.native:
@@ -57,7 +57,7 @@ def over(arrays: Attention) -> Attention:
     return attention
 
 
-def split_attention(queries: mx.array, slot: Slot, scale: float, mask: Mask) -> mx.array:
+def split_attention(queries: mx.array, slot: KvSlot, scale: float, mask: Mask) -> mx.array:
     """Attention of [n, H, L, D] over a slot whose first positions are as computed and whose others are packed."""
     (exact_keys, exact_values), (packed_keys, packed_values) = slot.sides()
     bits, size = slot.spec.format.packing.bits, slot.spec.format.packing.group_size
@@ -65,7 +65,7 @@ def split_attention(queries: mx.array, slot: Slot, scale: float, mask: Mask) -> 
     groups = slot.spec.heads
     together = (queries * scale).reshape(n, groups, heads // groups * length, -1)
     scores = together @ exact_keys[0].swapaxes(-1, -2)
-    exact, width = int(exact_keys[0].shape[2]), slot.rows.forward.width(slot.capacity)
+    exact, width = int(exact_keys[0].shape[2]), slot.forward.width(slot.capacity)
     if width > exact:
         behind = mx.quantized_matmul(together, *_three(packed_keys), True, size, bits)
         scores = mx.concatenate([scores, behind], axis=-1)

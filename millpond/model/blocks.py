@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from millpond.kv.format import Arrays, KvFormat
-from millpond.kv.slots import LayerRow
 from millpond.model.prompt import Piece, Prompt, joined, new_prompt
 from millpond.model.upstream import (
     PromptCache,
@@ -104,13 +102,12 @@ class BlockFormat:
 
     # --- cutting ----------------------------------------------------------------------------------------------
 
-    def spans(self, rows: Sequence[LayerRow | None], kind: Kind) -> Stored:
-        """Stack what a lane or upstream.spans_of returned, one entry per leaf, into a record; lazy."""
+    def spans(self, leaves: Sequence[Arrays], kind: Kind) -> Stored:
+        """Stack what a lane or a prompt returned, one entry per leaf, into a record; lazy."""
         groups = self.kv if kind is Kind.KV else self.window
         arrays = []
         for group in groups:
-            members = [cast(LayerRow, rows[leaf]).arrays for leaf in group]
-            arrays += [_stacked(list(alike)) for alike in zip(*members, strict=True)]
+            arrays += [_stacked(list(alike)) for alike in zip(*(leaves[leaf] for leaf in group), strict=True)]
         return Stored(arrays)
 
     def window_start(self, start: int, end: int) -> int:
@@ -232,7 +229,7 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
     layers, dtypes, token_bytes, state_bytes = [], [], 0, 0
     for index, (leaf, kind) in enumerate(zip(flat, kinds, strict=True)):
         try:
-            arrays = snapshot(leaf) if kind == "state" else list(spans(leaf, 0, 1).arrays)
+            arrays = snapshot(leaf) if kind == "state" else list(spans(leaf, 0, 1))
             dtypes.append(_name(arrays[0].dtype))
             if form.packs and kind != "state":
                 arrays = list(form.pack(*arrays))
@@ -265,7 +262,7 @@ def cut_prompt(blocks: BlockFormat, prompt: Prompt, start: int, end: int, kind: 
     if kind is Kind.STATE:
         return blocks.snapshot(prompt)
     first = blocks.window_start(start, end) if kind is Kind.WINDOW else start
-    return blocks.spans(prompt.spans(first, end, kind is Kind.WINDOW), kind)
+    return blocks.spans(prompt.spans(first, end, kind), kind)
 
 
 def block_grid(start: int, end: int) -> Iterable[tuple[int, int]]:

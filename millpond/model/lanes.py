@@ -13,9 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from millpond.kv.arena import NO_LIMIT, Arena
-from millpond.kv.slots import LayerRow, LayerSpec
+from millpond.kv.format import Arrays
+from millpond.kv.leaf import LeafSpec
 from millpond.model.prompt import Prompt
 from millpond.model.upstream import cache_arrays
+from millpond.prefix.records import Kind
 
 
 class Lane(Protocol):
@@ -57,8 +59,8 @@ class Lane(Protocol):
     def trim(self) -> None:
         """Give back memory that the rows do not need now."""
 
-    def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
-        """Positions [start, end) of a row's plain or sliding layers, lazily, one entry per cache; None for others."""
+    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
+        """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
 
     def prompt(self, row: int) -> Prompt | None:
         """The row's own caches where it has such; they go on changing."""
@@ -70,9 +72,9 @@ class Lane(Protocol):
 class SlotsLane:
     """All rows in one batched forward."""
 
-    def __init__(self, specs: Sequence[LayerSpec], limit_bytes: int = NO_LIMIT) -> None:
+    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT) -> None:
         self._arena = Arena(specs, limit_bytes)
-        self._native = specs[0].format.native
+        self._deferred = any(spec.deferred for spec in specs)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -84,7 +86,7 @@ class SlotsLane:
 
     @property
     def deferred(self) -> bool:
-        return self._native  # C writes behind MLX's back, and no array says when
+        return self._deferred
 
     def adopt(self, prompt: Prompt) -> None:
         self._arena.adopt(prompt.rows() if prompt.length else (), prompt.length)
@@ -111,8 +113,8 @@ class SlotsLane:
     def trim(self) -> None:
         self._arena.trim()
 
-    def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
-        return self._arena.spans(row, start, end, sliding)
+    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
+        return self._arena.spans(row, start, end, kind)
 
     def prompt(self, row: int) -> Prompt | None:  # noqa: ARG002 - rows share the arena
         return None
@@ -169,8 +171,8 @@ class SoloLane:
     def trim(self) -> None:
         """Nothing to give: each row holds its own."""
 
-    def spans(self, row: int, start: int, end: int, sliding: bool = False) -> list[LayerRow | None]:
-        return self._prompts[row].spans(start, end, sliding)
+    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
+        return self._prompts[row].spans(start, end, kind)
 
     def prompt(self, row: int) -> Prompt | None:
         return self._prompts[row]

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from millpond.hub.errors import SourceError
 from millpond.kv.format import KvFormat
-from millpond.kv.slots import LayerSpec
+from millpond.kv.slots import KvSpec, RingSpec
 from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
@@ -69,7 +69,7 @@ class LoadedModel:
     on_cpu: bool
     kinds: list[str]
     """Cache kind of each layer; see upstream.cache_kind."""
-    specs: list[LayerSpec]
+    specs: list[KvSpec]
     """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
     form: KvFormat
     """How slots and cached blocks keep keys and values."""
@@ -213,7 +213,7 @@ def _filled(network: nn.Module, cache: PromptCache) -> mx.array:
 
 def _kept(
     network: nn.Module, cache: PromptCache, form: KvFormat
-) -> tuple[list[LayerSpec], KvFormat, CacheSizes, BlockFormat | str]:
+) -> tuple[list[KvSpec], KvFormat, CacheSizes, BlockFormat | str]:
     """See LoadedModel. ``cache`` is filled; ``form`` is what is wished for."""
     try:
         specs = layer_specs(cache, KvFormat())
@@ -223,25 +223,25 @@ def _kept(
         form = replace(form, native=False)
     if form.packs:
         _check_packing(specs, form.packing)
-    specs = [spec._replace(format=form) for spec in specs]
+    specs = [replace(spec, format=form) for spec in specs]
     sizes = _sizes(specs, form) if specs else _measured_sizes(network)
     return specs, form, sizes, block_format(cache, form)
 
 
-def _sizes(specs: list[LayerSpec], form: KvFormat) -> CacheSizes:
-    growing = [spec for spec in specs if spec.capacity is None]
-    sliding = [spec for spec in specs if spec.capacity is not None]
+def _sizes(specs: list[KvSpec], form: KvFormat) -> CacheSizes:
+    growing = [spec for spec in specs if not isinstance(spec, RingSpec)]
+    sliding = [spec for spec in specs if isinstance(spec, RingSpec)]
     return CacheSizes(
         token_bytes=sum(spec.token_bytes for spec in growing),
-        row_bytes=sum(spec.token_bytes * (spec.capacity or 0) for spec in sliding),
+        row_bytes=sum(spec.token_bytes * spec.capacity for spec in sliding),
         chunk_token_bytes=sum(spec.exact_bytes for spec in sliding),
         exact_token_bytes=sum(spec.exact_bytes for spec in growing) if form.packs else 0,
-        exact_row_bytes=sum(spec.exact_bytes * (spec.capacity or 0) for spec in sliding) if form.packs else 0,
+        exact_row_bytes=sum(spec.exact_bytes * spec.capacity for spec in sliding) if form.packs else 0,
         exact_tokens=form.packing.start if form.packs else 0,
     )
 
 
-def _check_packing(specs: list[LayerSpec], packing: KvPacking) -> None:
+def _check_packing(specs: list[KvSpec], packing: KvPacking) -> None:
     if not specs:
         raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: its caches do not fit slots")
     dims = sorted({dim for spec in specs for dim in (spec.key_dim, spec.value_dim)})

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from millpond.kv.format import Arrays, KvFormat
-from millpond.kv.slots import LayerRow
+from millpond.kv.leaf import LeafRow
 from millpond.model.upstream import (
     PromptCache,
     cache_bytes,
@@ -26,6 +26,7 @@ from millpond.model.upstream import (
     take_rows,
     window_of,
 )
+from millpond.prefix.records import Kind
 
 
 class Piece:
@@ -64,32 +65,32 @@ class Prompt:
             window = window_of(leaf)
             first = start if window else max(start, self.form.packing.start)
             if first < self.length:
-                arrays = self.form.pack(*spans(leaf, first, self.length).arrays)
+                arrays = self.form.pack(*spans(leaf, first, self.length))
                 mx.eval(arrays)
                 pieces.append(Piece(first, self.length, arrays))
             if window:
                 # The cache itself holds what any token of the last chunk could see, and blocks are cut from that.
                 pieces[:] = [piece for piece in pieces if piece.end > start - window]
 
-    def spans(self, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
-        """Positions [start, end) of the plain or the sliding layers, as they are kept; lazily, None for the others."""
+    def spans(self, start: int, end: int, kind: Kind) -> list[Arrays]:
+        """Positions [start, end), as they are kept, lazily, one entry per leaf; an empty one for leaves of other
+        kinds."""
         if not self.pieces:
-            return spans_of(self.caches, start, end, sliding)
-        wanted = "window" if sliding else "kv"
+            return spans_of(self.caches, start, end, kind)
         return [
-            LayerRow(self._span(leaf, start, end)) if cache_kind(self.caches[leaf]) == wanted else None
+            self._span(leaf, start, end) if cache_kind(self.caches[leaf]) == kind else ()
             for leaf in range(len(self.caches))
         ]
 
     def _span(self, leaf: int, start: int, end: int) -> Arrays:
         if not window_of(self.caches[leaf]) and end <= self.form.packing.start:
-            return spans(self.caches[leaf], start, end).arrays
+            return spans(self.caches[leaf], start, end)
         pieces = [piece for piece in self.pieces[leaf] if piece.end > start and piece.start < end]
         if not pieces or pieces[0].start > start:
             raise ValueError(f"position {start} has left the window")
         return joined([piece.cut(start, end) for piece in pieces])
 
-    def rows(self) -> Iterator[LayerRow]:
+    def rows(self) -> Iterator[LeafRow]:
         """Yield each layer for adoption, dropping it once it is copied."""
         if not self.pieces:
             yield from take_rows(self.caches)
@@ -98,9 +99,9 @@ class Prompt:
         for index, leaf in enumerate(self.caches):
             window = window_of(leaf)
             first = max(0, self.length - window) if window else exact_end
-            exact = spans(leaf, 0, exact_end).arrays if exact_end and not window else ()
+            exact = spans(leaf, 0, exact_end) if exact_end and not window else ()
             pieces = [piece for piece in self.pieces[index] if piece.end > first]
-            yield LayerRow(joined([piece.cut(first, self.length) for piece in pieces]) if pieces else (), exact=exact)
+            yield LeafRow(joined([piece.cut(first, self.length) for piece in pieces]) if pieces else (), exact=exact)
             self.caches[index], self.pieces[index] = nothing(), []
 
 

@@ -18,13 +18,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from millpond.hub.weights import weight_files
-from millpond.kv.format import KvFormat
-from millpond.kv.slots import LayerRow, LayerSpec
+from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.leaf import LeafRow
+from millpond.kv.slots import KvSpec, RingSpec
 from millpond.model.checkpoint import check_weights, read_arrays
 from millpond.model.config_keys import pattern_change, remarks_of
 from millpond.model.config_rope import check_scaling, rope_changes
 from millpond.model.float8 import block_of, holds_float8, must_widen, quantization_of, widen_float8
 from millpond.model.open_files import limit_kept
+from millpond.prefix.records import Kind
 
 with limit_kept():
     from mlx_lm.models.activations import swiglu as swiglu
@@ -229,15 +231,16 @@ def cache_bytes(cache: PromptCache) -> int:
     return sum(array.nbytes for array in cache_arrays(cache))
 
 
-def layer_specs(cache: PromptCache, form: KvFormat) -> list[LayerSpec]:
+def layer_specs(cache: PromptCache, form: KvFormat) -> list[KvSpec]:
     """What each layer stores, read off caches that a forward has filled. Raises TypeError for other kinds."""
-    specs = []
+    specs: list[KvSpec] = []
     for index, layer in enumerate(cache):
         if not isinstance(layer, KVCache | RotatingKVCache):
             raise TypeError(f"layer {index} keeps a {type(layer).__name__}")
         keys, values = layer.keys, layer.values
-        window = layer.max_size if isinstance(layer, RotatingKVCache) else None
-        specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, window, form))
+        numbers = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, form)
+        sliding = isinstance(layer, RotatingKVCache)
+        specs.append(RingSpec(*numbers, window=layer.max_size) if sliding else KvSpec(*numbers))
     return specs
 
 
@@ -246,15 +249,15 @@ def nothing() -> LayerCache:
     return cast(LayerCache, KVCache())
 
 
-def take_rows(cache: PromptCache) -> Iterator[LayerRow]:
+def take_rows(cache: PromptCache) -> Iterator[LeafRow]:
     """Yield each layer of a finished prompt for adoption, dropping it from ``cache`` once it is copied."""
     for index, layer in enumerate(cache):
         if isinstance(layer, RotatingKVCache):
             keys, values = in_order(layer)
             kept = min(layer.offset, keys.shape[2], layer.max_size)
-            yield LayerRow((keys[:, :, -kept:], values[:, :, -kept:]))
+            yield LeafRow((keys[:, :, -kept:], values[:, :, -kept:]))
         elif isinstance(layer, KVCache):
-            yield LayerRow((layer.keys, layer.values), layer.keys.shape[2] - layer.offset)
+            yield LeafRow((layer.keys, layer.values), layer.keys.shape[2] - layer.offset)
         else:
             raise TypeError(f"layer {index}: {type(layer).__name__} has no rows to adopt")
         cache[index] = nothing()
@@ -273,8 +276,8 @@ class Rounded:
         held = end - in_order(leaf)[0].shape[2]
         first = max(held, done, min(self._exact, end))
         if first < end:
-            packed = form.unpack(form.pack(*spans(leaf, first, end).arrays))
-            sides = zip(spans(leaf, held, first).arrays, packed, strict=True)
+            packed = form.unpack(form.pack(*spans(leaf, first, end)))
+            sides = zip(spans(leaf, held, first), packed, strict=True)
             keys, values = (mx.concatenate(list(side), axis=2) for side in sides)
             put_span(leaf, keys, values, end)
 
@@ -304,22 +307,21 @@ def in_order(leaf: KVCache | RotatingKVCache) -> tuple[mx.array, mx.array]:
     return leaf._temporal_order(leaf.keys), leaf._temporal_order(leaf.values)
 
 
-def spans(leaf: LayerCache, start: int, end: int) -> LayerRow:
+def spans(leaf: LayerCache, start: int, end: int) -> Arrays:
     """Keys and values of positions [start, end) as lazy views; a window must still hold them."""
     if isinstance(leaf, RotatingKVCache):
         keys, values = in_order(leaf)
         first = leaf.offset - keys.shape[2]
         if start < first:
             raise ValueError(f"position {start} has left the window, which begins at {first}")
-        return LayerRow((keys[:, :, start - first : end - first], values[:, :, start - first : end - first]))
+        return keys[:, :, start - first : end - first], values[:, :, start - first : end - first]
     assert isinstance(leaf, KVCache)
-    return LayerRow((leaf.keys[:, :, start:end], leaf.values[:, :, start:end]))
+    return leaf.keys[:, :, start:end], leaf.values[:, :, start:end]
 
 
-def spans_of(cache: PromptCache, start: int, end: int, sliding: bool) -> list[LayerRow | None]:
-    """The same for all caches of a prompt: its plain or its sliding ones; None for the others."""
-    wanted = "window" if sliding else "kv"
-    return [spans(leaf, start, end) if cache_kind(leaf) == wanted else None for leaf in leaves(cache)]
+def spans_of(cache: PromptCache, start: int, end: int, kind: Kind) -> list[Arrays]:
+    """The same for all caches of a prompt of one kind; an empty one for the others."""
+    return [spans(leaf, start, end) if cache_kind(leaf) == kind else () for leaf in leaves(cache)]
 
 
 def snapshot(leaf: LayerCache) -> list[mx.array]:

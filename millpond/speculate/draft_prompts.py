@@ -12,7 +12,8 @@ from functools import partial
 
 import mlx.core as mx
 
-from millpond.kv.slots import LayerRow
+from millpond.kv.format import Arrays
+from millpond.kv.slots import RingSpec
 from millpond.memory.budget import PREFILL_STEP
 from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, finite, stored
 from millpond.model.lanes import Lane
@@ -73,7 +74,7 @@ class DraftPrompts:
         visit.match.chain.extend(tokens)
         for begin, end in block_grid(start, len(tokens)):
             if self._cache.missing(visit, begin, end, (Kind.KV,)):
-                record = self._form.spans(lane.spans(row, begin, end), Kind.KV)
+                record = self._form.spans(lane.spans(row, begin, end, Kind.KV), Kind.KV)
                 self._keep(visit, begin, end, {Kind.KV: record})
 
     def _keep(self, visit: Visit, begin: int, end: int, records: Mapping[Kind, Stored]) -> None:
@@ -88,18 +89,17 @@ def prompt_of_row(model: LoadedModel, lane: Lane, row: int, length: int) -> Prom
     prompt = new_prompt(model.network, model.form)
     if not length:
         return prompt
-    widest = max(spec.window or 0 for spec in model.specs)
-    plain = lane.spans(row, 0, length)
-    sliding = lane.spans(row, max(0, length - widest), length, sliding=True)
-    for leaf, spec, *either in zip(prompt.caches, model.specs, plain, sliding, strict=True):
-        (held,) = (layer for layer in either if layer is not None)
-        put_span(leaf, *_copied(held, spec.window or length), length)
+    windows = [spec.window if isinstance(spec, RingSpec) else 0 for spec in model.specs]
+    plain = lane.spans(row, 0, length, Kind.KV)
+    sliding = lane.spans(row, max(0, length - max(windows)), length, Kind.WINDOW)
+    for leaf, window, *held in zip(prompt.caches, windows, plain, sliding, strict=True):
+        put_span(leaf, *_copied(held[0] or held[1], window or length), length)
     mx.eval(cache_arrays(prompt.caches))
     prompt.length = length
     return prompt
 
 
-def _copied(layer: LayerRow, most: int) -> tuple[mx.array, mx.array]:
+def _copied(held: Arrays, most: int) -> tuple[mx.array, mx.array]:
     """The last ``most`` positions in memory of their own: rows are not written in place while somebody views them."""
-    keys, values = (mx.take(array[:, :, -most:], mx.array([0]), axis=0) for array in layer.arrays)
+    keys, values = (mx.take(array[:, :, -most:], mx.array([0]), axis=0) for array in held)
     return keys, values

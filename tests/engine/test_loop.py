@@ -9,7 +9,7 @@ import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, reference, request
 from tiny_models import CONFIGS, VOCAB, capabilities, model
 
-from millpond.kv.slots import Slot
+from millpond.kv.slots import KvSlot
 from millpond.types import ErrorKind, Finish
 
 
@@ -227,13 +227,13 @@ def test_the_next_wave_takes_the_rows_of_the_last(monkeypatch: pytest.MonkeyPatc
     """Requests that come soon after the last ones find memory of the right size; a rest gives it back."""
     driven = driver("llama", max_rows=4)
     sizes: list[int] = []
-    resize = Slot.resize
+    resize = KvSlot.resize
 
-    def counted(slot: Slot, rows: int, capacity: int) -> None:
+    def counted(slot: KvSlot, rows: int, capacity: int) -> None:
         sizes.append(rows)
         resize(slot, rows, capacity)
 
-    monkeypatch.setattr(Slot, "resize", counted)
+    monkeypatch.setattr(KvSlot, "resize", counted)
     for wave in range(3):
         for index in range(4):
             driven.submit(request(f"w{wave} r{index}", prompt(100 + index, wave), 5))

@@ -14,20 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from millpond.kv.arena import Arena
 from millpond.kv.format import Arrays, KvFormat
-from millpond.kv.slots import RING_SLACK, LayerRow, LayerSpec, Slot
+from millpond.kv.leaf import LeafRow
+from millpond.kv.slots import RING_SLACK, KvSlot, KvSpec, RingSpec
 from millpond.types import KvPacking
 
 HEADS, KEY_DIM, VALUE_DIM, WINDOW = 2, 3, 5, 8
 SPECS = [
-    LayerSpec(HEADS, KEY_DIM, VALUE_DIM, mx.float32, None),
-    LayerSpec(HEADS, KEY_DIM, VALUE_DIM, mx.float32, WINDOW),
+    KvSpec(HEADS, KEY_DIM, VALUE_DIM, mx.float32),
+    RingSpec(HEADS, KEY_DIM, VALUE_DIM, mx.float32, window=WINDOW),
 ]
 RAMP = 0.25
 
 
-def packed_specs(bits: int, start: int = 0) -> list[LayerSpec]:
+def packed_specs(bits: int, start: int = 0) -> list[KvSpec]:
     form = KvFormat(KvPacking(bits=bits, group_size=32, start=start))
-    return [LayerSpec(HEADS, 32, 64, mx.float32, window, form) for window in (None, WINDOW)]
+    sizes = (HEADS, 32, 64, mx.float32, form)
+    return [KvSpec(*sizes), RingSpec(*sizes, window=WINDOW)]
 
 
 def entries(marks: list[int], dim: int) -> mx.array:
@@ -37,17 +39,17 @@ def entries(marks: list[int], dim: int) -> mx.array:
     return mx.array(mark * 100 + head * 20 + np.arange(dim, dtype=np.float32) * np.float32(RAMP))
 
 
-def layer_row(spec: LayerSpec, marks: list[int]) -> LayerRow:
+def leaf_row(spec: KvSpec, marks: list[int]) -> LeafRow:
     """A finished prompt, as the slots of a layer take it."""
-    behind = marks[-spec.window :] if spec.window else marks[spec.exact :]
+    behind = marks[-spec.window :] if isinstance(spec, RingSpec) else marks[spec.exact :]
     before = marks[: spec.exact]
     arrays: Arrays = (entries(behind, spec.key_dim), entries(behind, spec.value_dim))
     if spec.format.packs:
         arrays = spec.format.pack(*arrays) if behind else ()
-    return LayerRow(arrays, exact=(entries(before, spec.key_dim), entries(before, spec.value_dim)) if before else ())
+    return LeafRow(arrays, exact=(entries(before, spec.key_dim), entries(before, spec.value_dim)) if before else ())
 
 
-def seen_by(slot: Slot) -> list[npt.NDArray[np.float32]]:
+def seen_by(slot: KvSlot) -> list[npt.NDArray[np.float32]]:
     """Keys and values [n, heads, width, dim] of all segments, unpacked."""
     sides: list[list[mx.array]] = [[], []]
     for segment in slot.sides():
@@ -83,7 +85,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model) < 6)
     def adopt(self, length: int) -> None:
         marks = self.fresh(length)
-        layers = [layer_row(spec, marks) for spec in self.specs]
+        layers = [leaf_row(spec, marks) for spec in self.specs]
         assert self.arena.adopt(layers if length else (), length) == len(self.model)
         self.model.append(marks)
         self.written.append((length, length))
@@ -151,7 +153,7 @@ class ArenaMachine(RuleBasedStateMachine):
                     history = marks + written[row]
                     for query in range(columns):
                         visible = history[: len(marks) + query + 1]
-                        if spec.window is not None:
+                        if isinstance(spec, RingSpec):
                             visible = visible[-spec.window :]
                         shown = np.ones(side.shape[2], bool) if mask is None else np.array(mask)[row, 0, query]
                         found = side[row][:, shown]
@@ -166,7 +168,7 @@ class ArenaMachine(RuleBasedStateMachine):
         assert self.arena.slots or not self.model
         for spec, slot in zip(self.specs, self.arena.slots, strict=False):
             assert slot.arrays[0].shape[0] >= len(self.model)
-            if spec.window is not None:
+            if isinstance(spec, RingSpec):
                 assert slot.capacity == WINDOW + RING_SLACK
 
 
@@ -210,7 +212,7 @@ def test_exact_positions_are_not_packed(start: int) -> None:
     keys, values = (rng.standard_normal((2, HEADS, 300, dim)).astype(np.float32) for dim in (32, 64))
     for length in (1, start - 2):
         exact = mx.array(keys[1:, :, :length]), mx.array(values[1:, :, :length])
-        arena.adopt([LayerRow((), exact=exact)], length)
+        arena.adopt([LeafRow((), exact=exact)], length)
     for counts in ([4, 0], [4, 1], [4, 3]):  # what is refused is written again
         done = arena.lengths[1]
         (slot,) = arena.begin(4)
@@ -227,7 +229,7 @@ def test_exact_positions_are_not_packed(start: int) -> None:
 
 def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
     """A long prompt's arrival must not copy the whole batch at once, nor may a decode step in between."""
-    specs = [LayerSpec(1, 4, 4, mx.float32, None)] * 4
+    specs = [KvSpec(1, 4, 4, mx.float32)] * 4
     arena = Arena(specs)
     arena.adopt((), 0)
     for quarter in range(1, 5):
@@ -236,7 +238,7 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
         arena.advance([1])
         assert [slot.capacity for slot in arena.slots] == [2048] * quarter + [256] * (4 - quarter)
     arrays = [slot.arrays[0] for slot in arena.slots]
-    layer = LayerRow((mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4))))
+    layer = LeafRow((mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4))))
     arena.adopt([layer] * 4, 2000)
     assert [slot.arrays[0].shape for slot in arena.slots] == [array.shape for array in arrays]
 
@@ -244,7 +246,7 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
 def test_aligned_rows_need_no_mask() -> None:
     arena = Arena(SPECS[:1])
     for _ in range(2):
-        arena.adopt([LayerRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
+        arena.adopt([LeafRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
     (slot,) = arena.begin(1)
     assert slot.make_mask(1) is None
 
@@ -252,15 +254,15 @@ def test_aligned_rows_need_no_mask() -> None:
 def test_scrub_removes_non_finite_numbers() -> None:
     arena = Arena(SPECS[:1])
     poison = mx.full((1, HEADS, 4, KEY_DIM), float("nan")), mx.full((1, HEADS, 4, VALUE_DIM), float("nan"))
-    arena.adopt([LayerRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
-    arena.adopt([LayerRow(poison)], 4)
+    arena.adopt([LeafRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
+    arena.adopt([LeafRow(poison)], 4)
     arena.release(1, scrub=True)
     assert all(bool(mx.isfinite(array).all()) for array in arena.arrays())
 
 
 def test_arrays_are_written_in_place() -> None:
     """The donation canary in small: many writes must not allocate a second arena."""
-    arena = Arena([LayerSpec(4, 64, 64, mx.float32, None)] * 2)
+    arena = Arena([KvSpec(4, 64, 64, mx.float32)] * 2)
     arena.adopt((), 0)
     arena.advance([4000])
     arena.begin(1)
@@ -282,12 +284,12 @@ def test_arrays_are_written_in_place() -> None:
 
 def test_joining_and_leaving_cost_one_row() -> None:
     """Whoever leaves in the middle is replaced by the last row; nobody else's numbers are copied (D1)."""
-    spec = LayerSpec(2, 64, 64, mx.float32, None)
+    spec = KvSpec(2, 64, 64, mx.float32)
     arena = Arena([spec] * 3)
     rows, row_bytes = 16, spec.row_bytes(256)
 
     def joining() -> None:
-        arena.adopt([LayerRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
+        arena.adopt([LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
 
     def most_bytes(work: Callable[[], object]) -> int:
         """Held at once besides the arena itself."""

@@ -13,6 +13,7 @@ from engine_driver import Driver, assert_same_or_tied, reference, request
 from tiny_models import SLOT_KINDS, SOLO_KINDS, VOCAB, save
 
 from millpond.kv.format import AS_COMPUTED
+from millpond.kv.slots import KvSlot
 from millpond.model.load import LoadedModel, kept_as, load
 from millpond.model.probe import probe
 
@@ -54,7 +55,7 @@ class DependsOnNeighbours(Altered):
 
 class KeepsReferences(Altered):
     def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
-        if hasattr(cache[0], "rows"):
+        if isinstance(cache[0], KvSlot):
             self.kept += [layer.sides()[0][0][0] for layer in cache]  # type: ignore[attr-defined]
         return logits
 

@@ -16,8 +16,9 @@ from millpond.kv.arena import Arena
 from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
 from millpond.model.forwards import prefill
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.model.upstream import cache_bytes, layer_specs, rounded, spans, window_of
+from millpond.model.upstream import cache_bytes, cache_kind, layer_specs, rounded, spans, window_of
 from millpond.native.decode import available
+from millpond.prefix.records import Kind
 from millpond.types import KvPacking
 
 KINDS = ["wide_llama", "wide_gemma3_text"]
@@ -94,7 +95,7 @@ def test_each_position_is_packed_once(kind: str, chunks: str, start: int) -> Non
             window = window_of(leaf)
             first = begin if window else max(begin, start)
             if first < end:
-                for ours, expected in zip(next(given), spans(leaf, first, end).arrays, strict=True):
+                for ours, expected in zip(next(given), spans(leaf, first, end), strict=True):
                     assert np.array_equal(numbers(ours), numbers(expected))
                 packed[layer] += end - first
         assert next(given, None) is None
@@ -102,7 +103,7 @@ def test_each_position_is_packed_once(kind: str, chunks: str, start: int) -> Non
         assert packed[layer] == LENGTH - (0 if window_of(leaf) else start)
     given_before = len(form.given)
     for begin in range(64, LENGTH - WINDOW, 50):
-        prompt.spans(begin, begin + 50, sliding=False)
+        prompt.spans(begin, begin + 50, Kind.KV)
     list(prompt.rows())
     assert len(form.given) == given_before, "asking for it packs nothing again"
 
@@ -116,16 +117,16 @@ def test_spans_equal_packing_the_whole(kind: str, chunks: str, bits: int, native
         pytest.skip("only where attention over slots is computed in C")
     form = form_of(bits, 64, native=native)
     prompt = read(kind, form, CHUNKS[chunks])
-    for sliding, ranges in (
-        (False, [(0, 64), (3, 40), (64, 128), (64, LENGTH), (100, 101), (126, 130), (190, 289), (299, 300)]),
-        (True, [(220, 300), (221, 289), (255, 257), (299, 300)]),
+    for kept, ranges in (
+        (Kind.KV, [(0, 64), (3, 40), (64, 128), (64, LENGTH), (100, 101), (126, 130), (190, 289), (299, 300)]),
+        (Kind.WINDOW, [(220, 300), (221, 289), (255, 257), (299, 300)]),
     ):
         for start, end in ranges:
-            for leaf, row in zip(prompt.caches, prompt.spans(start, end, sliding), strict=True):
-                assert (row is not None) == (bool(window_of(leaf)) == sliding)
-                if row is not None:
-                    exact = spans(leaf, start, end).arrays
-                    assert_same(row.arrays, exact if end <= 64 and not sliding else form.pack(*exact))
+            for leaf, row in zip(prompt.caches, prompt.spans(start, end, kept), strict=True):
+                assert bool(row) == (cache_kind(leaf) == kept)
+                if row:
+                    exact = spans(leaf, start, end)
+                    assert_same(row, exact if end <= 64 and kept is Kind.KV else form.pack(*exact))
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
@@ -144,13 +145,13 @@ def test_what_has_left_the_window_is_dropped(chunks: str) -> None:
                 assert pieces[-1].end == end
                 assert all(piece.arrays[0].shape[2] == piece.end - piece.start for piece in pieces)
                 firsts.add(pieces[0].start)
-        for leaf, row in zip(prompt.caches, prompt.spans(seen, end, sliding=True), strict=True):
-            if row is not None and end - begin > 1:  # the cache's own ring has moved on after a single token
-                assert_same(row.arrays, form.pack(*spans(leaf, seen, end).arrays))
+        for leaf, row in zip(prompt.caches, prompt.spans(seen, end, Kind.WINDOW), strict=True):
+            if row and end - begin > 1:  # the cache's own ring has moved on after a single token
+                assert_same(row, form.pack(*spans(leaf, seen, end)))
         (first,) = firsts
         if first:
             with pytest.raises(ValueError, match=f"position {first - 1} has left the window"):
-                prompt.spans(first - 1, end, sliding=True)
+                prompt.spans(first - 1, end, Kind.WINDOW)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -168,9 +169,9 @@ def test_a_row_adopts_what_packing_the_whole_would_give(kind: str, length: int, 
         window = window_of(leaf)
         border = max(0, length - window) if window else min(start, length)
         if border < length:
-            assert_same(slot.span(row, border, length), form.pack(*spans(leaf, border, length).arrays))
+            assert_same(slot.span(row, border, length), form.pack(*spans(leaf, border, length)))
         if border and not window:
-            assert_same(slot.span(row, 0, border), spans(leaf, 0, border).arrays)
+            assert_same(slot.span(row, 0, border), spans(leaf, 0, border))
 
 
 def test_rows_drop_each_layer_once_it_is_copied() -> None:
@@ -195,21 +196,21 @@ def test_rounded_caches_hold_what_the_pieces_unpack_to(kind: str, start: int) ->
     """The reference that the probe compares slots with must be off by the same rounding."""
     form = form_of(start=start)
     prompt = read(kind, form, [90, 200])
-    before = [spans(leaf, 0, min(start, 290)).arrays if not window_of(leaf) else () for leaf in prompt.caches]
+    before = [spans(leaf, 0, min(start, 290)) if not window_of(leaf) else () for leaf in prompt.caches]
     exact = [tuple(numbers(array) for array in arrays) for arrays in before]
-    packed = [prompt.spans(max(start, 210), 290, sliding) for sliding in (False, True)]
+    packed = [prompt.spans(max(start, 210), 290, kept) for kept in (Kind.KV, Kind.WINDOW)]
     for leaf, own, *rows in zip(rounded(prompt.caches, form), exact, *packed, strict=True):
-        (row,) = [row for row in rows if row is not None]
-        held = spans(leaf._leaf, max(start, 210), 290).arrays
-        assert_same(held, form.unpack(row.arrays))
-        for ours, expected in zip(spans(leaf._leaf, 0, start).arrays if own else (), own, strict=True):
+        (row,) = filter(None, rows)
+        held = spans(leaf._leaf, max(start, 210), 290)
+        assert_same(held, form.unpack(row))
+        for ours, expected in zip(spans(leaf._leaf, 0, start) if own else (), own, strict=True):
             assert np.array_equal(numbers(ours), expected)
 
 
 def test_nothing_is_packed_that_need_not_be() -> None:
     prompt = read(KINDS[1], AS_COMPUTED, [100, 50])
     assert prompt.pieces == []
-    for sliding in (False, True):
-        for leaf, row in zip(prompt.caches, prompt.spans(100, 150, sliding), strict=True):
-            if row is not None:
-                assert_same(row.arrays, spans(leaf, 100, 150).arrays)
+    for kept in (Kind.KV, Kind.WINDOW):
+        for leaf, row in zip(prompt.caches, prompt.spans(100, 150, kept), strict=True):
+            if row:
+                assert_same(row, spans(leaf, 100, 150))

@@ -9,7 +9,8 @@ import pytest
 
 from millpond.kv.arena import Arena
 from millpond.kv.format import KvFormat
-from millpond.kv.slots import LayerRow, LayerSpec
+from millpond.kv.leaf import LeafRow
+from millpond.kv.slots import KvSpec, RingSpec
 from millpond.model.attention import over
 from millpond.model.cpu_math import attention
 from millpond.types import KvPacking
@@ -30,7 +31,8 @@ def rounded(form: KvFormat, start: int, *sides: Floats) -> list[Floats]:
 def test_it_sees_what_the_slots_hold(start: int, window: int | None, columns: int, lengths: list[int]) -> None:
     form, rng = KvFormat(KvPacking(bits=8, group_size=32, start=start)), np.random.default_rng(0)
     value_dim = 32 if start and not window else DIM  # mlx-lm's attention, taken when all is packed, knows one size
-    spec = LayerSpec(GROUPS, DIM, value_dim, mx.float32, window, form)
+    sizes = (GROUPS, DIM, value_dim, mx.float32, form)
+    spec = RingSpec(*sizes, window=window) if window else KvSpec(*sizes)
     arena, pasts = Arena([spec]), []
     for length in lengths:
         whole = [rng.standard_normal((GROUPS, length + columns, dim)).astype(np.float32) for dim in (DIM, value_dim)]
@@ -38,7 +40,7 @@ def test_it_sees_what_the_slots_hold(start: int, window: int | None, columns: in
         first = max(0, length - window) if window else exact
         before, behind = ([mx.array(side[None, :, a:b]) for side in whole] for a, b in ((0, exact), (first, length)))
         arrays = form.pack(*behind) if first < length else ()
-        arena.adopt([LayerRow(arrays, exact=tuple(before) if exact else ())], length)
+        arena.adopt([LeafRow(arrays, exact=tuple(before) if exact else ())], length)
         pasts.append(whole)
     (slot,) = arena.begin(columns)
     mask = slot.make_mask(columns)

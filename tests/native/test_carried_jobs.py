@@ -27,7 +27,7 @@ def job_matrix(arena: Arena) -> Floats:
     (slot,) = arena.begin(1)
     asked = slot._job((len(arena.lengths), LAYER.heads, LAYER.groups, 1), 1.0, True)
     room = decode.SIDE * decode.SIDE * 4
-    return np.frombuffer((asked + slot.rows.forward.packed_lengths).ljust(room, b"\0"), np.float32).reshape(32, 32)
+    return np.frombuffer((asked + slot.forward.packed_lengths).ljust(room, b"\0"), np.float32).reshape(32, 32)
 
 
 def arguments(new: list[Past], queries: Floats, result: int) -> Floats:
@@ -120,7 +120,7 @@ def test_slots_with_gaps_are_refused() -> None:
             decode.store([array], decode.FLOAT_BITS, 0)
     arena, new, queries = filled(LAYER, 3, 4)
     segment = arena.slots[0].segments[0]
-    segment.arrays[1] = mx.concatenate([segment.arrays[1]] * 2, axis=3)[..., ::2]
-    arena.slots[0]._asked_for = None
+    keys, values = segment.arrays
+    segment.arrays = [keys, mx.concatenate([values] * 2, axis=3)[..., ::2]]
     with pytest.raises(ValueError, match="without gaps"):
         forward(arena, new, queries)

@@ -16,7 +16,7 @@ from tiny_models import CONTEXT, VOCAB, save
 from tiny_tokenizers import byte_level_backend, write_folder
 
 from millpond.kv.arena import Arena
-from millpond.kv.slots import RING_SLACK, LayerSpec
+from millpond.kv.slots import RING_SLACK, RingSpec
 from millpond.model.lanes import SoloLane
 from millpond.model.load import LoadedModel, kept_as, load
 from millpond.model.upstream import new_cache
@@ -438,7 +438,7 @@ def test_usable_again_after_a_failure(model: LoadedModel) -> None:
 
 
 def test_going_back_knows_its_limits() -> None:
-    arena = Arena([LayerSpec(1, 4, 4, mx.float32, 8)])
+    arena = Arena([RingSpec(1, 4, 4, mx.float32, window=8)])
     arena.adopt((), 0)
     arena.advance([RING_SLACK + 1])
     with pytest.raises(ValueError, match="at most"):

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from millpond.kv.arena import Arena
 from millpond.kv.format import Arrays, KvFormat
-from millpond.kv.slots import LayerRow, LayerSpec
+from millpond.kv.leaf import LeafRow
+from millpond.kv.slots import KvSpec, RingSpec
 from millpond.model.cpu_math import LOG2_E
 from millpond.types import KvPacking
 
@@ -35,9 +36,10 @@ class Layer:
     value_dim: int = 32
 
     @property
-    def spec(self) -> LayerSpec:
+    def spec(self) -> KvSpec:
         form = KvFormat(self.packing, native=True)
-        return LayerSpec(self.groups, self.key_dim, self.value_dim, mx.float32, self.window, form)
+        sizes = (self.groups, self.key_dim, self.value_dim, mx.float32, form)
+        return RingSpec(*sizes, window=self.window) if self.window else KvSpec(*sizes)
 
     @property
     def heads(self) -> int:
@@ -80,7 +82,7 @@ def kept(layer: Layer, past: Past) -> Past:
     return past.cut(0, spec.exact).followed_by(Past(np.array(keys)[0], np.array(values)[0]))
 
 
-def layer_row(layer: Layer, past: Past) -> LayerRow:
+def leaf_row(layer: Layer, past: Past) -> LeafRow:
     """A finished prompt as an arena adopts it."""
     spec, form = layer.spec, layer.spec.format
     exact = min(spec.exact, past.length)
@@ -89,11 +91,11 @@ def layer_row(layer: Layer, past: Past) -> LayerRow:
     arrays: Arrays = (mx.array(behind.keys[None]), mx.array(behind.values[None]))
     if form.packs:
         arrays = form.pack(*arrays) if behind.length else ()
-    return LayerRow(arrays, exact=(mx.array(before.keys[None]), mx.array(before.values[None])) if exact else ())
+    return LeafRow(arrays, exact=(mx.array(before.keys[None]), mx.array(before.values[None])) if exact else ())
 
 
 def adopt(arena: Arena, layer: Layer, past: Past) -> None:
-    arena.adopt([layer_row(layer, past)] if past.length else (), past.length)
+    arena.adopt([leaf_row(layer, past)] if past.length else (), past.length)
 
 
 def expected(layer: Layer, past: Past, queries: Floats) -> npt.NDArray[np.float64]:

@@ -1,0 +1,105 @@
+"""What the arena asks of a leaf: one cache of one layer, kept for all rows of the running batch.
+
+Most layers have one leaf, some have several; leaves are numbered through all layers. Each kind of leaf is a pair: a
+spec, which says what a row takes, and a slot, which holds the rows. The arena and the lanes go over leaves and know
+nothing else of them. What a model asks of its cache is between the slot and the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+
+from millpond.kv.format import Arrays
+from millpond.kv.rows import Forward
+from millpond.prefix.records import Kind
+
+
+class LeafRow(NamedTuple):
+    """One leaf of one row, [1, heads, m + spare, x] each: the last m positions, in order."""
+
+    arrays: Arrays
+    """Behind the exact positions; none where there are no such."""
+    spare: int = 0
+    """Unused positions at the end of them."""
+    exact: Arrays = ()
+    """Keys and values of the positions that are never packed; none where there are no such."""
+
+    @property
+    def used(self) -> Arrays:
+        """The arrays without the unused positions."""
+        return tuple(array[:, :, : -self.spare] for array in self.arrays) if self.spare else self.arrays
+
+
+class LeafSpec(Protocol):
+    """What a leaf keeps of each row. Immutable."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which records of the prefix cache it belongs to."""
+
+    @property
+    def rewinds(self) -> int:
+        """Most tokens that a row can go back."""
+
+    @property
+    def deferred(self) -> bool:
+        """Spans of what a step writes can be taken only once the step has been read."""
+
+    def row_bytes(self, capacity: int) -> int:
+        """Bytes of one row with room for ``capacity`` positions."""
+
+    def slot(self, leaf: LeafRow, length: int, capacity: int) -> Slot:
+        """One row of ``length`` tokens that holds ``leaf``, with room for ``capacity`` positions; arrays of the right
+        size are taken as they are."""
+
+
+class Slot(Protocol):
+    """One leaf of all rows. Whatever changes a row here is evaluated by the caller, unless it says otherwise."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def row_count(self) -> int:
+        """Rows that there is room for."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def arrays(self) -> Sequence[mx.array]:
+        """What a step must evaluate so that no lazy graph survives it."""
+
+    # --- a forward ---
+
+    def begin(self, forward: Forward) -> None:
+        """A forward over all rows is about to be built; there is room for it."""
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """It has been built, and of row i the first ``counts[i]`` new tokens are kept."""
+
+    # --- rows ---
+
+    def put(self, row: int, leaf: LeafRow, length: int) -> None:
+        """Fill a row with a finished prompt of ``length`` tokens, which may be 0."""
+
+    def span(self, row: int, start: int, end: int) -> Arrays:
+        """What records hold of positions [start, end) of a row, lazily."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row of ``length`` tokens over another one. Evaluates the copy."""
+
+    def scrub(self, row: int) -> None:
+        """Zero a row that held non-finite numbers."""
+
+    # --- room ---
+
+    def fits(self, rows: int, capacity: int) -> bool:
+        """Whether there is room for so many rows of so many positions."""
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Reallocate to the given sizes, keeping what fits."""
+
+    def shrink(self, rows: int, capacity: int) -> None:
+        """Give back what is beyond the given sizes."""
