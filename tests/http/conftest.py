@@ -22,6 +22,7 @@ import httpx
 import openai
 import pytest
 from nursery import AVAILABLE, Nursery, Process
+from raw_target import Target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TEMPLATE = (
@@ -203,6 +204,20 @@ def server(start_server: StartServer) -> Iterator[Server]:
     """One plain server for all tests that do not disturb it."""
     with start_server("plain") as shared:
         yield shared
+
+
+@pytest.fixture(scope="session")
+def shot_at(start_server: StartServer) -> Iterator[Target]:
+    """One server for bytes that no HTTP library would send."""
+    with start_server("plain", "allowed_hosts", "*") as server:
+        yield Target(server)
+
+
+@pytest.fixture
+def target(shot_at: Target) -> Iterator[Target]:
+    """The same, which has taken no harm after each test."""
+    yield shot_at
+    shot_at.check_steady()
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -32,22 +30,7 @@ from raw_target import (
     post,
 )
 
-if TYPE_CHECKING:
-    from conftest import StartServer
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-@pytest.fixture(scope="module")
-def target(start_server: StartServer) -> Iterator[Target]:
-    with start_server("plain", "allowed_hosts", "*") as server:
-        yield Target(server)
-
-
-@pytest.fixture(autouse=True)
-def steady(target: Target) -> Iterator[None]:
-    yield
-    target.check_steady()
 
 
 # --- several on one connection ------------------------------------------------------------------------------------

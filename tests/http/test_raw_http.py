@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 from raw_client import answers, connect, receive, send
@@ -28,22 +26,7 @@ from raw_target import (
     post,
 )
 
-if TYPE_CHECKING:
-    from conftest import StartServer
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-@pytest.fixture(scope="module")
-def target(start_server: StartServer) -> Iterator[Target]:
-    with start_server("plain", "allowed_hosts", "*") as server:
-        yield Target(server)
-
-
-@pytest.fixture(autouse=True)
-def steady(target: Target) -> Iterator[None]:
-    yield
-    target.check_steady()
 
 
 # --- bodies in chunks ---------------------------------------------------------------------------------------------
