@@ -163,7 +163,7 @@ def main() -> None:
         model="",
         silence_seconds=SECONDS,
     )
-    start = Start(model_path="", max_rows=given.rows, max_itl_ms=400.0)
+    start = Start(model_path="", max_batch=given.rows, max_itl_ms=400.0)
     place = msgspec.structs.replace(settings, rank=0, listen_fd=listener.detach())
     leader = Leader(place, start, mx.distributed.init, fail)
     other = subprocess.Popen([sys.executable, __file__, "--follow"], stdin=subprocess.PIPE)

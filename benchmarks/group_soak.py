@@ -30,7 +30,8 @@ from millpond.client.stream import EngineError
 from millpond.config import read_config
 from millpond.launch.followers import RANK_COMMAND, GroupPlan
 from millpond.launch.layout import group_layout
-from millpond.types import PrefixSettings, Request, SamplingParams, SpecMode, SpecSettings, Speculation
+from millpond.settings import PrefixSettings
+from millpond.types import Request, SamplingParams, SpecMode, SpecSettings, Speculation
 
 CLIENTS = 8
 PATIENCE = 60.0
@@ -140,10 +141,10 @@ async def soak(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         start = wire.Start(
             model_path=args.model,
-            max_rows=8,
+            max_batch=8,
             max_itl_ms=400,
-            kv_budget_bytes=args.kv_mb * 2**20,
-            prefix=PrefixSettings(folder=folder, ssd_bytes=1 << 30, ssd_policy="second-use"),
+            kv_memory_bytes=args.kv_mb * 2**20,
+            prefix=PrefixSettings(cache_dir=folder, cache_ssd=1 << 30),
             spec=SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=4, adaptive=False)),
         )
         ranks = GroupPlan(layout, args.model, args.model, ssh=tuple(args.ssh.split()))

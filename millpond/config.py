@@ -20,6 +20,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, Va
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.paths import expanded
 from millpond.reference import allowed, default, page
+from millpond.settings import PrefixSettings, SavePolicy
 from millpond.types import GRID, GROUP_SIZES, MOST_DRAFT_TOKENS, KvPacking, SpecMode, SpecSettings, Speculation
 from millpond.values import MOST_COUNT, Command, Duration, Hosts, Origins, RealPath, Silence, Size, Words
 
@@ -338,6 +339,21 @@ class ServeConfig(BaseModel):
     def packing(self) -> KvPacking:
         """How keys and values are kept."""
         return KvPacking(bits=self.kv_bits, group_size=self.kv_group_size, start=self.kv_quant_start)
+
+    def prefix_settings(self, label: str = "") -> PrefixSettings:
+        """How prefixes are cached. ``label``: what the SSD tier calls the model."""
+        return PrefixSettings(
+            cache_ram=None if self.cache_ram is None else int(self.cache_ram),
+            cache_selfcheck=self.cache_selfcheck,
+            cache_dir=str(self.cache_folder or ""),
+            cache_ssd=int(self.cache_ssd),
+            ssd_policy=SavePolicy(self.ssd_policy),
+            ssd_durability=self.ssd_durability,
+            ssd_ttl=self.ssd_ttl,
+            ssd_daily_writes=int(self.ssd_daily_writes),
+            ssd_min_free=int(self.ssd_min_free),
+            label=label,
+        )
 
 
 def read_file(path: str) -> dict[str, object]:

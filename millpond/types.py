@@ -174,26 +174,6 @@ class KvPacking(msgspec.Struct, frozen=True, kw_only=True):
 UNPACKED = KvPacking()
 
 
-class PrefixSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How the prefix cache is set up; see config.py for what each means to the user."""
-
-    ram_bytes: int | None = None
-    """None: chosen from the machine's memory; 0: nothing is cached."""
-    selfcheck: int = 0
-    folder: str = ""
-    ssd_bytes: int = 0
-    """0: no SSD tier."""
-    ssd_policy: str = "off"
-    durable: bool = False
-    ttl_seconds: float = 0.0
-    """0: no limit."""
-    daily_bytes: int = 0
-    """0: no limit."""
-    least_free_bytes: int = 0
-    label: str = ""
-    """The model's name, for people who look into the folder."""
-
-
 class SpecSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How speculative decoding is set up; see config.py for what each means to the user."""
 
@@ -355,7 +335,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Which matrix library a CPU run uses; empty on a GPU."""
     kv_bytes_per_token: int
     """Of keys and values in a row, in a cached block and on the SSD, in layers whose cache grows with the context."""
-    max_rows: int
+    max_batch: int
     ranks: int = 1
     """Processes that run it together; bytes are of each."""
     fingerprint: str

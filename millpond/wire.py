@@ -10,6 +10,7 @@ import struct
 
 import msgspec
 
+from millpond.settings import PrefixSettings
 from millpond.types import (
     UNPACKED,
     Delta,
@@ -20,13 +21,12 @@ from millpond.types import (
     ModelInfo,
     PrefixLoad,
     PrefixReport,
-    PrefixSettings,
     Request,
     Salt,
     SpecSettings,
 )
 
-VERSION = 7
+VERSION = 8
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -45,11 +45,11 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     model_path: str
     context_length: int = 0
     """0: the model's own."""
-    max_rows: int
+    max_batch: int
     max_itl_ms: float
     prefill_chunk: int = 0
     """Most prompt tokens in one forward; 0: chosen by device."""
-    kv_budget_bytes: int = 0
+    kv_memory_bytes: int = 0
     """0: chosen from the machine's memory."""
     packing: KvPacking = UNPACKED
     prefix: PrefixSettings = PrefixSettings()

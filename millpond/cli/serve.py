@@ -31,7 +31,7 @@ from millpond.http.keys import BadKeys, Keys
 from millpond.hub.cache import problem as cache_problem
 from millpond.launch.followers import RANK_COMMAND, GroupPlan
 from millpond.observe.log import configure, kv, last_words
-from millpond.types import ModelInfo, PrefixSettings
+from millpond.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -134,23 +134,12 @@ class Front:
         start = wire.Start(
             model_path=engine_path or str(path),
             context_length=config.context_length,
-            max_rows=config.max_batch,
+            max_batch=config.max_batch,
             max_itl_ms=config.max_itl_ms,
             prefill_chunk=config.prefill_chunk,
-            kv_budget_bytes=config.kv_memory_mb * 2**20,
+            kv_memory_bytes=config.kv_memory_mb * 2**20,
             packing=config.packing,
-            prefix=PrefixSettings(
-                ram_bytes=None if config.cache_ram is None else int(config.cache_ram),
-                selfcheck=config.cache_selfcheck,
-                folder=str(config.cache_folder or ""),
-                ssd_bytes=int(config.cache_ssd),
-                ssd_policy=config.ssd_policy,
-                durable=config.ssd_durability == "durable",
-                ttl_seconds=config.ssd_ttl,
-                daily_bytes=int(config.ssd_daily_writes),
-                least_free_bytes=int(config.ssd_min_free),
-                label=self._served,
-            ),
+            prefix=config.prefix_settings(self._served),
             spec=config.spec_settings(draft_path),
         )
         environment = log_environment(config)
@@ -267,7 +256,7 @@ class Front:
             blas=info.blas or None,
             dtype=info.dtype,
             context=info.context_length,
-            rows=info.max_rows,
+            rows=info.max_batch,
             fingerprint=info.fingerprint[:12],
             prefix_cache=info.prefix_cache or None,
             prefix_cache_reason=info.prefix_cache_reason or None,

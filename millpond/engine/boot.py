@@ -40,7 +40,7 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
     speculator, modes = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, party.world, ranks
     )
-    engine = assembled(ready, start.max_rows, start.max_itl_ms, speculator, link.inbox, link, ranks)
+    engine = assembled(ready, start.max_batch, start.max_itl_ms, speculator, link.inbox, link, ranks)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
@@ -66,7 +66,7 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
                 device=f"{mx.default_device().type.name} ({platform.machine()})",
                 blas=blas if model.on_cpu else "",
                 kv_bytes_per_token=model.sizes.token_bytes,
-                max_rows=start.max_rows,
+                max_batch=start.max_batch,
                 fingerprint=ready.content,
                 weight_bytes=model.weight_bytes,
                 kv_limit_bytes=budget.limit_bytes,
@@ -85,7 +85,7 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
 
 def assembled(
     ready: Prepared,
-    max_rows: int,
+    max_batch: int,
     max_itl_ms: float,
     speculator: Speculator,
     inbox: Inbox,
@@ -94,7 +94,7 @@ def assembled(
 ) -> Engine:
     """The engine, made of what has been prepared."""
     model, capabilities, costs, limit = ready.model, ready.capabilities, ready.costs, ready.budget.limit_bytes
-    scheduler = Scheduler(Limits(max_rows, max_itl_ms, ready.chunk), ready.budget, costs)
+    scheduler = Scheduler(Limits(max_batch, max_itl_ms, ready.chunk), ready.budget, costs)
     executor = ready.executor(ranks)
     return Engine(model, capabilities, scheduler, costs, limit, executor, speculator, inbox, outbox)
 

@@ -31,12 +31,11 @@ from millpond.model.probe import Capabilities, warm_up
 from millpond.model.shard import Group, agreement
 from millpond.observe.log import kv
 from millpond.prefix.cache import PrefixCache
-from millpond.prefix.disk.events import Opened, SsdEvent, SsdLimits
+from millpond.prefix.disk.events import Opened, SsdEvent
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.keys import Namespace
-from millpond.prefix.policy import SavePolicy
 from millpond.schedule.costs import CostModel
-from millpond.types import PrefixSettings
+from millpond.settings import PrefixSettings
 from millpond.wire import Start
 
 log = logging.getLogger(__name__)
@@ -113,13 +112,13 @@ def prepare(
         if drafter is not None and draft_digest is not None and capabilities.slots:
             draft = LoadedDraft(drafter, folder, draft_digest.result())
     chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
-    budget, draft_bytes = _budget(model, start.kv_budget_bytes, chunk, draft, party.neighbours)
+    budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, party.neighbours)
     layers = tuple(model.blocks.layers) if isinstance(model.blocks, BlockFormat) else (repr(model.form), *model.kinds)
     found = party.settle(Found(capabilities=capabilities, limit_bytes=budget.limit_bytes, layers=layers))
     capabilities, budget = found.capabilities, replace(budget, limit_bytes=found.limit_bytes)
     model = _within_memory(model, budget, model.context_length if group is None else LONGEST_TOLD)
     costs = CostModel()
-    uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.ram_bytes == 0 else "")
+    uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.cache_ram == 0 else "")
     prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
         prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, party)
@@ -158,20 +157,12 @@ def _prefixes(
     namespace = Namespace(
         weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=party.rank, world=party.world
     ).digest
-    limit = blocks_limit(settings.ram_bytes, budget.limit_bytes, party.neighbours)
-    selfcheck = settings.selfcheck if party.rank == 0 else 0
+    limit = blocks_limit(settings.cache_ram, budget.limit_bytes, party.neighbours)
+    selfcheck = settings.cache_selfcheck if party.rank == 0 else 0
     cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), selfcheck)
-    folder = _ssd_folder(settings) if settings.ssd_bytes else None
+    folder = _ssd_folder(settings) if settings.cache_ssd else None
     if folder is None:
         return Prefixes(model.network, model.form, blocks, cache)
-    limits = SsdLimits(
-        cap_bytes=settings.ssd_bytes,
-        least_free_bytes=settings.least_free_bytes,
-        ttl_seconds=settings.ttl_seconds or None,
-        daily_bytes=settings.daily_bytes or None,
-        durable=settings.durable,
-        writes=settings.ssd_policy != SavePolicy.OFF,
-    )
     opened = threading.Event()
 
     def notify(event: SsdEvent) -> None:
@@ -179,14 +170,14 @@ def _prefixes(
         if isinstance(event, Opened):
             opened.set()
 
-    ssd = SsdTier(folder, namespace, settings.label, limits, notify)
+    ssd = SsdTier(folder, namespace, settings, notify)
 
     def prefill_seconds(start: int, tokens: int) -> float:
         seconds = costs.prefill_ms(start, tokens) / 1000
         # Rank 0 decides whether reading pays; the others read, unless it takes far too long.
         return seconds if party.rank == 0 else OTHERS_SECONDS + 2 * seconds
 
-    cache.attach(ssd, SavePolicy(settings.ssd_policy), prefill_seconds)
+    cache.attach(ssd, settings.ssd_policy, prefill_seconds)
     ssd.start()
     if not opened.wait(OPEN_SECONDS):  # so that the first requests find what is on disk
         log.warning("the SSD tier is still opening", extra=kv(seconds=OPEN_SECONDS))
@@ -196,7 +187,7 @@ def _prefixes(
 def _ssd_folder(settings: PrefixSettings) -> Path | None:
     """Where the SSD tier is on this machine; None, and said so, where there is no folder for it."""
     try:
-        return Path(settings.folder) if settings.folder else prefix_folder()
+        return Path(settings.cache_dir) if settings.cache_dir else prefix_folder()
     except NoCache as error:
         log.warning("prefixes are kept in memory only", extra=kv(reason=error))
         return None

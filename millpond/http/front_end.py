@@ -119,7 +119,7 @@ class FrontEnd:
     def most_held(self) -> int:
         """How many answers may hold a place."""
         info = self.model.client.info
-        return (info.max_rows if info is not None else 0) + self.config.max_waiting
+        return (info.max_batch if info is not None else 0) + self.config.max_waiting
 
     # --- the end ------------------------------------------------------------------------------------------------
 

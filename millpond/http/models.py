@@ -37,7 +37,7 @@ def _shown(model: ServedModel) -> dict[str, object]:
             "dtype": info.dtype,
             "device": info.device,
             "blas": info.blas,
-            "max_rows": info.max_rows,
+            "max_rows": info.max_batch,
             "ranks": info.ranks,
             "kv_bytes_per_token": info.kv_bytes_per_token,
             "kv_format": info.kv_format,

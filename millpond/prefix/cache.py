@@ -19,11 +19,11 @@ from millpond.prefix.loader import Loader
 from millpond.prefix.match import NOTHING, Claim, Match
 from millpond.prefix.memory import MemoryTier
 from millpond.prefix.planner import Layout
-from millpond.prefix.policy import SavePolicy
 from millpond.prefix.records import BLOCK, Kind, Payload, RecordId, Tensor
 from millpond.prefix.saver import Disk, Saver
 from millpond.prefix.tree import BLOCK_BYTES, Node, Tree
 from millpond.prefix.visit import End, Offer, Visit
+from millpond.settings import SavePolicy
 from millpond.types import PrefixCounters
 
 log = logging.getLogger(__name__)

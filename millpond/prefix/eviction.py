@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from millpond.prefix.memory import MemoryTier
-from millpond.prefix.policy import SavePolicy
 from millpond.prefix.records import Kind
 from millpond.prefix.saver import UNDER_WAY_BYTES, Saver
 from millpond.prefix.tree import Node
+from millpond.settings import SavePolicy
 from millpond.types import PrefixCounters
 
 GHOSTS = 65536

@@ -10,9 +10,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from millpond.prefix.policy import SavePolicy
 from millpond.prefix.records import Expected, Kind, RecordHead, RecordId
 from millpond.prefix.tree import Node
+from millpond.settings import SavePolicy
 
 UNDER_WAY_BYTES = 64 * 1024 * 1024
 """Most bytes handed over and not yet written: each is a copy in memory."""

@@ -4,7 +4,7 @@ Pure state machine: no clock, no I/O, no randomness; the engine thread is its on
 
 - plan() changes nothing; every row decodes in every step.
 - Rows are compact: a row freed in the middle is filled by moving the last row into it, exactly as the arena does.
-- Rows and started prefills together never exceed max_rows, and their promised memory never exceeds the budget.
+- Rows and started prefills together never exceed max_batch, and their promised memory never exceeds the budget.
 - Of two waiting requests of equal priority only finitely many later ones can ever go before the older.
 
 The round of one step, and who may change what when:
@@ -53,7 +53,7 @@ class NeverFits(Exception):  # noqa: N818 - reads as the fact it states
 class Limits:
     """What a step may do. ``max_chunk`` and ``grid`` are tokens, ``max_itl_ms`` milliseconds between two tokens."""
 
-    max_rows: int
+    max_batch: int
     max_itl_ms: float
     max_chunk: int
     grid: int = GRID
@@ -61,8 +61,8 @@ class Limits:
     """Seconds of predicted prefill that one second of waiting makes up for."""
 
     def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows is {self.max_rows}, must be at least 1")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch is {self.max_batch}, must be at least 1")
         if self.grid < 1:
             raise ValueError(f"grid is {self.grid}, must be at least 1")
         if self.max_chunk < self.grid:
@@ -200,13 +200,13 @@ class Scheduler:
         """How many requests can be under way at once: as many as there are rows, or as memory lets begin."""
         reserved = MemoryReservation(self._budget, [request for request in self._requests.values() if request.holds])
         for request in self._requests.values():
-            if reserved.count >= self._limits.max_rows:
+            if reserved.count >= self._limits.max_batch:
                 break
             if not request.holds:
                 if not reserved.has_room_for(request, self._limits.grid):
                     return reserved.count
                 reserved.add(request)
-        return self._limits.max_rows
+        return self._limits.max_batch
 
     @property
     def idle(self) -> bool:
@@ -288,7 +288,7 @@ class Scheduler:
         holders = [request for request in self._requests.values() if request.holds]
         assert [request.id for request in self._requests.values()] == list(self._requests)
         assert sorted(self.rows) == sorted(request.id for request in self._requests.values() if request.in_row)
-        assert len(holders) <= self._limits.max_rows
+        assert len(holders) <= self._limits.max_batch
         assert sum(request.probation for request in holders) <= 1
         for request in self._requests.values():
             assert 1 <= request.tokens <= request.total
@@ -325,7 +325,7 @@ class Scheduler:
         holders = rows + started
         reserved = MemoryReservation(self._budget, holders)
         suspected = any(request.probation for request in holders)
-        may_start = not victims and reserved.count < self._limits.max_rows
+        may_start = not victims and reserved.count < self._limits.max_batch
         waiting = [request for request in self._requests.values() if not request.in_row] if may_start else started
         computing = {request.wants: request.priority for request in started if request.wants is not None}
         for request in self._ordered(waiting, now):
@@ -381,7 +381,7 @@ class Scheduler:
         return found
 
     def _admits(self, reserved: MemoryReservation, request: SchedulerRequest) -> bool:
-        return reserved.count < self._limits.max_rows and reserved.has_room_for(request, self._limits.grid)
+        return reserved.count < self._limits.max_batch and reserved.has_room_for(request, self._limits.grid)
 
     def _advance(self, request: SchedulerRequest, end: int, last: bool) -> None:
         request.done = end

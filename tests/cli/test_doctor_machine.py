@@ -112,7 +112,7 @@ def test_how_tokens_are_guessed_ahead() -> None:
         device="cpu",
         blas="",
         kv_bytes_per_token=64,
-        max_rows=8,
+        max_batch=8,
         fingerprint="",
     )
 

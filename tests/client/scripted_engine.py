@@ -9,7 +9,7 @@ The model path of the Start message selects the script, as words joined by comma
 - ``prefill=S``: seconds between that and the first token; ``pause=N:S``: S seconds more before the N-th token;
 - ``wait=S``: beats predict a wait of S seconds as long as anything runs; ``mute``: beats say that nothing runs;
 - ``figures``: beats tell made-up numbers of the engine's own work, all of them so many times as requests have ended;
-- ``rows=N``: report max_rows N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM;
+- ``rows=N``: report max_batch N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM;
 - ``spec=MODES``: guess ahead, in modes joined by + (none: the model cannot); without the word nothing is guessed;
 - ``tell``: the device is what Start says of guessing, as JSON.
 
@@ -111,7 +111,7 @@ class Engine:
             device=msgspec.json.encode(self.spec).decode() if "tell" in self.script.words else "cpu",
             blas="none",
             kv_bytes_per_token=64,
-            max_rows=int(self.script.number("rows", 8)),
+            max_batch=int(self.script.number("rows", 8)),
             kv_limit_bytes=4096,
             fingerprint="ab" * 32,
             speculation=self.modes,

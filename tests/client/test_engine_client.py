@@ -20,7 +20,7 @@ SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
 
 def client_for(script: str) -> EngineClient:
-    return EngineClient(wire.Start(model_path=script, max_rows=8, max_itl_ms=400), command=SCRIPTED)
+    return EngineClient(wire.Start(model_path=script, max_batch=8, max_itl_ms=400), command=SCRIPTED)
 
 
 @contextlib.asynccontextmanager
@@ -304,7 +304,7 @@ def test_front_end_death_ends_the_engine(tmp_path: Path) -> None:
         "from millpond import wire\n"
         "from millpond.client import EngineClient\n"
         "async def main():\n"
-        "    client = EngineClient(wire.Start(model_path='plain', max_rows=8, max_itl_ms=400), command=sys.argv[1:])\n"
+        "    client = EngineClient(wire.Start(model_path='plain', max_batch=8, max_itl_ms=400), command=sys.argv[1:])\n"
         "    await client.start()\n"
         "    await client.settled()\n"
         "    print(client.pid, flush=True)\n"

@@ -38,7 +38,7 @@ async def main(model, endless):
         port=silent.getsockname()[1], secret="ab" * 32, model=model), {})
     held = subprocess.Popen(python("-m", "millpond.cli.held", "serve", endless, "--port", "0"), stdin=subprocess.PIPE)
     for engine, folder in ((ready, model), (loading, endless)):
-        engine.send(wire.Start(model_path=folder, max_rows=4, max_itl_ms=400.0))
+        engine.send(wire.Start(model_path=folder, max_batch=4, max_itl_ms=400.0))
     silent.setblocking(False)
     await asyncio.get_running_loop().sock_accept(silent)
     while not isinstance(await ready.receive(), wire.Ready):

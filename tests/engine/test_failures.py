@@ -145,7 +145,7 @@ def test_rows_that_come_and_go_replay_no_tokens(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(RowEdits, "__init__", counted_begin)
     monkeypatch.setattr(RowEdits, "take", counted_take)
-    driven = driver(max_rows=4, limit_bytes=1500 * sum(spec.token_bytes for spec in model("llama").specs))
+    driven = driver(max_batch=4, limit_bytes=1500 * sum(spec.token_bytes for spec in model("llama").specs))
     penalised = {"repetition_penalty": 1.3, "presence_penalty": 0.2}
     lengths = [300, 300, 300, 9, 20]
     arrivals = {9 * n: request(f"r{n}", prompt(60 + n), most, **penalised) for n, most in enumerate(lengths)}
@@ -248,7 +248,7 @@ def test_running_out_of_memory_ends_requests_with_503_and_the_engine_goes_on(whe
 def test_an_engine_never_refuses_for_what_it_has_cached_or_held_before() -> None:
     """(D7) Several times the memory passes through; each request that fits alone is served, idle or not."""
     kv = sum(spec.token_bytes for spec in model("llama").specs)
-    driven = driver(max_rows=4, limit_bytes=kv * 1300)
+    driven = driver(max_batch=4, limit_bytes=kv * 1300)
     driven.run(arrivals={3 * n: request(f"r{n}", prompt(100 + n), 10) for n in range(40)})
     assert all(outcome.finish is Finish.LENGTH for outcome in driven.outcomes.values())
 
@@ -258,7 +258,7 @@ def test_an_engine_never_refuses_for_what_it_has_cached_or_held_before() -> None
 
 def test_the_begin_of_a_prompt_is_told_once_and_before_its_first_token() -> None:
     """(B10) The queue's time-out ends there: one delta without tokens, however many chunks the prompt has."""
-    driven = driver(max_rows=1, max_chunk=64)
+    driven = driver(max_batch=1, max_chunk=64)
     for name, length in (("long", 300), ("short", 30)):
         driven.submit(request(name, prompt(length), 5))
     silent_turns = 0
@@ -326,7 +326,7 @@ def test_priority_and_client_reach_the_scheduler() -> None:
         plain = request(name, prompt(30), 6)
         return Request(id=name, tokens=plain.tokens, params=plain.params, client=client, priority=priority)
 
-    driven = driver(max_rows=1)
+    driven = driver(max_batch=1)
     order: list[str] = []
 
     def watch(turn: int) -> None:

@@ -25,7 +25,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_batched_answers_equal_single_ones(kind: str) -> None:
     """Requests of 1 to 300 tokens join at different steps and leave at different lengths (D1, D4)."""
-    driven = driver(kind, max_rows=5, max_chunk=128)
+    driven = driver(kind, max_batch=5, max_chunk=128)
     lengths = [1, 2, 5, 17, 63, 64, 65, 66, 130, 300]
     prompts = {f"r{length}": prompt(length) for length in lengths}
     wanted = {name: 5 + 7 * (index % 4) for index, name in enumerate(prompts)}
@@ -52,7 +52,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(kind: str) -> None:
     """The same seed gives the same tokens alone and among eight others (D5)."""
 
     def outcome(others: int) -> Outcome:
-        driven = driver(kind, max_rows=16)
+        driven = driver(kind, max_batch=16)
         for other in range(others):
             driven.submit(request(f"o{other}", prompt(10 + 9 * other), 12 + other, temperature=1.0, seed=other))
         driven.submit(request("x", prompt(40), 30, temperature=0.8, seed=1234))
@@ -111,7 +111,7 @@ def test_stop_tokens_end_the_answer_and_are_not_part_of_it() -> None:
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 6, 20])
 def test_cancel_at_any_time_frees_everything(turns: int) -> None:
     """Waiting, in the middle of a long prefill, running: cancel ends it within one step and frees what it held (A4)."""
-    driven = driver("llama", max_rows=2, max_chunk=64)
+    driven = driver("llama", max_batch=2, max_chunk=64)
     for index, length in enumerate((300, 280, 30, 260)):
         driven.submit(request(f"r{index}", prompt(length), 60))
     for _ in range(turns):
@@ -206,7 +206,7 @@ def test_one_bad_request_never_kills_others(where: str) -> None:
 def test_memory_pressure_preempts_and_resumes_unseen() -> None:
     """Rows that outgrow the budget give way and come back; every answer is the one they would have had alone."""
     limit = 1500 * sum(spec.token_bytes for spec in model("llama").specs)
-    driven = driver("llama", max_rows=4, limit_bytes=limit)
+    driven = driver("llama", max_batch=4, limit_bytes=limit)
     most = 0
 
     def watch(turn: int) -> None:
@@ -225,7 +225,7 @@ def test_memory_pressure_preempts_and_resumes_unseen() -> None:
 
 def test_the_next_wave_takes_the_rows_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that come soon after the last ones find memory of the right size; a rest gives it back."""
-    driven = driver("llama", max_rows=4)
+    driven = driver("llama", max_batch=4)
     sizes: list[int] = []
     resize = KvSlot.resize
 

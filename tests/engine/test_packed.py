@@ -215,7 +215,7 @@ def test_an_answer_is_found_again(packing: str) -> None:
 def test_many_prompts_at_once() -> None:
     """Rows of very different lengths join and leave; each is what it would be alone (D4)."""
     which = ("wide_llama", "int8", True)
-    driven = Driver(model(*which), capabilities=capabilities(*which), max_rows=8)
+    driven = Driver(model(*which), capabilities=capabilities(*which), max_batch=8)
     prompts = {f"r{index}": prompt(length) for index, length in enumerate([5, 300, 64, 65, 17, 130, 1, 200, 90, 33])}
     for name in list(prompts)[:4]:
         driven.submit(request(name, prompts[name], ANSWER))
@@ -271,7 +271,7 @@ def test_more_conversations_run_at_once() -> None:
     limit = 80 * 256 * model("wide_llama").sizes.token_bytes // 2
     for packing, memory in (("exact", 2 * limit), ("int8", limit)):
         loaded = model("wide_llama") if packing == "int8" else kept_as(model("wide_llama"), KvFormat(native=True))
-        driven = Driver(loaded, max_rows=160, max_chunk=128, limit_bytes=memory)
+        driven = Driver(loaded, max_batch=160, max_chunk=128, limit_bytes=memory)
         for number in range(150):
             driven.submit(request(f"r{number}", prompt(100, seed=number), 150))
         running: list[int] = []

@@ -26,9 +26,9 @@ from millpond.model.upstream import cache_arrays
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
 from millpond.prefix.disk.tier import SsdTier
-from millpond.prefix.policy import SavePolicy
 from millpond.prefix.records import BLOCK, Kind
 from millpond.prefix.visit import End
+from millpond.settings import SavePolicy
 from millpond.types import Finish, PrefixReport
 
 TOP = 20
@@ -348,7 +348,7 @@ def test_rows_prompts_and_blocks_stay_below_one_limit() -> None:
     kv = sum(spec.token_bytes for spec in model("llama").specs)
     limit = kv * 1700
     cached = prefix_cache(model("llama"), limit_bytes=limit // 2)
-    driven = driver("llama", cached, max_rows=4, max_chunk=64, limit_bytes=limit)
+    driven = driver("llama", cached, max_batch=4, max_chunk=64, limit_bytes=limit)
     most = 0
 
     def watch(turn: int) -> None:
@@ -410,7 +410,7 @@ def test_preempted_requests_resume_from_the_cache() -> None:
     """They come back with what they had, and the client is told once what its prompt cost (D7)."""
     kv = sum(spec.token_bytes for spec in model("llama").specs)
     cached = prefix_cache(model("llama"))
-    driven, counting = watched("llama", cached, max_rows=4, max_chunk=64, limit_bytes=kv * 2000)
+    driven, counting = watched("llama", cached, max_batch=4, max_chunk=64, limit_bytes=kv * 2000)
     preempted: list[str] = []
     execute = driven.engine._execute
 

@@ -73,7 +73,7 @@ def engine() -> Iterator[tuple[Peer, subprocess.Popen[bytes]]]:
 
 
 def start(folder: Path, **options: object) -> wire.Start:
-    fields: dict[str, object] = {"max_rows": 4, "max_itl_ms": 400.0, **options}
+    fields: dict[str, object] = {"max_batch": 4, "max_itl_ms": 400.0, **options}
     return wire.Start(model_path=str(folder), **fields)  # type: ignore[arg-type]
 
 
@@ -187,7 +187,7 @@ def test_little_memory_means_a_shorter_context_not_refusals(kind: str, tmp_path:
     """A request that fills the context that the engine names must be accepted, whatever the cache kind (D7)."""
     megabyte = 2**20 if kind == "llama" else 2**19
     with engine() as (peer, _):
-        peer.send(start(save(kind, tmp_path / "tiny"), kv_budget_bytes=megabyte))
+        peer.send(start(save(kind, tmp_path / "tiny"), kv_memory_bytes=megabyte))
         ready = peer.until(wire.Ready)
         assert isinstance(ready, wire.Ready)
         context = ready.info.context_length
@@ -200,7 +200,7 @@ def test_little_memory_means_a_shorter_context_not_refusals(kind: str, tmp_path:
 
 def test_no_memory_for_any_request_is_said_at_start(folder: Path) -> None:
     with engine() as (peer, _):
-        peer.send(start(folder, kv_budget_bytes=1000))
+        peer.send(start(folder, kv_memory_bytes=1000))
         fatal = peer.until(wire.Fatal)
         assert isinstance(fatal, wire.Fatal)
         assert "kv_memory_mb" in fatal.message

@@ -51,7 +51,7 @@ def test_prompt_tokens_belong_to_the_step_that_reads_them() -> None:
 
 
 def test_every_token_and_step_is_counted_once() -> None:
-    driven = Driver(model("llama"), max_rows=3, max_chunk=64)
+    driven = Driver(model("llama"), max_batch=3, max_chunk=64)
     lengths = (500, 1, 2, 64, 65, 300)
     driven.run(arrivals={2 * turn: request(f"r{size}", prompt(size), 9) for turn, size in enumerate(lengths)})
     counted = driven.beat.counters
@@ -79,7 +79,7 @@ def test_a_token_that_ends_an_answer_is_drawn() -> None:
 
 def test_preemptions_compute_prompts_again() -> None:
     """Three rows outgrow room for two of them as long: one gives way, and is computed again with its answer so far."""
-    driven = Driver(model("llama"), max_rows=4, limit_bytes=model("llama").sizes.token_bytes * 1500)
+    driven = Driver(model("llama"), max_batch=4, limit_bytes=model("llama").sizes.token_bytes * 1500)
     for number in range(3):
         driven.submit(request(f"r{number}", prompt(60), 300))
     driven.run()

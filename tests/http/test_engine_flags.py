@@ -153,7 +153,7 @@ class NoLink:
 def test_the_pace_reaches_the_scheduler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """(J1) max_itl_ms as the front end sends it; what the scheduler makes of it is proved beside the scheduler."""
     config = read_config({"max_itl_ms": "123.5"}, {})
-    start = wire.Start(model_path=str(folder), max_rows=config.max_batch, max_itl_ms=config.max_itl_ms)
+    start = wire.Start(model_path=str(folder), max_batch=config.max_batch, max_itl_ms=config.max_itl_ms)
 
     def scheduler(limits: Limits, *_: object) -> None:
         raise Caught(limits)
@@ -161,4 +161,4 @@ def test_the_pace_reaches_the_scheduler(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(boot, "Scheduler", scheduler)
     with pytest.raises(Caught) as caught:
         boot.boot(start, "", cast("Link", NoLink()))
-    assert (caught.value.limits.max_itl_ms, caught.value.limits.max_rows) == (123.5, 32)
+    assert (caught.value.limits.max_itl_ms, caught.value.limits.max_batch) == (123.5, 32)

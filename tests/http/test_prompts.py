@@ -50,7 +50,7 @@ INFO = ModelInfo(
     device="cpu",
     blas="none",
     kv_bytes_per_token=64,
-    max_rows=8,
+    max_batch=8,
     kv_limit_bytes=4096,
     fingerprint="ab" * 32,
 )

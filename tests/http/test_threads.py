@@ -68,7 +68,7 @@ def tokenizer(byte_tokenizer: Path) -> WatchedTokenizer:
 @contextlib.asynccontextmanager
 async def front(tokenizer: Tokenizer, script: str) -> AsyncIterator[tuple[httpx.AsyncClient, FrontEnd]]:
     """A front end within this process."""
-    client = EngineClient(wire.Start(model_path=script, max_rows=8, max_itl_ms=400), command=ENGINE)
+    client = EngineClient(wire.Start(model_path=script, max_batch=8, max_itl_ms=400), command=ENGINE)
     await client.start()
     model = ServedModel(ModelNames("test", frozenset()), lambda: tokenizer, client, NO_DEFAULTS, Speculation())
     serving = FrontEnd(ServeConfig(), Keys((), None), model)

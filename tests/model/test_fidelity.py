@@ -24,7 +24,7 @@ def check(folder: Path, lengths: list[int], answer: int, packing: KvPacking = UN
     requests: list[Request] = [
         request(name, tokens, answer + 5 * (index % 3)) for index, (name, tokens) in enumerate(prompts.items())
     ]
-    driven = Driver(opened.model, capabilities=opened.capabilities, max_rows=16)
+    driven = Driver(opened.model, capabilities=opened.capabilities, max_batch=16)
     assert driven.capabilities.slots
     assert driven.capabilities.pipelined
     for one in requests[: len(requests) // 2]:

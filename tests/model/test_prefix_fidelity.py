@@ -46,7 +46,7 @@ class Subject:
 
     def ask(self, both: tuple[PrefixCache, SsdTier, Inbox], batch: int) -> Outcome:
         cache, ssd, inbox = both
-        driven = Driver(self.model, capabilities=self.capabilities, cache=cache, ssd=ssd, inbox=inbox, max_rows=8)
+        driven = Driver(self.model, capabilities=self.capabilities, cache=cache, ssd=ssd, inbox=inbox, max_batch=8)
         for other in range(1, batch):
             driven.submit(request(f"o{other}", self.prompts[other], ANSWER))
         driven.submit(request("x", self.prompts[0], ANSWER))

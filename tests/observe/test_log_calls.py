@@ -57,7 +57,7 @@ def test_no_field_is_lost(file: Path) -> None:
 
 
 def test_giving_up_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    EngineClient(Start(model_path="", max_rows=1, max_itl_ms=1.0))._give_up("the weights are not there")
+    EngineClient(Start(model_path="", max_batch=1, max_itl_ms=1.0))._give_up("the weights are not there")
     record = caplog.records[-1]
     assert 'engine failed reason="the weights are not there"' in LineFormatter().format(record)
     assert json.loads(JsonFormatter().format(record))["reason"] == "the weights are not there"

@@ -29,7 +29,7 @@ def layout_for(**flags: str) -> GroupLayout:
 
 
 def client_for(group: GroupPlan, stall_seconds: float = 0.0) -> EngineClient:
-    start = wire.Start(model_path=group.folder, max_rows=8, max_itl_ms=400)
+    start = wire.Start(model_path=group.folder, max_batch=8, max_itl_ms=400)
     return EngineClient(start, command=SCRIPTED, group=group, stall_seconds=stall_seconds)
 
 

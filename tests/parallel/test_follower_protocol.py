@@ -146,7 +146,7 @@ class Recorder:
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """What a rank loads when rank 0 has said what. Alone in its group of mlx.distributed, it has the whole model."""
     folder = save("llama", tmp_path_factory.mktemp("models") / "llama")
-    start = Start(model_path=str(folder), max_rows=4, max_itl_ms=400.0)
+    start = Start(model_path=str(folder), max_batch=4, max_itl_ms=400.0)
     with stage() as told, pytest.MonkeyPatch.context() as patched:
         patched.setenv("MILLPOND_CACHE", str(tmp_path_factory.mktemp("cache")))
 

@@ -24,12 +24,13 @@ from millpond.prefix.disk.block_file import decode_head
 from millpond.prefix.disk.index import DiskIndex
 from millpond.prefix.keys import pack
 from millpond.prefix.records import BLOCK
-from millpond.types import ErrorKind, Finish, KvPacking, PrefixSettings, Request, SpecMode, SpecSettings, Speculation
+from millpond.settings import PrefixSettings, SavePolicy
+from millpond.types import ErrorKind, Finish, KvPacking, Request, SpecMode, SpecSettings, Speculation
 
 KINDS = ("llama", "qwen3", pytest.param("deepseek_v2", marks=pytest.mark.slow))
 FORCED = Speculation(mode=SpecMode.NGRAM, adaptive=False)
 ANSWER = 40
-ON_DISK = PrefixSettings(ssd_bytes=1 << 30, ssd_policy="all")
+ON_DISK = PrefixSettings(cache_ssd=1 << 30, ssd_policy=SavePolicy.ALL)
 """In each rank's own cache folder."""
 
 PARAMS: tuple[dict[str, object], ...] = (
@@ -208,7 +209,7 @@ def test_what_is_on_the_ssd_is_restored_after_a_restart(stories: tuple[Story, St
 def busy(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     """Two ranks that can hold 1500 tokens."""
     home, budget = tmp_path_factory.mktemp("busy"), 1500 * 1024
-    with Group(folder("llama"), 2, home, max_rows=3, kv_budget_bytes=budget) as group:
+    with Group(folder("llama"), 2, home, max_batch=3, kv_memory_bytes=budget) as group:
         group.ready()
         yield group
 

@@ -18,7 +18,8 @@ from millpond import wire
 from millpond.client import EngineClient, EngineUnavailable
 from millpond.client.stream import EngineError
 from millpond.launch.followers import RANK_COMMAND, GroupPlan
-from millpond.types import PrefixSettings, Request, SamplingParams
+from millpond.settings import PrefixSettings, SavePolicy
+from millpond.types import Request, SamplingParams
 
 ANSWERED_SECONDS = 10.0
 """By the promise in docs/tensor-parallel.md, with its five seconds of silence."""
@@ -55,9 +56,9 @@ async def chaos(folder: Path, rounds: int, seed: int) -> None:
     chance = random.Random(seed)
     start = wire.Start(
         model_path=str(folder),
-        max_rows=8,
+        max_batch=8,
         max_itl_ms=400,
-        prefix=PrefixSettings(folder=str(folder / "prefix"), ssd_bytes=1 << 30, ssd_policy="all"),
+        prefix=PrefixSettings(cache_dir=str(folder / "prefix"), cache_ssd=1 << 30, ssd_policy=SavePolicy.ALL),
     )
     plan = GroupPlan(layout_for(tp="2"), str(folder), str(folder), environment=patient())
     client = EngineClient(start, command=RANK_COMMAND, environment=patient(), group=plan, max_restarts=10 * rounds)

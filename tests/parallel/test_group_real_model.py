@@ -10,7 +10,8 @@ from engine_driver import FLIPPED, PACKED_TIE, TIE, Outcome, request
 from group_driver import Group
 from msgspec.structs import replace
 
-from millpond.types import KvPacking, PrefixSettings, Request, SpecMode, Speculation
+from millpond.settings import PrefixSettings, SavePolicy
+from millpond.types import KvPacking, Request, SpecMode, Speculation
 
 ANSWER = 6
 PROMPTS = [list(range(1000 + index, 1040 + 9 * index)) for index in range(4)]
@@ -57,7 +58,7 @@ def test_cold_cached_guessed_and_after_a_restart(smollm2_folder: Path, tmp_path:
         group.ready()
         one = list(group.answers(batch("one")).values())
         group.stop()
-    settings = PrefixSettings(ssd_bytes=1 << 30, ssd_policy="all")
+    settings = PrefixSettings(cache_ssd=1 << 30, ssd_policy=SavePolicy.ALL)
     everything = [len(tokens) - 1 for tokens in PROMPTS]
     with Group(smollm2_folder, 3, tmp_path / "three", prefix=settings) as group:
         assert group.ready().ranks == 3

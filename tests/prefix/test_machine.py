@@ -24,17 +24,17 @@ from prefix_support import LAYOUTS, NAMESPACE, blocks_of, check_memory, check_tr
 
 from millpond.prefix import eviction
 from millpond.prefix.cache import PrefixCache
-from millpond.prefix.disk.events import DiskEntry, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.events import DiskEntry, Gone, Loaded, Opened, Saved, SsdEvent
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.eviction import LOOK_AT
 from millpond.prefix.keys import TOKEN_BYTES
 from millpond.prefix.match import Claim
 from millpond.prefix.planner import Layout
-from millpond.prefix.policy import SavePolicy
 from millpond.prefix.records import BLOCK, Kind, RecordHead, RecordId
 from millpond.prefix.saver import UNDER_WAY_BYTES
 from millpond.prefix.tree import Node
 from millpond.prefix.visit import End, Visit
+from millpond.settings import PrefixSettings, SavePolicy
 
 LIMIT = 30_000
 """About a dozen blocks."""
@@ -303,7 +303,7 @@ class RealDisk:
 
     def __init__(self, folder: Path) -> None:
         self.events: queue.SimpleQueue[SsdEvent] = queue.SimpleQueue()
-        self.tier = SsdTier(folder, NAMESPACE, "test", SsdLimits(cap_bytes=60_000), self.events.put)
+        self.tier = SsdTier(folder, NAMESPACE, PrefixSettings(cache_ssd=60_000, label="test"), self.events.put)
         self.tier.start()
         self.opened = self.events.get(timeout=30)
 

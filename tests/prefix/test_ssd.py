@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,18 +30,19 @@ from ssd_support import (
 )
 
 from millpond.prefix.disk.block_file import file_bytes
-from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent
 from millpond.prefix.disk.files import Files, Space
 from millpond.prefix.disk.index import DiskIndex
 from millpond.prefix.disk.reader import BUFFERS
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.records import Kind
+from millpond.settings import PrefixSettings, SavePolicy
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
 
-def cap(records: float, **more: object) -> SsdLimits:
-    return SsdLimits(cap_bytes=int(records * SIZE), **more)
+def cap(records: float, **more: object) -> PrefixSettings:
+    return PrefixSettings(cache_ssd=int(records * SIZE), **more)
 
 
 def test_what_is_saved_is_found_after_a_restart(tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_the_cap_holds_after_every_event(tmp_path: Path) -> None:
     over: list[SsdEvent] = []
 
     def check(event: SsdEvent) -> None:
-        if bytes_on_disk(tmp_path) > limits.cap_bytes:
+        if bytes_on_disk(tmp_path) > limits.cache_ssd:
             over.append(event)
 
     with running(tmp_path, limits, check=check) as tier:
@@ -140,7 +142,7 @@ def test_the_cap_holds_after_every_event(tmp_path: Path) -> None:
             tier.save(*chain(3, salt=salt))
         stats = tier.tier.stats
         assert stats.evicted == 8
-        assert stats.bytes == bytes_on_disk(tmp_path) <= limits.cap_bytes
+        assert stats.bytes == bytes_on_disk(tmp_path) <= limits.cache_ssd
         assert len(tier.listener.gone()) == 8
     assert not over
 
@@ -208,7 +210,7 @@ class NarrowFiles(Files):
 
 def test_the_free_space_floor_holds(tmp_path: Path) -> None:
     files = NarrowFiles(tmp_path, 10 * SIZE)
-    with running(tmp_path, SsdLimits(cap_bytes=1 << 40, least_free_bytes=6 * SIZE), files=files) as tier:
+    with running(tmp_path, PrefixSettings(cache_ssd=1 << 40, ssd_min_free=6 * SIZE), files=files) as tier:
         heads = [chain(1, salt=salt)[0] for salt in range(6)]
         assert set(tier.save(*heads).values()) == {""}
         assert files.space(tmp_path).free >= 6 * SIZE
@@ -222,7 +224,7 @@ def test_the_free_space_floor_holds(tmp_path: Path) -> None:
 
 def test_upkeep_holds_the_floor_when_others_fill_the_disk(tmp_path: Path) -> None:
     files = NarrowFiles(tmp_path, 20 * SIZE)
-    limits = SsdLimits(cap_bytes=1 << 40, least_free_bytes=6 * SIZE)
+    limits = PrefixSettings(cache_ssd=1 << 40, ssd_min_free=6 * SIZE)
     with running(tmp_path, limits, files=files, upkeep_seconds=0.05) as tier:
         tier.save(*chain(4))
         files.bytes = 8 * SIZE
@@ -231,7 +233,7 @@ def test_upkeep_holds_the_floor_when_others_fill_the_disk(tmp_path: Path) -> Non
 
 def test_unused_records_expire(tmp_path: Path) -> None:
     time_ = SetClock()
-    limits = SsdLimits(cap_bytes=1 << 40, ttl_seconds=1000)
+    limits = PrefixSettings(cache_ssd=1 << 40, ssd_ttl=1000)
     heads = chain(3)
     with running(tmp_path, limits, clock=time_.clock(), upkeep_seconds=0.05) as tier:
         tier.save(*heads)
@@ -249,7 +251,7 @@ def test_unused_records_expire(tmp_path: Path) -> None:
 @pytest.mark.parametrize("jump", [-1e9, -3600.0, 3600.0, 1e9])
 def test_a_clock_that_jumps_expires_nothing(tmp_path: Path, jump: float) -> None:
     time_ = SetClock()
-    limits = SsdLimits(cap_bytes=1 << 40, ttl_seconds=1000)
+    limits = PrefixSettings(cache_ssd=1 << 40, ssd_ttl=1000)
     with running(tmp_path, limits, clock=time_.clock(), upkeep_seconds=0.05) as tier:
         tier.save(*chain(2))
         time_.wall += jump
@@ -265,7 +267,7 @@ def test_a_clock_that_jumps_expires_nothing(tmp_path: Path, jump: float) -> None
 
 def test_the_daily_budget_holds_over_restarts(tmp_path: Path) -> None:
     time_ = SetClock()
-    limits = SsdLimits(cap_bytes=1 << 40, daily_bytes=3 * SIZE)
+    limits = PrefixSettings(cache_ssd=1 << 40, ssd_daily_writes=3 * SIZE)
     heads = chain(5)
     with running(tmp_path, limits, clock=time_.clock()) as tier:
         assert list(tier.save(*heads[:2]).values()) == ["", ""]
@@ -300,7 +302,7 @@ def test_writes_off_changes_nothing(tmp_path: Path) -> None:
     with running(tmp_path) as tier:
         tier.save(*heads)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with running(tmp_path, SsdLimits(cap_bytes=0, ttl_seconds=0.0001, writes=False)) as tier:
+    with running(tmp_path, PrefixSettings(cache_ssd=0, ssd_ttl=0.0001, ssd_policy=SavePolicy.OFF)) as tier:
         assert tier.opened.problem == ""
         assert tier.load(heads[1]).problem == ""
         assert tier.save(chain(1, salt=1)[0]).popitem()[1] == "writes are off"
@@ -309,7 +311,7 @@ def test_writes_off_changes_nothing(tmp_path: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "index" not in path.name}
     assert after == {path: time_ for path, time_ in before.items() if "index" not in path.name}
     absent = tmp_path / "absent"
-    with running(absent, SsdLimits(cap_bytes=0, writes=False)) as tier:
+    with running(absent, PrefixSettings(cache_ssd=0, ssd_policy=SavePolicy.OFF)) as tier:
         assert tier.opened == Opened([])
     assert not absent.exists()
 
@@ -337,12 +339,12 @@ for _name in STEPS:
     setattr(RecordingFiles, _name, _recording(_name))
 
 
-@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("durability", ["durable", "best-effort"])
 def test_a_durable_write_is_synced_before_its_row(
-    tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, durability: Literal["durable", "best-effort"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = RecordingFiles(tmp_path)
-    with running(tmp_path, SsdLimits(cap_bytes=1 << 40, durable=durable), files=files) as tier:
+    with running(tmp_path, PrefixSettings(cache_ssd=1 << 40, ssd_durability=durability), files=files) as tier:
         tier.swept()
         put = DiskIndex.put
 
@@ -354,7 +356,7 @@ def test_a_durable_write_is_synced_before_its_row(
         files.steps.clear()
         tier.save(*chain(1))
         steps = [step for step in files.steps if step not in ("make_folder", "write")]
-    if durable:
+    if durability == "durable":
         assert steps[:4] == ["create", "sync", "close", "publish"]
         assert set(steps[4:-1]) == {"sync_folder"}
         assert steps[-1] == "row"
@@ -464,9 +466,9 @@ def test_closing_finishes_what_is_queued(tmp_path: Path) -> None:
 
 
 def test_closing_at_once_and_twice_is_fine(tmp_path: Path) -> None:
-    tier = SsdTier(tmp_path, NAMESPACE, "m", NO_LIMITS, Listener())
+    tier = SsdTier(tmp_path, NAMESPACE, NO_LIMITS, Listener())
     assert tier.close(1.0)
-    tier = SsdTier(tmp_path, NAMESPACE, "m", NO_LIMITS, Listener())
+    tier = SsdTier(tmp_path, NAMESPACE, NO_LIMITS, Listener())
     tier.start()
     assert tier.close(30.0)
     assert tier.close(1.0)
@@ -529,7 +531,7 @@ def test_any_order_of_writes_and_uses_keeps_the_limits(
             heads = chain(3, salt=salt)
             tier.save(*heads)
             tier.tier.touch([record.id for record in heads])
-            assert bytes_on_disk(folder) <= limits.cap_bytes
+            assert bytes_on_disk(folder) <= limits.cache_ssd
         left = {path.name for path in record_files(folder)}
         for salt in set(salts):
             present = [file_of(folder, record).name in left for record in chain(3, salt=salt)]

@@ -18,8 +18,9 @@ import pytest
 from ssd_support import NAMESPACE, RunningTier, chain, file_of, payload_of, record_files, running
 
 from millpond.prefix.disk.block_file import file_bytes
-from millpond.prefix.disk.events import Found, SsdLimits
+from millpond.prefix.disk.events import Found
 from millpond.prefix.records import RecordHead
+from millpond.settings import PrefixSettings
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 CAP = int(4.5 * SIZE)
@@ -45,7 +46,7 @@ def known(salts: int = 40) -> dict[bytes, RecordHead]:
 
 def check(folder: Path, records: dict[bytes, RecordHead]) -> int:
     """Reopen after a crash: everything offered is served as it was written, and the folder is in order."""
-    with running(folder, SsdLimits(cap_bytes=CAP)) as tier:
+    with running(folder, PrefixSettings(cache_ssd=CAP)) as tier:
         tier.swept()
         offered = {entry.id for entry in tier.opened.entries}
         offered |= {entry.id for found in tier.listener.of(Found) for entry in found.entries}
@@ -69,7 +70,7 @@ def works(tier: RunningTier) -> None:
     tier.listener.wait(lambda: fresh[1].id in tier.listener.gone())
 
 
-@pytest.mark.parametrize("mode", ["plain", pytest.param("durable", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["best-effort", pytest.param("durable", marks=pytest.mark.slow)])
 def test_killed_at_every_file_step(tmp_path: Path, mode: str) -> None:
     """All steps of writing, evicting and discarding; the children run one after the other in a process that forks."""
     command = [sys.executable, "-c", CHILD, str(tmp_path), f"every-{mode}", "0", str(CAP)]

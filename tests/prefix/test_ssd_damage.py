@@ -31,7 +31,8 @@ from ssd_support import (
 
 from millpond.prefix.disk import block_file, pool
 from millpond.prefix.disk.block_file import Damage, encode, file_bytes, layout
-from millpond.prefix.disk.events import Found, SsdLimits
+from millpond.prefix.disk.events import Found
+from millpond.settings import PrefixSettings
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -319,7 +320,7 @@ def test_a_full_file_system(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -
     """Filled by our own records: the oldest make room, and it goes on by itself."""
     monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(30)]
-    with running(small_disk, SsdLimits(cap_bytes=1 << 40)) as tier:
+    with running(small_disk, PrefixSettings(cache_ssd=1 << 40)) as tier:
         for record in heads:
             tier.save(record)
             tier.listener.wait(lambda: tier.tier.stats.writing)

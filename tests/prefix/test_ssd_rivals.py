@@ -14,12 +14,13 @@ from ssd_support import NAMESPACE, bytes_on_disk, chain, file_of, payload_of, re
 
 from millpond.prefix.disk.age_clock import AgeClock
 from millpond.prefix.disk.block_file import file_bytes
-from millpond.prefix.disk.events import Found, SsdLimits
+from millpond.prefix.disk.events import Found
 from millpond.prefix.disk.files import Files, Space
 from millpond.prefix.disk.index import DiskIndex
 from millpond.prefix.disk.pool import DiskPool
 from millpond.prefix.disk.reader import Fault
 from millpond.prefix.records import RecordHead
+from millpond.settings import PrefixSettings
 
 SIZE = file_bytes(chain(1)[0], NAMESPACE)
 
@@ -27,8 +28,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from ssd_support import NO_LIMITS, chain, running
-from millpond.prefix.disk.events import SsdLimits
-limits = SsdLimits(cap_bytes=int(sys.argv[3]))
+from millpond.settings import PrefixSettings
+limits = PrefixSettings(cache_ssd=int(sys.argv[3]))
 with running(Path(sys.argv[1]), limits) as tier:
     for salt in range(int(sys.argv[2]), 12, 2):
         tier.save(*chain(4, salt=salt))
@@ -47,7 +48,7 @@ def test_two_processes_share_a_folder(tmp_path: Path, room: int) -> None:
         for first in range(2)
     ]
     assert [process.wait(120) for process in processes] == [0, 0]
-    with running(tmp_path, SsdLimits(cap_bytes=room * SIZE)) as tier:
+    with running(tmp_path, PrefixSettings(cache_ssd=room * SIZE)) as tier:
         tier.swept()
         files = record_files(tmp_path)
         assert bytes_on_disk(tmp_path) <= room * SIZE

@@ -17,12 +17,12 @@ from millpond.types import GRID, StepPlan
 PLENTY = MemoryBudget(CacheSizes(1), limit_bytes=1 << 40)
 
 
-def make(max_chunk: int = 512, max_rows: int = 8, budget: MemoryBudget = PLENTY) -> Scheduler:
+def make(max_chunk: int = 512, max_batch: int = 8, budget: MemoryBudget = PLENTY) -> Scheduler:
     costs = CostModel()
     for _ in range(4):
         for tokens in (64, 128, 512):
             costs.observe_prefill(0, tokens, float(tokens))
-    return Scheduler(Limits(max_rows=max_rows, max_itl_ms=200.0, max_chunk=max_chunk), budget, costs)
+    return Scheduler(Limits(max_batch=max_batch, max_itl_ms=200.0, max_chunk=max_chunk), budget, costs)
 
 
 def add(scheduler: Scheduler, name: str, prompt: int, priority: int = 0, now: float = 0.0) -> None:

@@ -10,7 +10,7 @@ from millpond.schedule.scheduler import Limits, NeverFits, Scheduler
 from millpond.types import PrefillChunk, StepPlan
 
 PLENTY = MemoryBudget(CacheSizes(1), limit_bytes=1 << 40)
-LIMITS = Limits(max_rows=8, max_itl_ms=200.0, max_chunk=512)
+LIMITS = Limits(max_batch=8, max_itl_ms=200.0, max_chunk=512)
 
 
 def learnt() -> CostModel:
@@ -109,7 +109,7 @@ def test_rows_decoding_leave_only_their_spare_time() -> None:
 
 
 def test_slow_decoding_still_lets_one_block_through() -> None:
-    scheduler = make(Limits(max_rows=8, max_itl_ms=5.0, max_chunk=512))
+    scheduler = make(Limits(max_batch=8, max_itl_ms=5.0, max_chunk=512))
     running(scheduler, "r")
     add(scheduler, "a", 64 + 10 + 1)
     assert cuts(step(scheduler)) == [("a", 0, 64, False)]
@@ -120,7 +120,7 @@ def test_slow_decoding_still_lets_one_block_through() -> None:
 
 
 def test_the_decode_of_the_adopted_row_counts_too() -> None:
-    scheduler = make(Limits(max_rows=8, max_itl_ms=203.5, max_chunk=512))
+    scheduler = make(Limits(max_batch=8, max_itl_ms=203.5, max_chunk=512))
     running(scheduler, "r")
     add(scheduler, "a", 193)
     assert cuts(step(scheduler)) == [("a", 0, 128, False)]  # 192 + 11 ms would do, 192 + 12 would not
@@ -174,7 +174,7 @@ def test_priority_goes_first() -> None:
 
 
 def test_rows_and_started_prefills_stay_within_max_rows() -> None:
-    scheduler = make(Limits(max_rows=2, max_itl_ms=200.0, max_chunk=512))
+    scheduler = make(Limits(max_batch=2, max_itl_ms=200.0, max_chunk=512))
     running(scheduler, "r")
     add(scheduler, "a", 2001)
     step(scheduler)
@@ -207,9 +207,9 @@ def test_impossible_sizes_are_refused(prompt: int, answer: int) -> None:
         add(make(), "a", prompt, answer=answer)
 
 
-@pytest.mark.parametrize("field", ["max_rows", "grid", "max_chunk"])
+@pytest.mark.parametrize("field", ["max_batch", "grid", "max_chunk"])
 def test_impossible_limits_are_refused(field: str) -> None:
-    sizes = {"max_rows": 1, "grid": 64, "max_chunk": 64} | {field: 0}
+    sizes = {"max_batch": 1, "grid": 64, "max_chunk": 64} | {field: 0}
     with pytest.raises(ValueError, match=f"{field} is 0"):
         Limits(max_itl_ms=100.0, **sizes)
 
@@ -293,7 +293,7 @@ def test_preempted_requests_may_be_requeued_before_the_commit() -> None:
 
 
 def test_the_only_row_stays_and_a_started_prefill_gives_way_to_its_growth() -> None:
-    scheduler = make(Limits(max_rows=8, max_itl_ms=1.0, max_chunk=512), tight(25_700))
+    scheduler = make(Limits(max_batch=8, max_itl_ms=1.0, max_chunk=512), tight(25_700))
     running(scheduler, "row", prompt=8110, answer=800)
     add(scheduler, "next", 6001, now=-10.0)
     while not (plan := scheduler.plan(0.0)).preempt:

@@ -195,7 +195,7 @@ class Simulation:
         assert arena + caches <= self.budget.limit_bytes
         for name in adopted:
             del self.caches[name]
-        assert len(self.rows) + len(self.caches) <= self.limits.max_rows
+        assert len(self.rows) + len(self.caches) <= self.limits.max_batch
         for name in self.rows:
             assert self.lengths[name] == self.tokens[name], "one token per row and step, none lost, none twice"
             self.tokens[name] += 1
@@ -223,7 +223,7 @@ def job(draw: st.DrawFn) -> Job:
 
 limits = st.builds(
     Limits,
-    max_rows=st.integers(1, 12),
+    max_batch=st.integers(1, 12),
     max_itl_ms=st.sampled_from([10.0, 100.0, 200.0, 400.0]),
     max_chunk=st.sampled_from([64, 100, 512, 2048]),
 )

@@ -11,25 +11,25 @@ from pathlib import Path
 
 from ssd_support import KillingFiles, chain, payload_of, running
 
-from millpond.prefix.disk.events import SsdLimits
 from millpond.prefix.disk.files import Files
 from millpond.prefix.disk.index import DiskIndex
+from millpond.settings import PrefixSettings
 
 
 def work(folder: Path, mode: str, at: int, cap: int) -> None:
     """One child, or, for ``every-...``, one after the other killed a step later than the last."""
     if mode.startswith("every-"):
-        _every_step(folder, SsdLimits(cap_bytes=cap, durable=mode == "every-durable"))
+        _every_step(folder, PrefixSettings(cache_ssd=cap, ssd_durability=mode.removeprefix("every-")))  # type: ignore[arg-type]
     elif mode == "endless":
-        _endless(folder, SsdLimits(cap_bytes=cap))
+        _endless(folder, PrefixSettings(cache_ssd=cap))
     else:
         _kill_in_transaction("put" if mode == "rows" else "delete", at)
-        with running(folder, SsdLimits(cap_bytes=cap)) as tier:
+        with running(folder, PrefixSettings(cache_ssd=cap)) as tier:
             for salt in itertools.count(at * 5):
                 tier.save(*chain(3, salt=salt % 40))
 
 
-def _every_step(folder: Path, limits: SsdLimits) -> None:
+def _every_step(folder: Path, limits: PrefixSettings) -> None:
     for at in itertools.count():
         inside = folder / str(at)
         child = os.fork()
@@ -46,7 +46,7 @@ def _every_step(folder: Path, limits: SsdLimits) -> None:
         sys.stdin.readline()
 
 
-def _some_work(folder: Path, limits: SsdLimits, files: Files) -> None:
+def _some_work(folder: Path, limits: PrefixSettings, files: Files) -> None:
     """Write two prompts, a third that evicts when there is room for four records, and discard a part."""
     with running(folder, limits, files=files) as tier:
         for salt in range(2):
@@ -56,7 +56,7 @@ def _some_work(folder: Path, limits: SsdLimits, files: Files) -> None:
         tier.listener.wait(lambda: chain(1, salt=1)[0].id in tier.listener.gone())
 
 
-def _endless(folder: Path, limits: SsdLimits) -> None:
+def _endless(folder: Path, limits: PrefixSettings) -> None:
     with running(folder, limits) as tier:
         print("ready", flush=True)
         for salt in itertools.count(int(time.time() * 1000)):

@@ -26,10 +26,9 @@ from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities, probe
 from millpond.model.upstream import UPSTREAM_MATH, Rounded, cache_arrays, new_cache
 from millpond.prefix.cache import PrefixCache
-from millpond.prefix.disk.events import SsdLimits
 from millpond.prefix.disk.tier import SsdTier
-from millpond.prefix.policy import SavePolicy
 from millpond.schedule.costs import CostModel
+from millpond.settings import PrefixSettings, SavePolicy
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
 from millpond.speculate.pace import Curve, Pace
@@ -66,7 +65,7 @@ class Driver:
         self,
         model: LoadedModel,
         *,
-        max_rows: int = 8,
+        max_batch: int = 8,
         max_chunk: int = 256,
         limit_bytes: int = 1 << 30,
         capabilities: Capabilities | None = None,
@@ -95,7 +94,7 @@ class Driver:
         modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
-        self.engine = assembled(ready, max_rows, 400, self.speculator, self.inbox, self)
+        self.engine = assembled(ready, max_batch, 400, self.speculator, self.inbox, self)
         self.scheduler = self.engine._scheduler
 
     # the engine's Outbox
@@ -183,8 +182,8 @@ def disk_cache(
     """A cache with both tiers, for one Driver; the SSD tier has been started."""
     inbox: Inbox = queue.SimpleQueue()
     cache = prefix_cache(model, limit_bytes)
-    fields = {"cap_bytes": 1 << 32, "writes": policy is not SavePolicy.OFF, **limits}
-    ssd = SsdTier(folder, "0" * 64, "test", SsdLimits(**fields), inbox.put)  # type: ignore[arg-type]
+    fields = {"cache_ssd": 1 << 32, "ssd_policy": policy, **limits}
+    ssd = SsdTier(folder, "0" * 64, PrefixSettings(**fields), inbox.put)  # type: ignore[arg-type]
     cache.attach(ssd, policy, lambda start, tokens: tokens * 0.01)
     ssd.start()
     return cache, ssd, inbox

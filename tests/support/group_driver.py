@@ -80,7 +80,7 @@ class Group:
             descriptors = (theirs.fileno(), *((listener.fileno(),) if leader is not None else ()))
             command = [*(RANK if world > 1 else ALONE), "--fd", str(theirs.fileno())]
             self._spawn(0, command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
-        fields: dict[str, object] = {"max_rows": 8, "max_itl_ms": 400.0, "group": leader, **start}
+        fields: dict[str, object] = {"max_batch": 8, "max_itl_ms": 400.0, "group": leader, **start}
         self.send(wire.Start(model_path=str(folder), **fields))  # type: ignore[arg-type]
         for rank in range(1, world) if followers else ():
             self.follow(rank)

@@ -61,7 +61,7 @@ FOREVER = 1000.0
 """Seconds of silence that are allowed: what is tested must be noticed by itself."""
 DIGEST = "d" * 64
 FOUND = Found(capabilities=Capabilities(True, "", True, ""), limit_bytes=1 << 20, layers=("kv",))
-START = Start(model_path="somewhere", max_rows=4, max_itl_ms=400.0)
+START = Start(model_path="somewhere", max_batch=4, max_itl_ms=400.0)
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
 

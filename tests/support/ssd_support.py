@@ -11,19 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from millpond.prefix.disk.age_clock import AgeClock
-from millpond.prefix.disk.events import Gone, Loaded, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.events import Gone, Loaded, Opened, Saved, SsdEvent
 from millpond.prefix.disk.files import Files
 from millpond.prefix.disk.pool import record_path
 from millpond.prefix.disk.tier import UPKEEP_SECONDS, SsdTier
 from millpond.prefix.keys import next_key, pack, root_key
 from millpond.prefix.records import Kind, RecordHead, RecordId, Tensor
+from millpond.settings import PrefixSettings
 
 NAMESPACE = hashlib.sha256(b"a namespace").hexdigest()
 OTHER = hashlib.sha256(b"another namespace").hexdigest()
 PATIENCE = 30.0
 """Seconds after which something that should happen has not: far above what it takes."""
-NO_LIMITS = SsdLimits(cap_bytes=1 << 40)
+NO_LIMITS = PrefixSettings(cache_ssd=1 << 40)
 
 
 def head(
@@ -110,7 +113,7 @@ class RunningTier:
     def __init__(
         self,
         folder: Path,
-        limits: SsdLimits = NO_LIMITS,
+        limits: PrefixSettings = NO_LIMITS,
         *,
         namespace: str = NAMESPACE,
         check: Callable[[SsdEvent], None] | None = None,
@@ -121,7 +124,7 @@ class RunningTier:
         self.folder = folder
         self.listener = Listener(check)
         self.tier = SsdTier(
-            *(folder, namespace, "a model", limits, self.listener),
+            *(folder, namespace, replace(limits, label="a model"), self.listener),
             files=files,
             clock=clock,
             upkeep_seconds=upkeep_seconds,
@@ -169,7 +172,7 @@ class RunningTier:
 @contextmanager
 def running(
     folder: Path,
-    limits: SsdLimits = NO_LIMITS,
+    limits: PrefixSettings = NO_LIMITS,
     *,
     namespace: str = NAMESPACE,
     check: Callable[[SsdEvent], None] | None = None,

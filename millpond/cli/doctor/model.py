@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from millpond import wire
 from millpond.cli.doctor.engine import Probe
 from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
@@ -17,7 +19,7 @@ from millpond.hub.source import resolve
 from millpond.hub.weight_sizes import weight_sizes
 from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import fitting_kv, held_in_float32
-from millpond.types import ModelInfo, PrefixSettings
+from millpond.types import ModelInfo
 
 REMARKED = "nothing, if the answers are what they should be; else remove what is named, or take another model"
 SMALLER = "take a smaller or more strongly quantised model"
@@ -111,12 +113,12 @@ def _start(path: str, config: ServeConfig, draft_path: str) -> wire.Start:
     return wire.Start(
         model_path=path,
         context_length=config.context_length,
-        max_rows=config.max_batch,
+        max_batch=config.max_batch,
         max_itl_ms=config.max_itl_ms,
         prefill_chunk=config.prefill_chunk,
-        kv_budget_bytes=config.kv_memory_mb * 2**20,
+        kv_memory_bytes=config.kv_memory_mb * 2**20,
         packing=config.packing,
-        prefix=PrefixSettings(ram_bytes=None if config.cache_ram is None else int(config.cache_ram)),
+        prefix=replace(config.prefix_settings(), cache_ssd=0),
         spec=config.spec_settings(draft_path),
     )
 

@@ -1,27 +1,10 @@
-"""What the SSD tier tells the engine, and the limits it is given. Plain data."""
+"""What the SSD tier tells the engine. Plain data."""
 
 from __future__ import annotations
 
 import msgspec
 
 from millpond.prefix.records import Kind, RecordId, Tensor
-
-
-class SsdLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the tier may use. Sizes in bytes."""
-
-    cap_bytes: int
-    """Most bytes of record files in the folder, all models together. Neither the index nor the quarantine counts."""
-    least_free_bytes: int = 0
-    """Space that stays free on the disk: records are evicted, or not written, to keep it."""
-    ttl_seconds: float | None = None
-    """Records unused for longer are removed."""
-    daily_bytes: int | None = None
-    """Most bytes written per UTC day."""
-    durable: bool = False
-    """True: what is reported as saved survives a loss of power. False: it survives a crash of the process."""
-    writes: bool = True
-    """False: only read what is there; nothing in the folder is changed."""
 
 
 class DiskEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,10 +7,11 @@ import sqlite3
 from collections.abc import Callable, Collection, Sequence
 
 from millpond.observe.log import kv
-from millpond.prefix.disk.events import DiskEntry, SsdLimits
+from millpond.prefix.disk.events import DiskEntry
 from millpond.prefix.disk.index import Row, is_full
 from millpond.prefix.disk.pool import DiskPool
 from millpond.prefix.disk.stats import Tally
+from millpond.settings import PrefixSettings
 
 _log = logging.getLogger("millpond.prefix.disk.tier")
 
@@ -22,19 +23,19 @@ class LimitKeeper:
     """Removes what has to go, counts it, and passes the rows on to ``removed``."""
 
     def __init__(
-        self, pool: DiskPool, limits: SsdLimits, tally: Tally, removed: Callable[[Sequence[Row]], None]
+        self, pool: DiskPool, settings: PrefixSettings, tally: Tally, removed: Callable[[Sequence[Row]], None]
     ) -> None:
         self._pool = pool
-        self._limits = limits
+        self._settings = settings
         self._tally = tally
         self._removed = removed
 
     def valid(self, namespace: str) -> list[DiskEntry]:
         """What the index knows of a namespace and what is not too old; nothing when it cannot say."""
-        pool, ttl = self._pool, self._limits.ttl_seconds
+        pool, ttl = self._pool, self._settings.ssd_ttl
         if not pool.is_open:
             return []
-        after = float("-inf") if ttl is None else pool.clock.now() - ttl
+        after = pool.clock.now() - ttl if ttl else float("-inf")
         try:
             return [row.entry for row in pool.index.entries(namespace, after)]
         except (sqlite3.Error, ValueError):
@@ -43,17 +44,17 @@ class LimitKeeper:
 
     def within_budget(self, nbytes: int) -> bool:
         """Whether so many more bytes may be written today."""
-        budget = self._limits.daily_bytes
-        return budget is None or self._pool.index.written(self._pool.clock.day()) + nbytes <= budget
+        budget = self._settings.ssd_daily_writes
+        return not budget or self._pool.index.written(self._pool.clock.day()) + nbytes <= budget
 
     def make_room(self, nbytes: int, under_way: int, spared: Collection[bytes]) -> bool:
         """Evict until a file of ``nbytes`` fits under the cap and above the free-space floor; False when it cannot.
 
         ``under_way`` are bytes of files that have no row yet; the blocks whose keys are ``spared`` stay.
         """
-        limits, pool = self._limits, self._pool
+        pool = self._pool
         total = pool.totals().bytes
-        limit = limits.cap_bytes - under_way - nbytes
+        limit = self._settings.cache_ssd - under_way - nbytes
         lacking = self._lacking(nbytes)
         if limit < 0 or lacking > total:
             # Emptying the whole cache would not help, so nothing is evicted for it.
@@ -64,17 +65,17 @@ class LimitKeeper:
 
     def hold_cap(self) -> None:
         """Another process may have used the same room, or the cap was larger at the last start."""
-        self._evict_to(self._limits.cap_bytes)
+        self._evict_to(self._settings.cache_ssd)
 
     def hold_all(self) -> None:
         """Age, cap and free space. A clock that was set expires nothing."""
-        pool, ttl = self._pool, self._limits.ttl_seconds
+        pool, ttl = self._pool, self._settings.ssd_ttl
         jump = pool.clock.settle()
         if jump:
             _log.warning("the clock was set; ages of cached records stay as they were", extra=kv(seconds=jump))
             with pool.index.transaction():
                 pool.index.shift_ages(jump, pool.clock.now())
-        if ttl is not None:
+        if ttl:
             rows = pool.expire(pool.clock.now() - ttl)
             self._tally.add(expired=len(rows))
             self._removed(rows)
@@ -100,7 +101,7 @@ class LimitKeeper:
             self._removed(rows)
 
     def _lacking(self, nbytes: int) -> int:
-        return self._limits.least_free_bytes + nbytes - self._pool.files.space(self._pool.folder).free
+        return self._settings.ssd_min_free + nbytes - self._pool.files.space(self._pool.folder).free
 
     def _evict_to(self, limit: int, spared: Collection[bytes] = ()) -> None:
         if self._pool.totals().bytes > limit:

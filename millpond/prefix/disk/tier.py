@@ -2,7 +2,7 @@
 
 One thread writes, removes and keeps the index (writer.py), two read (reader.py). The contract:
 
-- ``Saved`` without a problem: the record is found after a restart. With ``durable``, also after a loss of power.
+- ``Saved`` without a problem: the record is found after a restart. Where durable, also after a loss of power.
 - A record is served only if every byte, its namespace, key, parent, position and tokens are what was written.
 - Whatever the disk does is a miss and a counter, never an exception and never a dead thread.
 - Several processes may use one folder. Each holds the cap over all; for the time of one batch of writes the other's
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from millpond.prefix.disk.age_clock import AgeClock
-from millpond.prefix.disk.events import Loaded, Opened, SsdEvent, SsdLimits
+from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
 from millpond.prefix.disk.files import Files
 from millpond.prefix.disk.inbox import Inbox, WriteJob
 from millpond.prefix.disk.pool import DiskPool
@@ -25,6 +25,7 @@ from millpond.prefix.disk.reader import DiskReader
 from millpond.prefix.disk.stats import SsdStats, Tally
 from millpond.prefix.disk.writer import DiskWriter
 from millpond.prefix.records import Expected, RecordHead, RecordId
+from millpond.settings import PrefixSettings
 
 _log = logging.getLogger("millpond.prefix.disk.tier")
 
@@ -35,7 +36,7 @@ UPKEEP_SECONDS = 60.0
 class SsdTier:
     """Records of one namespace in one folder. Any thread may call any method; all but ``close`` return at once.
 
-    ``namespace`` is a digest in hex, ``label`` a name for people. ``notify`` is called from the tier's threads, one
+    ``namespace`` is a digest in hex. ``notify`` is called from the tier's threads, one
     event at a time per thread, beginning with ``Opened``; it must not block.
     """
 
@@ -43,8 +44,7 @@ class SsdTier:
         self,
         folder: Path,
         namespace: str,
-        label: str,
-        limits: SsdLimits,
+        settings: PrefixSettings,
         notify: Callable[[SsdEvent], None],
         *,
         files: Files | None = None,
@@ -56,9 +56,9 @@ class SsdTier:
         self._tally = Tally()
         self._inbox = Inbox()
         self._reader = DiskReader(folder, namespace, files, self._tally, self._tell, self._inbox.report)
-        pool = DiskPool(folder, files, clock or AgeClock(), durable=limits.durable)
+        pool = DiskPool(folder, files, clock or AgeClock(), durable=settings.ssd_durability == "durable")
         self._writer = DiskWriter(
-            pool, self._inbox, namespace, label, limits, self._tally, self._tell, upkeep_seconds=upkeep_seconds
+            pool, self._inbox, namespace, settings, self._tally, self._tell, upkeep_seconds=upkeep_seconds
         )
 
     def start(self) -> None:

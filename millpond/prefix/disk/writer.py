@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from millpond.observe.log import kv
 from millpond.prefix.disk.block_file import file_bytes
-from millpond.prefix.disk.events import DiskEntry, Found, Gone, Opened, Saved, SsdEvent, SsdLimits
+from millpond.prefix.disk.events import DiskEntry, Found, Gone, Opened, Saved, SsdEvent
 from millpond.prefix.disk.inbox import Batch, Inbox, WriteJob
 from millpond.prefix.disk.index import Row, UnusableIndex
 from millpond.prefix.disk.limits import LimitKeeper
@@ -28,6 +28,7 @@ from millpond.prefix.disk.reader import Fault
 from millpond.prefix.disk.stats import Tally
 from millpond.prefix.disk.sweep import Swept, sweep
 from millpond.prefix.records import RecordId
+from millpond.settings import PrefixSettings, SavePolicy
 
 _log = logging.getLogger("millpond.prefix.disk.tier")
 
@@ -63,8 +64,7 @@ class DiskWriter:
         pool: DiskPool,
         inbox: Inbox,
         namespace: str,
-        label: str,
-        limits: SsdLimits,
+        settings: PrefixSettings,
         tally: Tally,
         tell: Callable[[SsdEvent], None],
         *,
@@ -73,11 +73,11 @@ class DiskWriter:
         self._pool = pool
         self._inbox = inbox
         self._namespace = namespace
-        self._label = label
-        self._limits = limits
+        self._label = settings.label
+        self._may_write = settings.ssd_policy is not SavePolicy.OFF
         self._tally = tally
         self._tell = tell
-        self._keeper = LimitKeeper(pool, limits, tally, self._removed)
+        self._keeper = LimitKeeper(pool, settings, tally, self._removed)
         self._upkeep_seconds = upkeep_seconds
         self._started = pool.clock.now()
         self._writes: deque[WriteJob] = deque()
@@ -160,7 +160,7 @@ class DiskWriter:
         self._tell(event)
 
     def _show(self) -> None:
-        writing = not self._pause.reason and not self._pool.read_only and self._limits.writes
+        writing = not self._pause.reason and not self._pool.read_only and self._may_write
         with suppress(sqlite3.Error):
             self._tally.show(*self._pool.totals())
         self._tally.show_writing(writing)
@@ -184,14 +184,14 @@ class DiskWriter:
             self._sweep_step(self._sweep)
 
     def _only_read(self) -> None:
-        self._refuse(READ_ONLY if self._limits.writes else "writes are off")
+        self._refuse(READ_ONLY if self._may_write else "writes are off")
         self._give_up_rows()
         self._gone(self._faults)
         self._faults.clear()
         self._touched.clear()
         if time.monotonic() >= self._upkeep_at:
             self._upkeep_at = time.monotonic() + self._upkeep_seconds
-            if self._limits.writes and self._pool.files.writable(self._pool.folder):
+            if self._may_write and self._pool.files.writable(self._pool.folder):
                 self._open_again()
 
     def _change(self) -> None:
@@ -208,10 +208,10 @@ class DiskWriter:
         """Open the folder in the best way there is, and hold its limits before anything is offered."""
         self._touch_at = 0.0
         self._sweep = sweep(self._pool, self._started)
-        if not self._limits.writes or not self._pool.files.writable(self._pool.folder):
+        if not self._may_write or not self._pool.files.writable(self._pool.folder):
             self._upkeep_at = time.monotonic() + self._upkeep_seconds
             self._pool.open_to_read()
-            if self._limits.writes:
+            if self._may_write:
                 fields = kv(reason=READ_ONLY, folder=self._pool.folder, remedy=ELSEWHERE)
                 _log.warning("the SSD tier only reads", extra=fields)
             return
@@ -233,7 +233,7 @@ class DiskWriter:
 
     def _problem(self) -> str:
         """Why the tier cannot be used in full; empty when it can."""
-        if self._pause.reason or not self._limits.writes:
+        if self._pause.reason or not self._may_write:
             return self._pause.reason
         if not self._pool.read_only:
             return ""

@@ -29,8 +29,8 @@ BREAKS = [
     Break(
         name="F4-what-has-no-row-is-free",
         file="millpond/prefix/disk/limits.py",
-        old="limits.cap_bytes - under_way - nbytes",
-        new="limits.cap_bytes - nbytes",
+        old="self._settings.cache_ssd - under_way - nbytes",
+        new="self._settings.cache_ssd - nbytes",
         by=("test_the_cap_holds_after_every_event",),
     ),
     Break(

@@ -21,9 +21,9 @@ BREAKS = [
     ),
     Break(
         name="J1-dead-ssd-ttl",
-        file="millpond/cli/serve.py",
-        old="ttl_seconds=config.ssd_ttl,",
-        new="ttl_seconds=0.0,",
+        file="millpond/config.py",
+        old="ssd_ttl=self.ssd_ttl,",
+        new="ssd_ttl=0.0,",
         by=("test_ssd_ttl_removes_what_was_not_used",),
     ),
     Break(
