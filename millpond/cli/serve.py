@@ -220,7 +220,7 @@ class Front:
         from millpond.http.app import create_app
         from millpond.http.front_end import FrontEnd
         from millpond.http.gate import served_hosts
-        from millpond.http.openai.schemas import NO_DEFAULTS
+        from millpond.http.generation_request import NO_DEFAULTS
         from millpond.http.sampling import read_sampling_defaults
         from millpond.http.served_model import ModelNames, ServedModel
         from millpond.text.tokenizer import Tokenizer

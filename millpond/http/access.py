@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from millpond.client import EngineError
 from millpond.http.context import RequestContext, context_of
 from millpond.http.errors import ApiError
 from millpond.http.front_end import FrontEnd
+from millpond.http.rendering import Rendering
 from millpond.observe.log import kv
 
 log = logging.getLogger("millpond.http")
@@ -31,8 +33,10 @@ QUIET = ("/livez", "/readyz", "/health", "/metrics")
 class AccessLayer:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, renderings: Mapping[str, Rendering]) -> None:
+        """``renderings``: the APIs by their paths."""
         self._app = app
+        self._renderings = renderings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,6 +46,8 @@ class AccessLayer:
         _single_slashes(scope)
         context = context_of(scope)
         context.id = _request_id(scope)
+        if (rendering := self._renderings.get(scope["path"])) is not None:
+            context.render_error = rendering.refuse
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -60,12 +66,11 @@ class AccessLayer:
             context.left = "cut off"
             raise
         except Exception:
-            # Nothing above would answer in our error shape; the trace goes to the log, never to the client.
+            # Nothing above would answer in the API's error shape; the trace goes to the log, never to the client.
             log.exception("unexpected error", extra=kv(request=context.id))
             if not status:
                 error = ApiError(500, "internal error; the server's log says more", code="internal_error")
-                context.error = error
-                await error.response()(scope, receive, send_with_id)
+                await context.refuse(error)(scope, receive, send_with_id)
         finally:
             _count(scope, context)
             level = logging.DEBUG if scope["path"] in QUIET else logging.INFO

@@ -21,14 +21,17 @@ from millpond.http.front_end import FrontEnd
 from millpond.http.gate import Gate
 from millpond.http.metrics import metrics
 from millpond.http.models import get_model, list_models
-from millpond.http.openai.chat import chat
-from millpond.http.openai.completions import completions
+from millpond.http.openai.chat import CHAT
+from millpond.http.openai.completions import COMPLETIONS
+from millpond.http.openai.errors import error_response
 from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
+from millpond.http.respond import endpoint
 
+RENDERINGS = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETIONS}
+"""The APIs that generate, by their paths."""
 ROUTES = [
-    Route("/v1/chat/completions", chat, methods=["POST"]),
-    Route("/v1/completions", completions, methods=["POST"]),
+    *(Route(path, endpoint(rendering), methods=["POST"]) for path, rendering in RENDERINGS.items()),
     Route("/v1/cache/explain", explain, methods=["POST"]),
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),
@@ -53,7 +56,7 @@ def create_app(front: FrontEnd, hosts: Collection[str]) -> Starlette:
     )
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(AccessLayer), *_cors(config.cors_origins), gate],
+        middleware=[Middleware(AccessLayer, renderings=RENDERINGS), *_cors(config.cors_origins), gate],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
     )
     app.router.redirect_slashes = False
@@ -69,7 +72,7 @@ class Cors(CORSMiddleware):
         if response.status_code < 400:
             return response
         message = f"origin: {shown(request_headers['origin'])} may not do this; --cors-origins says who may call"
-        return ApiError(403, message, param="origin", code="origin_not_allowed").response()
+        return error_response(ApiError(403, message, param="origin", code="origin_not_allowed"))
 
 
 def _cors(origins: Collection[str]) -> list[Middleware]:
@@ -95,8 +98,7 @@ def _cors(origins: Collection[str]) -> list[Middleware]:
 async def _on_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for ApiError."""
     assert isinstance(error, ApiError)
-    context_of(request.scope).error = error
-    return error.response()
+    return context_of(request.scope).refuse(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -12,30 +12,31 @@ from starlette.types import Send
 
 from millpond.client import EngineError, EngineUnavailable
 from millpond.http.errors import from_engine, unavailable
-from millpond.http.front_end import FrontEnd, front_end_of
-from millpond.http.openai.schemas import ChatRequest, CompletionRequest
-from millpond.http.prompts import Prompt, chat_prompt, check_limits, completion_prompts
-from millpond.http.reading import read_request
-from millpond.http.respond import client_name
-from millpond.http.served_model import ServedModel
+from millpond.http.front_end import front_end_of
+from millpond.http.openai.chat import CHAT
+from millpond.http.openai.completions import COMPLETIONS
+from millpond.http.prompts import read_prompts
+from millpond.http.reading import admit, read_request
+from millpond.http.rendering import Parsed
 from millpond.http.sse import WatchedResponse, send_json
 from millpond.http.tenants import salt_of
 from millpond.types import ErrorKind, PrefixReport
 
 
-async def explain(request: Request) -> Response:
+async def explain(http: Request) -> Response:
     """Takes the body of a chat or a plain completion and answers with one entry per prompt. Raises ApiError."""
-    front = front_end_of(request)
-    asked, model = await read_request(request, front, _kind_of)
-    count = 1 if isinstance(asked, ChatRequest) else len(asked.prompt)
-
-    salt = salt_of(request, asked)
+    front = front_end_of(http)
+    parsed, model = await read_request(http, front, _read)
+    asked = parsed.asked
+    salt = salt_of(http, asked)
 
     async def work(send: Send) -> None:
         nonlocal asked
         entries = []
-        with front.permit(model, count, client_name(request, asked)):
-            prompts = deque(await _prompts(front, model, asked))
+        admission = admit(http, model, asked)
+        tokenizer, info = admission.tokenizer, admission.info
+        with front.permit(model, asked.prompts, admission.client):
+            prompts = deque(await front.in_text_thread(lambda: read_prompts(asked, tokenizer, info)))
             asked = asked.without_content()
             try:
                 async with asyncio.timeout(front.config.queue_timeout or None):
@@ -54,20 +55,8 @@ async def explain(request: Request) -> Response:
     return WatchedResponse(work)
 
 
-def _kind_of(fields: Mapping[str, object]) -> type[ChatRequest] | type[CompletionRequest]:
-    return CompletionRequest if fields.get("messages") is None else ChatRequest
-
-
-async def _prompts(front: FrontEnd, model: ServedModel, asked: ChatRequest | CompletionRequest) -> list[Prompt]:
-    tokenizer, info = model.ready()
-    check_limits(asked, info)
-    return await front.in_text_thread(
-        lambda: (
-            chat_prompt(asked, tokenizer, info)
-            if isinstance(asked, ChatRequest)
-            else completion_prompts(asked, tokenizer, info)
-        )
-    )
+def _read(fields: Mapping[str, object]) -> Parsed:
+    return (COMPLETIONS if fields.get("messages") is None else CHAT).read(fields)
 
 
 def _entry(prompt_tokens: int, report: PrefixReport) -> dict[str, object]:

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from millpond.http.context import RequestContext, context_of
 from millpond.http.errors import ApiError
+from millpond.http.openai.errors import error_body
 from millpond.observe.log import kv
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ LEAST_READ = 32 * 1024
 """A client must take so many bytes, or all there are, of what waits for it in each write time-out."""
 PIECE = 8 * 1024
 """Bytes of a request that are parsed at a time, unless they are known to be a body's: chunks may be a byte each."""
-NO_HTTP = ApiError(400, "the request is not valid HTTP", code="bad_http").body()
+NO_HTTP = error_body(ApiError(400, "the request is not valid HTTP", code="bad_http"))
 
 
 def protocol(most: int, head_seconds: float, write_seconds: float) -> Callable[..., Connection]:

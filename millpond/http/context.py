@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from starlette.responses import Response
 from starlette.types import Scope
 
 from millpond.http.errors import ApiError
+from millpond.http.openai.errors import error_response
 
 KEY = "millpond.request"
 
@@ -46,9 +49,16 @@ class RequestContext:
     """The code of the gate's refusal."""
     error: ApiError | None = None
     """What it was answered with. It holds what was wrong, and is let go once it has been counted."""
+    render_error: Callable[[ApiError], Response] = error_response
+    """In the shape of the API that was asked; OpenAI's where there is none."""
     left: str | None = None
     """How the client went before the end: gone, stalled or cut off."""
     generation: GenerationRecord | None = None
+
+    def refuse(self, error: ApiError) -> Response:
+        """What to answer instead, noted."""
+        self.error = error
+        return self.render_error(error)
 
     def log_fields(self) -> dict[str, object]:
         """What the log line has beside the request's head, its status and its time."""

@@ -1,16 +1,12 @@
-"""The one shape in which every refusal and failure leaves the server.
+"""Refusals and failures, each with a real HTTP status; every API has its own shape for them.
 
-``{"error": {"message", "type", "param", "code"}}`` with a real HTTP status. Messages about a field name it, its value
-and what is allowed; none contains a file path or a stack trace.
+Messages about a field name it, its value and what is allowed; none contains a file path or a stack trace.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-
-import msgspec
-from starlette.responses import Response
 
 from millpond.client import EngineError
 from millpond.client.public import public
@@ -40,20 +36,6 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
-
-    def body(self) -> bytes:
-        """The JSON body."""
-        error = {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
-
-    def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, "application/json")
-
-
-def _type(status: int) -> str:
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
 
 
 def shown(value: object) -> str:

@@ -58,8 +58,8 @@ class Gate:
                 context.owner = self._owner(scope)
                 context.tenant = context.owner if self._apart and self._keys.several else ""
             except ApiError as error:
-                context.refused, context.error = error.code, error
-                await error.response()(scope, receive, send)
+                context.refused = error.code
+                await context.refuse(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

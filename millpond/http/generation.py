@@ -1,4 +1,4 @@
-"""All answers of one HTTP request: submitted together, read as one sequence of pieces, given up together.
+"""All answers of one HTTP request: submitted together, read as one sequence of events, given up together.
 
 Detokenising and stop strings happen here, on the event loop: they cost microseconds per token. So do the time-outs, on
 what comes from the engine: a client that reads slowly is not the engine's delay.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -17,36 +17,12 @@ from millpond.client import EngineError, EngineUnavailable, Stream
 from millpond.config import ServeConfig
 from millpond.http.clock import Clock, Phase
 from millpond.http.errors import unavailable
+from millpond.http.events import Event, TextDelta, Usage
 from millpond.http.served_model import ServedModel
 from millpond.text.answer import Answer
 from millpond.text.stops import StopStrings
 from millpond.text.tokenizer import TextError, Tokenizer
 from millpond.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one engine step added to one choice. ``text`` may be empty; ``finish`` is stop, length, or not yet."""
-
-    choice: int
-    text: str
-    logprobs: list[TokenLogprob]
-    finish: str | None
-
-
-MOST_LOGPROBS = 32
-"""Tokens whose log-probabilities are rendered at a time: what a stop string held back may come all at once."""
-
-
-def parts(piece: Piece | None) -> Iterator[Piece]:
-    """The piece, in so many that each is little work: the text goes with the first, the end with the last."""
-    if piece is None:
-        return
-    rest = piece
-    while len(rest.logprobs) > MOST_LOGPROBS:
-        yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None)
-        rest = replace(rest, text="", logprobs=rest.logprobs[MOST_LOGPROBS:])
-    yield rest
 
 
 @dataclass(slots=True)
@@ -74,7 +50,7 @@ class _Choice:
     _settled: int = 0
     """Tokens that surely belong to the answer."""
 
-    def take(self, delta: Delta) -> Piece:
+    def take(self, delta: Delta) -> TextDelta:
         self.pending.extend(delta.logprobs or ())
         if delta.verdict is not None:
             self._judged(delta.verdict)
@@ -86,7 +62,7 @@ class _Choice:
         self._settle(settled)
         finish = Finish.STOP if stopped else delta.finish
         logprobs = [self.pending.popleft() for _ in range(min(settled, len(self.pending)))]
-        return Piece(self.index, text, logprobs, finish.value if finish is not None else None)
+        return TextDelta(self.index, text, logprobs, finish)
 
     def _judged(self, verdict: Verdict) -> None:
         """Note which of the next tokens were guessed."""
@@ -107,31 +83,6 @@ class _Choice:
         """Tokens of the answer that had been guessed ahead: neither what a stop string cut nor the end itself."""
         count = self.answer.completion_tokens
         return self._accepted + sum(max(0, min(end, count) - begin) for begin, end in self._spans)
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one HTTP request; a prompt counts once however many answers it gets."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    accepted_tokens: int = 0
-    """Those of the answers that had been guessed ahead."""
-    rejected_tokens: int = 0
-    """Those guessed ahead in vain."""
-
-    def payload(self) -> dict[str, object]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": self.accepted_tokens,
-                "rejected_prediction_tokens": self.rejected_tokens,
-            },
-        }
 
 
 class Generation:
@@ -160,12 +111,12 @@ class Generation:
             for index, request in enumerate(requests)
         ]
         self._requests = deque(requests)
-        self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._running = len(self._choices)
         self._hungry = True
-        """The reader waits for a piece, or has yet to begin: it has not been given the time to take what is queued."""
+        """The reader waits for an event, or has yet to begin: it has not been given the time to take what is queued."""
         self._start = start
         self.first_seconds: float | None = None
         """From ``start`` to the first token of any choice."""
@@ -199,8 +150,9 @@ class Generation:
         for pump in self._pumps:
             pump.cancel()
 
-    async def pieces(self, patience: float = 0.0) -> AsyncIterator[Piece | None]:
-        """What comes, in order; None whenever nothing to show has come for ``patience`` seconds (0: never)."""
+    async def events(self, patience: float = 0.0) -> AsyncIterator[Event | None]:
+        """What comes, in order, at last the usage; None whenever nothing to show has come for ``patience`` seconds (0:
+        never)."""
         now = asyncio.get_running_loop().time
         shown = now()
         while self._running:
@@ -210,10 +162,11 @@ class Generation:
             if item is not None and item.finish is not None:
                 self._running -= 1
             yield item
-            if item is None or item.text or item.logprobs or item.finish:
+            if patience and (item is None or not item.silent):
                 shown = now()
+        yield self.usage()
 
-    async def _next(self, deadline: float | None) -> Piece | Exception | None:
+    async def _next(self, deadline: float | None) -> TextDelta | Exception | None:
         self._hungry = True
         try:
             async with asyncio.timeout_at(deadline):
@@ -252,9 +205,9 @@ class Generation:
             if self._queue.qsize() >= self._config.stream_buffer and not self._hungry:
                 most = self._config.stream_buffer
                 raise EngineError(ErrorKind.OVERRUN, f"the answer was read too slowly: {most} steps of it were waiting")
-            piece = choice.take(delta)
-            self._queue.put_nowait(piece)
-            if piece.finish is not None:
+            taken = choice.take(delta)
+            self._queue.put_nowait(taken)
+            if taken.finish is not None:
                 if delta.finish is None:  # a stop string: the engine would go on
                     stream.complete()
                 self._ended(choice, clock.now)

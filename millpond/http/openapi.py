@@ -24,7 +24,7 @@ from millpond.http.openai.schemas import (
     NOT_IMPLEMENTED,
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
+    OpenAIRequest,
     StreamOptions,
 )
 from millpond.http.openapi_answers import (
@@ -44,7 +44,7 @@ from millpond.http.speculation_fields import SpeculativeOptions
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
-REQUESTS: tuple[type[GenerationRequest], ...] = (ChatRequest, CompletionRequest)
+REQUESTS: tuple[type[OpenAIRequest], ...] = (ChatRequest, CompletionRequest)
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
 _STOP: Schema = {**_TEXT, "maxLength": LONGEST_STOP}

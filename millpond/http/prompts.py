@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from millpond.client.public import public
 from millpond.http.errors import ApiError, bad_value
-from millpond.http.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from millpond.http.generation_request import Conversation, GenerationRequest
 from millpond.http.speculation_fields import check_mode
 from millpond.text.tokenizer import TemplateError, TextError, Tokenizer
 from millpond.types import ModelInfo
@@ -35,41 +35,23 @@ class Prompt:
 
 def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
     """Refuse without reading the prompt what no prompt could make valid. Raises ApiError 400."""
-    wanted = asked.wanted_tokens
+    wanted = asked.max_tokens
     if wanted is not None and wanted >= info.context_length:
         raise _too_many(asked, wanted, info.context_length, 1)
-    for token in asked.logit_bias:
+    for token in asked.sampling.logit_bias:
         if token >= info.vocab_size:
             raise bad_value("logit_bias", str(token), f"token ids below {info.vocab_size}")
     check_mode(asked.speculative, info)
 
 
-def chat_prompt(asked: ChatRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
-    """Apply the template and tokenise. Raises ApiError 400."""
-    # Each message is at least one token, were it only that which ends it.
-    texts = [
-        text for message in asked.messages for name, text in message.items() if name != "role" and isinstance(text, str)
-    ]
-    many = len(asked.messages) >= info.context_length
-    try:
-        # Control tokens recognised are one token each, which is the least that they can be.
-        if many or _surely_longer(tokenizer, texts, info.context_length, len(asked.messages), parse_special=True):
-            raise _prompt_too_long("messages", f"more than {info.context_length}", info.context_length)
-        tokens = tokenizer.chat_tokens(asked.messages, asked.generation_prompt, asked.continue_final_message)
-    except TextError as error:
-        raise _unreadable("messages", error) from error
-    except TemplateError as error:
-        param = "messages" if error.index is None else f"messages[{error.index}]"
-        raise ApiError(400, f"{param}: {public(str(error))}", param=param, code="template_error") from error
-    return [_checked(asked, "messages", tokens, "", info.context_length)]
-
-
-def completion_prompts(asked: CompletionRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
-    """Tokenise what is text, check what is token ids. Raises ApiError 400."""
-    for prompt in asked.prompt:  # before any work is done for the others
+def read_prompts(asked: GenerationRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
+    """Apply the template, tokenise what is text, check what is token ids. Raises ApiError 400."""
+    if isinstance(asked.prompt, Conversation):
+        return [_chat_prompt(asked, asked.prompt, tokenizer, info)]
+    for prompt in asked.prompt.prompts:  # before any work is done for the others
         if not isinstance(prompt, str) and len(prompt) >= info.context_length:
-            raise _prompt_too_long("prompt", str(len(prompt)), info.context_length)
-    return [_completion_prompt(asked, prompt, tokenizer, info) for prompt in asked.prompt]
+            raise _prompt_too_long(asked, str(len(prompt)), info.context_length)
+    return [_plain_prompt(asked, prompt, asked.prompt.echo, tokenizer, info) for prompt in asked.prompt.prompts]
 
 
 def prediction_tokens(text: str, tokenizer: Tokenizer, most: int, *, parse_special: bool = False) -> list[int]:
@@ -89,54 +71,69 @@ def prediction_tokens(text: str, tokenizer: Tokenizer, most: int, *, parse_speci
     return tokens[:most]
 
 
-def _completion_prompt(
-    asked: CompletionRequest, prompt: str | tuple[int, ...], tokenizer: Tokenizer, info: ModelInfo
-) -> Prompt:
-    if isinstance(prompt, str):
-        try:
-            if _surely_longer(tokenizer, [prompt], info.context_length, 0, parse_special=asked.parse_special):
-                raise _prompt_too_long("prompt", f"more than {info.context_length}", info.context_length)
-            tokens = tokenizer.encode(prompt, parse_special=asked.parse_special)
-        except TextError as error:
-            raise _unreadable("prompt", error) from error
-        return _checked(asked, "prompt", tokens, prompt if asked.echo else "", info.context_length)
-    for token in prompt:
-        if not 0 <= token < info.vocab_size:
-            raise bad_value("prompt", token, f"token ids from 0 to {info.vocab_size - 1}")
+def _chat_prompt(asked: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer, info: ModelInfo) -> Prompt:
+    messages, context, param = conversation.messages, info.context_length, asked.prompt_field
+    texts = [text for message in messages for text in message.texts()]
+    # Each message is at least one token, were it only that which ends it.
+    many = len(messages) >= context
     try:
-        echo = tokenizer.decode(prompt) if asked.echo else ""
+        # Control tokens recognised are one token each, which is the least that they can be.
+        if many or _surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
+            raise _prompt_too_long(asked, f"more than {context}", context)
+        shown = [message.for_template() for message in messages]
+        tokens = tokenizer.chat_tokens(shown, conversation.generation_prompt, conversation.continued)
     except TextError as error:
-        raise _unreadable("prompt", error) from error
-    return _checked(asked, "prompt", list(prompt), echo, info.context_length)
+        raise _unreadable(asked, error) from error
+    except TemplateError as error:
+        where = param if error.index is None else f"{param}[{error.index}]"
+        raise ApiError(400, f"{where}: {public(str(error))}", param=where, code="template_error") from error
+    return _checked(asked, tokens, "", context)
 
 
-def _checked(asked: GenerationRequest, param: str, tokens: list[int], echo: str, context: int) -> Prompt:
+def _plain_prompt(
+    asked: GenerationRequest, prompt: str | tuple[int, ...], echo: bool, tokenizer: Tokenizer, info: ModelInfo
+) -> Prompt:
+    context, special = info.context_length, asked.parse_special
+    try:
+        if isinstance(prompt, str):
+            if _surely_longer(tokenizer, [prompt], context, 0, parse_special=special):
+                raise _prompt_too_long(asked, f"more than {context}", context)
+            tokens = tokenizer.encode(prompt, parse_special=special)
+            return _checked(asked, tokens, prompt if echo else "", context)
+        for token in prompt:
+            if not 0 <= token < info.vocab_size:
+                raise bad_value(asked.prompt_field, token, f"token ids from 0 to {info.vocab_size - 1}")
+        return _checked(asked, list(prompt), tokenizer.decode(prompt) if echo else "", context)
+    except TextError as error:
+        raise _unreadable(asked, error) from error
+
+
+def _checked(asked: GenerationRequest, tokens: list[int], echo: str, context: int) -> Prompt:
     if not tokens:
-        raise bad_value(param, "", "not empty")
+        raise bad_value(asked.prompt_field, "", "not empty")
     if len(tokens) >= context:
-        raise _prompt_too_long(param, str(len(tokens)), context)
-    room = context - len(tokens)
-    wanted = asked.wanted_tokens
+        raise _prompt_too_long(asked, str(len(tokens)), context)
+    room, wanted = context - len(tokens), asked.max_tokens
     if wanted is not None and wanted > room:
         raise _too_many(asked, wanted, context, len(tokens))
     return Prompt(tokens, echo, min(room, asked.default_tokens or room) if wanted is None else wanted)
 
 
-def _prompt_too_long(param: str, size: str, context: int) -> ApiError:
+def _prompt_too_long(asked: GenerationRequest, size: str, context: int) -> ApiError:
+    param = asked.prompt_field
     message = f"{param}: must have at most {context - 1} tokens (the model's context is {context}), got {size}"
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def _too_many(asked: GenerationRequest, wanted: int, context: int, prompt_tokens: int) -> ApiError:
-    param = "max_completion_tokens" if getattr(asked, "max_completion_tokens", None) else "max_tokens"
+    param = asked.max_tokens_field
     allowed = f"must be at most {context - prompt_tokens} here, got {wanted}"
     why = f"the model's context is {context} tokens and the prompt has at least {prompt_tokens}"
-    message = f"{param}: {allowed}; {why}"
-    return ApiError(400, message, param=param, code="context_length_exceeded")
+    return ApiError(400, f"{param}: {allowed}; {why}", param=param, code="context_length_exceeded")
 
 
-def _unreadable(param: str, error: TextError) -> ApiError:
-    return ApiError(400, f"{param}: {error}", param=param, code="unreadable_text")
+def _unreadable(asked: GenerationRequest, error: TextError) -> ApiError:
+    return ApiError(400, f"{asked.prompt_field}: {error}", param=asked.prompt_field, code="unreadable_text")
 
 
 def _surely_longer(

@@ -1,4 +1,4 @@
-"""From a request's body to a checked request.
+"""What comes before any work for a model: a body becomes a checked request, and the request is let in.
 
 A small body is read where it is; a large one in a text thread, after the prompts that wait there: what has been read is
 larger than its body, so it is to be used up before more is read.
@@ -7,37 +7,57 @@ larger than its body, so it is to be used up before more is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from millpond.http.body import json_object, read_body
+from millpond.http.context import context_of
 from millpond.http.front_end import FrontEnd
-from millpond.http.openai.schemas import GenerationRequest, parse, unknown_fields
+from millpond.http.generation_request import GenerationRequest
+from millpond.http.prompts import check_limits
+from millpond.http.rendering import Parsed
 from millpond.http.served_model import ServedModel
+from millpond.text.tokenizer import Tokenizer
+from millpond.types import ModelInfo
 
 SMALL_BODY = 16 * 1024
 """Bytes that take a few milliseconds at most, whatever they are."""
 
-R = TypeVar("R", bound=GenerationRequest)
-
 
 async def read_request(
-    request: Request, front: FrontEnd, kind_of: Callable[[Mapping[str, object]], type[R]]
-) -> tuple[R, ServedModel]:
-    """The request and the model that it names, its unknown fields counted. ``kind_of`` tells what the fields make.
+    http: Request, front: FrontEnd, parse: Callable[[Mapping[str, object]], Parsed]
+) -> tuple[Parsed, ServedModel]:
+    """The request and the model that it names, its unknown fields counted.
 
     Raises ApiError, ClientDisconnect.
     """
     config = front.config
-    body = await read_body(request, int(config.max_body), config.body_timeout)
+    body = await read_body(http, int(config.max_body), config.body_timeout)
 
-    def read() -> tuple[R, int]:
-        fields = json_object(body, config.max_values)
-        kind = kind_of(fields)
-        return parse(kind, fields), len(unknown_fields(kind, fields))
+    def read() -> Parsed:
+        return parse(json_object(body, config.max_values))
 
-    asked, unknown = read() if len(body) <= SMALL_BODY else await front.in_text_thread(read, urgent=False)
-    model = front.model_for(asked.model)
-    front.unknown_fields += unknown
-    return asked, model
+    parsed = read() if len(body) <= SMALL_BODY else await front.in_text_thread(read, urgent=False)
+    model = front.model_for(parsed.asked.model)
+    front.unknown_fields += parsed.unknown_fields
+    return parsed, model
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a request that may be answered needs to know."""
+
+    tokenizer: Tokenizer
+    info: ModelInfo
+    client: str
+    """Whose request it is, for fair sharing."""
+
+
+def admit(http: Request, model: ServedModel, asked: GenerationRequest) -> Admission:
+    """Raises ApiError: 503 where the model is not ready, 400 for what no prompt could make valid."""
+    tokenizer, info = model.ready()
+    check_limits(asked, info)
+    # With keys nobody can claim to be somebody else.
+    client = context_of(http.scope).owner or asked.user or (http.client.host if http.client is not None else "")
+    return Admission(tokenizer, info, client)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from millpond.http.openai.schemas import NO_DEFAULTS, SAMPLING_FIELDS, GenerationRequest, SamplingDefaults
+from millpond.http.generation_request import NO_DEFAULTS, SAMPLING_FIELDS, SamplingDefaults
+from millpond.http.openai.schemas import OpenAIRequest
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
 
 def _usable(name: str, value: object) -> bool:
     try:
-        GenerationRequest.model_validate({name: value})
+        OpenAIRequest.model_validate({name: value})
     except ValidationError:
-        allowed = GenerationRequest.model_fields[name].description
+        allowed = OpenAIRequest.model_fields[name].description
         log.warning("%s: %s must be %s, got %.80r; it is not used", FILE, name, allowed, value)
         return False
     return True

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from millpond.client import EngineClient, EngineError, EngineState
 from millpond.http.errors import unavailable
+from millpond.http.generation_request import SamplingDefaults
 from millpond.http.meters import Meters
-from millpond.http.openai.schemas import SamplingDefaults
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ErrorKind, ModelInfo, Speculation
 

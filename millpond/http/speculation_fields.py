@@ -1,6 +1,6 @@
-"""What clients may say about guessing ahead: the fields ``speculative`` and ``prediction``.
+"""What clients may say about guessing ahead in any API: the field ``speculative``.
 
-Neither changes what an answer says, only how fast it comes; see docs/speculative-decoding.md.
+It changes nothing of an answer, only how fast it comes; see docs/speculative-decoding.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from millpond.http.errors import ApiError, bad_value, missing, unsupported
-from millpond.http.openai.messages import read_content
+from millpond.http.errors import bad_value, unsupported
 from millpond.types import MOST_DRAFT_TOKENS, ModelInfo, SpecMode, Speculation
 
 LONGEST_NAME = 40
 """Of a field that there is not, as it may stand in a message."""
-PREDICTION = 'an object like {"type": "content", "content": "…"}'
 SPECULATIVE = "an object with mode, tokens and adaptive, each of which may be absent"
 
 
@@ -47,23 +45,6 @@ def read_speculative(value: object) -> SpeculativeOptions:
         name = str(error.errors(include_url=False)[0]["loc"][0])
         known = SpeculativeOptions.model_fields[name]
         raise bad_value(f"speculative.{name}", value[name], str(known.description)) from error
-
-
-def read_prediction(value: object) -> str:
-    """The text of a ``prediction`` value. Raises ApiError 400 naming the part at fault."""
-    if not isinstance(value, dict):
-        raise bad_value("prediction", value, PREDICTION)
-    kind = value.get("type")
-    if kind is None:
-        raise missing("prediction.type", '"content"')
-    if kind != "content":
-        raise _wrong_kind(kind)
-    return read_content(value.get("content"), "prediction.content")
-
-
-def _wrong_kind(kind: object) -> ApiError:
-    wrong = unsupported if isinstance(kind, str) else bad_value
-    return wrong("prediction.type", kind, '"content"')
 
 
 def check_mode(asked: SpeculativeOptions | None, info: ModelInfo) -> None:

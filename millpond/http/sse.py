@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from millpond.http.context import context_of
-from millpond.http.errors import ApiError
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -24,8 +23,8 @@ HEADERS: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-DONE = b"data: [DONE]\n\n"
 COMMENT = b": working\n\n"
+"""What clients ignore: the connection is in use."""
 LARGE = 16 * 1024
 """Bytes of an event after which others get their turn."""
 WRITTEN = 256 * 1024
@@ -65,38 +64,25 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream:
-    """Writes server-sent events; the headers go out with the first one."""
+    """Writes what is ready to be sent; the headers go out with the first of it."""
 
     def __init__(self, send: Send, headers: Callable[[], Headers] = list) -> None:
-        """``headers`` is asked for more of them when the first event goes out."""
+        """``headers`` is asked for more of them when the first write goes out."""
         self._send = send
         self._headers = headers
         self.started = False
 
-    async def event(self, payload: object) -> None:
-        """Write one JSON event now."""
-        data = b"data: " + msgspec.json.encode(payload) + b"\n\n"
-        await self._write(data)
-        if len(data) > LARGE:
-            await asyncio.sleep(0)  # many like it may be ready to be written
-
-    async def comment(self) -> None:
-        """Write a line that clients ignore: the connection is in use."""
-        await self._write(COMMENT)
-
-    async def error(self, error: ApiError) -> None:
-        """Write an error event, which ends the stream without [DONE]."""
-        await self._write(b"data: " + error.body() + b"\n\n", last=True)
-
-    async def done(self) -> None:
-        """Write [DONE] and end the stream."""
-        await self._write(DONE, last=True)
-
-    async def _write(self, data: bytes, *, last: bool = False) -> None:
+    async def write(self, data: bytes) -> None:
+        """Write now."""
         if not self.started:
             self.started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS + self._headers()})
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if len(data) > LARGE:
+            await asyncio.sleep(0)  # many like it may be ready to be written
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def send_json(send: Send, payload: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from starlette.requests import Request as HttpRequest
 
 from millpond.http.context import context_of
-from millpond.http.openai.schemas import LONGEST_SALT, GenerationRequest
+from millpond.http.generation_request import LONGEST_SALT, GenerationRequest
 from millpond.types import Salt
 
 WIDTH = LONGEST_SALT + 1

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from millpond.http.errors import ApiError
+from millpond.http.generation_request import GenerationRequest
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest, parse
-from millpond.http.prompts import chat_prompt, completion_prompts
+from millpond.http.prompts import read_prompts
 from millpond.text.tokenizer import Message, Tokenizer
 from millpond.types import ModelInfo
 
@@ -56,8 +57,9 @@ INFO = ModelInfo(
 )
 
 
-def chat(*messages: dict[str, str], times: int = 1) -> ChatRequest:
-    return parse(ChatRequest, {"messages": [{"role": "user", **message} for message in messages] * times})
+def chat(*messages: dict[str, str], times: int = 1) -> GenerationRequest:
+    fields = {"messages": [{"role": "user", **message} for message in messages] * times}
+    return parse(ChatRequest, fields).generation()
 
 
 @pytest.mark.parametrize(
@@ -73,10 +75,10 @@ def chat(*messages: dict[str, str], times: int = 1) -> ChatRequest:
     ],
     ids=["one text", "empty ones", "of one letter", "a name", "an id", "short ones", "long and short ones"],
 )
-def test_a_chat_that_is_far_too_long(tokenizer: CountingTokenizer, asked: ChatRequest) -> None:
+def test_a_chat_that_is_far_too_long(tokenizer: CountingTokenizer, asked: GenerationRequest) -> None:
     """(L6) Nothing is rendered, and no more is read than one piece beyond the context."""
     with pytest.raises(ApiError, match="at most 511 tokens") as raised:
-        chat_prompt(asked, tokenizer, INFO)
+        read_prompts(asked, tokenizer, INFO)
     assert raised.value.code == "context_length_exceeded"
     assert tokenizer.read < 40_000
 
@@ -87,7 +89,7 @@ def test_prompts_that_are_far_too_long(tokenizer: CountingTokenizer) -> None:
     for prompt in given:
         tokenizer.read = 0
         with pytest.raises(ApiError, match="at most 511 tokens"):
-            completion_prompts(parse(CompletionRequest, {"prompt": prompt}), tokenizer, INFO)
+            read_prompts(parse(CompletionRequest, {"prompt": prompt}).generation(), tokenizer, INFO)
         assert tokenizer.read < 40_000
 
 
@@ -97,6 +99,6 @@ def test_a_chat_that_fits_is_not_refused_early(byte_tokenizer: Path) -> None:
     texts = ["", "a", "ab c\n", "x" * 400]
     for times in (1, 40):
         asked = chat(*({"content": text} for text in texts), times=times)
-        length = len(tokenizer.chat_tokens(asked.messages))
+        length = len(tokenizer.chat_tokens([message.for_template() for message in asked.prompt.messages]))
         info = msgspec.structs.replace(INFO, context_length=length + 1)
-        assert len(chat_prompt(asked, tokenizer, info)[0].tokens) == length
+        assert len(read_prompts(asked, tokenizer, info)[0].tokens) == length

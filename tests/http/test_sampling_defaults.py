@@ -79,7 +79,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, caplog: pytest.LogCa
 def test_what_the_client_says_counts_field_by_field() -> None:
     body: dict[str, object] = {"prompt": "hi", "temperature": 1.0, "top_k": -1, "min_p": None}
     defaults = {"temperature": 0.6, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
-    params = parse(CompletionRequest, body).sampling(1, 0, [], defaults)
+    params = parse(CompletionRequest, body).generation().params(1, 0, [], defaults)
     assert (params.temperature, params.top_k, params.min_p) == (1.0, 0, 0.1)
     assert (params.repetition_penalty, params.top_p) == (1.1, 1.0)
 
@@ -113,4 +113,4 @@ def test_the_setting_says_whose_defaults_count(start_server: StartServer) -> Non
 
 def test_chats_have_them_too() -> None:
     chat = parse(ChatRequest, {"messages": [{"role": "user", "content": "hi"}]})
-    assert chat.sampling(1, 0, [], {"temperature": 0.0}).temperature == 0
+    assert chat.generation().params(1, 0, [], {"temperature": 0.0}).temperature == 0

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from millpond.client import EngineError
 from millpond.client.public import public
 from millpond.http.errors import ApiError, from_engine, shown
+from millpond.http.generation_request import GenerationRequest
+from millpond.http.openai.errors import error_body
 from millpond.http.openai.schemas import (
     NOT_IMPLEMENTED,
     ChatRequest,
     CompletionRequest,
-    GenerationRequest,
+    OpenAIRequest,
     parse,
     unknown_fields,
 )
@@ -29,8 +31,12 @@ json_values = st.recursive(
 )
 
 
+def generation(kind: type[ChatRequest | CompletionRequest], body: dict[str, object]) -> GenerationRequest:
+    return parse(kind, body).generation()
+
+
 def test_defaults_are_those_of_the_api() -> None:
-    params = parse(ChatRequest, CHAT).sampling(5, 0, [2, 3])
+    params = generation(ChatRequest, CHAT).params(5, 0, [2, 3])
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0)
     assert (params.max_tokens, params.logprobs, params.stop_token_ids) == (5, None, [2, 3])
@@ -41,12 +47,12 @@ def test_defaults_are_those_of_the_api() -> None:
     [(7, 0, 7), (7, 2, 9), (0, 0, 0), (-1, 0, 2**64 - 1), (-1, 1, 0), (2**64, 0, 0), (2**70 + 5, 1, 6)],
 )
 def test_seeds_are_unsigned_and_count_up(given_seed: int, choice: int, seed: int) -> None:
-    assert parse(CompletionRequest, {**PLAIN, "seed": given_seed}).sampling(1, choice, []).seed == seed
+    assert generation(CompletionRequest, {**PLAIN, "seed": given_seed}).params(1, choice, []).seed == seed
 
 
 def test_without_a_seed_each_choice_draws_its_own() -> None:
-    asked = parse(CompletionRequest, PLAIN)
-    seeds = {asked.sampling(1, choice, []).seed for choice in range(8)}
+    asked = generation(CompletionRequest, PLAIN)
+    seeds = {asked.params(1, choice, []).seed for choice in range(8)}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -65,13 +71,13 @@ def test_fields_reach_the_sampler() -> None:
         "logprobs": 0,
         "ignore_eos": True,
     }
-    params = parse(CompletionRequest, body).sampling(9, 0, [2])
+    params = generation(CompletionRequest, body).params(9, 0, [2])
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 0, 0.1)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.2, -1.0, 1.0)
     assert params.logit_bias == {3: -100.0, 4: 2.5}
     assert params.logprobs == 0
     assert params.stop_token_ids == []
-    params = parse(CompletionRequest, {**PLAIN, "top_k": 40, "seed": 7}).sampling(9, 1, [2])
+    params = generation(CompletionRequest, {**PLAIN, "top_k": 40, "seed": 7}).params(9, 1, [2])
     assert (params.top_k, params.seed, params.max_tokens, params.stop_token_ids) == (40, 8, 9, [2])
 
 
@@ -79,19 +85,22 @@ def test_fields_reach_the_sampler() -> None:
     ("fields", "wanted"), [({}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 4}, 4)]
 )
 def test_chat_logprobs(fields: dict[str, object], wanted: int | None) -> None:
-    assert parse(ChatRequest, {**CHAT, **fields}).wanted_logprobs == wanted
+    assert generation(ChatRequest, {**CHAT, **fields}).sampling.logprobs == wanted
 
 
 def test_the_newer_name_of_max_tokens() -> None:
-    assert parse(ChatRequest, {**CHAT, "max_completion_tokens": 5}).wanted_tokens == 5
-    assert parse(ChatRequest, {**CHAT, "max_tokens": 5}).wanted_tokens == 5
-    assert parse(ChatRequest, CHAT).wanted_tokens is None
-    assert parse(CompletionRequest, PLAIN).wanted_tokens is None
-    assert (parse(CompletionRequest, PLAIN).default_tokens, parse(ChatRequest, CHAT).default_tokens) == (16, None)
+    assert generation(ChatRequest, {**CHAT, "max_completion_tokens": 5}).max_tokens == 5
+    assert generation(ChatRequest, {**CHAT, "max_tokens": 5}).max_tokens == 5
+    assert generation(ChatRequest, CHAT).max_tokens is None
+    assert generation(CompletionRequest, PLAIN).max_tokens is None
+    assert (generation(CompletionRequest, PLAIN).default_tokens, generation(ChatRequest, CHAT).default_tokens) == (
+        16,
+        None,
+    )
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
-def test_guessing_is_the_servers_unless_said_otherwise(kind: type[GenerationRequest]) -> None:
+def test_guessing_is_the_servers_unless_said_otherwise(kind: type[OpenAIRequest]) -> None:
     """What is absent or null is the default's; a mode that is not offered means off."""
     default = Speculation(mode=SpecMode.NGRAM, tokens=5, adaptive=False)
 
@@ -130,7 +139,7 @@ def test_prompt_forms() -> None:
 
 def test_null_counts_as_absent() -> None:
     nulls = dict.fromkeys((*ChatRequest.model_fields, *NOT_IMPLEMENTED))
-    assert parse(ChatRequest, {**nulls, **CHAT}).wanted_tokens is None
+    assert generation(ChatRequest, {**nulls, **CHAT}).max_tokens is None
 
 
 def test_unknown_fields_are_told_apart_from_neutral_ones() -> None:
@@ -156,10 +165,10 @@ def test_any_body_is_accepted_or_refused_with_a_400(fields: dict[str, object]) -
             assert error.status == 400
             assert error.param
             assert error.param.split(".")[0].split("[")[0] in error.message
-            assert error.body()
+            assert error_body(error)
 
 
-def refusal(kind: type[GenerationRequest], body: dict[str, object]) -> ApiError | None:
+def refusal(kind: type[OpenAIRequest], body: dict[str, object]) -> ApiError | None:
     try:
         parse(kind, body)
     except ApiError as error:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_http import bearer
 
-from millpond.http.openai.schemas import LONGEST_SALT
+from millpond.http.generation_request import LONGEST_SALT
 from millpond.http.tenants import salted
 
 if TYPE_CHECKING:

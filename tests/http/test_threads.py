@@ -25,8 +25,8 @@ from millpond.config import ServeConfig
 from millpond.http.app import create_app
 from millpond.http.body import json_object
 from millpond.http.front_end import TEXT_THREADS, FrontEnd
+from millpond.http.generation_request import NO_DEFAULTS
 from millpond.http.keys import Keys
-from millpond.http.openai.schemas import NO_DEFAULTS
 from millpond.http.served_model import ModelNames, ServedModel
 from millpond.http.threads import Threads
 from millpond.text.template import ChatTemplate

@@ -1,4 +1,4 @@
-"""Chat messages as clients send them, turned into what a chat template takes.
+"""Chat messages as clients send them, and the answer that they predict.
 
 Content is a string or a list of text parts, for an assistant's message also null; anything else is refused by name,
 never dropped.
@@ -7,10 +7,9 @@ never dropped.
 from __future__ import annotations
 
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
+from millpond.http.generation_request import Message, Text
 
-Message = dict[str, object]
-"""role, content, and name or tool_call_id where given."""
-
+PREDICTION = 'an object like {"type": "content", "content": "…"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -33,14 +32,15 @@ def _message(value: object, where: str) -> Message:
     given = value.get("content")
     if given is None and role == "assistant":
         given = ""  # clients send back what they got, and an answer may be without a text
-    message: Message = {"role": role, "content": read_content(given, f"{where}.content")}
-    for name in ("name", "tool_call_id"):
-        extra = value.get(name)
-        if isinstance(extra, str):
-            message[name] = extra
-        elif extra is not None:
-            raise bad_value(f"{where}.{name}", extra, "a string")
-    return message
+    text = read_content(given, f"{where}.content")
+    extra = [_text_or_none(value.get(name), f"{where}.{name}") for name in ("name", "tool_call_id")]
+    return Message(role, (Text(text),), *extra)
+
+
+def _text_or_none(value: object, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise bad_value(where, value, "a string")
 
 
 def read_content(value: object, where: str) -> str:
@@ -60,14 +60,25 @@ def _part(value: object, where: str) -> str:
         raise bad_value(where, value, 'an object like {"type": "text", "text": "…"}')
     kind = value.get("type")
     if kind != "text":
-        raise _wrong_part(kind, where)
+        raise _wrong_kind(kind, f"{where}.type", '"text"')
     text = value.get("text")
     if not isinstance(text, str):
         raise bad_value(f"{where}.text", text, "a string")
     return text
 
 
-def _wrong_part(kind: object, where: str) -> ApiError:
-    if isinstance(kind, str):
-        return unsupported(f"{where}.type", kind, '"text"')
-    return bad_value(f"{where}.type", kind, '"text"')
+def _wrong_kind(kind: object, where: str, allowed: str) -> ApiError:
+    wrong = unsupported if isinstance(kind, str) else bad_value
+    return wrong(where, kind, allowed)
+
+
+def read_prediction(value: object) -> str:
+    """The text of a ``prediction`` value. Raises ApiError 400 naming the part at fault."""
+    if not isinstance(value, dict):
+        raise bad_value("prediction", value, PREDICTION)
+    kind = value.get("type")
+    if kind is None:
+        raise missing("prediction.type", '"content"')
+    if kind != "content":
+        raise _wrong_kind(kind, "prediction.type", '"content"')
+    return read_content(value.get("content"), "prediction.content")

@@ -6,32 +6,26 @@ ones with a meaning that is not implemented get a 400 unless their value asks fo
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
-from millpond.http.openai.messages import Message, read_messages
-from millpond.http.speculation_fields import (
-    PREDICTION,
-    SPECULATIVE,
-    SpeculativeOptions,
-    read_prediction,
-    read_speculative,
+from millpond.http.generation_request import (
+    LONGEST_SALT,
+    SAMPLING_FIELDS,
+    Conversation,
+    GenerationRequest,
+    Message,
+    PlainPrompts,
 )
+from millpond.http.openai.messages import PREDICTION, read_messages, read_prediction
+from millpond.http.speculation_fields import SPECULATIVE, SpeculativeOptions, read_speculative
 from millpond.types import SamplingParams
 
-SEED_MASK = 2**64 - 1
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""What a model's authors may recommend."""
-SamplingDefaults = Mapping[str, float]
-"""Values by the names of fields that a client left out; what is not in it is as OpenAI's API has it."""
-NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
 MOST_STOPS = 16
-LONGEST_SALT = 256
 LONGEST_STOP = 1000
 """Characters."""
 MOST_BIASES = 1024
@@ -40,7 +34,7 @@ LONGEST_USER = 1024
 _STOPS = f"a string of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} of them"
 
 Neutral = Callable[[object], bool]
-R = TypeVar("R", bound="GenerationRequest")
+R = TypeVar("R", bound="OpenAIRequest")
 
 
 def _one_of(*values: object) -> Neutral:
@@ -108,7 +102,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
+class OpenAIRequest(BaseModel):
     """The fields that chat and plain completions share. Descriptions complete "must be …"."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
@@ -189,52 +183,41 @@ class GenerationRequest(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def default_tokens(self) -> int | None:
-        """Most tokens to generate when the client said nothing; None: what is left of the context."""
-        return None
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        """Most tokens to generate as the client said it; None when it did not."""
-        return self.max_tokens
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        """None: none wanted; else how many alternatives."""
-        return None
-
-    def without_content(self) -> Self:
-        """What is still needed once the prompts have been made: all that is small."""
-        return self.model_copy(update={"prediction": None, "stop": ()})
-
-    def sampling(
-        self, max_tokens: int, choice: int, ends: Sequence[int], defaults: SamplingDefaults = NO_DEFAULTS
-    ) -> SamplingParams:
-        """Parameters of choice ``choice``: its seed is the given one plus ``choice``, or a random one.
-
-        ``ends`` are the token ids that end an answer.
-        """
-        wanted: dict[str, float] = {name: getattr(self, name) for name in SAMPLING_FIELDS}
-        wanted |= {name: value for name, value in defaults.items() if name not in self.model_fields_set}
-        seed = secrets.randbits(64) if self.seed is None else (self.seed + choice) & SEED_MASK
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=wanted["temperature"],
-            top_p=wanted["top_p"],
-            top_k=max(0, int(wanted["top_k"])),
-            min_p=wanted["min_p"],
-            repetition_penalty=wanted["repetition_penalty"],
+    def _asking(self, prompt: Conversation | PlainPrompts, field: str, logprobs: int | None) -> GenerationRequest:
+        """What these fields ask for."""
+        sampling = SamplingParams(
+            max_tokens=0,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
-            seed=seed,
-            logprobs=self.wanted_logprobs,
-            stop_token_ids=[] if self.ignore_eos else list(ends),
+            logprobs=logprobs,
+        )
+        return GenerationRequest(
+            model=self.model,
+            prompt=prompt,
+            prompt_field=field,
+            sampling=sampling,
+            unsaid=frozenset(SAMPLING_FIELDS) - self.model_fields_set,
+            max_tokens=self.max_tokens,
+            n=self.n,
+            stop=self.stop,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+            stream=self.stream,
+            user=self.user,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            speculative=self.speculative,
+            prediction=self.prediction,
         )
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(OpenAIRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: tuple[Message, ...] = Field(description="a non-empty list of messages")
@@ -258,28 +241,21 @@ class ChatRequest(GenerationRequest):
             raise bad_value("max_tokens", self.max_tokens, allowed)
         if self.continue_final_message and self.add_generation_prompt:
             raise bad_value("continue_final_message", True, "false where add_generation_prompt is true")
-        if self.continue_final_message and self.messages[-1]["role"] != "assistant":
+        if self.continue_final_message and self.messages[-1].role != "assistant":
             raise bad_value("continue_final_message", True, "false unless the last message's role is assistant")
         return self
 
-    @property
-    def generation_prompt(self) -> bool:
-        """Whether the prompt ends with the beginning of a new answer."""
-        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def without_content(self) -> Self:
-        return super().without_content().model_copy(update={"messages": ()})
+    def generation(self) -> GenerationRequest:
+        """What it asks of the model."""
+        opens = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+        conversation = Conversation(self.messages, opens, self.continue_final_message)
+        asked = self._asking(conversation, "messages", (self.top_logprobs or 0) if self.logprobs else None)
+        if self.max_completion_tokens is None:
+            return asked
+        return replace(asked, max_tokens=self.max_completion_tokens, max_tokens_field="max_completion_tokens")
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
     prompt: tuple[str | tuple[int, ...], ...] = Field(
@@ -300,16 +276,10 @@ class CompletionRequest(GenerationRequest):
             raise unsupported("echo", True, "false when logprobs is given")
         return self
 
-    @property
-    def default_tokens(self) -> int | None:
-        return 16
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return self.logprobs
-
-    def without_content(self) -> Self:
-        return super().without_content().model_copy(update={"prompt": ()})
+    def generation(self) -> GenerationRequest:
+        """What it asks of the model."""
+        asked = self._asking(PlainPrompts(self.prompt, self.echo), "prompt", self.logprobs)
+        return replace(asked, default_tokens=16, parse_special=self.parse_special)
 
 
 def _read_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
@@ -351,13 +321,13 @@ def parse(kind: type[R], fields: Mapping[str, object]) -> R:
         raise _explained(kind, error, given) from error
 
 
-def unknown_fields(kind: type[GenerationRequest], fields: Mapping[str, object]) -> list[str]:
+def unknown_fields(kind: type[OpenAIRequest], fields: Mapping[str, object]) -> list[str]:
     """Names that are ignored because nothing here knows them; one that is null is not there."""
     known = kind.model_fields.keys() | NOT_IMPLEMENTED.keys()
     return [name for name, value in fields.items() if value is not None and name not in known]
 
 
-def _explained(kind: type[GenerationRequest], error: ValidationError, given: Mapping[str, object]) -> ApiError:
+def _explained(kind: type[OpenAIRequest], error: ValidationError, given: Mapping[str, object]) -> ApiError:
     name = str(error.errors(include_url=False)[0]["loc"][0])
     allowed = kind.model_fields[name].description or "valid"
     return bad_value(name, given[name], allowed) if name in given else missing(name, allowed)

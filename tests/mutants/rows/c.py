@@ -57,7 +57,7 @@ BREAKS = [
     Break(
         name="C4-always-200",
         file="millpond/http/respond.py",
-        old=("        if not events.started:\n            raise from_engine(error) from error\n"),
+        old=("        if not stream.started:\n            raise from_engine(error) from error\n"),
         new="",
         by=("test_engine_death_before_the_first_byte_is_a_500",),
     ),

@@ -36,8 +36,8 @@ BREAKS = [
     Break(
         name="K3-prompts-logged",
         file="millpond/http/reading.py",
-        old="    front.unknown_fields += unknown\n",
-        new='    front.unknown_fields += unknown\n    request.scope["millpond.request"].left = asked\n',
+        old="    front.unknown_fields += parsed.unknown_fields\n",
+        new="    front.unknown_fields += parsed.unknown_fields\n    context_of(http.scope).left = parsed\n",
         by=("test_every_line_parses_and_none_has_text_of_a_prompt",),
     ),
     Break(

@@ -1,0 +1,126 @@
+"""What a client asks of the model, whichever API it speaks: each API's codec makes this of a body."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import msgspec
+
+from millpond.http.speculation_fields import SpeculativeOptions
+from millpond.types import SamplingParams
+
+SEED_MASK = 2**64 - 1
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's authors may recommend."""
+SamplingDefaults = Mapping[str, float]
+"""Their recommendations, by these names."""
+NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
+LONGEST_SALT = 256
+"""Characters of a ``cache_salt``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+Part = Text
+"""What a message may hold. Reasoning, calls of tools and their results belong here: a class for each, in a union."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """``role`` is system, developer, user, assistant or tool."""
+
+    role: str
+    parts: tuple[Part, ...]
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def texts(self) -> Iterator[str]:
+        """All that a template may show of it beside its role."""
+        yield from (part.text for part in self.parts)
+        yield from (text for text in (self.name, self.tool_call_id) if text is not None)
+
+    def for_template(self) -> dict[str, object]:
+        """As chat templates know messages."""
+        made: dict[str, object] = {"role": self.role, "content": "".join(part.text for part in self.parts)}
+        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return made | {name: value for name, value in extra.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A prompt that the chat template makes of messages."""
+
+    messages: tuple[Message, ...]
+    generation_prompt: bool = True
+    """It ends with the beginning of a new answer."""
+    continued: bool = False
+    """It ends within the last message, so that the answer goes on with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPrompts:
+    """Prompts that are texts or token ids."""
+
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    echo: bool = False
+    """Each answer is to be shown behind its prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """``n`` answers to each prompt. Names of fields are as the client's API has them, for messages about them."""
+
+    model: str
+    prompt: Conversation | PlainPrompts
+    prompt_field: str
+    sampling: SamplingParams
+    """As the client wants it, but for ``max_tokens``, ``seed`` and ends, which each answer has of its own."""
+    unsaid: frozenset[str]
+    """Fields of ``sampling`` of which the client said nothing, so that the model's authors may."""
+    max_tokens: int | None
+    """Most tokens of an answer as the client said it; None when it did not."""
+    max_tokens_field: str = "max_tokens"
+    default_tokens: int | None = None
+    """Most tokens when the client said nothing; None: what is left of the context."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    """Of the first answer; each further one has the next. None: all are random."""
+    ignore_eos: bool = False
+    stream: bool = False
+    parse_special: bool = False
+    """Control tokens written out in plain prompts, and in what is expected of their answers, are recognised."""
+    user: str = ""
+    priority: int = 0
+    """The lowest goes first."""
+    cache_salt: str = ""
+    speculative: SpeculativeOptions | None = None
+    prediction: str | None = None
+    """What is expected of the answer."""
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return 1 if isinstance(self.prompt, Conversation) else len(self.prompt.prompts)
+
+    def params(
+        self, max_tokens: int, choice: int, ends: Sequence[int], recommended: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
+        """How answer ``choice`` to a prompt is drawn. ``ends`` are the token ids that end an answer."""
+        values = {name: value for name, value in recommended.items() if name in self.unsaid}
+        top_k = max(0, int(values.pop("top_k", self.sampling.top_k)))
+        seed = secrets.randbits(64) if self.seed is None else (self.seed + choice) & SEED_MASK
+        stops = [] if self.ignore_eos else list(ends)
+        return msgspec.structs.replace(
+            self.sampling, **values, top_k=top_k, max_tokens=max_tokens, seed=seed, stop_token_ids=stops
+        )
+
+    def without_content(self) -> GenerationRequest:
+        """What is still needed once the prompts have been made: all that is small."""
+        return replace(self, prompt=PlainPrompts(), stop=(), prediction=None)
