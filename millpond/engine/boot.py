@@ -11,11 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import open_speculator
-from millpond.engine.executor import ALONE
-from millpond.engine.link import Inbox, Link, Outbox
+from millpond.engine.group import ALONE, Group
+from millpond.engine.link import FrontEndLink, Inbox, Outbox
 from millpond.engine.loop import Engine
-from millpond.engine.orders import Ranks
-from millpond.engine.party import Lone, Party
 from millpond.engine.prepare import Prepared, prepare
 from millpond.engine.speculation import Speculator
 from millpond.observe.log import kv
@@ -26,21 +24,19 @@ from millpond.wire import Loading, Ready, Start
 log = logging.getLogger(__name__)
 
 
-def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks: Ranks = ALONE) -> Engine:
+def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> Engine:
     """Load the model and return an engine that has run a forward; progress and readiness go to ``link``.
 
-    ``party`` and ``ranks``: the other ranks of the group, if there is one. Raises ModelError when the model cannot be
-    served.
+    Raises ModelError when the model cannot be served.
     """
     began = time.monotonic()
     folder = Path(start.model_path)
-    party = party or Lone()
-    ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, party)
+    ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
     speculator, modes = open_speculator(
-        start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, party.world, ranks
+        start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group
     )
-    engine = assembled(ready, start.max_batch, start.max_itl_ms, speculator, link.inbox, link, ranks)
+    engine = assembled(ready, start.max_batch, start.max_itl_ms, speculator, link.inbox, link, group)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
@@ -75,7 +71,7 @@ def boot(start: Start, blas: str, link: Link, party: Party | None = None, ranks:
                 prefix_cache_reason=ready.uncached,
                 speculation=[mode.value for mode in modes],
                 speculation_reason="" if modes else capabilities.reason,
-                ranks=party.world,
+                ranks=group.world,
                 remarks=list(model.remarks),
             )
         )
@@ -90,16 +86,16 @@ def assembled(
     speculator: Speculator,
     inbox: Inbox,
     outbox: Outbox,
-    ranks: Ranks = ALONE,
+    group: Group = ALONE,
 ) -> Engine:
     """The engine, made of what has been prepared."""
     model, capabilities, costs, limit = ready.model, ready.capabilities, ready.costs, ready.budget.limit_bytes
     scheduler = Scheduler(Limits(max_batch, max_itl_ms, ready.chunk), ready.budget, costs)
-    executor = ready.executor(ranks)
+    executor = ready.executor(group)
     return Engine(model, capabilities, scheduler, costs, limit, executor, speculator, inbox, outbox)
 
 
-def _percent_by_percent(link: Link) -> Callable[[str, float], None]:
+def _percent_by_percent(link: FrontEndLink) -> Callable[[str, float], None]:
     told: tuple[str, int] = ("", -1)
 
     def tell(stage: str, fraction: float) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from millpond.engine.executor import ALONE
-from millpond.engine.orders import Ranks, Trial
+from millpond.engine.group import ALONE, Group
+from millpond.engine.orders import Trial
 from millpond.engine.speculation import Speculator
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import open_model
@@ -64,8 +64,7 @@ def open_speculator(
     content: str,
     draft: LoadedDraft | None,
     draft_bytes: int,
-    world: int = 1,
-    ranks: Ranks = ALONE,
+    group: Group = ALONE,
 ) -> tuple[Speculator, list[SpecMode]]:
     """What guesses, and in which modes. ``content``: digest of the served model's folder."""
     modes: list[SpecMode] = []
@@ -73,8 +72,8 @@ def open_speculator(
         modes = [SpecMode.NGRAM, *([SpecMode.DRAFT] if draft is not None else [])]
     curve = Curve()
     if capabilities.slots and settings.default.mode is not SpecMode.OFF:
-        about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(world))
-        curve = remembered(Curve, about, lambda: _curve(model, capabilities, ranks), lambda found: found != Curve())
+        about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(group.world))
+        curve = remembered(Curve, about, lambda: _curve(model, capabilities, group), lambda found: found != Curve())
         costs.observe_decode(1, 0, curve.at(1))
     drafter = None
     controller = Controller(costs, Pace(curve))
@@ -88,17 +87,17 @@ def open_speculator(
     return Speculator(settings, modes, most, model.vocab_size, controller, drafter), modes
 
 
-def _curve(model: LoadedModel, capabilities: Capabilities, ranks: Ranks) -> Curve:
+def _curve(model: LoadedModel, capabilities: Capabilities, group: Group) -> Curve:
     forward_seconds = trial(model, capabilities)
 
     def together(tokens: int) -> float:
-        ranks.tell(Trial(tokens))
+        group.tell(Trial(tokens))
         return forward_seconds(tokens)
 
     try:
         return measured(together, min(MOST_DRAFT_TOKENS + 1, model.context_length))
     except Exception:  # model code raises what it likes, and the model runs without this
-        if ranks.several:
+        if group.world > 1:
             raise
         log.exception("the pace of forwards with draft tokens could not be measured")
         return Curve()

@@ -16,20 +16,18 @@ from functools import partial
 import mlx.core as mx
 from msgspec.structs import replace
 
+from millpond.engine.group import ALONE, Group, GroupBroken
 from millpond.engine.inflight import Drafts, InflightStep, Steps
 from millpond.engine.orders import (
-    Alone,
     Arrive,
     Begin,
     Close,
     Decode,
     Depart,
     Fit,
-    GroupBroken,
     Launch,
     Order,
     Prefill,
-    Ranks,
     SetAside,
     Took,
     Trim,
@@ -42,8 +40,6 @@ from millpond.model.probe import Capabilities
 from millpond.sample.state import SamplingState
 from millpond.types import Request
 
-ALONE = Alone()
-
 
 class Executor:
     """Sequences, rows, forwards and cached blocks of one rank."""
@@ -54,14 +50,14 @@ class Executor:
         capabilities: Capabilities,
         limit_bytes: int,
         prefixes: Prefixes,
-        ranks: Ranks = ALONE,
+        group: Group = ALONE,
         agree: Callable[[mx.array], mx.array] | None = None,
     ) -> None:
         """``agree`` turns tokens, int32 [n], that each rank has drawn into those that all of them go on with."""
         self.sequences: dict[str, Sequence] = {}
         self.rows: list[str] = []
         """Requests that hold a row, in row order."""
-        self.ranks = ranks
+        self.group = group
         self.prefixes = prefixes
         self._model = model
         self._capabilities = capabilities
@@ -91,7 +87,7 @@ class Executor:
         has happened then."""
         sequence = Sequence(request, SamplingState(request.params, self._model.vocab_size, request.tokens))
         self.prefixes.arrive(sequence)
-        self.ranks.tell(Arrive(replace(request, prediction=[])))
+        self.group.tell(Arrive(replace(request, prediction=[])))
         self.sequences[request.id] = sequence
         return sequence
 
@@ -100,7 +96,7 @@ class Executor:
         prompt has to be begun again with less. Raises what restoring raises."""
         sequence = self.sequences[name]
         check = sequence.visit is not None and sequence.visit.check
-        least = self.ranks.restorable(Begin(name, position, check))
+        least = self.group.restorable(Begin(name, position, check))
         if least < position:
             self.set_aside(name)
             self.prefixes.cap(sequence, least)
@@ -111,7 +107,7 @@ class Executor:
     def prefill(self, name: str, start: int, end: int, last: bool) -> None:
         """Read tokens [start, end) of a prompt and keep the blocks they fill; after the ``last`` it gets the next row.
         Raises what the model's code raises."""
-        self.ranks.tell(Prefill(name, start, end, last))
+        self.group.tell(Prefill(name, start, end, last))
         sequence = self.sequences[name]
         assert sequence.prompt is not None
         prefill(self._model.network, sequence.prompt, sequence.tokens[start:end])
@@ -126,7 +122,7 @@ class Executor:
     def set_aside(self, name: str) -> None:
         """Take a request's row, or what has been read of its prompt. Nothing may be in flight."""
         sequence = self.sequences[name]
-        self.ranks.tell(SetAside(name, sequence.dirty))
+        self.group.tell(SetAside(name, sequence.dirty))
         self._free(sequence)
         self._lost(sequence)
 
@@ -134,7 +130,7 @@ class Executor:
         """Give back everything that a request holds; its answer's blocks stay unless it is poisoned. Nothing may be in
         flight."""
         sequence = self.sequences.pop(name)
-        self.ranks.tell(Depart(name, sequence.dirty, sequence.poisoned))
+        self.group.tell(Depart(name, sequence.dirty, sequence.poisoned))
         if name in self.rows:
             self.prefixes.answer_done(sequence, self.lane, self.rows.index(name))
         self._free(sequence)
@@ -166,8 +162,8 @@ class Executor:
     def decode(self, drafts: Drafts, begun: float) -> InflightStep:
         """Build a forward over all rows, behind the unread one if there is one. Raises what the model's code raises."""
         ahead = self._unread[-1] if self._unread else None
-        if self.ranks.several:
-            self.ranks.tell(Decode(drafts, ahead is not None, self.state))
+        if self.group.world > 1:
+            self.group.tell(Decode(drafts, ahead is not None, self.state))
         sequences = [self.sequences[name] for name in self.rows]
         if drafts:
             step = self._steps.verifying(self.lane, sequences, drafts, begun)
@@ -180,14 +176,14 @@ class Executor:
     def launch(self, step: InflightStep) -> None:
         """Start the computation of the newest forward. Raises what the model's code raises."""
         if step.waiting:
-            self.ranks.tell(Launch())
+            self.group.tell(Launch())
             step.launch()
 
     def took(self, step: InflightStep, tokens: tuple[tuple[int, ...], ...], kept: tuple[int, ...]) -> None:
         """The oldest forward has been read, and of what it drew for each row so much was taken."""
-        if self.ranks.several:
+        if self.group.world > 1:
             poisoned = tuple(name for name in step.rows if self.sequences[name].poisoned)
-            self.ranks.tell(Took(tokens, kept, poisoned))
+            self.group.tell(Took(tokens, kept, poisoned))
         self._unread.popleft()
         cuts = step.cuts
         if step.drafts:
@@ -199,7 +195,7 @@ class Executor:
     def rebuild(self) -> list[str]:
         """A forward has failed: no row holds anything any more. Returns who had one, in row order. Raises GroupBroken
         where there are other ranks."""
-        if self.ranks.several:
+        if self.group.world > 1:
             raise GroupBroken("a forward failed on rank 0, and nobody knows how far the others have come")
         rows, self.rows = self.rows, []
         self._unread.clear()
@@ -213,17 +209,17 @@ class Executor:
 
     def trim(self) -> None:
         """Give back memory that the rows do not need."""
-        self.ranks.tell(Trim())
+        self.group.tell(Trim())
         self.lane.trim()
 
     def fit(self, room_bytes: int) -> None:
         """Keep at most so many bytes of cached blocks."""
-        self.ranks.tell(Fit(room_bytes))
+        self.group.tell(Fit(room_bytes))
         self.prefixes.fit(room_bytes)
 
     def close(self) -> None:
         """The other ranks save what they have, and go."""
-        self.ranks.tell(Close())
+        self.group.tell(Close())
 
     # --- what another rank decides ----------------------------------------------------------------------------
 

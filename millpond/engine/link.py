@@ -33,7 +33,7 @@ class Outbox(Protocol):
     def report(self, beat: Beat) -> None: ...
 
 
-class Link:
+class FrontEndLink:
     """Serves one connected socket until the front end closes it."""
 
     def __init__(self, connection: socket.socket, lost: Callable[[], None] = lambda: None) -> None:

@@ -15,9 +15,10 @@ import time
 from msgspec.structs import replace
 
 from millpond.engine.executor import Executor
+from millpond.engine.group import GroupBroken
 from millpond.engine.inflight import InflightStep
 from millpond.engine.link import Inbox, Outbox
-from millpond.engine.orders import GroupBroken, Offered
+from millpond.engine.orders import Offered
 from millpond.engine.recovery import Recovery
 from millpond.engine.requests import Requests
 from millpond.engine.sequence import Status
@@ -136,7 +137,7 @@ class Engine:
                 case Opened() | Found() | Loaded() | Saved() | Gone():
                     self._prefixes.on_event(message)
                 case Offered():
-                    self._executor.ranks.heard(message)
+                    self._executor.group.heard(message)
                 case Start():
                     raise ValueError("a running engine cannot be started")
         if without_work and not self._scheduler.idle:
@@ -168,7 +169,7 @@ class Engine:
     def _plan(self) -> StepPlan:
         """What to do next, with draft tokens unless a step is in flight."""
         now = time.monotonic()
-        self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.ranks)
+        self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.group)
         plan = self._scheduler.plan(now)
         self._stalled = plan.empty and self._inflight is None
         return plan if self._inflight is not None else self._with_drafts(plan)

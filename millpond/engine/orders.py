@@ -5,8 +5,6 @@ Everything that decides a shape or a token is in here, so that the ranks cannot 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import msgspec
 
 from millpond.types import Request
@@ -102,46 +100,3 @@ class Offered(msgspec.Struct, frozen=True, tag=True):
     name: str
     position: int
     held: bool
-
-
-class GroupBroken(Exception):  # noqa: N818 - reads as the fact it states
-    """The ranks do not, or cannot, go on together."""
-
-
-class Ranks(Protocol):
-    """The other ranks, as the rank that decides sees them. Every method may raise GroupBroken."""
-
-    @property
-    def several(self) -> bool:
-        """Whether there are any."""
-
-    def tell(self, order: Order) -> None:
-        """Have them do it too. Does not wait."""
-
-    def restorable(self, order: Begin) -> int:
-        """Tell them, and wait for what they say: the most that all of them can restore, up to ``order.position``."""
-
-    def heard(self, offer: Offered) -> None:
-        """One of them has said what it can restore."""
-
-    def ceiling(self, name: str) -> tuple[int | None, bool]:
-        """The most that they can restore of a waiting request, None for no limit, and whether one of them waits for
-        its disk."""
-
-
-class Alone:
-    """There is no other rank."""
-
-    several = False
-
-    def tell(self, order: Order) -> None:
-        """Nobody listens."""
-
-    def restorable(self, order: Begin) -> int:
-        return order.position
-
-    def heard(self, offer: Offered) -> None:
-        raise ValueError(f"there is no rank {offer.rank}")
-
-    def ceiling(self, name: str) -> tuple[int | None, bool]:  # noqa: ARG002 - nobody limits anything
-        return None, False

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from msgspec import structs
 
-from millpond.engine.orders import Ranks
+from millpond.engine.group import ALONE, Group
 from millpond.engine.sequence import Sequence
 from millpond.kv.format import KvFormat
 from millpond.memory.allocator import take_ahead
@@ -198,8 +198,8 @@ class Prefixes:
         sequence.visit.check = check
         return self._cache.claim(sequence.visit, disk=False).position if most else 0
 
-    def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, ranks: Ranks | None = None) -> None:
-        """Tell the scheduler what can be restored for whom, by all ``ranks``. Call it right before each plan."""
+    def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, group: Group = ALONE) -> None:
+        """Tell the scheduler what can be restored for whom, by the whole ``group``. Call it right before each plan."""
         if self._cache is None or self._form is None:
             return
         self._cache.housekeep()
@@ -211,17 +211,17 @@ class Prefixes:
             if done:
                 waiting.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
             else:
-                offer = self._offer_by_all(name, visit, now, ranks)
+                offer = self._offer_by_all(name, visit, now, group)
                 sequences[name].branch = visit.match.depth if self._form.layout.state else 0
                 waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
 
-    def _offer_by_all(self, name: str, visit: Visit, now: float, ranks: Ranks | None) -> Offer:
+    def _offer_by_all(self, name: str, visit: Visit, now: float, group: Group) -> Offer:
         """What all ranks can restore: no more than the one that has least, which may still be reading."""
         assert self._cache is not None
-        ceiling, held = ranks.ceiling(name) if ranks is not None else (None, False)
+        ceiling, held = group.ceiling(name)
         if ceiling is None:
             return self._cache.offer(visit, now)
         if ceiling > visit.match.ceiling:

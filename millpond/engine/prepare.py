@@ -13,9 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import LoadedDraft
-from millpond.engine.executor import ALONE, Executor
-from millpond.engine.orders import Ranks
-from millpond.engine.party import Found, Party
+from millpond.engine.executor import Executor
+from millpond.engine.group import ALONE, Group, RankReport
 from millpond.engine.prefixes import Prefixes
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
@@ -28,7 +27,7 @@ from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import open_model
 from millpond.model.probe import Capabilities, warm_up
-from millpond.model.shard import Group, agreement
+from millpond.model.shard import agreement
 from millpond.observe.log import kv
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened, SsdEvent
@@ -68,14 +67,14 @@ class Prepared:
     """Why prefixes are not cached; empty when they are."""
     content: str = ""
     """Digest of weights and config."""
-    group: Group | None = None
+    mlx_group: mx.distributed.Group | None = None
     draft: LoadedDraft | None = None
     draft_bytes: int = 0
 
-    def executor(self, ranks: Ranks = ALONE) -> Executor:
-        """What runs this rank. ``ranks``: those that do as it does."""
-        agree = agreement(self.group) if self.group is not None else None
-        return Executor(self.model, self.capabilities, self.budget.limit_bytes, self.prefixes, ranks, agree)
+    def executor(self, group: Group = ALONE) -> Executor:
+        """What runs this rank. ``group``: the ranks that do as it does."""
+        agree = agreement(self.mlx_group) if self.mlx_group is not None else None
+        return Executor(self.model, self.capabilities, self.budget.limit_bytes, self.prefixes, group, agree)
 
 
 def prepare(
@@ -83,7 +82,7 @@ def prepare(
     folder: Path,
     progress: Callable[[str, float], None],
     deliver: Callable[[SsdEvent], None],
-    party: Party,
+    group: Group,
 ) -> Prepared:
     """Load the model, or this rank's share of it, and run a forward. ``progress`` gets a stage and how far it has come,
     in [0, 1]; ``deliver`` gets what the SSD tier has to say, on its threads.
@@ -91,20 +90,20 @@ def prepare(
     Raises ModelError when the model cannot be served.
     """
     mx.set_cache_limit(BUFFER_CACHE_BYTES)
-    drafter = Path(start.spec.draft_path) if start.spec.draft_path and party.rank == 0 else None
+    drafter = Path(start.spec.draft_path) if start.spec.draft_path and group.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(_digest, folder)  # reads files only: runs beside the load
         draft_digest = pool.submit(_digest, drafter) if drafter is not None else None
-        group = party.join(digest.result()) if party.world > 1 else None
+        mlx_group = group.join(digest.result()) if group.world > 1 else None
         opened = open_model(
             folder,
             digest.result,
             context_length=start.context_length,
             packing=start.packing,
-            group=group,
+            group=mlx_group,
             progress=progress,
-            share=(party.rank, party.world),
-            unanimous=party.unanimous,
+            share=(group.rank, group.world),
+            unanimous=group.unanimous,
         )
         model, capabilities, content = opened.model, opened.capabilities, opened.content
         warm_up(model, capabilities)
@@ -112,21 +111,21 @@ def prepare(
         if drafter is not None and draft_digest is not None and capabilities.slots:
             draft = LoadedDraft(drafter, folder, draft_digest.result())
     chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
-    budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, party.neighbours)
+    budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, group.neighbours)
     layers = tuple(model.blocks.layers) if isinstance(model.blocks, BlockFormat) else (repr(model.form), *model.kinds)
-    found = party.settle(Found(capabilities=capabilities, limit_bytes=budget.limit_bytes, layers=layers))
+    found = group.settle(RankReport(capabilities=capabilities, limit_bytes=budget.limit_bytes, layers=layers))
     capabilities, budget = found.capabilities, replace(budget, limit_bytes=found.limit_bytes)
-    model = _within_memory(model, budget, model.context_length if group is None else LONGEST_TOLD)
+    model = _within_memory(model, budget, model.context_length if mlx_group is None else LONGEST_TOLD)
     costs = CostModel()
     uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.cache_ram == 0 else "")
     prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
-        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, party)
+        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, group)
     return Prepared(
         model=model,
         capabilities=capabilities,
         content=content,
-        group=group,
+        mlx_group=mlx_group,
         costs=costs,
         budget=budget,
         chunk=chunk,
@@ -152,13 +151,13 @@ def _prefixes(
     content: str,
     costs: CostModel,
     deliver: Callable[[SsdEvent], None],
-    party: Party,
+    group: Group,
 ) -> Prefixes:
     namespace = Namespace(
-        weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=party.rank, world=party.world
+        weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=group.rank, world=group.world
     ).digest
-    limit = blocks_limit(settings.cache_ram, budget.limit_bytes, party.neighbours)
-    selfcheck = settings.cache_selfcheck if party.rank == 0 else 0
+    limit = blocks_limit(settings.cache_ram, budget.limit_bytes, group.neighbours)
+    selfcheck = settings.cache_selfcheck if group.rank == 0 else 0
     cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), selfcheck)
     folder = _ssd_folder(settings) if settings.cache_ssd else None
     if folder is None:
@@ -175,7 +174,7 @@ def _prefixes(
     def prefill_seconds(start: int, tokens: int) -> float:
         seconds = costs.prefill_ms(start, tokens) / 1000
         # Rank 0 decides whether reading pays; the others read, unless it takes far too long.
-        return seconds if party.rank == 0 else OTHERS_SECONDS + 2 * seconds
+        return seconds if group.rank == 0 else OTHERS_SECONDS + 2 * seconds
 
     cache.attach(ssd, settings.ssd_policy, prefill_seconds)
     ssd.start()

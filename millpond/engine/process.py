@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 
-from millpond.engine.link import Link
+from millpond.engine.link import FrontEndLink
 from millpond.lifeline import lost
 from millpond.memory.allocator import keep_freed_memory
 from millpond.model import blas
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def serve(connection: socket.socket) -> int:
     """Serve one front end over ``connection`` until it says Stop; returns the exit code. The process ends with it."""
-    link = Link(connection, lost)
+    link = FrontEndLink(connection, lost)
     link.start()
     try:
         keep_freed_memory()
@@ -36,7 +36,7 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
-def first_message(link: Link) -> Start:
+def first_message(link: FrontEndLink) -> Start:
     """What the front end says first. Raises ValueError when that is something else."""
     start = link.inbox.get()
     if not isinstance(start, Start) or start.version != VERSION:

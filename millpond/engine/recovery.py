@@ -12,7 +12,7 @@ from contextlib import suppress
 import mlx.core as mx
 
 from millpond.engine.executor import Executor
-from millpond.engine.orders import GroupBroken
+from millpond.engine.group import GroupBroken
 from millpond.engine.requests import Requests
 from millpond.engine.sequence import Health, Status
 from millpond.engine.speculation import Speculator
@@ -33,7 +33,7 @@ class Recovery:
     def chunk_failed(self, name: str, error: Exception) -> None:
         """A chunk of a prompt raised: only its request needs what failed. Raises GroupBroken where there are other
         ranks, because nobody knows how far they have come."""
-        if self._executor.ranks.several:
+        if self._executor.group.world > 1:
             raise GroupBroken(f"a forward failed on rank 0: {error}") from error
         log.error("prefill of request %s failed", name, exc_info=error)
         self._requests.end(name, error)

@@ -9,9 +9,9 @@ import logging
 import time
 
 from millpond.engine.executor import Executor
+from millpond.engine.group import GroupBroken
 from millpond.engine.inflight import Drawn, InflightStep
 from millpond.engine.link import Outbox
-from millpond.engine.orders import GroupBroken
 from millpond.engine.refusals import failure, impossible, unknown
 from millpond.engine.sequence import Health, Status
 from millpond.engine.speculation import Speculator

@@ -29,7 +29,7 @@ from millpond.model.config_keys import RefusedKeyError
 from millpond.model.config_rope import UnmappedRopeError
 from millpond.model.context import context_of
 from millpond.model.rotary import share_angles
-from millpond.model.shard import CannotShard, Group, shard
+from millpond.model.shard import CannotShard, shard
 from millpond.model.upstream import (
     PromptCache,
     cache_arrays,
@@ -93,7 +93,7 @@ def load(
     context_length: int,
     progress: Callable[[float], None],
     packing: KvPacking = UNPACKED,
-    group: Group | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> LoadedModel:
     """Load ``folder``, or this rank's share of it; ``context_length`` 0 means the model's own. ``progress`` gets a
     fraction in [0, 1].

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from millpond.model.load import LoadedModel, load
 from millpond.model.probe import Capabilities, probe, remembered_probe
-from millpond.model.shard import Group
 from millpond.types import UNPACKED, KvPacking
 
 
@@ -28,7 +29,7 @@ def open_model(
     *,
     context_length: int = 0,
     packing: KvPacking = UNPACKED,
-    group: Group | None = None,
+    group: mx.distributed.Group | None = None,
     progress: Callable[[str, float], None] = lambda _stage, _done: None,
     share: tuple[int, int] = (0, 1),
     unanimous: Callable[[bool], bool] = bool,

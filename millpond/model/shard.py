@@ -10,14 +10,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-Group = mx.distributed.Group
-
 
 class CannotShard(Exception):  # noqa: N818 - reads as the fact it states
     """The model cannot be divided by so many; the message says what can."""
 
 
-def shard(network: nn.Module, config: dict[str, object], group: Group) -> None:
+def shard(network: nn.Module, config: dict[str, object], group: mx.distributed.Group) -> None:
     """Leave of ``network`` what this rank computes; lazily where the weights are. Raises CannotShard."""
     world = group.size()
     kind = config.get("model_type", type(network).__name__)
@@ -48,7 +46,7 @@ def _heads(config: dict[str, object]) -> dict[str, int]:
     return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
 
 
-def agreement(group: Group) -> Callable[[mx.array], mx.array]:
+def agreement(group: mx.distributed.Group) -> Callable[[mx.array], mx.array]:
     """What turns the tokens that each rank has drawn, int32 [n], into rank 0's, on all of them."""
     mine = 1 if group.rank() == 0 else 0
 

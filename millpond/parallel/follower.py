@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import mlx.core as mx
+
 from millpond.engine.boot_speculation import trial
+from millpond.engine.group import Alone, GroupBroken, RankReport
 from millpond.engine.orders import (
     Arrive,
     Begin,
     Close,
     Depart,
-    GroupBroken,
     Offered,
     Order,
     Prefill,
@@ -31,12 +33,10 @@ from millpond.engine.orders import (
     Took,
     Trial,
 )
-from millpond.engine.party import Found
 from millpond.engine.prepare import Prepared, prepare
 from millpond.engine.sequence import Status
 from millpond.lifeline import LOST_STATUS
 from millpond.model.load import ModelError
-from millpond.model.shard import Group
 from millpond.observe.log import kv, last_words
 from millpond.parallel.backend import machine, versions
 from millpond.parallel.channel import Channel, ChannelError
@@ -49,13 +49,13 @@ from millpond.parallel.messages import (
     FromLeader,
     Go,
     Hello,
-    Ready,
+    Reported,
     Restorable,
     Settled,
     Setup,
     Told,
-    Verdict,
     Vote,
+    VoteResult,
     decode_from_leader,
     encode,
 )
@@ -65,7 +65,7 @@ from millpond.types import GroupSettings
 
 log = logging.getLogger(__name__)
 
-Expected = TypeVar("Expected", Setup, Go, Verdict, Settled)
+Expected = TypeVar("Expected", Setup, Go, VoteResult, Settled)
 
 CONNECT_SECONDS = 60.0
 """How long rank 0 may take until it listens."""
@@ -73,12 +73,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 GREET_SECONDS = 5.0
 
 
-class Rank:
-    """This rank's end of the control connection: a Party while starting."""
+class Rank(Alone):
+    """This rank's end of the control connection: a Group while starting. From then on it has nobody to tell."""
 
-    neighbours = 1
-
-    def __init__(self, settings: GroupSettings, open_group: Callable[[], Group]) -> None:
+    def __init__(self, settings: GroupSettings, open_group: Callable[[], mx.distributed.Group]) -> None:
         self.rank = settings.rank
         self.world = settings.world
         self.inbox: queue.SimpleQueue[FromLeader | SsdEvent] = queue.SimpleQueue()
@@ -100,7 +98,7 @@ class Rank:
         self.neighbours = setup.neighbours
         return setup
 
-    def join(self, content: str) -> Group:
+    def join(self, content: str) -> mx.distributed.Group:
         """Tell which model we have found; the group once all have the same."""
         self.say(Content(content))
         self.expect(Go)
@@ -111,11 +109,11 @@ class Rank:
     def unanimous(self, vote: bool) -> bool:
         """Tell our vote; whether all have voted yes."""
         self.say(Vote(vote))
-        return self.expect(Verdict).unanimous
+        return self.expect(VoteResult).unanimous
 
-    def settle(self, found: Found) -> Found:
+    def settle(self, found: RankReport) -> RankReport:
         """Tell what we can do; what all can."""
-        self.say(Ready(found))
+        self.say(Reported(found))
         return self.expect(Settled).found
 
     def expect(self, kind: type[Expected]) -> Expected:
@@ -207,7 +205,7 @@ class Worker:
                             prefixes.close(inbox)
                             return
                         self._obey(order)
-                    case Setup() | Go() | Verdict() | Settled() | Broken() | Alive():
+                    case Setup() | Go() | VoteResult() | Settled() | Broken() | Alive():
                         raise GroupBroken(f"rank 0 says {type(message).__name__} between orders")
                     case event:
                         prefixes.on_event(event)
@@ -257,7 +255,7 @@ class Worker:
             self._rank.say(Offered(self._rank.rank, name, cached, held))
 
 
-def serve(settings: GroupSettings, open_group: Callable[[], Group]) -> int:
+def serve(settings: GroupSettings, open_group: Callable[[], mx.distributed.Group]) -> int:
     """Be a rank until told to go; returns the exit code."""
     rank: Rank | None = None
     try:

@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+import mlx.core as mx
 from msgspec.structs import replace
 
-from millpond.engine.orders import Arrive, Begin, Close, Depart, GroupBroken, Offered, Order, SetAside, Took
-from millpond.engine.party import Found
+from millpond.engine.group import GroupBroken, RankReport
+from millpond.engine.orders import Arrive, Begin, Close, Depart, Offered, Order, SetAside, Took
 from millpond.model.load import ModelError
-from millpond.model.shard import Group
 from millpond.observe.log import kv
 from millpond.parallel.backend import machine, versions
 from millpond.parallel.channel import Channel, ChannelError
@@ -35,13 +35,13 @@ from millpond.parallel.messages import (
     FromLeader,
     Go,
     Hello,
-    Ready,
+    Reported,
     Restorable,
     Settled,
     Setup,
     Told,
-    Verdict,
     Vote,
+    VoteResult,
     decode_from_follower,
     encode,
 )
@@ -51,7 +51,7 @@ from millpond.wire import Start
 
 log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer", Content, Vote, Ready, Restorable)
+Answer = TypeVar("Answer", Content, Vote, Reported, Restorable)
 
 GREET_SECONDS = 5.0
 """How long a connection may take to prove itself."""
@@ -68,7 +68,7 @@ class Follower:
         self.rank = hello.rank
         self.hello = hello
         self.channel = channel
-        self.answers: queue.SimpleQueue[Content | Vote | Ready | Restorable] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[Content | Vote | Reported | Restorable] = queue.SimpleQueue()
         self.asked = False
         """It owes an answer to a Begin."""
         self.unread: deque[tuple[int, float]] = deque()
@@ -76,13 +76,16 @@ class Follower:
 
 
 class Leader:
-    """The other ranks, seen from rank 0: a Party while starting, Ranks from then on."""
+    """The other ranks, seen from rank 0: the Group of an engine that decides."""
 
     rank = 0
-    several = True
 
     def __init__(
-        self, settings: GroupSettings, start: Start, open_group: Callable[[], Group], fail: Callable[[str], NoReturn]
+        self,
+        settings: GroupSettings,
+        start: Start,
+        open_group: Callable[[], mx.distributed.Group],
+        fail: Callable[[str], NoReturn],
     ) -> None:
         """``start``: what all ranks are started with. ``open_group`` opens mlx.distributed's group. ``fail``: tells why
         the group cannot go on, and ends the process."""
@@ -103,7 +106,7 @@ class Leader:
 
     # --- starting together ------------------------------------------------------------------------------------
 
-    def join(self, content: str) -> Group:
+    def join(self, content: str) -> mx.distributed.Group:
         """Wait for the other ranks, and let them in if they are what they should be. Raises ModelError."""
         with self._listen() as listener:
             threading.Thread(target=self._accept, args=(listener,), name="group-door", daemon=True).start()
@@ -136,14 +139,14 @@ class Leader:
         """Whether every rank says yes."""
         votes = [vote, *(self._answer(follower, Vote).yes for follower in self._followers.values())]
         for follower in self._followers.values():
-            self._say(follower, Verdict(all(votes)))
+            self._say(follower, VoteResult(all(votes)))
         return all(votes)
 
-    def settle(self, found: Found) -> Found:
+    def settle(self, found: RankReport) -> RankReport:
         """The least that every rank can do. Raises ModelError."""
         all_found = {0: found}
         for follower in self._followers.values():
-            all_found[follower.rank] = self._answer(follower, Ready).found
+            all_found[follower.rank] = self._answer(follower, Reported).found
         least = least_of(all_found)
         for follower in self._followers.values():
             self._say(follower, Settled(least))
@@ -341,7 +344,7 @@ class Leader:
                     raise ChannelError(f"it says that order {number} is done, out of order")
             case Restorable() if not follower.asked:
                 raise ChannelError("it answers what it was not asked")
-            case Content() | Vote() | Ready() | Restorable():
+            case Content() | Vote() | Reported() | Restorable():
                 follower.asked = False
                 follower.answers.put(message)
             case Broken(reason):
@@ -364,7 +367,7 @@ class Leader:
             self._fail(f"rank {rank} is lost: {reason}")
 
 
-def least_of(found: dict[int, Found]) -> Found:
+def least_of(found: dict[int, RankReport]) -> RankReport:
     """What all ranks can do, by what each has found. Raises ModelError when they cannot go together."""
     ours = found[0]
     for rank, other in found.items():
@@ -375,7 +378,7 @@ def least_of(found: dict[int, Found]) -> Found:
             )
     uncached = next((each.capabilities.uncached for each in found.values() if each.capabilities.uncached), "")
     pipelined = all(each.capabilities.pipelined for each in found.values())
-    return Found(
+    return RankReport(
         capabilities=replace(ours.capabilities, pipelined=pipelined, uncached=uncached),
         limit_bytes=min(each.limit_bytes for each in found.values()),
         layers=ours.layers,

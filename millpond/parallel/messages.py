@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from millpond.engine.group import RankReport
 from millpond.engine.orders import Offered, Order
-from millpond.engine.party import Found
 from millpond.parallel.channel import ChannelError
 from millpond.wire import UNDECODABLE, Start
 
@@ -28,7 +28,7 @@ class Go(msgspec.Struct, frozen=True, tag=True):
     """Everybody is here and has the same model: open the connections that tensors travel on."""
 
 
-class Verdict(msgspec.Struct, frozen=True, tag=True):
+class VoteResult(msgspec.Struct, frozen=True, tag=True):
     """Whether all ranks have voted yes."""
 
     unanimous: bool
@@ -37,7 +37,7 @@ class Verdict(msgspec.Struct, frozen=True, tag=True):
 class Settled(msgspec.Struct, frozen=True, tag=True):
     """What all of them can do."""
 
-    found: Found
+    found: RankReport
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
@@ -75,10 +75,10 @@ class Vote(msgspec.Struct, frozen=True, tag=True):
     yes: bool
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
+class Reported(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded, and this is what it can do."""
 
-    found: Found
+    found: RankReport
 
 
 class Restorable(msgspec.Struct, frozen=True, tag=True):
@@ -107,8 +107,8 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """Twice a second, whatever else is said."""
 
 
-FromLeader = Setup | Go | Verdict | Settled | Told | Broken | Alive
-FromFollower = Hello | Content | Vote | Ready | Offered | Restorable | Done | Broken | Alive
+FromLeader = Setup | Go | VoteResult | Settled | Told | Broken | Alive
+FromFollower = Hello | Content | Vote | Reported | Offered | Restorable | Done | Broken | Alive
 
 _encoder = msgspec.msgpack.Encoder()
 _from_leader: msgspec.msgpack.Decoder[FromLeader] = msgspec.msgpack.Decoder(FromLeader)

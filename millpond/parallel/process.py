@@ -11,7 +11,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, NoReturn
 
-from millpond.engine.link import Link
+from millpond.engine.link import FrontEndLink
 from millpond.engine.process import first_message
 from millpond.lifeline import lost
 from millpond.memory.allocator import keep_freed_memory
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def lead(connection: socket.socket) -> int:
     """Rank 0: serve one front end over ``connection`` until it says Stop; returns the exit code. The process ends with
     it."""
-    link = Link(connection, lost)
+    link = FrontEndLink(connection, lost)
     link.start()
 
     def fail(reason: str) -> NoReturn:
@@ -57,7 +57,7 @@ def lead(connection: socket.socket) -> int:
 
         leader = Leader(start.group, replace(start, group=None), opener, fail)
         leader.deliver_to(link.inbox.put)
-        boot(start, library, link, leader, leader).run()
+        boot(start, library, link, leader).run()
     except Exception as error:
         log.exception("the group cannot go on")
         reason = str(error) or type(error).__name__

@@ -20,7 +20,7 @@ from tiny_models import save
 
 from millpond import wire
 from millpond.engine.boot import boot
-from millpond.engine.link import Link
+from millpond.engine.link import FrontEndLink
 from millpond.lifeline import LOST_STATUS
 from millpond.types import Finish
 
@@ -218,7 +218,7 @@ def test_one_thread_alone_touches_mlx(folder: Path, monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(mx, name, recording)
     ours, theirs = socket.socketpair()
-    link = Link(theirs)
+    link = FrontEndLink(theirs)
     link.start()
     owner: list[int] = []
 

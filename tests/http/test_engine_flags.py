@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from conftest import Launch, Server
 
-    from millpond.engine.link import Link
+    from millpond.engine.link import FrontEndLink
     from millpond.schedule.scheduler import Limits
 
 KEY = "environment-key-0123456789"
@@ -160,5 +160,5 @@ def test_the_pace_reaches_the_scheduler(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(boot, "Scheduler", scheduler)
     with pytest.raises(Caught) as caught:
-        boot.boot(start, "", cast("Link", NoLink()))
+        boot.boot(start, "", cast("FrontEndLink", NoLink()))
     assert (caught.value.limits.max_itl_ms, caught.value.limits.max_batch) == (123.5, 32)

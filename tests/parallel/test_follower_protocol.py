@@ -22,15 +22,14 @@ from hypothesis import strategies as st
 from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage, threads_may_end
 from tiny_models import save
 
+from millpond.engine.group import Alone, GroupBroken
 from millpond.engine.orders import (
     Begin,
     Close,
     Decode,
     Depart,
     Fit,
-    GroupBroken,
     Launch,
-    Offered,
     Order,
     Prefill,
     SetAside,
@@ -48,13 +47,13 @@ from millpond.parallel.messages import (
     FromLeader,
     Go,
     Hello,
-    Ready,
+    Reported,
     Restorable,
     Settled,
     Setup,
     Told,
-    Verdict,
     Vote,
+    VoteResult,
     decode_from_follower,
     decode_from_leader,
     encode,
@@ -109,7 +108,7 @@ def test_a_rank_0_that_falls_silent_is_given_up() -> None:
         assert "rank 0 has not been heard of" in told.reason()
 
 
-@pytest.mark.parametrize("early", [Go(), Verdict(True), Told(1, Fit(0))])
+@pytest.mark.parametrize("early", [Go(), VoteResult(True), Told(1, Fit(0))])
 def test_a_start_out_of_order_is_refused(early: FromLeader) -> None:
     with stage() as told:
         told.say(early)
@@ -120,10 +119,10 @@ def test_a_start_out_of_order_is_refused(early: FromLeader) -> None:
 # --- and carries out orders -----------------------------------------------------------------------------------------
 
 
-class Recorder:
+class Recorder(Alone):
     """The other ranks of an executor: they can do everything, and what they are told is kept."""
 
-    several = True
+    world = 2
 
     def __init__(self) -> None:
         self.orders: list[Order] = []
@@ -134,12 +133,6 @@ class Recorder:
     def restorable(self, order: Begin) -> int:
         self.orders.append(order)
         return order.position
-
-    def heard(self, offer: Offered) -> None:
-        raise AssertionError(offer)
-
-    def ceiling(self, name: str) -> tuple[int | None, bool]:
-        return None, False
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +149,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
                     case Content():
                         told.say(Go())
                     case Vote(yes):
-                        told.say(Verdict(yes))
-                    case Ready(found):
+                        told.say(VoteResult(yes))
+                    case Reported(found):
                         told.say(Settled(found))
                         return
 
@@ -173,7 +166,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.fixture(scope="module")
 def orders(ready: Prepared) -> list[Order]:
     """What rank 0 tells while it answers two requests."""
-    assert ready.group is not None
+    assert ready.mlx_group is not None
     recorder = Recorder()
     executor = ready.executor(recorder)
     for name, tokens in (("a", [1, 2, 3, 4]), ("b", [9, 8, 7])):
@@ -235,7 +228,7 @@ def test_a_skipped_or_repeated_number_is_refused(ready: Prepared, orders: list[O
             obeyed(ready, wrong)
 
 
-@pytest.mark.parametrize("message", [Go(), Verdict(True), Settled(FOUND), Setup(START, 1)])
+@pytest.mark.parametrize("message", [Go(), VoteResult(True), Settled(FOUND), Setup(START, 1)])
 def test_nothing_but_orders_comes_between_orders(ready: Prepared, message: FromLeader) -> None:
     with stage() as told:
         told.say(message)

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_stage import BODIES, FOUND, WRONG, scene, threads_may_end
 
+from millpond.engine.group import GroupBroken
 from millpond.engine.orders import (
     Arrive,
     Begin,
-    GroupBroken,
     Offered,
     Took,
 )
@@ -36,7 +36,7 @@ from millpond.parallel.messages import (
     Done,
     FromFollower,
     Hello,
-    Ready,
+    Reported,
     Restorable,
     Told,
     Vote,
@@ -116,8 +116,8 @@ def test_who_is_not_what_it_should_be_is_told_and_ends_the_start(hello: Hello, e
 @pytest.mark.parametrize(
     ("message", "asked"),
     [
-        (Ready(FOUND), "Vote"),
-        (Vote(True), "Ready"),
+        (Reported(FOUND), "Vote"),
+        (Vote(True), "Reported"),
         (Vote(True), "Restorable"),
     ],
 )
@@ -128,7 +128,7 @@ def test_an_answer_to_another_question_ends_the_group(message: FromFollower, ask
         told.say(message)
         ask: dict[str, Callable[[], object]] = {
             "Vote": lambda: leader.unanimous(True),
-            "Ready": lambda: leader.settle(FOUND),
+            "Reported": lambda: leader.settle(FOUND),
             "Restorable": lambda: leader.restorable(Begin("name", 0)),
         }
         with pytest.raises(SystemExit):

@@ -19,6 +19,7 @@ from engine_driver import request
 from group_driver import PATIENCE
 from hypothesis import strategies as st
 
+from millpond.engine.group import RankReport
 from millpond.engine.orders import (
     Arrive,
     Begin,
@@ -30,7 +31,6 @@ from millpond.engine.orders import (
     Prefill,
     Took,
 )
-from millpond.engine.party import Found
 from millpond.model.load import ModelError
 from millpond.model.probe import Capabilities
 from millpond.parallel.backend import machine, versions
@@ -49,7 +49,7 @@ from millpond.parallel.messages import (
     Restorable,
     Setup,
     Told,
-    Verdict,
+    VoteResult,
     decode_from_follower,
     decode_from_leader,
     encode,
@@ -60,7 +60,7 @@ from millpond.wire import Start
 FOREVER = 1000.0
 """Seconds of silence that are allowed: what is tested must be noticed by itself."""
 DIGEST = "d" * 64
-FOUND = Found(capabilities=Capabilities(True, "", True, ""), limit_bytes=1 << 20, layers=("kv",))
+FOUND = RankReport(capabilities=Capabilities(True, "", True, ""), limit_bytes=1 << 20, layers=("kv",))
 START = Start(model_path="somewhere", max_batch=4, max_itl_ms=400.0)
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ SAID: tuple[FromLeader | FromFollower, ...] = (
     Hello(1, 2, "ring", "here", {"millpond": "1"}),
     Offered(1, "name", 64, True),
     Restorable("name", 64),
-    Verdict(True),
+    VoteResult(True),
     Broken("because"),
 )
 

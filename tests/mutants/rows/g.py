@@ -57,8 +57,8 @@ BREAKS = [
     Break(
         name="G6-one-namespace",
         file="millpond/engine/prepare.py",
-        old="rank=party.rank, world=party.world",
-        new="rank=0, world=party.world",
+        old="rank=group.rank, world=group.world",
+        new="rank=0, world=group.world",
         by=("test_what_is_on_the_ssd_is_restored_after_a_restart",),
     ),
     Break(
