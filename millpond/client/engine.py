@@ -1,8 +1,7 @@
-"""Supervision of the engine and the table of open requests.
+"""Supervision of the engine.
 
 One task owns the engine, with its followers if it has any: it starts it, reads its messages, and when it dies fails
-every open request at once and starts another, waiting a little longer after each failure. Every request leaves the
-table in ``_finish`` only, so submitted = finished + failed + cancelled + open at all times. Event loop only.
+every open request at once and starts another, waiting a little longer after each failure. Event loop only.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from enum import StrEnum
 
 from millpond import wire
 from millpond.child import python
-from millpond.client.counts import Counts
+from millpond.client.open_requests import OpenRequests
 from millpond.client.public import public
 from millpond.client.stream import EngineError, EngineUnavailable, Stream
 from millpond.client.watchdog import Watchdog
 from millpond.launch.followers import GroupPlan
 from millpond.launch.group import EngineGroup
 from millpond.observe.log import kv
-from millpond.types import Delta, ErrorKind, Finish, ModelInfo, PrefixReport, Request, Salt
+from millpond.types import ErrorKind, ModelInfo, PrefixReport, Request, Salt
 
 log = logging.getLogger("millpond.client")
 
@@ -79,8 +78,8 @@ class EngineClient:
         self.watchdog = self._new_watchdog()
         self._group: EngineGroup | None = None
         self._task: asyncio.Task[None] | None = None
-        self._open: dict[str, Stream] = {}
-        self._explaining: dict[str, asyncio.Future[PrefixReport]] = {}
+        self._open = OpenRequests(self._cancel)
+        self.counts = self._open.counts
         self._stop_asked = asyncio.Event()
         self._settled = asyncio.Event()
         self._state = EngineState.STARTING
@@ -92,7 +91,6 @@ class EngineClient:
         self.beat: wire.Beat | None = None
         self._beat_time = 0.0
         self.stage: wire.Loading | None = None
-        self.counts = Counts()
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -181,30 +179,23 @@ class EngineClient:
         if request.id in self._open:
             raise ValueError(f"request id {request.id!r} is in use")
         self._group.send(wire.Submit(request))
-        stream = Stream(request.id, self._leave)
-        self._open[request.id] = stream
-        self.counts.submitted += 1
-        return stream
+        return self._open.add(request.id)
 
     async def explain(self, tokens: list[int], cache_salt: Salt) -> PrefixReport:
         """What the prefix cache would do for a prompt. Raises EngineUnavailable, EngineError."""
         if self._state is not EngineState.READY or self._group is None or self._stopping:
             raise EngineUnavailable(self.whole_reason())
         name = uuid.uuid4().hex
-        answer: asyncio.Future[PrefixReport] = asyncio.get_running_loop().create_future()
-        self._explaining[name] = answer
         self._group.send(wire.Explain(name, tokens, cache_salt))
-        try:
-            return await answer
-        finally:
-            self._explaining.pop(name, None)
+        return await self._open.explanation(name)
 
     def fail_all(self, error: EngineError) -> None:
         """End every open request with ``error`` and tell the engine to drop them."""
+        self._open.drop_all(error)
+
+    def _cancel(self, request_id: str) -> None:
         if self._group is not None:
-            for request_id in self._open:
-                self._group.send(wire.Cancel(request_id))
-        self._end_all(error)
+            self._group.send(wire.Cancel(request_id))
 
     def unavailable_reason(self) -> str:
         """Why no request is taken now, for anybody who asks: without paths."""
@@ -221,35 +212,6 @@ class EngineClient:
             return f"the engine is restarting: {self.reason}"
         return f"the engine failed: {self.reason}"
 
-    def _leave(self, request_id: str, why: Finish | EngineError) -> None:
-        """Nobody reads this request any more."""
-        if request_id in self._open:
-            if self._group is not None:
-                self._group.send(wire.Cancel(request_id))
-            self._finish(request_id, why)
-
-    def _end_all(self, error: EngineError) -> None:
-        for request_id in list(self._open):
-            self._finish(request_id, error)
-        for answer in self._explaining.values():
-            if not answer.done():
-                answer.set_exception(error)
-
-    def _finish(self, request_id: str, how: Finish | EngineError) -> None:
-        """The one place where a request ends."""
-        stream = self._open.pop(request_id, None)
-        if stream is None:
-            return
-        if isinstance(how, EngineError):
-            self.counts.by_error[how.kind] += 1
-            stream.end(how)
-            return
-        if how is Finish.CANCELLED:
-            self.counts.cancelled += 1
-        else:
-            self.counts.by_finish[how] += 1
-        stream.end()
-
     # --- supervision --------------------------------------------------------------------------------------------
 
     async def _supervise(self, group: EngineGroup) -> None:
@@ -259,7 +221,7 @@ class EngineClient:
         except Exception as error:
             # Without its supervisor nothing would ever answer the open requests: say so and let serve end.
             log.exception("engine supervision failed")
-            self._end_all(EngineError(ErrorKind.UNAVAILABLE, "the engine is not supervised any more"))
+            self._open.fail_all(EngineError(ErrorKind.UNAVAILABLE, "the engine is not supervised any more"))
             self._give_up(f"its supervision failed: {type(error).__name__}")
 
     async def _keep_running(self, group: EngineGroup | None) -> None:
@@ -326,7 +288,7 @@ class EngineClient:
             watch.cancel()
             if self._state is EngineState.READY:
                 self._set_state(EngineState.RESTARTING)
-            self._end_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
+            self._open.fail_all(EngineError(ErrorKind.DIED, "the engine process died while working on this request"))
             ending = await group.end(self._fatal)
             self._group = None
             stalled = watch.result() if watch.done() and not watch.cancelled() else ""
@@ -351,38 +313,21 @@ class EngineClient:
         match message:
             case wire.Deltas(items):
                 for delta in items:
-                    self._deliver(delta)
+                    self._open.deliver(delta)
             case wire.Beat():
                 self.beat = message
                 self.watchdog.beat(message, len(self._open))
                 self._beat_time = time.monotonic()
             case wire.Failed(request_id, kind, text):
-                self._finish(request_id, EngineError(kind, text))
-                answer = self._explaining.get(request_id)
-                if answer is not None and not answer.done():
-                    answer.set_exception(EngineError(kind, text))
+                self._open.fail(request_id, EngineError(kind, text))
             case wire.Explained(name, report):
-                answer = self._explaining.get(name)
-                if answer is not None and not answer.done():
-                    answer.set_result(report)
+                self._open.explained(name, report)
             case wire.Loading():
                 self.stage = message
             case wire.Ready(info):
                 self._become_ready(info)
             case wire.Fatal(text):
                 self._fatal = text
-
-    def _deliver(self, delta: Delta) -> None:
-        stream = self._open.get(delta.id)
-        if stream is None:
-            return
-        if delta.finish is Finish.CANCELLED:
-            # Nobody here asked for it, or the stream would be gone: the engine dropped the request on its own.
-            self._finish(delta.id, EngineError(ErrorKind.UNAVAILABLE, "the engine dropped this request"))
-            return
-        stream.push(delta)
-        if delta.finish is not None:
-            self._finish(delta.id, delta.finish)
 
     def _become_ready(self, info: ModelInfo) -> None:
         self.info = info

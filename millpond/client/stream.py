@@ -51,11 +51,6 @@ class Stream:
         self._ended = False
         self._changed = asyncio.Event()
 
-    @property
-    def ended(self) -> bool:
-        """True once nothing more will arrive; deltas that came before may still be unread."""
-        return self._ended
-
     def push(self, delta: Delta) -> None:
         """Add what the engine produced. Called by EngineClient only."""
         self._items.append(delta)
@@ -91,10 +86,6 @@ class Stream:
 
     def __aiter__(self) -> Self:
         return self
-
-    async def aclose(self) -> None:
-        """Same as ``cancel``, for contextlib.aclosing."""
-        self.cancel()
 
     async def __aenter__(self) -> Self:
         return self

@@ -98,7 +98,7 @@ class Followers:
         self._settings = settings
         self._listener = listener
         self._followers: list[_FollowerProcess] = []
-        self._on_end: Callable[[], None] = _nothing
+        self._on_end: Callable[[], None] = lambda: None
         self._culprit = asyncio.Event()
         self.endings: list[Ending] = []
         """In the order in which they were noticed."""
@@ -278,10 +278,6 @@ class _FollowerProcess:
         with contextlib.suppress(OSError, ValueError):  # nobody reads our standard error any more
             sys.stderr.write(shown)
             sys.stderr.flush()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _listen(host: str, port: int) -> socket.socket:

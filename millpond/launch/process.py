@@ -79,12 +79,6 @@ class EngineProcess:
         """Hear and say nothing more: ``receive`` gives what has arrived already, then None."""
         self._writer.transport.abort()
 
-    async def exited(self, seconds: float) -> bool:
-        """Wait for its end, but not for longer."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), seconds)
-        return self._process.returncode is not None
-
     @property
     def ending(self) -> str:
         """How it ended; empty while it runs."""

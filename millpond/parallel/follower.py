@@ -229,8 +229,6 @@ class Worker:
                 self._trial = None
             case SetAside(name) | Depart(name):
                 self._offered.pop(name, None)
-            case _:
-                pass
         begun = time.monotonic()
         executor.obey(order)
         if isinstance(order, Prefill) and order.end > order.start:

@@ -14,20 +14,16 @@ BREAKS = [
     ),
     Break(
         name="A2-explains-forgotten",
-        file="millpond/client/engine.py",
-        old=(
-            "        for answer in self._explaining.values():\n"
-            "            if not answer.done():\n"
-            "                answer.set_exception(error)\n"
-        ),
-        new="",
+        file="millpond/client/open_requests.py",
+        old="[*self._streams, *self._explaining]",
+        new="list(self._streams)",
         by=("test_killed_engine_fails_every_stream_and_comes_back",),
     ),
     Break(
         name="A2-streams-left-open",
-        file="millpond/client/engine.py",
-        old=("        for request_id in list(self._open):\n            self._finish(request_id, error)\n"),
-        new=("        for request_id in list(self._open)[1:]:\n            self._finish(request_id, error)\n"),
+        file="millpond/client/open_requests.py",
+        old="[*self._streams, *self._explaining]",
+        new="[*list(self._streams)[1:], *self._explaining]",
         by=("test_killed_engine_fails_every_stream_and_comes_back",),
     ),
     Break(

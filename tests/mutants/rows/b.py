@@ -175,12 +175,8 @@ BREAKS = [
     ),
     Break(
         name="B11-the-engine-is-not-told",
-        file="millpond/client/engine.py",
-        old=(
-            "            if self._group is not None:\n"
-            "                self._group.send(wire.Cancel(request_id))\n"
-            "            self._finish(request_id, why)"
-        ),
+        file="millpond/client/open_requests.py",
+        old="            self._cancel(request_id)\n            self._finish(request_id, why)",
         new="            self._finish(request_id, why)",
         by=("test_disconnects_cancel_the_work",),
     ),

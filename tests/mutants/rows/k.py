@@ -14,7 +14,7 @@ BREAKS = [
     ),
     Break(
         name="K1-cancelled-not-counted",
-        file="millpond/client/engine.py",
+        file="millpond/client/open_requests.py",
         old="            self.counts.cancelled += 1\n",
         new="            pass\n",
         by=("test_every_scrape_adds_up",),

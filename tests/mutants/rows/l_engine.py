@@ -7,9 +7,9 @@ from mutants import Break
 BREAKS = [
     Break(
         name="L15-one-stream-hangs",
-        file="millpond/client/engine.py",
-        old="for request_id in list(self._open):\n            self._finish",
-        new="for request_id in list(self._open)[1:]:\n            self._finish",
+        file="millpond/client/open_requests.py",
+        old="[*self._streams, *self._explaining]",
+        new="[*list(self._streams)[1:], *self._explaining]",
         by=("test_killed_engine_during_eight_streams",),
     ),
     Break(
