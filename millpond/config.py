@@ -336,6 +336,11 @@ class ServeConfig(BaseModel):
         return SpecSettings(default=self.speculation, draft_path=draft_path, shared=self.spec_shared == "on")
 
     @property
+    def log_environment(self) -> dict[str, str]:
+        """How engines and followers are told to log."""
+        return {"MILLPOND_LOG_LEVEL": self.log_level, "MILLPOND_LOG_FORMAT": self.log_format}
+
+    @property
     def packing(self) -> KvPacking:
         """How keys and values are kept."""
         return KvPacking(bits=self.kv_bits, group_size=self.kv_group_size, start=self.kv_quant_start)

@@ -48,11 +48,6 @@ def layout_of(config: ServeConfig, environ: Mapping[str, str] = os.environ) -> G
     return group_layout(config, environ, names)
 
 
-def log_environment(config: ServeConfig) -> dict[str, str]:
-    """How engine and followers are told to log."""
-    return {"MILLPOND_LOG_LEVEL": config.log_level, "MILLPOND_LOG_FORMAT": config.log_format}
-
-
 def group_plan(layout: GroupLayout, config: ServeConfig, given: str, folder: Path) -> GroupPlan:
     """What groups are started from; ``given`` is the model as it was named."""
     return GroupPlan(
@@ -61,7 +56,7 @@ def group_plan(layout: GroupLayout, config: ServeConfig, given: str, folder: Pat
         folder=str(folder),
         python=config.tp_python or sys.executable,
         ssh=shlex.split(config.tp_ssh),
-        environment=log_environment(config),
+        environment=config.log_environment,
         options=("--log-level", config.log_level, "--log-format", config.log_format),
     )
 
@@ -112,7 +107,7 @@ class Keeper:
         self, settings: GroupSettings, config: ServeConfig, restarts: bool, command: Sequence[str] = RANK_COMMAND
     ) -> None:
         self._settings = settings
-        self._environment = log_environment(config)
+        self._environment = config.log_environment
         self._patience = config.drain_seconds + STOP_MARGIN
         self._restarts = restarts
         self._command = command

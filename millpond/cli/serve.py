@@ -19,19 +19,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millpond import wire
 from millpond.cli.certificate import BadCertificate, Certificate
 from millpond.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
-from millpond.cli.group import group_plan, input_ended, keep, layout_of, log_environment
+from millpond.cli.group import group_plan, input_ended, keep, layout_of
 from millpond.cli.interpreter import settle
 from millpond.cli.listen import allow_files, bind, loopback, url_of
-from millpond.client import ENGINE_COMMAND, EngineClient, EngineUnavailable
+from millpond.client import EngineClient, EngineUnavailable
+from millpond.client.start import engine_client, start_message
 from millpond.config import ConfigError, ServeConfig, add_flags, read_config
 from millpond.http.keys import BadKeys, Keys
+from millpond.http.names import ModelNames
 from millpond.hub.cache import problem as cache_problem
-from millpond.launch.followers import RANK_COMMAND, GroupPlan
 from millpond.observe.log import configure, kv, last_words
-from millpond.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -83,75 +82,46 @@ def run(args: argparse.Namespace) -> int:
         if wrong := cache_problem():
             log.warning("this start finds out everything anew, and keeps nothing of it", extra=kv(reason=wrong))
         model = find_model(args.model)
-        draft = find_draft(config)
-        front = Front(
-            config,
-            keys,
-            args.model,
-            model.name,
-            model.path,
-            begun,
-            certificate=certificate,
-            draft_path=draft,
-            group=group_plan(layout, config, args.model, model.path) if layout is not None else None,
-        )
-        asyncio.run(front.serve(listeners))
+        names = ModelNames.of(config.model_name, args.model, model.name, model.path)
+        start = start_message(config, str(model.path), find_draft(config), names.served)
+        group = group_plan(layout, config, args.model, model.path) if layout is not None else None
+        client = engine_client(config, start, group)
+        launched = layout is not None and layout.launch is not None
+        serving = ServeRun(config, keys, names, model.path, client, certificate, begun, launched=launched)
+        asyncio.run(serving.serve(listeners))
     except (ConfigError, StartError) as error:
         print(f"millpond serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-class Front:
+class ServeRun:
     """One run of the front end."""
 
     def __init__(
         self,
         config: ServeConfig,
         keys: Keys,
-        given: str,
-        name: str,
+        names: ModelNames,
         path: Path,
+        client: EngineClient,
+        certificate: Certificate | None,
         begun: float,
-        engine_command: Sequence[str] = (),
-        engine_path: str = "",
-        certificate: Certificate | None = None,
-        draft_path: str = "",
-        group: GroupPlan | None = None,
+        *,
+        launched: bool = False,
     ) -> None:
-        """``engine_path`` is the model as the engine is told it; default: ``path``. With ``group`` the engine is rank 0
-        of a group of ranks. ``engine_command`` is what it runs, unless it is Millpond's own."""
+        """``path`` is the model's folder, ``begun`` when the command was (monotonic). ``launched``: by mlx.launch or
+        mpirun."""
         self._config = config
-        self._launched = group is not None and group.layout.launch is not None
         self._keys = keys
-        self._begun = begun
+        self._names = names
         self._path = path
-        self._served = config.model_name or name
-        self._aliases = frozenset({given, name, path.name})
+        self._client = client
+        self._certificate = certificate
+        self._begun = begun
+        self._launched = launched
         self._stop = asyncio.Event()
         self._signalled = False
-        self._certificate = certificate
-        start = wire.Start(
-            model_path=engine_path or str(path),
-            context_length=config.context_length,
-            max_batch=config.max_batch,
-            max_itl_ms=config.max_itl_ms,
-            prefill_chunk=config.prefill_chunk,
-            kv_memory_bytes=config.kv_memory_mb * 2**20,
-            packing=config.packing,
-            prefix=config.prefix_settings(self._served),
-            spec=config.spec_settings(draft_path),
-        )
-        environment = log_environment(config)
-        self._client = EngineClient(
-            start,
-            command=engine_command or (RANK_COMMAND if group is not None else ENGINE_COMMAND),
-            environment=environment,
-            on_ready=self._engine_ready,
-            stall_seconds=config.stall_timeout,
-            max_restarts=config.max_restarts,
-            group=group,
-        )
 
     async def serve(self, listeners: Sequence[socket.socket]) -> None:
         """Serve until a stop signal. Raises StartError when the engine or the tokenizer cannot be had."""
@@ -170,7 +140,7 @@ class Front:
         server = _server(app, self._config, self._certificate)
         serving = asyncio.create_task(server.serve(sockets=list(listeners)), name="http")
         url = url_of(listeners, self._config.host, "https" if self._certificate else "http")
-        log.info("listening", extra=kv(url=url, model=self._served))
+        log.info("listening", extra=kv(url=url, model=self._names.served))
         loading = asyncio.create_task(self._load(front, url), name="load")
         try:
             await self._until_stopped(loading, serving)
@@ -222,15 +192,13 @@ class Front:
         from millpond.http.gate import served_hosts
         from millpond.http.generation_request import NO_DEFAULTS
         from millpond.http.sampling import read_sampling_defaults
-        from millpond.http.served_model import ModelNames, ServedModel
+        from millpond.http.served_model import ServedModel
         from millpond.text.tokenizer import Tokenizer
 
-        config, names = self._config, ModelNames(self._served, self._aliases)
+        config = self._config
         hosts = served_hosts(config.allowed_hosts, config.host, loopback(listeners))
         sampling = read_sampling_defaults(self._path) if config.sampling_defaults == "model" else NO_DEFAULTS
-        model = ServedModel(
-            names, lambda: Tokenizer.load(self._path), self._client, sampling, speculation=config.speculation
-        )
+        model = ServedModel(self._names, lambda: Tokenizer.load(self._path), self._client, sampling, config.speculation)
         front = FrontEnd(config, self._keys, model)
         return create_app(front, hosts), front
 
@@ -246,24 +214,7 @@ class Front:
         except EngineUnavailable as error:
             raise StartError(error.whole) from error
         seconds = round(time.monotonic() - self._begun, 2)
-        log.info("ready", extra=kv(api=f"{url}/v1", model=self._served, seconds=seconds))
-
-    def _engine_ready(self, info: ModelInfo) -> None:
-        fields = kv(
-            lane=info.lane,
-            lane_reason=info.lane_reason or None,
-            device=info.device,
-            blas=info.blas or None,
-            dtype=info.dtype,
-            context=info.context_length,
-            rows=info.max_batch,
-            fingerprint=info.fingerprint[:12],
-            prefix_cache=info.prefix_cache or None,
-            prefix_cache_reason=info.prefix_cache_reason or None,
-            speculation="+".join(info.speculation) or None,
-            speculation_reason=info.speculation_reason or None,
-        )
-        log.info("engine ready", extra=fields)
+        log.info("ready", extra=kv(api=f"{url}/v1", model=self._names.served, seconds=seconds))
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -9,28 +9,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from millpond.client import EngineClient, EngineError, EngineState
 from millpond.http.errors import unavailable
 from millpond.http.generation_request import SamplingDefaults
 from millpond.http.meters import Meters
+from millpond.http.names import ModelNames
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ErrorKind, ModelInfo, Speculation
 
 LAST_ERRORS_SECONDS = 1.0
 """For the errors of requests that a drain has ended to be written to their clients."""
-
-
-@dataclass(frozen=True)
-class ModelNames:
-    """The name shown to clients, and every name they may use."""
-
-    served: str
-    aliases: frozenset[str]
-
-    def __contains__(self, asked: str) -> bool:
-        return asked == self.served or asked in self.aliases
 
 
 class ServedModel:

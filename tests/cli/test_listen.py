@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from millpond.cli.listen import bind, listen_on, url_of
-from millpond.cli.serve import Front, StartError
+from millpond.cli.serve import StartError
 from millpond.config import ServeConfig
-from millpond.http.keys import Keys
+from millpond.http.names import ModelNames
 from millpond.hub.progress import SilentProgress
 from millpond.hub.source import resolve
 
@@ -78,9 +78,8 @@ def test_a_linked_folder_keeps_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     link.symlink_to(real)
     found = resolve(str(link), SilentProgress())
     assert (found.name, found.path) == ("current", real)
-    front = Front(ServeConfig(), Keys((), None), str(link), found.name, found.path, 0.0)
-    assert front._served == "current"
-    assert front._aliases == {"current", str(link), "v3"}
+    names = ModelNames.of("", str(link), found.name, found.path)
+    assert names == ModelNames("current", frozenset({"current", str(link), "v3"}))
     monkeypatch.chdir(real)
     assert [resolve(name, SilentProgress()).name for name in (".", "../v3")] == ["v3", "v3"]
     (real / "below").mkdir()

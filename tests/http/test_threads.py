@@ -27,7 +27,8 @@ from millpond.http.body import json_object
 from millpond.http.front_end import TEXT_THREADS, FrontEnd
 from millpond.http.generation_request import NO_DEFAULTS
 from millpond.http.keys import Keys
-from millpond.http.served_model import ModelNames, ServedModel
+from millpond.http.names import ModelNames
+from millpond.http.served_model import ServedModel
 from millpond.http.threads import Threads
 from millpond.text.template import ChatTemplate
 from millpond.text.tokenizer import Message, Tokenizer

@@ -12,6 +12,7 @@ from millpond import wire
 from millpond.cli.doctor.engine import Probe
 from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
 from millpond.client import EngineClient, EngineUnavailable
+from millpond.client.start import start_message
 from millpond.config import ServeConfig
 from millpond.hub.errors import SourceError
 from millpond.hub.progress import SilentProgress, TerminalProgress
@@ -110,17 +111,8 @@ def _room(info: ModelInfo, free: int | None) -> Finding:
 
 def _start(path: str, config: ServeConfig, draft_path: str) -> wire.Start:
     """As ``serve`` would start the engine, without its SSD tier, which a running server may be using."""
-    return wire.Start(
-        model_path=path,
-        context_length=config.context_length,
-        max_batch=config.max_batch,
-        max_itl_ms=config.max_itl_ms,
-        prefill_chunk=config.prefill_chunk,
-        kv_memory_bytes=config.kv_memory_mb * 2**20,
-        packing=config.packing,
-        prefix=replace(config.prefix_settings(), cache_ssd=0),
-        spec=config.spec_settings(draft_path),
-    )
+    start = start_message(config, path, draft_path, "")
+    return replace(start, prefix=replace(start.prefix, cache_ssd=0))
 
 
 async def _loaded(start: wire.Start) -> ModelInfo:

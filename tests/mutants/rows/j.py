@@ -14,7 +14,7 @@ BREAKS = [
     ),
     Break(
         name="J1-dead-prefill-chunk",
-        file="millpond/cli/serve.py",
+        file="millpond/client/start.py",
         old="prefill_chunk=config.prefill_chunk,",
         new="prefill_chunk=0,",
         by=("test_prefill_chunk_cuts_prompts",),
@@ -28,8 +28,8 @@ BREAKS = [
     ),
     Break(
         name="J1-dead-max-restarts",
-        file="millpond/cli/serve.py",
-        old="            max_restarts=config.max_restarts,\n",
+        file="millpond/client/start.py",
+        old="        max_restarts=config.max_restarts,\n",
         new="",
         by=("test_no_restart_at_all_may_be_asked_for",),
     ),
