@@ -39,8 +39,8 @@ ROUNDS, STEPS = 3, 8
 def lane_of(model: LoadedModel, rows: int, context: int) -> SlotsLane:
     """Rows that hold zeros: the time does not depend on the numbers."""
     lane = SlotsLane(model.specs)
-    for _ in range(rows):
-        lane.adopt(new_prompt(model.network, model.form))
+    for row in range(rows):
+        lane.adopt(str(row), new_prompt(model.network, model.form))
     lane.advance([context] * rows)
     return lane
 

@@ -134,14 +134,14 @@ def read_through(network: nn.Module, prompt: Prompt, tokens: Sequence[int]) -> N
 def lane_of(model: LoadedModel, prompts: Sequence[Sequence[int]], through_prefill: bool) -> SlotsLane:
     """Slots that have adopted all prompts."""
     lane = SlotsLane(model.specs)
-    for tokens in prompts:
+    for row, tokens in enumerate(prompts):
         prompt = new_prompt(model.network, model.form)
         if through_prefill:
             read_through(model.network, prompt, tokens)
         else:
             for start in range(0, len(tokens), CHUNK):
                 prefill(model.network, prompt, tokens[start : start + CHUNK])
-        lane.adopt(prompt)
+        lane.adopt(str(row), prompt)
     return lane
 
 

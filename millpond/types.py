@@ -375,9 +375,8 @@ class PrefillChunk(msgspec.Struct, frozen=True):
 class StepPlan(msgspec.Struct, frozen=True):
     """Everything one engine step does, decided before it starts.
 
-    Plain data: the same object is the trace and, between ranks, the message. Order of execution: the preemptions
-    (a released row is filled by moving the last row into it), the prefill chunks, each adopted into the next free row
-    when it is the last of its prompt, and one decode forward over ``rows`` plus the rows adopted in this very step.
+    Plain data. Order of execution: the preemptions, the prefill chunks, each adopted into a row when it is the last of
+    its prompt, and one decode forward over ``rows`` plus the rows adopted in this very step.
     """
 
     step: int
@@ -385,9 +384,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     """Requests that lose their row, in this order; they wait again and are recomputed later."""
     prefill: tuple[PrefillChunk, ...] = ()
     rows: tuple[str, ...] = ()
-    """Requests that hold a row once the preemptions are done, in row order."""
-    drafts: tuple[tuple[int, ...], ...] = ()
-    """Draft tokens of each of ``rows`` to be verified in the forward; nothing at all when there are none."""
+    """Requests that hold a row once the preemptions are done, in no order: who has which is the batch's to say."""
 
     @property
     def empty(self) -> bool:

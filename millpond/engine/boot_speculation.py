@@ -106,7 +106,7 @@ def _curve(model: LoadedModel, capabilities: Capabilities, group: Group) -> Curv
 def trial(model: LoadedModel, capabilities: Capabilities) -> Callable[[int], float]:
     """What runs a row of so many tokens and tells how many seconds that took."""
     lane = capabilities.lane(model)
-    lane.adopt(new_prompt(model.network, model.form))
+    lane.adopt("trial", new_prompt(model.network, model.form))
 
     def forward_seconds(tokens: int) -> float:
         begun = time.monotonic()

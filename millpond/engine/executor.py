@@ -10,14 +10,14 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 
 import mlx.core as mx
 from msgspec.structs import replace
 
 from millpond.engine.group import ALONE, Group, GroupBroken
-from millpond.engine.inflight import Drafts, InflightStep, Steps
+from millpond.engine.inflight import InflightStep, Steps
 from millpond.engine.orders import (
     Arrive,
     Begin,
@@ -34,6 +34,7 @@ from millpond.engine.orders import (
 )
 from millpond.engine.prefixes import Prefixes
 from millpond.engine.sequence import Sequence
+from millpond.kv.batch import Batch
 from millpond.model.forwards import prefill
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities
@@ -55,8 +56,6 @@ class Executor:
     ) -> None:
         """``agree`` turns tokens, int32 [n], that each rank has drawn into those that all of them go on with."""
         self.sequences: dict[str, Sequence] = {}
-        self.rows: list[str] = []
-        """Requests that hold a row, in row order."""
         self.group = group
         self.prefixes = prefixes
         self._model = model
@@ -68,6 +67,11 @@ class Executor:
         self.lane = capabilities.lane(model, limit_bytes)
 
     @property
+    def batch(self) -> Batch:
+        """Who has which row."""
+        return self.lane.batch
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys, values and states of rows and prompts."""
         prompts = (sequence.prompt for sequence in self.sequences.values())
@@ -76,9 +80,10 @@ class Executor:
     @property
     def state(self) -> int:
         """crc32 over the rows: whose they are, how long, and their newest tokens."""
-        names = "\0".join(self.rows).encode()
-        newest = [self.sequences[name].tokens[-1] for name in self.rows]
-        return zlib.crc32(array("q", [*self.lane.lengths, *newest]).tobytes(), zlib.crc32(names))
+        batch = self.batch
+        newest = [self.sequences[name].tokens[-1] for name in batch.names]
+        named = zlib.crc32("\0".join(batch.names).encode())
+        return zlib.crc32(array("q", [*batch.lengths, *newest]).tobytes(), named)
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -101,7 +106,7 @@ class Executor:
             self.set_aside(name)
             self.prefixes.cap(sequence, least)
             return False
-        sequence.read_into(self.prefixes.begin(sequence, position, alone=not self.lane.lengths))
+        sequence.read_into(self.prefixes.begin(sequence, position, alone=not len(self.batch)))
         return True
 
     def prefill(self, name: str, start: int, end: int, last: bool) -> None:
@@ -115,9 +120,8 @@ class Executor:
         self.lane.reserve(len(sequence.tokens) - 1, end / len(sequence.tokens))
         if last:
             self.prefixes.prompt_done(sequence, end)
-            self.lane.adopt(sequence.prompt)
+            self.lane.adopt(name, sequence.prompt)
             sequence.joined()
-            self.rows.append(name)
 
     def set_aside(self, name: str) -> None:
         """Take a request's row, or what has been read of its prompt. Nothing may be in flight."""
@@ -131,8 +135,8 @@ class Executor:
         flight."""
         sequence = self.sequences.pop(name)
         self.group.tell(Depart(name, sequence.dirty, sequence.poisoned))
-        if name in self.rows:
-            self.prefixes.answer_done(sequence, self.lane, self.rows.index(name))
+        if name in self.batch:
+            self.prefixes.answer_done(sequence, self.lane)
         self._free(sequence)
         return sequence
 
@@ -142,11 +146,9 @@ class Executor:
         if sequence.prompt is not None:
             sequence.prompt = None
             self.lane.unreserve()
-        if name in self.rows:
-            row = self.rows.index(name)
-            self.lane.release(row, sequence.dirty)
-            self.rows[row] = self.rows[-1]
-            self.rows.pop()
+        if name in self.batch:
+            assert not self._unread, "what a step draws belongs to the rows it was built for"
+            self.lane.release(name, sequence.dirty)
 
     def _lost(self, sequence: Sequence) -> None:
         sequence.back_to_waiting()
@@ -157,19 +159,21 @@ class Executor:
     @property
     def needs_history(self) -> bool:
         """Whether some row's draw depends on the tokens drawn before it."""
-        return any(self.sequences[name].sampling.needs_history for name in self.rows)
+        return any(self.sequences[name].sampling.needs_history for name in self.batch.names)
 
-    def decode(self, drafts: Drafts, begun: float) -> InflightStep:
-        """Build a forward over all rows, behind the unread one if there is one. Raises what the model's code raises."""
+    def decode(self, drafts: Mapping[str, Many[int]], begun: float) -> InflightStep:
+        """Build a forward over all rows, behind the unread one if there is one. ``drafts``: draft tokens of some of
+        them; none at all for a plain step. Raises what the model's code raises."""
         ahead = self._unread[-1] if self._unread else None
+        names = self.batch.names
+        verified = tuple(tuple(drafts.get(name, ())) for name in names) if drafts else ()
         if self.group.world > 1:
-            self.group.tell(Decode(drafts, ahead is not None, self.state))
-        sequences = [self.sequences[name] for name in self.rows]
-        if drafts:
-            step = self._steps.verifying(self.lane, sequences, drafts, begun)
+            self.group.tell(Decode(verified, ahead is not None, self.state))
+        sequences = [self.sequences[name] for name in names]
+        if verified:
+            step = self._steps.verifying(self.lane, sequences, verified, begun)
         else:
-            cuts = partial(self.prefixes.cuts, lane=self.lane)
-            step = self._steps.plain(self.lane, sequences, ahead, begun, cuts)
+            step = self._steps.plain(self.lane, sequences, ahead, begun, self.prefixes.cuts)
         self._unread.append(step)
         return step
 
@@ -187,17 +191,17 @@ class Executor:
         self._unread.popleft()
         cuts = step.cuts
         if step.drafts:
-            before = list(self.lane.lengths)
+            before = self.batch.lengths
             self.lane.advance([max(1, count) for count in kept])
-            cuts = self.prefixes.filled(step.rows, before, self.lane)
+            cuts = self.prefixes.filled(before, self.lane)
         self.prefixes.step_read(cuts, self.sequences, self.lane)
 
-    def rebuild(self) -> list[str]:
+    def rebuild(self) -> tuple[str, ...]:
         """A forward has failed: no row holds anything any more. Returns who had one, in row order. Raises GroupBroken
         where there are other ranks."""
         if self.group.world > 1:
             raise GroupBroken("a forward failed on rank 0, and nobody knows how far the others have come")
-        rows, self.rows = self.rows, []
+        rows = self.batch.names
         self._unread.clear()
         self._steps.forget()
         self.lane = self._capabilities.lane(self._model, self._limit_bytes)
@@ -242,7 +246,7 @@ class Executor:
             case Decode(drafts, behind, state):
                 if behind != bool(self._unread) or state != self.state:
                     raise GroupBroken(f"rank 0 is in state {state:08x} with its rows, this rank in {self.state:08x}")
-                self.decode(drafts, 0.0)
+                self.decode(dict(zip(self.batch.names, drafts, strict=True)) if drafts else {}, 0.0)
             case Launch():
                 self.launch(self._unread[-1])
             case Took(tokens, kept, poisoned):

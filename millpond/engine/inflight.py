@@ -144,14 +144,14 @@ class Steps:
         sequences: Many[Sequence],
         ahead: InflightStep | None,
         begun: float,
-        cuts: Callable[[tuple[str, ...]], list[Cut]],
+        cuts: Callable[[Lane], list[Cut]],
     ) -> InflightStep:
         """One token for every row, behind its newest or behind what the unread step ``ahead`` has drawn.
 
         ``cuts`` is asked for the blocks that the forward fills.
         """
         sampler = self._sampler_for(sequences, ((),) * len(sequences))
-        context_tokens = sum(lane.lengths)
+        context_tokens = sum(lane.batch.lengths)
         dispatched = time.monotonic()
         if ahead is not None:
             tokens, unread = ahead.picks.tokens, 1
@@ -159,22 +159,21 @@ class Steps:
             tokens, unread = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.int32), 0
         logits = decode(self._network, lane, tokens)
         picks = self._agreed(sampler(logits, [len(sequence.tokens) + unread for sequence in sequences]))
-        rows = _names(sequences)
-        cut = cuts(rows)
+        cut = cuts(lane)
         waiting = [*picks.arrays(), *lane.arrays(), *(array for one in cut for array in one.arrays())]
-        return InflightStep(rows, (), picks, cut, context_tokens, begun, dispatched, waiting)
+        return InflightStep(lane.batch.names, (), picks, cut, context_tokens, begun, dispatched, waiting)
 
     def verifying(self, lane: Lane, sequences: Many[Sequence], drafts: Drafts, begun: float) -> InflightStep:
         """Every row's newest token and its draft tokens. How far each row has come is known once that is read."""
         sampler = self._sampler_for(sequences, drafts)
-        context_tokens = sum(lane.lengths)
+        context_tokens = sum(lane.batch.lengths)
         dispatched = time.monotonic()
         logits = lane.forward(self._network, columns_of([sequence.tokens[-1] for sequence in sequences], drafts))
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft) + 1)]
         positions = [len(sequences[row].tokens) + place for row, place in places]
         picks = self._agreed(sampler(logits_of(logits, places), positions))
         waiting = [*picks.arrays(), *lane.arrays()]
-        return InflightStep(_names(sequences), drafts, picks, [], context_tokens, begun, dispatched, waiting)
+        return InflightStep(lane.batch.names, drafts, picks, [], context_tokens, begun, dispatched, waiting)
 
     def _agreed(self, picks: Picks) -> Picks:
         return picks if self._agree is None else replace(picks, tokens=self._agree(picks.tokens))
@@ -192,7 +191,3 @@ class Steps:
         if self._sampler is None or self._sampler.states != tuple(states):
             self._sampler = BatchSampler(states, self._vocab_size)
         return self._sampler
-
-
-def _names(sequences: Many[Sequence]) -> tuple[str, ...]:
-    return tuple(sequence.request.id for sequence in sequences)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
 
 from msgspec.structs import replace
 
@@ -167,12 +169,12 @@ class Engine:
     # --- plan -------------------------------------------------------------------------------------------------
 
     def _plan(self) -> StepPlan:
-        """What to do next, with draft tokens unless a step is in flight."""
+        """What to do next."""
         now = time.monotonic()
         self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.group)
         plan = self._scheduler.plan(now)
         self._stalled = plan.empty and self._inflight is None
-        return plan if self._inflight is not None else self._with_drafts(plan)
+        return plan
 
     def _can_follow(self, step: InflightStep, plan: StepPlan) -> bool:
         """Whether ``plan`` may be dispatched while ``step`` is unread: same rows, none about to end, none that still
@@ -180,26 +182,26 @@ class Engine:
         return (
             self._capabilities.pipelined
             and not step.drafts
-            and plan.rows == step.rows
             and not plan.prefill
             and not plan.preempt
             and not self._executor.needs_history
             and not self._scheduler.suspects
-            and all(self._sequences[name].answered and self._sequences[name].remaining > 1 for name in plan.rows)
-            and not self._speculator.wants(plan.rows, self._sequences)
+            and all(self._sequences[name].answered and self._sequences[name].remaining > 1 for name in step.rows)
+            and not self._speculator.wants(step.rows, self._sequences)
         )
 
-    def _with_drafts(self, plan: StepPlan) -> StepPlan:
-        """The plan with what can be guessed for its rows, as far as memory and context reach."""
+    def _drafts(self, plan: StepPlan) -> Mapping[str, Many[int]]:
+        """What can be guessed for the plan's rows, as far as memory and context reach."""
+        rows = [name for name in self._executor.batch.names if name not in plan.preempt]
         joining = [chunk.id for chunk in plan.prefill if chunk.last]
-        if not plan.rows or self._scheduler.suspected([*plan.rows, *joining]):
-            return plan
-        batch = [self._sequences[name] for name in (*plan.rows, *joining)]
+        if not rows or self._scheduler.suspected([*rows, *joining]):
+            return {}
+        batch = [self._sequences[name] for name in (*rows, *joining)]
         # Short rows of a forward are filled up to its longest, and no position may lie beyond the model's own.
         columns = self._model.context_length - max(len(sequence.tokens) for sequence in batch) + 1
         columns = min(columns, MOST_DRAFT_TOKENS + 1, max(1, MOST_VERIFIED // len(batch)))
         room = self._scheduler.columns(plan, columns) - 1
-        return replace(plan, drafts=self._speculator.drafts(plan.rows, self._sequences, room, len(joining)))
+        return self._speculator.drafts(rows, self._sequences, room, len(joining))
 
     # --- execute ----------------------------------------------------------------------------------------------
 
@@ -207,6 +209,7 @@ class Engine:
         """Do what is planned; its forward is in flight then. Returns the one that was, to be read now, if that is
         still worth it."""
         ahead, self._inflight = self._inflight, None
+        drafts = self._drafts(plan) if ahead is None else {}
         begun = time.monotonic()
         executor = self._executor
         self._stats.preempted(len(plan.preempt))
@@ -217,8 +220,7 @@ class Engine:
             executor.trim()  # the scheduler counts what the rows need, not what the arena still has from before
         executor.fit(self._limit_bytes - max(executor.nbytes, self._scheduler.promised_bytes(plan)))
         plan = replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
-        batch = (*plan.rows, *(chunk.id for chunk in plan.prefill if chunk.last))
-        drafts = plan.drafts and plan.drafts + ((),) * (len(batch) - len(plan.rows))
+        batch = executor.batch.names
         failure: Exception | None = None
         try:
             if batch:

@@ -57,7 +57,6 @@ class Cut(NamedTuple):
     """A block that a decode step fills: scheduled with the step, kept once the step has been read."""
 
     name: str
-    row: int
     end: int
     records: dict[Kind, Stored]
     """Empty where they can be taken only then."""
@@ -316,32 +315,32 @@ class Prefixes:
 
     # --- drawing tokens ---------------------------------------------------------------------------------------
 
-    def cuts(self, rows: Many[str], lane: Lane) -> list[Cut]:
+    def cuts(self, lane: Lane) -> list[Cut]:
         """Lazy copies of the blocks that the forward just dispatched fills."""
         if self._form is None:
             return []
         made = []
-        for row, (name, length) in enumerate(zip(rows, lane.lengths, strict=True)):
+        for name, length in zip(lane.batch.names, lane.batch.lengths, strict=True):
             if length % BLOCK == 0:
-                records = {} if lane.deferred else self._cut_row(lane, row, length - BLOCK, length)
-                made.append(Cut(name, row, length, records, finite(records)))
+                records = {} if lane.deferred else self._cut_row(lane, name, length - BLOCK, length)
+                made.append(Cut(name, length, records, finite(records)))
         return made
 
-    def filled(self, rows: Many[str], before: Many[int], lane: Lane) -> list[Cut]:
+    def filled(self, before: Many[int], lane: Lane) -> list[Cut]:
         """The blocks that rows have filled since they had the lengths ``before``, at most one each; nothing may be in
         flight, and they are cut when ``step_read`` is told of them."""
         if self._form is None:
             return []
-        ends = [length // BLOCK * BLOCK for length in lane.lengths]
-        grown = [(row, name) for row, (name, end) in enumerate(zip(rows, ends, strict=True)) if end > before[row]]
-        return [Cut(name, row, ends[row], {}, finite({})) for row, name in grown]
+        rows = zip(lane.batch.names, lane.batch.lengths, before, strict=True)
+        grown = [(name, length // BLOCK * BLOCK, was) for name, length, was in rows]
+        return [Cut(name, end, {}, finite({})) for name, end, was in grown if end > was]
 
-    def _cut_row(self, lane: Lane, row: int, begin: int, end: int) -> dict[Kind, Stored]:
+    def _cut_row(self, lane: Lane, name: str, begin: int, end: int) -> dict[Kind, Stored]:
         assert self._form is not None
-        records = {Kind.KV: self._form.spans(lane.spans(row, begin, end, Kind.KV), Kind.KV)}
+        records = {Kind.KV: self._form.spans(lane.spans(name, begin, end, Kind.KV), Kind.KV)}
         if self._form.window:
             first = self._form.window_start(begin, end)
-            records[Kind.WINDOW] = self._form.spans(lane.spans(row, first, end, Kind.WINDOW), Kind.WINDOW)
+            records[Kind.WINDOW] = self._form.spans(lane.spans(name, first, end, Kind.WINDOW), Kind.WINDOW)
         return records
 
     def step_read(self, cuts: Many[Cut], sequences: dict[str, Sequence], lane: Lane) -> None:
@@ -353,22 +352,23 @@ class Prefixes:
             if cut.records:
                 self._keep(sequence, cut.end - BLOCK, cut.end, cut.records, cut.sound)
             else:
-                self._keep(sequence, cut.end - BLOCK, cut.end, self._cut_row(lane, cut.row, cut.end - BLOCK, cut.end))
+                self._keep(sequence, cut.end - BLOCK, cut.end, self._cut_row(lane, cut.name, cut.end - BLOCK, cut.end))
 
-    def answer_done(self, sequence: Sequence, lane: Lane, row: int) -> None:
+    def answer_done(self, sequence: Sequence, lane: Lane) -> None:
         """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""
         cache, form, visit = self._cache, self._form, sequence.visit
         if cache is None or form is None or visit is None or sequence.poisoned:
             return
-        processed, length = sequence.processed, lane.lengths[row]
+        name, processed = sequence.request.id, sequence.processed
+        length = lane.batch.lengths[lane.batch.row(name)]
         end = min(length, len(processed))
         if end == 0:
             return
         visit.match.chain.extend(processed)
         begin = (end - 1) // BLOCK * BLOCK
         kinds = cache.missing(visit, begin, end, form.layout.kinds)
-        records = self._cut_row(lane, row, begin, end) if Kind.KV in kinds or Kind.WINDOW in kinds else {}
-        if Kind.STATE in kinds and length == end and (prompt := lane.prompt(row)) is not None:
+        records = self._cut_row(lane, name, begin, end) if Kind.KV in kinds or Kind.WINDOW in kinds else {}
+        if Kind.STATE in kinds and length == end and (prompt := lane.prompt(name)) is not None:
             records[Kind.STATE] = form.snapshot(prompt)
         self._keep(sequence, begin, end, {kind: record for kind, record in records.items() if kind in kinds})
         cache.end_at(visit, end, last=True)

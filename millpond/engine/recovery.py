@@ -46,7 +46,7 @@ class Recovery:
         (``guessed``) the step may have failed because of those: its rows go on without. Raises GroupBroken where there
         are other ranks.
         """
-        log.error("decode step with %d rows failed", len(self._executor.rows), exc_info=error)
+        log.error("decode step with %d rows failed", len(self._executor.batch), exc_info=error)
         with suppress(Exception):  # told already
             mx.synchronize()  # an earlier step may still be writing into the rows that are given up here
         rows = self._executor.rebuild()

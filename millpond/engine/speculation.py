@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from millpond.engine.inflight import Drafts, Drawn
+from millpond.engine.inflight import Drawn
 from millpond.engine.sequence import Sequence
 from millpond.speculate.controller import DRAFT_MODEL, Controller, Offer, source_of
 from millpond.speculate.draft import Draft
@@ -160,8 +160,8 @@ class Speculator:
             behind = None if self._waited else self._behind(rows, sequences)
         return self._waited or behind is not None
 
-    def drafts(self, rows: Many[str], sequences: Sequences, room: int, others: int) -> Drafts:
-        """Draft tokens for each row, at most ``room``; nothing at all for a plain step. Nothing is in flight.
+    def drafts(self, rows: Many[str], sequences: Sequences, room: int, others: int) -> dict[str, list[int]]:
+        """Draft tokens for some rows, at most ``room`` each; nothing at all for a plain step. Nothing is in flight.
 
         ``others``: rows that join in this step, and have none.
         """
@@ -175,7 +175,7 @@ class Speculator:
             self._taken = {name: Offer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
         if waited and not self._taken:
             self._controller.waited()
-        return tuple(tuple(found.get(name, ())) for name in rows) if self._taken else ()
+        return {name: found[name] for name in self._taken}
 
     def _offers(self, rows: Many[str], sequences: Sequences, most: int = 1 << 30, unread: int = 0) -> dict[str, Offer]:
         """What could be had for each row, ``unread`` tokens from now."""

@@ -1,7 +1,6 @@
 """All layers' slots together: rows join (adopt), leave (release), and the arrays grow.
 
-Live rows are always 0..n-1: a row that leaves is filled by moving the last one, so a forward reads a prefix of each
-array. Resizes and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
+Resizes and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
 leaves no lazy reader behind that would keep the next write from happening in place. Engine thread only.
 """
 
@@ -12,9 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
+from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
 from millpond.kv.leaf import LeafRow, LeafSpec, Slot
-from millpond.kv.rows import Rows
+from millpond.kv.rows import Forward
 from millpond.memory.budget import capacity_bucket, rows_allocated
 from millpond.prefix.records import Kind
 
@@ -26,24 +26,26 @@ class Arena:
 
     def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT) -> None:
         self._limit_bytes = limit_bytes
-        self.rows = Rows()
+        self.batch = Batch()
         self.slots: list[Slot] = []
         self._specs = specs
         self._nothing = [LeafRow(())] * len(specs)
         """A row of no tokens."""
         self._reserved = (0, 0)
         """Rows and tokens that the next adoption will need."""
+        self._forward: Forward | None = None
+        """The one under way."""
 
     @property
-    def lengths(self) -> list[int]:
-        return self.rows.lengths
+    def lengths(self) -> Sequence[int]:
+        return self.batch.lengths
 
     @property
     def nbytes(self) -> int:
         return sum(slot.nbytes for slot in self.slots)
 
-    def adopt(self, leaves: Iterable[LeafRow], length: int) -> int:
-        """Copy a finished prompt into the next free row and return that row's number.
+    def adopt(self, name: str, leaves: Iterable[LeafRow], length: int) -> int:
+        """Copy a request's finished prompt into the next row and return that row's number.
 
         ``leaves`` has one entry per leaf, or none at all when ``length`` is 0. It is consumed one by one, so a
         generator may drop each source as it goes. If it raises, the live rows are as they were.
@@ -53,14 +55,12 @@ class Arena:
         if not self.lengths and all(slot.row_count == 1 for slot in self.slots):
             self.slots.clear()
             self.slots = self._first_row(leaves, length)
-            self.lengths.append(length)
-            return row
+            return self.batch.join(name, length)
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
         for slot, leaf in zip(self.slots, leaves if length else self._nothing, strict=True):
             slot.put(row, leaf, length)
             mx.eval(slot.arrays)
-        self.lengths.append(length)
-        return row
+        return self.batch.join(name, length)
 
     def _first_row(self, leaves: Iterable[LeafRow], length: int) -> list[Slot]:
         """Slots with one row that holds ``leaves``."""
@@ -71,23 +71,21 @@ class Arena:
             mx.eval(slots[-1].arrays)
         return slots
 
-    def release(self, row: int, scrub: bool = False) -> None:
-        """Free a row; the last row moves into its place. ``scrub`` zeroes what the row held (non-finite numbers).
+    def release(self, name: str, scrub: bool = False) -> None:
+        """Free a request's row. ``scrub`` zeroes what it held (non-finite numbers).
 
         Of several rows those to be scrubbed go first: where a row has been moved away from, its numbers stay.
         """
-        last = len(self.lengths) - 1
+        row, last = self.batch.leave(name)
         if scrub:
             for slot in self.slots:
                 slot.scrub(row)
         if row != last:
             for slot in self.slots:
-                slot.move(last, row, self.lengths[last])
+                slot.move(last, row, self.lengths[row])
                 if scrub:  # perhaps that one is to be scrubbed next
                     slot.scrub(last)
                 mx.eval(slot.arrays)
-            self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
 
     def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
@@ -96,16 +94,17 @@ class Arena:
     def begin(self, columns: int) -> Sequence[Slot]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
-        forward = self.rows.begin(columns)
+        self._forward = Forward(self.lengths, columns)
         for slot in self.slots:
-            slot.begin(forward)
+            slot.begin(self._forward)
         return self.slots  # one per layer: a layer of several leaves would be handed a tuple of them
 
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
         for slot in self.slots:
             slot.advance(counts)
-        self.rows.advance(counts)
+        self.batch.advance(counts)
+        self._forward = None
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Take the last ``counts[i]`` tokens of row i back: such as forwards have written. No forward is under way.
@@ -113,10 +112,12 @@ class Arena:
         No position that is further behind the last one ever written than some leaf rewinds may be the next one: what
         that leaf needs is gone. Raises ValueError for counts that go beyond that by themselves.
         """
+        if self._forward is not None:
+            raise RuntimeError("a forward is under way: advance() says what it keeps")
         most = min(spec.rewinds for spec in self._specs)
         if max(counts, default=0) > most:
             raise ValueError(f"rows cannot go back by {max(counts)} tokens; at most {most}")
-        self.rows.rewind(counts)
+        self.batch.rewind(counts)
 
     def reserve(self, length: int, share: float) -> None:
         """Make room ahead of the adoption of ``length`` tokens, in the first ``share`` (0 to 1) of the layers.

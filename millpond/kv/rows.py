@@ -1,7 +1,7 @@
-"""Lengths of the live rows, and what one forward needs of them: offsets, write positions and masks.
+"""What one forward needs of the live rows: offsets, write positions and masks.
 
-All layers share one Rows. Lengths are host ints; the device arrays are built fresh for each forward and never changed
-in place, so nothing small and lazy lives longer than a step. Engine thread only.
+All layers share one Forward. Lengths are host ints; the device arrays are built fresh for each forward and never
+changed in place, so nothing small and lazy lives longer than a step. Engine thread only.
 """
 
 from __future__ import annotations
@@ -88,29 +88,3 @@ class Forward:
         if window is not None:
             seen = seen & (held > query - window)
         return seen[:, None]
-
-
-class Rows:
-    """Lengths of the live rows, kept compact at the front, and the geometry of the forward under way."""
-
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-        self._forward: Forward | None = None
-
-    def begin(self, columns: int) -> Forward:
-        """Start a forward of ``columns`` new tokens per row."""
-        self._forward = Forward(self.lengths, columns)
-        return self._forward
-
-    def advance(self, counts: Sequence[int]) -> None:
-        """End the forward: keep ``counts[i]`` of row i's new tokens. Keeping fewer than written is the rollback."""
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self._forward = None
-
-    def rewind(self, counts: Sequence[int]) -> None:
-        """Take the last ``counts[i]`` tokens of row i back. Raises ValueError when it has not as many."""
-        if self._forward is not None:
-            raise RuntimeError("a forward is under way: advance() says what it keeps")
-        if any(not 0 <= count <= length for length, count in zip(self.lengths, counts, strict=True)):
-            raise ValueError(f"rows of {self.lengths} tokens cannot go back by {list(counts)}")
-        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]

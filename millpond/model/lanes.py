@@ -1,7 +1,7 @@
 """Two ways to run the rows of a batch: slots (one batched forward) and solo (upstream caches, one row at a time).
 
 Both are driven by the same calls, so the engine has one path: adopt a finished prompt, forward, advance, release.
-Rows are compact: releasing one moves the last into its place. Engine thread only.
+Engine thread only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from millpond.kv.arena import NO_LIMIT, Arena
+from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
 from millpond.kv.leaf import LeafSpec
 from millpond.model.prompt import Prompt
@@ -24,8 +25,8 @@ class Lane(Protocol):
     """The running batch."""
 
     @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens each row holds."""
+    def batch(self) -> Batch:
+        """Who has which row; only the lane lets anyone join or leave."""
 
     @property
     def nbytes(self) -> int:
@@ -35,8 +36,8 @@ class Lane(Protocol):
     def deferred(self) -> bool:
         """Spans of what a step writes can be taken only once the step has been read."""
 
-    def adopt(self, prompt: Prompt) -> None:
-        """Take over a prompt that has been read as the last row."""
+    def adopt(self, name: str, prompt: Prompt) -> None:
+        """Take over a request's prompt, which has been read, as the next row."""
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
         """Run tokens [n, L] and return logits [n, L, vocab], lazily. Ends with advance()."""
@@ -47,8 +48,8 @@ class Lane(Protocol):
     def rewind(self, counts: Sequence[int]) -> None:
         """Take the last counts[i] tokens of row i back; see Arena.rewind. Not while a forward is under way."""
 
-    def release(self, row: int, scrub: bool = False) -> None:
-        """Free a row, moving the last one into its place."""
+    def release(self, name: str, scrub: bool = False) -> None:
+        """Free a request's row; see Arena.release."""
 
     def reserve(self, length: int, share: float) -> None:
         """Make room for the adoption of ``length`` tokens, in the first ``share`` of the layers; see Arena.reserve."""
@@ -59,10 +60,10 @@ class Lane(Protocol):
     def trim(self) -> None:
         """Give back memory that the rows do not need now."""
 
-    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
+    def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
 
-    def prompt(self, row: int) -> Prompt | None:
+    def prompt(self, name: str) -> Prompt | None:
         """The row's own caches where it has such; they go on changing."""
 
     def arrays(self) -> list[mx.array]:
@@ -77,8 +78,8 @@ class SlotsLane:
         self._deferred = any(spec.deferred for spec in specs)
 
     @property
-    def lengths(self) -> Sequence[int]:
-        return self._arena.lengths
+    def batch(self) -> Batch:
+        return self._arena.batch
 
     @property
     def nbytes(self) -> int:
@@ -88,8 +89,8 @@ class SlotsLane:
     def deferred(self) -> bool:
         return self._deferred
 
-    def adopt(self, prompt: Prompt) -> None:
-        self._arena.adopt(prompt.rows() if prompt.length else (), prompt.length)
+    def adopt(self, name: str, prompt: Prompt) -> None:
+        self._arena.adopt(name, prompt.rows() if prompt.length else (), prompt.length)
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
         logits: mx.array = model(tokens, cache=self._arena.begin(tokens.shape[1]))
@@ -101,8 +102,8 @@ class SlotsLane:
     def rewind(self, counts: Sequence[int]) -> None:
         self._arena.rewind(counts)
 
-    def release(self, row: int, scrub: bool = False) -> None:
-        self._arena.release(row, scrub)
+    def release(self, name: str, scrub: bool = False) -> None:
+        self._arena.release(name, scrub)
 
     def reserve(self, length: int, share: float) -> None:
         self._arena.reserve(length, share)
@@ -113,10 +114,10 @@ class SlotsLane:
     def trim(self) -> None:
         self._arena.trim()
 
-    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
-        return self._arena.spans(row, start, end, kind)
+    def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
+        return self._arena.spans(self.batch.row(name), start, end, kind)
 
-    def prompt(self, row: int) -> Prompt | None:  # noqa: ARG002 - rows share the arena
+    def prompt(self, name: str) -> Prompt | None:  # noqa: ARG002 - rows share the arena
         return None
 
     def arrays(self) -> list[mx.array]:
@@ -127,40 +128,39 @@ class SoloLane:
     """Each row in its own forward, for caches that slots cannot hold. One token per row and step only."""
 
     def __init__(self) -> None:
-        self._prompts: list[Prompt] = []
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        return [prompt.length for prompt in self._prompts]
+        self.batch = Batch()
+        self._prompts: dict[str, Prompt] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(prompt.nbytes for prompt in self._prompts)
+        return sum(prompt.nbytes for prompt in self._prompts.values())
 
     @property
     def deferred(self) -> bool:
         return False
 
-    def adopt(self, prompt: Prompt) -> None:
-        self._prompts.append(prompt)
+    def adopt(self, name: str, prompt: Prompt) -> None:
+        self.batch.join(name, prompt.length)
+        self._prompts[name] = prompt
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        rows = [model(tokens[row : row + 1], cache=prompt.caches) for row, prompt in enumerate(self._prompts)]
-        return mx.concatenate(rows, axis=0)
+        prompts = enumerate(self._prompts[name] for name in self.batch.names)
+        return mx.concatenate([model(tokens[row : row + 1], cache=prompt.caches) for row, prompt in prompts], axis=0)
 
     def advance(self, counts: Sequence[int]) -> None:
         if any(count != 1 for count in counts):
             raise ValueError(f"solo rows cannot roll back: advance({list(counts)})")
-        for prompt in self._prompts:
+        self.batch.advance(counts)
+        for prompt in self._prompts.values():
             prompt.length += 1
 
     def rewind(self, counts: Sequence[int]) -> None:
         if any(counts):
             raise ValueError(f"solo rows cannot roll back: rewind({list(counts)})")
 
-    def release(self, row: int, scrub: bool = False) -> None:  # noqa: ARG002 - the row's arrays go with it
-        self._prompts[row] = self._prompts[-1]
-        self._prompts.pop()
+    def release(self, name: str, scrub: bool = False) -> None:  # noqa: ARG002 - the row's arrays go with it
+        self.batch.leave(name)
+        del self._prompts[name]
 
     def reserve(self, length: int, share: float) -> None:
         """Nothing to make: a row brings its own arrays."""
@@ -171,11 +171,11 @@ class SoloLane:
     def trim(self) -> None:
         """Nothing to give: each row holds its own."""
 
-    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
-        return self._prompts[row].spans(start, end, kind)
+    def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
+        return self._prompts[name].spans(start, end, kind)
 
-    def prompt(self, row: int) -> Prompt | None:
-        return self._prompts[row]
+    def prompt(self, name: str) -> Prompt | None:
+        return self._prompts[name]
 
     def arrays(self) -> list[mx.array]:
-        return [array for prompt in self._prompts for array in cache_arrays(prompt.caches)]
+        return [array for prompt in self._prompts.values() for array in cache_arrays(prompt.caches)]

@@ -108,7 +108,7 @@ def remembered_probe(
 def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:
     """Run one token through the lane: what is compiled or paged in on first use happens before the first request."""
     lane = capabilities.lane(model)
-    lane.adopt(new_prompt(model.network, model.form))
+    lane.adopt("warm-up", new_prompt(model.network, model.form))
     mx.eval(decode(model.network, lane, mx.zeros((1,), dtype=mx.int32)), lane.arrays())
 
 
@@ -119,10 +119,10 @@ def _parity(model: LoadedModel) -> str:
     answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
     expected = [_upstream(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     lane = SlotsLane(model.specs)
-    for tokens in prompts:
+    for row, tokens in enumerate(prompts):
         prompt = new_prompt(model.network, model.form)
         prefill(model.network, prompt, tokens)
-        lane.adopt(prompt)
+        lane.adopt(str(row), prompt)
     rows = list(range(len(prompts)))
 
     # A forward of several columns whose tokens are then all refused: what it wrote must never be seen again.
@@ -137,8 +137,8 @@ def _parity(model: LoadedModel) -> str:
             if differs(logits[place], expected[row][step]):
                 return f"logits differ from the single-sequence ones (prompt of {PROMPTS[row]}, step {step})"
         if step == 1:
-            lane.release(0)
-            rows = [rows[-1], *rows[1:-1]]
+            lane.release("0")
+            rows = [int(name) for name in lane.batch.names]
     return ""
 
 
@@ -193,7 +193,7 @@ def donates(model: LoadedModel) -> bool:
     token_bytes = sum(spec.token_bytes for spec in model.specs)
     length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
     lane = SlotsLane(model.specs)
-    lane.adopt(new_prompt(model.network, model.form))
+    lane.adopt("canary", new_prompt(model.network, model.form))
     lane.advance([length])  # positions that were never written are zeros: the canary looks at memory, not at values
     tokens = mx.zeros((1,), dtype=mx.int32)
     for warm in (True, False):

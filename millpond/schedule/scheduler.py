@@ -3,7 +3,6 @@
 Pure state machine: no clock, no I/O, no randomness; the engine thread is its only user. Invariants:
 
 - plan() changes nothing; every row decodes in every step.
-- Rows are compact: a row freed in the middle is filled by moving the last row into it, exactly as the arena does.
 - Rows and started prefills together never exceed max_batch, and their promised memory never exceeds the budget.
 - Of two waiting requests of equal priority only finitely many later ones can ever go before the older.
 
@@ -77,7 +76,8 @@ class Scheduler:
         self._budget = budget
         self._costs = costs
         self._requests: dict[str, SchedulerRequest] = {}
-        self._rows: list[SchedulerRequest] = []
+        self._rows: dict[str, SchedulerRequest] = {}
+        """Who has a row; which one is not decided here."""
         self._step = 0
         self._added = 0
         self._answer = FIRST_ANSWER
@@ -118,7 +118,7 @@ class Scheduler:
         if request is not None and request.in_row:
             self._answer += ANSWER_WEIGHT * (request.length - request.prompt - self._answer)
             self._left = request.client
-            _release(self._rows, request)
+            del self._rows[name]
 
     def requeue(self, name: str, tokens: int, now: float, probation: bool = False) -> None:
         """Its KV is lost, wherever it was: it waits again and is computed from its ``tokens`` (prompt and answer).
@@ -129,8 +129,7 @@ class Scheduler:
         request = self._requests[name]
         if not 1 <= tokens <= request.total:
             raise ValueError(f"request {name!r} is requeued with {tokens} tokens, allowed are 1 to {request.total}")
-        if request.in_row:
-            _release(self._rows, request)
+        self._rows.pop(name, None)
         request.back_to_waiting(tokens)
         request.arrival = min(request.arrival, now)
         request.probation = request.probation or probation
@@ -158,8 +157,8 @@ class Scheduler:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Ids of the requests that hold a row, in row order."""
-        return tuple(request.id for request in self._rows)
+        """Ids of the requests that hold a row, in no order that means anything."""
+        return tuple(self._rows)
 
     @property
     def queue(self) -> tuple[tuple[str, int], ...]:
@@ -184,7 +183,7 @@ class Scheduler:
             return 0.0
         limits, costs = self._limits, self._costs
         reading = sum(costs.prefill_ms(request.computed, request.prefill - request.computed) for request in queued)
-        context = sum(request.length for request in self._rows)
+        context = sum(request.length for request in self._rows.values())
         step = costs.decode_ms(len(self._rows), context)
         beside = reading / max(LEAST_SHARE, 1.0 - step / limits.max_itl_ms)
         places = self._places()
@@ -215,7 +214,7 @@ class Scheduler:
     @property
     def suspects(self) -> tuple[str, ...]:
         """Rows on probation: if the step fails, one of these is to blame. Never more than one."""
-        return tuple(request.id for request in self._rows if request.probation)
+        return tuple(name for name, request in self._rows.items() if request.probation)
 
     def suspected(self, names: Sequence[str]) -> bool:
         """Whether one of these, rows or about to be, is on probation."""
@@ -229,10 +228,7 @@ class Scheduler:
         ``preempt`` names requests that give up their row or their started prefill, whichever they have.
         """
         victims = choose_victims(self._budget, [request for request in self._requests.values() if request.holds])
-        rows = list(self._rows)
-        for victim in victims:
-            if victim.in_row:
-                _release(rows, victim)
+        rows = [request for request in self._rows.values() if request not in victims]
         return StepPlan(
             step=self._step,
             preempt=tuple(victim.id for victim in victims),
@@ -265,13 +261,10 @@ class Scheduler:
         Every row, the new ones included, is one token longer; see ``grew``.
         Raises ValueError, and changes nothing, when the plan is not the current one or its rows have changed.
         """
-        rows = list(self._rows)
-        preempted = [self._requests[name] for name in plan.preempt if name in self._requests]
-        for request in preempted:
-            if request.in_row:
-                _release(rows, request)
-        if plan.step != self._step or plan.rows != tuple(request.id for request in rows):
+        rows = {name: request for name, request in self._rows.items() if name not in plan.preempt}
+        if plan.step != self._step or plan.rows != tuple(rows):
             raise ValueError(f"plan {plan.step} no longer matches the rows of step {self._step}")
+        preempted = [self._requests[name] for name in plan.preempt if name in self._requests]
         self._rows = rows
         for request in preempted:
             request.preempted += 1
@@ -279,7 +272,7 @@ class Scheduler:
         for chunk in plan.prefill:
             if chunk.id in self._requests:
                 self._advance(self._requests[chunk.id], chunk.end, chunk.last)
-        for request in self._rows:
+        for request in self._rows.values():
             request.length += 1
         self._step += 1
 
@@ -371,7 +364,7 @@ class Scheduler:
         """How many answers each waiting one's client has before it; nothing when a single client waits."""
         if len({request.client for request in waiting}) < 2:
             return {}
-        counts = Counter(request.client for request in self._rows)
+        counts = Counter(request.client for request in self._rows.values())
         if not self._rows and self._left is not None:
             counts[self._left] += 1  # with a single row, whoever has just had it would always seem to have had nothing
         found = {}
@@ -387,12 +380,4 @@ class Scheduler:
         request.done = end
         if last:
             request.in_row, request.length, request.done = True, request.prefill, 0
-            self._rows.append(request)
-
-
-def _release(rows: list[SchedulerRequest], request: SchedulerRequest) -> None:
-    """Free the row of ``request``; the last row moves into its place."""
-    index = next(i for i, row in enumerate(rows) if row is request)
-    last = rows.pop()
-    if last is not request:
-        rows[index] = last
+            self._rows[request.id] = request

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from millpond.kv.batch import Batch
 from millpond.memory.budget import MemoryBudget
 from millpond.model.forwards import prefill
 from millpond.model.lanes import SlotsLane
@@ -74,8 +75,11 @@ class Draft:
         self._prompts = DraftPrompts(model, cache_bytes)
         self._evaluate = mx.async_eval if pipelined else mx.eval
         self._lane = SlotsLane(model.specs, limit_bytes)
-        self._rows: list[str] = []
         self._requests: dict[str, _Request] = {}
+
+    @property
+    def _batch(self) -> Batch:
+        return self._lane.batch
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +123,6 @@ class Draft:
         with suppress(Exception):  # told when it was raised
             mx.synchronize()  # a step may still be writing into the rows that are given up here
         self._lane = SlotsLane(self._model.specs, self._budget.limit_bytes)
-        self._rows.clear()
         for request in self._requests.values():
             request.prompt, request.guesses = None, []
 
@@ -159,7 +162,7 @@ class Draft:
                 self._lane.trim()
             if self._needed({name: len(tokens)}) > self._budget.limit_bytes:
                 return False
-            request.prompt = self._lifted(name) if name in self._rows else self._prompts.begin(request.visit, tokens)
+            request.prompt = self._lifted(name) if name in self._batch else self._prompts.begin(request.visit, tokens)
         prompt, start, total = request.prompt, request.prompt.length, len(tokens) - 1
         end = total if total - start <= most else min(total, max((start + most) // GRID, start // GRID + 1) * GRID)
         prefill(self._model.network, prompt, self._known(tokens[start:end]))
@@ -167,21 +170,20 @@ class Draft:
         self._lane.reserve(total, end / max(1, total))
         if end < total:
             return False
-        self._lane.adopt(prompt)
-        self._rows.append(name)
+        self._lane.adopt(name, prompt)
         request.prompt, request.joined_at = None, total
         return True
 
     def ready(self, name: str, tokens: Sequence[int]) -> bool:
         """Whether ``propose`` would say something about it."""
-        if name not in self._rows or len(tokens) >= self._model.context_length:
+        if name not in self._batch or len(tokens) >= self._model.context_length:
             return False
         return len(tokens) - self._agreed(name, tokens) <= CATCH_UP + 1
 
     def reads(self, name: str) -> bool:
         """Whether reading on for a request, after ``read``, leads to proposals: it has a prompt or a row."""
         request = self._requests[name]
-        return not request.unsound and (request.prompt is not None or name in self._rows)
+        return not request.unsound and (request.prompt is not None or name in self._batch)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Tokens that this model has none for are read as its last one: what is beyond its embeddings is not memory."""
@@ -189,8 +191,7 @@ class Draft:
 
     def _lifted(self, name: str) -> Prompt:
         """The row's tokens as a prompt; the row is freed."""
-        request, row = self._requests[name], self._rows.index(name)
-        prompt = prompt_of_row(self._model, self._lane, row, self._agreed(name, request.tokens))
+        prompt = prompt_of_row(self._model, self._lane, name, self._agreed(name, self._requests[name].tokens))
         self._let_go(name)
         return prompt
 
@@ -200,21 +201,18 @@ class Draft:
         if request.prompt is not None:
             request.prompt = None
             self._lane.unreserve()
-        if name in self._rows:
-            row = self._rows.index(name)
-            held = request.tokens[: self._lane.lengths[row] - len(request.guesses)]
+        if name in self._batch:
+            held = request.tokens[: self._certain(name)]
             if not request.unsound:
-                self._prompts.row_done(request.visit, held, self._lane, row, request.joined_at)
-            self._lane.release(row, scrub=request.unsound)
-            self._rows[row] = self._rows[-1]
-            self._rows.pop()
+                self._prompts.row_done(request.visit, held, self._lane, name, request.joined_at)
+            self._lane.release(name, scrub=request.unsound)
         request.guesses = []
 
     def _needed(self, more: Mapping[str, int]) -> int:
         """Bytes for all rows and prompts, ``more`` prompts (name to tokens) included, and for a call of ``propose``."""
         reading = {name: len(r.tokens) for name, r in self._requests.items() if r.prompt is not None} | dict(more)
-        longest = max([*reading.values(), *self._lane.lengths], default=0) + ROOM
-        rows = len(reading.keys() | set(self._rows))
+        longest = max([*reading.values(), *self._batch.lengths], default=0) + ROOM
+        rows = len(reading.keys() | set(self._batch.names))
         return self._budget.arena_bytes(rows, longest) + sum(map(self._budget.prefill_bytes, reading.values()))
 
     # --- proposing --------------------------------------------------------------------------------------------
@@ -232,7 +230,7 @@ class Draft:
         for name in tokens.keys() & self._requests.keys():
             self._requests[name].tokens = tokens[name]
         self._drop_what_does_not_fit()
-        asked = tuple(name for name in self._rows if name in wanted and self.ready(name, tokens[name]))
+        asked = tuple(name for name in self._batch.names if name in wanted and self.ready(name, tokens[name]))
         if not asked:
             return {}
         steps = [self._catch_up(asked, tokens)]
@@ -253,15 +251,15 @@ class Draft:
 
     def _drop_what_does_not_fit(self) -> None:
         """Requests grow; when that takes too much, the longest one goes without proposals."""
-        while self._rows and self._needed({}) > self._budget.limit_bytes:
-            held = [name for name, r in self._requests.items() if r.prompt is not None or name in self._rows]
+        while len(self._batch) and self._needed({}) > self._budget.limit_bytes:
+            held = [name for name, r in self._requests.items() if r.prompt is not None or name in self._batch]
             self._let_go(max(held, key=lambda name: len(self._requests[name].tokens)))
             self._lane.trim()
 
     def _agreed(self, name: str, tokens: Sequence[int]) -> int:
         """How many of ``tokens`` its row holds before the two part. The newest one does not count: it is fed again."""
         guesses = self._requests[name].guesses
-        certain = self._lane.lengths[self._rows.index(name)] - len(guesses)
+        certain = self._certain(name)
         confirmed = 0
         for guess, token in zip(guesses, tokens[certain : certain + len(guesses)], strict=False):
             if guess != token:
@@ -269,36 +267,37 @@ class Draft:
             confirmed += 1
         return min(certain + confirmed, len(tokens) - 1)
 
+    def _certain(self, name: str) -> int:
+        """How many tokens its row holds before its guesses."""
+        return self._batch.lengths[self._batch.row(name)] - len(self._requests[name].guesses)
+
     def _catch_up(self, asked: tuple[str, ...], tokens: Mapping[str, Sequence[int]]) -> Picks:
         """Take wrong guesses back, feed what is new, and draw the first guess of each."""
-        lengths = self._lane.lengths
-        kept = [
-            self._agreed(name, tokens[name]) if name in tokens else length - len(self._requests[name].guesses)
-            for name, length in zip(self._rows, lengths, strict=True)
-        ]
+        names, lengths = self._batch.names, self._batch.lengths
+        kept = [self._agreed(name, tokens[name]) if name in tokens else self._certain(name) for name in names]
         self._lane.rewind([length - count for length, count in zip(lengths, kept, strict=True)])
-        columns = max(len(tokens[name]) - kept[self._rows.index(name)] for name in asked)
+        columns = max(len(tokens[name]) - kept[self._batch.row(name)] for name in asked)
         new = [
             self._known(tokens[name][count : count + columns]) if name in tokens else []
-            for name, count in zip(self._rows, kept, strict=True)
+            for name, count in zip(names, kept, strict=True)
         ]
-        for name in self._rows:
+        for name in names:
             self._requests[name].guesses = []
         fed = mx.array([row + [0] * (columns - len(row)) for row in new], dtype=mx.int32)
         return self._forward(asked, fed, [len(row) for row in new], [len(tokens[name]) for name in asked])
 
     def _go_on(self, asked: tuple[str, ...], drawn: mx.array, positions: Sequence[int]) -> Picks:
         """Feed each of ``asked`` what was drawn for it, unread, and draw the next guess."""
-        place = [asked.index(name) if name in asked else len(asked) for name in self._rows]
+        place = [asked.index(name) if name in asked else len(asked) for name in self._batch.names]
         known = mx.minimum(drawn, self._model.vocab_size - 1)
         fed = mx.concatenate([known, mx.zeros((1,), dtype=mx.int32)])[mx.array(place)]
-        return self._forward(asked, fed[:, None], [int(name in asked) for name in self._rows], positions)
+        return self._forward(asked, fed[:, None], [int(name in asked) for name in self._batch.names], positions)
 
     def _forward(self, asked: tuple[str, ...], fed: mx.array, counts: Sequence[int], positions: Sequence[int]) -> Picks:
         """Run all rows, keep ``counts[i]`` of the tokens in row i, and draw behind those of ``asked``."""
         logits = self._lane.forward(self._model.network, fed)
         self._lane.advance(counts)
-        rows = [self._rows.index(name) for name in asked]
+        rows = [self._batch.row(name) for name in asked]
         logits = logits[mx.array(rows), mx.array([counts[row] - 1 for row in rows])]
         picks = self._picks(logits, tuple(self._requests[name].sampling for name in asked), positions)
         self._evaluate(*picks.arrays(), *self._lane.arrays())

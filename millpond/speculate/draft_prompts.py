@@ -67,14 +67,14 @@ class DraftPrompts:
             missing = self._cache.missing(visit, begin, end, self._form.layout.kinds)
             self._keep(visit, begin, end, {kind: cut_prompt(self._form, prompt, begin, end, kind) for kind in missing})
 
-    def row_done(self, visit: Visit | None, tokens: Sequence[int], lane: Lane, row: int, start: int) -> None:
+    def row_done(self, visit: Visit | None, tokens: Sequence[int], lane: Lane, name: str, start: int) -> None:
         """Keep the blocks that a row about to be freed, which holds ``tokens``, has filled since ``start``."""
         if self._form is None or visit is None or self._form.window:
             return
         visit.match.chain.extend(tokens)
         for begin, end in block_grid(start, len(tokens)):
             if self._cache.missing(visit, begin, end, (Kind.KV,)):
-                record = self._form.spans(lane.spans(row, begin, end, Kind.KV), Kind.KV)
+                record = self._form.spans(lane.spans(name, begin, end, Kind.KV), Kind.KV)
                 self._keep(visit, begin, end, {Kind.KV: record})
 
     def _keep(self, visit: Visit, begin: int, end: int, records: Mapping[Kind, Stored]) -> None:
@@ -84,14 +84,14 @@ class DraftPrompts:
             self._cache.keep(visit, begin, end, records)
 
 
-def prompt_of_row(model: LoadedModel, lane: Lane, row: int, length: int) -> Prompt:
-    """The first ``length`` tokens of a row as a prompt that can be read on. The row stays as it is."""
+def prompt_of_row(model: LoadedModel, lane: Lane, name: str, length: int) -> Prompt:
+    """The first ``length`` tokens of a request's row as a prompt that can be read on. The row stays as it is."""
     prompt = new_prompt(model.network, model.form)
     if not length:
         return prompt
     windows = [spec.window if isinstance(spec, RingSpec) else 0 for spec in model.specs]
-    plain = lane.spans(row, 0, length, Kind.KV)
-    sliding = lane.spans(row, max(0, length - max(windows)), length, Kind.WINDOW)
+    plain = lane.spans(name, 0, length, Kind.KV)
+    sliding = lane.spans(name, max(0, length - max(windows)), length, Kind.WINDOW)
     for leaf, window, *held in zip(prompt.caches, windows, plain, sliding, strict=True):
         put_span(leaf, *_copied(held[0] or held[1], window or length), length)
     mx.eval(cache_arrays(prompt.caches))

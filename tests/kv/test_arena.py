@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -73,6 +74,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.arena = Arena(self.specs)
         self.model: list[list[int]] = []
+        self.names = map(str, itertools.count())
         self.written: list[tuple[int, int]] = []
         """Per row how many positions it began with, and how many have ever been written: how far it can go back."""
         self.mark = 0
@@ -86,7 +88,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def adopt(self, length: int) -> None:
         marks = self.fresh(length)
         layers = [leaf_row(spec, marks) for spec in self.specs]
-        assert self.arena.adopt(layers if length else (), length) == len(self.model)
+        assert self.arena.adopt(next(self.names), layers if length else (), length) == len(self.model)
         self.model.append(marks)
         self.written.append((length, length))
 
@@ -94,7 +96,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     def release(self, choice: int, scrub: bool) -> None:
         row = choice % len(self.model)
-        self.arena.release(row, scrub)
+        self.arena.release(self.arena.batch.names[row], scrub)
         for rows in (self.model, self.written):
             rows[row] = rows[-1]
             rows.pop()
@@ -212,14 +214,14 @@ def test_exact_positions_are_not_packed(start: int) -> None:
     keys, values = (rng.standard_normal((2, HEADS, 300, dim)).astype(np.float32) for dim in (32, 64))
     for length in (1, start - 2):
         exact = mx.array(keys[1:, :, :length]), mx.array(values[1:, :, :length])
-        arena.adopt([LeafRow((), exact=exact)], length)
+        arena.adopt(str(length), [LeafRow((), exact=exact)], length)
     for counts in ([4, 0], [4, 1], [4, 3]):  # what is refused is written again
         done = arena.lengths[1]
         (slot,) = arena.begin(4)
         slot.update_and_fetch(mx.array(keys[:, :, done : done + 4]), mx.array(values[:, :, done : done + 4]))
         arena.advance(counts)
         mx.eval(arena.arrays())
-    arena.release(0)
+    arena.release("1")
     arena.begin(300)
     for side, found in zip((keys, values), seen_by(arena.slots[0]), strict=True):
         assert np.array_equal(found[0, :, :start], side[1, :, :start])
@@ -231,7 +233,7 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
     """A long prompt's arrival must not copy the whole batch at once, nor may a decode step in between."""
     specs = [KvSpec(1, 4, 4, mx.float32)] * 4
     arena = Arena(specs)
-    arena.adopt((), 0)
+    arena.adopt("a", (), 0)
     for quarter in range(1, 5):
         arena.reserve(2000, quarter / 4)
         arena.begin(1)
@@ -239,14 +241,14 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
         assert [slot.capacity for slot in arena.slots] == [2048] * quarter + [256] * (4 - quarter)
     arrays = [slot.arrays[0] for slot in arena.slots]
     layer = LeafRow((mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4))))
-    arena.adopt([layer] * 4, 2000)
+    arena.adopt("b", [layer] * 4, 2000)
     assert [slot.arrays[0].shape for slot in arena.slots] == [array.shape for array in arrays]
 
 
 def test_aligned_rows_need_no_mask() -> None:
     arena = Arena(SPECS[:1])
-    for _ in range(2):
-        arena.adopt([LeafRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
+    for name in "ab":
+        arena.adopt(name, [LeafRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
     (slot,) = arena.begin(1)
     assert slot.make_mask(1) is None
 
@@ -254,16 +256,16 @@ def test_aligned_rows_need_no_mask() -> None:
 def test_scrub_removes_non_finite_numbers() -> None:
     arena = Arena(SPECS[:1])
     poison = mx.full((1, HEADS, 4, KEY_DIM), float("nan")), mx.full((1, HEADS, 4, VALUE_DIM), float("nan"))
-    arena.adopt([LeafRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
-    arena.adopt([LeafRow(poison)], 4)
-    arena.release(1, scrub=True)
+    arena.adopt("sound", [LeafRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
+    arena.adopt("poison", [LeafRow(poison)], 4)
+    arena.release("poison", scrub=True)
     assert all(bool(mx.isfinite(array).all()) for array in arena.arrays())
 
 
 def test_arrays_are_written_in_place() -> None:
     """The donation canary in small: many writes must not allocate a second arena."""
     arena = Arena([KvSpec(4, 64, 64, mx.float32)] * 2)
-    arena.adopt((), 0)
+    arena.adopt("a", (), 0)
     arena.advance([4000])
     arena.begin(1)
     arena.advance([0])
@@ -285,11 +287,11 @@ def test_arrays_are_written_in_place() -> None:
 def test_joining_and_leaving_cost_one_row() -> None:
     """Whoever leaves in the middle is replaced by the last row; nobody else's numbers are copied (D1)."""
     spec = KvSpec(2, 64, 64, mx.float32)
-    arena = Arena([spec] * 3)
+    arena, names = Arena([spec] * 3), itertools.count()
     rows, row_bytes = 16, spec.row_bytes(256)
 
     def joining() -> None:
-        arena.adopt([LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
+        arena.adopt(str(next(names)), [LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
 
     def most_bytes(work: Callable[[], object]) -> int:
         """Held at once besides the arena itself."""
@@ -303,8 +305,8 @@ def test_joining_and_leaving_cost_one_row() -> None:
     for _ in range(rows):
         joining()
     assert arena.nbytes == 3 * rows * row_bytes
-    arena.release(rows - 1)
+    arena.release(str(rows - 1))
     assert most_bytes(joining) < 4 * row_bytes
     for row in (3, 0, rows - 3):
-        assert most_bytes(lambda row=row: arena.release(row)) < 4 * row_bytes  # type: ignore[misc]
-    assert most_bytes(lambda: arena.release(1, scrub=True)) < 4 * row_bytes
+        assert most_bytes(lambda row=row: arena.release(str(row))) < 4 * row_bytes  # type: ignore[misc]
+    assert most_bytes(lambda: arena.release("1", scrub=True)) < 4 * row_bytes

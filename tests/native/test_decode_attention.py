@@ -98,7 +98,7 @@ class Story(RuleBasedStateMachine):
     @precondition(lambda self: self.pasts)
     def release(self, choice: int, scrub: bool) -> None:
         row = choice % len(self.pasts)
-        self.arena.release(row, scrub)
+        self.arena.release(self.arena.batch.names[row], scrub)
         self.pasts[row] = self.pasts[-1]
         self.pasts.pop()
 
@@ -130,11 +130,11 @@ def test_slots_that_had_to_move_are_found_again(change: str) -> None:
     arena.advance([0, 0, 0])
     held = [array[:1] for array in arena.arrays()]
     mx.eval(held)
-    arena.release(0 if change == "drop" else 2, scrub=change == "scrub")
+    arena.release(arena.batch.names[0 if change == "drop" else 2], scrub=change == "scrub")
     if change == "put":
         adopt(arena, layer, new[0])
     else:
-        arena.adopt((), 0)
+        arena.adopt("empty", (), 0)
     again = [drawn(layer, np.random.default_rng(row), 1) for row in range(len(arena.lengths))]
     mx.eval(forward(arena, again, queries_of(layer, np.random.default_rng(3), len(again), 1)))
     for row, length in enumerate(arena.lengths):
@@ -253,7 +253,7 @@ def test_what_is_not_a_number_stays_in_its_row(name: str, bad: float) -> None:
     assert not np.isfinite(sick[1, : layer.sharing]).all(axis=-1).any(), "every query that shares the key head"
     assert np.array_equal(sick[1, layer.sharing :], sound[1, layer.sharing :])
     arena.advance([1, 1, 1])
-    arena.release(1, scrub=True)
+    arena.release(arena.batch.names[1], scrub=True)
     rng = np.random.default_rng(5)
     past, third, again = drawn(layer, rng, 3), drawn(layer, rng, 1), queries_of(layer, rng, 3, 1)
     adopt(arena, layer, past)

@@ -174,7 +174,7 @@ def orders(ready: Prepared) -> list[Order]:
         assert executor.begin(name, 0)
         executor.prefill(name, 0, len(tokens) - 1, True)
     executor.fit(1 << 20)
-    for drafts in ((), ((5,), (6, 7)), ()):
+    for drafts in ({}, {"a": [5], "b": [6, 7]}, {}):
         step = executor.decode(drafts, 0.0)
         executor.launch(step)
         drawn = step.drawn()

@@ -184,16 +184,6 @@ def test_rows_and_started_prefills_stay_within_max_rows() -> None:
     assert [chunk.id for chunk in scheduler.plan(0.0).prefill] == ["b", "a"]
 
 
-def test_last_row_moves_into_a_freed_place() -> None:
-    scheduler = make()
-    running(scheduler, "a", "b", "c", "d")
-    scheduler.remove("b")
-    assert step(scheduler).rows == ("a", "d", "c")
-    scheduler.requeue("a", 3, 0.0)
-    assert step(scheduler).rows == ("c", "d")
-    assert step(scheduler).rows == ("c", "d", "a")
-
-
 def test_never_fits_says_the_numbers() -> None:
     scheduler = make(budget=MemoryBudget(CacheSizes(10), limit_bytes=50_000))
     with pytest.raises(NeverFits, match=r"prompt \(2000 tokens\) and max_tokens \(500\) need \d+ bytes.*50000 bytes"):

@@ -69,7 +69,6 @@ class Simulation:
     machine: Machine
     jobs: list[Job]
     seed: int = 0
-    rows: list[str] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)
     """KV tokens of each row."""
     caches: dict[str, int] = field(default_factory=dict)
@@ -97,7 +96,7 @@ class Simulation:
             self.steps += 1
             assert self.steps <= most, "work is being redone for ever"
         assert self.scheduler.idle
-        assert not self.rows
+        assert not self.lengths
         assert not self.caches
 
     def job(self, name: str) -> Job:
@@ -123,16 +122,9 @@ class Simulation:
     def end(self, name: str) -> None:
         self.scheduler.remove(name)
         self.caches.pop(name, None)
-        if name in self.lengths:
-            self.release(name)
+        self.lengths.pop(name, None)
         self.finished[name] = self.clock
         del self.tokens[name]
-
-    def release(self, name: str) -> None:
-        index = self.rows.index(name)
-        self.rows[index] = self.rows[-1]
-        self.rows.pop()
-        del self.lengths[name]
 
     def step(self) -> None:
         plan = self.scheduler.plan(self.clock)
@@ -145,7 +137,7 @@ class Simulation:
         true_ms, measured_ms = self.execute(plan)
         if plan.rows:
             block = self.machine.prefill_ms(max([c.start for c in plan.prefill], default=0), GRID)
-            least = self.machine.decode_ms(len(self.rows), sum(self.lengths.values())) + block
+            least = self.machine.decode_ms(len(self.lengths), sum(self.lengths.values())) + block
             self.gaps.append((true_ms, max(self.limits.max_itl_ms, least)))
         self.clock += measured_ms / 1000.0
         self.scheduler.commit(plan)
@@ -153,22 +145,22 @@ class Simulation:
             if self.rng.random() < 0.5:
                 self.scheduler.requeue(name, self.tokens[name], self.clock)
         self.scheduler.check()
-        assert self.scheduler.rows == tuple(self.rows)
-        assert self.scheduler.waiting == len(self.tokens) - len(self.rows)
-        for name in list(self.rows):
+        assert set(self.scheduler.rows) == self.lengths.keys()
+        assert self.scheduler.waiting == len(self.tokens) - len(self.lengths)
+        for name in list(self.lengths):
             if self.tokens[name] == self.job(name).prompt + self.job(name).answer:
                 self.end(name)
-        assert self.scheduler.rows == tuple(self.rows)
+        assert set(self.scheduler.rows) == self.lengths.keys()
 
     def execute(self, plan: StepPlan) -> tuple[float, float]:
         for name in plan.preempt:
-            assert len(self.rows) > 1 or name not in self.lengths, "the only row stays"
+            assert len(self.lengths) > 1 or name not in self.lengths, "the only row stays"
             self.preemptions[name] = self.preemptions.get(name, 0) + 1
             if name in self.lengths:
-                self.release(name)
+                del self.lengths[name]
             else:
                 del self.caches[name]
-        assert plan.rows == tuple(self.rows), "every row decodes in every step"
+        assert set(plan.rows) == self.lengths.keys(), "every row decodes in every step"
         assert sum(c.end - c.start for c in plan.prefill) <= self.limits.max_chunk
         true_ms = measured_ms = 0.0
         adopted: list[str] = []
@@ -186,23 +178,22 @@ class Simulation:
             self.costs.observe_prefill(c.start, c.end - c.start, measured)
             true_ms, measured_ms = true_ms + ms, measured_ms + measured
             adopted += [c.id] if c.last else []
-        self.rows += adopted
         self.lengths |= {name: self.caches[name] for name in adopted}
-        for name in self.rows:
+        for name in self.lengths:
             self.lengths[name] += 1
         caches = sum(self.budget.prefill_bytes(done) for done in self.caches.values())
-        arena = self.budget.arena_bytes(len(self.rows), max(self.lengths.values(), default=0))
+        arena = self.budget.arena_bytes(len(self.lengths), max(self.lengths.values(), default=0))
         assert arena + caches <= self.budget.limit_bytes
         for name in adopted:
             del self.caches[name]
-        assert len(self.rows) + len(self.caches) <= self.limits.max_batch
-        for name in self.rows:
+        assert len(self.lengths) + len(self.caches) <= self.limits.max_batch
+        for name in self.lengths:
             assert self.lengths[name] == self.tokens[name], "one token per row and step, none lost, none twice"
             self.tokens[name] += 1
-        if self.rows:
-            ms = self.machine.decode_ms(len(self.rows), sum(self.lengths.values()))
+        if self.lengths:
+            ms = self.machine.decode_ms(len(self.lengths), sum(self.lengths.values()))
             measured = self.machine.measure(ms, self.rng)
-            self.costs.observe_decode(len(self.rows), sum(self.lengths.values()), measured)
+            self.costs.observe_decode(len(self.lengths), sum(self.lengths.values()), measured)
             true_ms, measured_ms = true_ms + ms, measured_ms + measured
         return true_ms, measured_ms
 

@@ -7,6 +7,7 @@ A row's past is a list of positions [heads, 1, dim] each, so rows can be moved a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,8 @@ from millpond.types import KvPacking
 
 Floats = npt.NDArray[np.float32]
 SCALE = 0.25
+NAMES = map(str, count())
+"""Requests' names: no two are alike."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def leaf_row(layer: Layer, past: Past) -> LeafRow:
 
 
 def adopt(arena: Arena, layer: Layer, past: Past) -> None:
-    arena.adopt([leaf_row(layer, past)] if past.length else (), past.length)
+    arena.adopt(next(NAMES), [leaf_row(layer, past)] if past.length else (), past.length)
 
 
 def expected(layer: Layer, past: Past, queries: Floats) -> npt.NDArray[np.float64]:

@@ -35,9 +35,9 @@ BREAKS = [
     ),
     Break(
         name="D4-rows-change-places",
-        file="millpond/engine/executor.py",
-        old="            self.rows[row] = self.rows[-1]\n            self.rows.pop()\n",
-        new="            self.rows.pop(row)\n",
+        file="millpond/kv/batch.py",
+        old="self._names[row] = self._names[last]\n",
+        new="self._names.append(self._names.pop(row))\n",
         by=("test_batched_answers_equal_single_ones",),
     ),
     Break(

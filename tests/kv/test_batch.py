@@ -1,0 +1,71 @@
+"""Who has which row, beside a dict that follows each row as its data is moved."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from millpond.kv.batch import Batch
+
+NAMES = st.sampled_from("abcdefgh")
+COUNTS = st.lists(st.integers(0, 9), min_size=8, max_size=8)
+
+
+class BatchMachine(RuleBasedStateMachine):
+    """``data`` is what somebody keeps per row: the name and the length of whom it belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch = Batch()
+        self.data: dict[int, tuple[str, int]] = {}
+
+    @rule(name=NAMES, length=st.integers(0, 99))
+    def join(self, name: str, length: int) -> None:
+        if name in self.batch:
+            with pytest.raises(ValueError, match="already"):
+                self.batch.join(name, length)
+        else:
+            self.data[self.batch.join(name, length)] = name, length
+
+    @rule(name=NAMES)
+    def leave(self, name: str) -> None:
+        if name not in self.batch:
+            with pytest.raises(ValueError, match="not in list"):
+                self.batch.leave(name)
+            return
+        row, moved = self.batch.leave(name)
+        assert self.data[row][0] == name
+        self.data[row] = self.data[moved]
+        del self.data[moved]
+
+    @rule(counts=COUNTS)
+    def advance(self, counts: list[int]) -> None:
+        before = self.batch.lengths
+        told = list(before)
+        self.batch.advance(counts[: len(self.batch)])
+        assert list(before) == told, "whoever has asked for them keeps what they were"
+        self.data = {row: (name, length + counts[row]) for row, (name, length) in self.data.items()}
+
+    @rule(counts=COUNTS)
+    @precondition(lambda self: len(self.batch))
+    def rewind(self, counts: list[int]) -> None:
+        counts = counts[: len(self.batch)]
+        if any(length < counts[row] for row, (_, length) in self.data.items()):
+            with pytest.raises(ValueError, match="cannot go back"):
+                self.batch.rewind(counts)
+        else:
+            self.batch.rewind(counts)
+            self.data = {row: (name, length - counts[row]) for row, (name, length) in self.data.items()}
+
+    @invariant()
+    def everybody_is_where_their_data_is(self) -> None:
+        assert sorted(self.data) == list(range(len(self.batch)))
+        rows = [self.data[row] for row in range(len(self.batch))]
+        assert rows == list(zip(self.batch.names, self.batch.lengths, strict=True))
+        assert all(self.batch.row(name) == row for row, (name, _) in self.data.items())
+
+
+TestBatch = BatchMachine.TestCase
+TestBatch.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
