@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from millpond.hub.progress import SilentProgress
 from millpond.hub.source import resolve
@@ -17,6 +18,9 @@ blas.prepare()
 FILES = limit_kept()
 FILES.__enter__()
 """Tests import mlx-lm themselves, and what it takes from them it takes from every process that they start."""
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 os.environ["MILLPOND_CACHE_SSD"] = "0"
 """Servers that tests start keep nothing on disk unless the test says so: no test depends on an earlier run."""

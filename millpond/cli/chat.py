@@ -160,21 +160,22 @@ class Terminal:
         while True:
             try:
                 line = self._colour.input("[bold green]> [/]").strip()
+                if line == "/exit":
+                    return 0
+                self._said(line)
             except EOFError:
                 self._hints.print()
                 return 0
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # also the second of two, which comes when an answer has been stopped already
                 self._hints.print("\n/exit or Ctrl-D leaves", style="dim")
-                continue
-            if not is_text(line):
-                self._hints.print("that line is not in the terminal's encoding", style="red")
-                continue
-            if line == "/exit":
-                return 0
-            if line.startswith("/"):
-                self._command(line)
-            elif line:
-                self._turn(line)
+
+    def _said(self, line: str) -> None:
+        if not is_text(line):
+            self._hints.print("that line is not in the terminal's encoding", style="red")
+        elif line.startswith("/"):
+            self._command(line)
+        elif line:
+            self._turn(line)
 
     def _command(self, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -200,9 +201,9 @@ class Terminal:
             self._hints.print(str(error), style="red", markup=False)
             self._conversation.turns.pop()
             return
+        self._conversation.say("assistant", answer.text)
         print()
         self._hints.print(f"[{answer.line()}]{ending}", style="dim", markup=False)
-        self._conversation.say("assistant", answer.text)
 
 
 def show(pieces: Iterator[str]) -> None:

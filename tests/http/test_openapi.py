@@ -238,6 +238,8 @@ def fit(body: object, stream: bool) -> None:
         guessing["mode"] = "ngram"  # this server has no draft model
     for message in body.get("messages") or ():
         message["role"] = "user" if message["role"] == "tool" else message["role"]
+    if body.get("continue_final_message"):
+        body["messages"][-1]["role"], body["add_generation_prompt"] = "assistant", False
     if isinstance(prompt := body.get("prompt"), list):
         body["n"] = 1
         for tokens in (prompt, *prompt):

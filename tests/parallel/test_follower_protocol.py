@@ -320,9 +320,9 @@ def test_a_rank_whose_rank_0_talks_nonsense_exits_at_once(tmp_path: Path) -> Non
             channel = Channel.accept(connection, bytes.fromhex(given.secret), PATIENCE)
             channel.send(nested(100_000))
             assert process.wait(PATIENCE) == LOST_STATUS
-            last = [decode_from_follower(body) for body in iter(channel.receive, None)][-1]
-            assert isinstance(last, Broken)
-            assert "undecodable" in last.reason
+            # Its greeting, said by another thread, may come behind it.
+            said = [decode_from_follower(body) for body in iter(channel.receive, None)]
+            assert ["undecodable" in one.reason for one in said if isinstance(one, Broken)] == [True]
             assert process.stderr is not None
             assert b"undecodable" in process.stderr.read()
         finally:
