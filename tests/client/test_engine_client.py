@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import pytest
+from waiting import alive, eventually
 
 from millpond import wire
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
@@ -51,14 +52,6 @@ def check_counts(client: EngineClient) -> None:
     assert counts.submitted == counts.finished + counts.failed + counts.cancelled + client.open_requests
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_a_request_streams_to_its_finish() -> None:
     async def test() -> None:
         async with engine() as client:
@@ -97,8 +90,7 @@ def test_cancel_ends_the_iteration_and_reaches_the_engine() -> None:
             stream.cancel()
             assert await waiter is None
             assert client.counts.cancelled == 1
-            while client.beat is None or client.beat.running:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: client.beat is not None and not client.beat.running)
             check_counts(client)
 
     run(test)
@@ -222,8 +214,7 @@ def test_submit_before_ready_is_refused_with_the_stage() -> None:
     async def test() -> None:
         client = client_for("load=30")
         await client.start()
-        while client.stage is None:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: client.stage is not None)
         with pytest.raises(EngineUnavailable, match=r"loading \(weights, 50%\)"):
             client.submit(request("a", [1]))
         await client.stop()
@@ -255,7 +246,8 @@ def test_stop_fails_open_streams_and_ends_the_process() -> None:
             with pytest.raises(EngineError, match="shutting down") as caught:
                 await waiter
             assert caught.value.kind is ErrorKind.UNAVAILABLE
-            assert not alive(pid)
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
             with pytest.raises(EngineUnavailable):
                 client.submit(request("b", [1]))
 
@@ -270,7 +262,8 @@ def test_stop_ends_an_engine_that_does_not_listen() -> None:
         pid = client.pid
         assert pid is not None
         await client.stop(patience=0.1)
-        assert not alive(pid)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
     run(test)
 
@@ -279,8 +272,7 @@ def test_stop_during_back_off() -> None:
     async def test() -> None:
         client = client_for("crash")
         await client.start()
-        while client.state is not EngineState.RESTARTING:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: client.state is EngineState.RESTARTING)
         await client.stop()
         assert client.state is EngineState.STOPPED
 
@@ -321,15 +313,6 @@ def test_front_end_death_ends_the_engine(tmp_path: Path) -> None:
         assert alive(engine_pid)
         front.kill()
         await front.wait()
-        while alive(engine_pid) and not is_zombie(engine_pid):
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not alive(engine_pid))
 
     run(test)
-
-
-def is_zombie(pid: int) -> bool:
-    """True for a process that has ended but whose new parent has not looked yet (Linux)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False

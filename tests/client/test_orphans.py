@@ -9,12 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from endless_model import endless_model
 from tiny_models import save
+from waiting import alive, until
 
 from millpond.child import python
 
@@ -50,19 +50,9 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def child_of(pid: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    while not (found := children.read_text().split()):
-        assert alive(pid)
-        time.sleep(0.01)
-    return int(found[0])
+    return int(until(children.read_text).split()[0])
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -84,10 +74,7 @@ def test_nobody_outlives_a_killed_front_end(tmp_path: Path, stopped: bool) -> No
                     os.kill(pid, signal.SIGSTOP)
             front.kill()
             front.wait()
-            deadline = time.monotonic() + PATIENCE
-            while any(map(alive, pids)):
-                assert time.monotonic() < deadline, [alive(pid) for pid in pids]
-                time.sleep(0.01)
+            until(lambda: list(map(alive, pids)), lambda living: not any(living), PATIENCE)
         finally:
             front.kill()
             front.wait()

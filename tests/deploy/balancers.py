@@ -8,9 +8,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from waiting import free_port, until
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {
@@ -73,12 +74,9 @@ class Balancer:
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(self.command, stdout=said, stderr=said)
             try:
-                deadline = time.monotonic() + START_SECONDS
-                while not self._listens():
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        said.seek(0)
-                        raise AssertionError(said.read())
-                    time.sleep(0.01)
+                until(lambda: process.poll() is not None or self._listens(), patience=START_SECONDS)
+                said.seek(0)
+                assert process.poll() is None, said.read()
                 yield
             finally:
                 process.terminate()
@@ -87,13 +85,6 @@ class Balancer:
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _of(text: str, replicas: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import httpx
 import openai
 import pytest
 from balancers import PROGRAMS, Balancer, free_port
+from waiting import until
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer
@@ -355,7 +355,4 @@ def test_a_replica_that_stops_hands_over(balancer: str, start_server: StartServe
             return
         stack.enter_context(start_server("plain", "model_name", "one", "port", port, *flags))
         # A balancer finds out when it looks again, some seconds later.
-        deadline = time.monotonic() + PATIENCE
-        while (after := opened.places()) != before:
-            assert time.monotonic() < deadline, after
-            time.sleep(0.05)
+        until(opened.places, lambda after: after == before)

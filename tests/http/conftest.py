@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import pytest
 from nursery import AVAILABLE, Nursery, Process
 from raw_target import Target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from waiting import until
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -34,8 +34,6 @@ TEMPLATE = (
 RECOMMENDED = {"temperature": 0.6, "top_k": 20, "top_p": 5, "transformers_version": "5.0.0"}
 """What the model's authors say of sampling; one value is none that a request could have."""
 READY_SECONDS = 60
-PATIENCE = 120
-"""Seconds after which something will not come true any more."""
 
 
 class Server:
@@ -88,12 +86,8 @@ class Server:
         return body
 
     def wait_until(self, condition: Callable[[dict[str, dict[str, int]]], bool]) -> dict[str, dict[str, int]]:
-        """Ask /health until it says so, and leave the processor to the server in between."""
-        deadline = time.monotonic() + PATIENCE
-        while not condition(health := self.health()):
-            assert time.monotonic() < deadline, health
-            time.sleep(0.005)
-        return health
+        """Ask /health until it says so."""
+        return until(self.health, condition)
 
     def engine_pid(self) -> int:
         """The only child of the server's process (Linux)."""

@@ -17,6 +17,7 @@ CHOSEN = (
 def main() -> None:
     port, number = int(sys.argv[1]), int(sys.argv[2])
     bodies = [(path, body) for path in (CHAT, PLAIN) for name, body in worst(path) if name in CHOSEN]
+    print("begun", flush=True)
     begin = number * len(bodies) // 2
     for path, body in itertools.cycle(bodies[begin:] + bodies[:begin]):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)

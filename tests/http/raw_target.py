@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from raw_client import PATIENCE, Answer, NotHttp, answers, connect, receive, send
+from raw_client import Answer, NotHttp, answers, connect, receive, send
+from waiting import until
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -67,10 +67,7 @@ class Target:
 
     def idle(self) -> dict[str, int]:
         """The counters once nothing runs and nothing holds a place."""
-        deadline = time.monotonic() + PATIENCE
-        while (counters := self.requests())["running"] or counters["held"]:
-            assert time.monotonic() < deadline, counters
-        return counters
+        return until(self.requests, lambda counters: not counters["running"] and not counters["held"])
 
     def count_files(self) -> int:
         return len(os.listdir(f"/proc/{self.server.process.pid}/fd"))  # noqa: PTH208 - names, not files to look at
@@ -99,10 +96,7 @@ class Target:
         counters = self.idle()
         assert counters["submitted"] == counters["finished"] + counters["failed"] + counters["cancelled"]
         assert counters["failed"] == 0
-        deadline = time.monotonic() + PATIENCE
-        while self.count_files() > self.open_files and time.monotonic() < deadline:
-            self.requests()  # each question gives the server's loop a turn
-        assert self.count_files() <= self.open_files
+        until(self.count_files, lambda count: count <= self.open_files)
         assert not [line for line in self.server.lines if "Traceback" in line or " error " in line]
 
 

@@ -250,10 +250,10 @@ def test_two_clients_with_the_worst_do_not_slow_a_stream(start_server: StartServ
         alone = stream_gaps(server, 8)
         program = str(Path(__file__).with_name("hammer.py"))
         clients = [
-            subprocess.Popen([sys.executable, program, str(port_of(server)), str(n)], stdin=subprocess.PIPE)
+            subprocess.Popen([sys.executable, program, str(port_of(server)), str(n)], stdout=subprocess.PIPE)
             for n in range(2)
         ]
-        time.sleep(3)
+        assert [client.stdout.readline() for client in clients if client.stdout] == [b"begun\n"] * 2
         disturbed = stream_gaps(server, 20)
         for client in clients:
             client.kill()

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import httpx
@@ -16,6 +15,7 @@ import pytest
 from metrics_page import DASHBOARDS, ROOT, RULES, Page, Samples, asked, expressions, scrape
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 from millpond import __version__
 from millpond.http.metrics import SSD_COUNTERS, SSD_GAUGES, SSD_SKIPPED
@@ -38,13 +38,9 @@ def post(server: Server, **body: object) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=20, verify=False)
 
 
-def until(server: Server, condition: Callable[[Page], bool]) -> Page:
-    """Scrape until it is so, and leave the processor to the server in between."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition(page := scrape(server.url)):
-        assert time.monotonic() < deadline, page.samples
-        time.sleep(0.005)
-    return page
+def scraped(server: Server, condition: Callable[[Page], bool]) -> Page:
+    """The first page on which it is so."""
+    return until(lambda: scrape(server.url), condition)
 
 
 def hang_up(server: Server, prompt: list[int]) -> None:
@@ -128,7 +124,7 @@ def test_known_requests_give_known_numbers(known: Server) -> None:
     assert post(known, prompt=[64, 900], max_tokens=9).status_code == 500
     assert post(known, prompt=[902], max_tokens=9).status_code == 400
     hang_up(known, [64, 65])
-    page = until(known, lambda page: page.value("millpond_requests_open") == 0)
+    page = scraped(known, lambda page: page.value("millpond_requests_open") == 0)
 
     assert page.value("millpond_requests_submitted_total") == 10
     assert page.value("millpond_requests_finished_total") == 7
@@ -249,7 +245,7 @@ def test_a_server_that_is_not_ready_has_numbers(start_server: StartServer) -> No
         assert page.value("millpond_engine_state", state="starting") == 1
         assert "millpond_model_info" not in page.names
         assert post(server, prompt="a").status_code == 503
-        page = until(server, lambda page: page.value("millpond_ready") == 1)
+        page = scraped(server, lambda page: page.value("millpond_ready") == 1)
         assert page.value("millpond_requests_refused_total", status="503", code="unavailable") == 1
         assert page.value("millpond_requests_submitted_total") == 0
 
@@ -312,7 +308,7 @@ def test_the_engines_numbers(start_server: StartServer) -> None:
     with start_server("figures") as server:
         for _ in range(3):
             assert post(server, prompt=[64, 65], max_tokens=4).status_code == 200
-        page = until(server, lambda page: page.value("millpond_prefix_cache_mismatches_total") == 3)
+        page = scraped(server, lambda page: page.value("millpond_prefix_cache_mismatches_total") == 3)
         for name, each in ENGINE_NUMBERS.items():
             assert page.value(name) == 3 * each, name
         assert page.value("millpond_engine_steps_total") == 12
@@ -335,8 +331,8 @@ def test_the_engines_numbers(start_server: StartServer) -> None:
                 assert page.value(exported) == 3 * number, name
 
         os.kill(server.engine_pid(), signal.SIGKILL)
-        page = until(server, lambda page: page.value("millpond_engine_restarts_total") == 1)
-        page = until(server, lambda page: page.value("millpond_ready") == 1)
+        page = scraped(server, lambda page: page.value("millpond_engine_restarts_total") == 1)
+        page = scraped(server, lambda page: page.value("millpond_ready") == 1)
         assert page.value("millpond_requests_finished_total") == 3
         assert page.value("millpond_engine_steps_total") == 0
         assert page.value("millpond_engine_step_seconds_count") == 0
@@ -361,7 +357,7 @@ def test_every_scrape_adds_up(start_server: StartServer) -> None:
     """Answers that finish, stop, fail and are given up, and engines that die, while 200 scrapes look on."""
     with start_server("slow=0.004,queue=0.002", "max_restarts", "1000") as server:
         asyncio.run(look_on(server.url))
-        page = until(server, lambda page: page.value("millpond_requests_open") == 0)
+        page = scraped(server, lambda page: page.value("millpond_requests_open") == 0)
         ended = {end: page.value(f"millpond_requests_{end}_total") for end in ENDS}
         assert min(ended.values()) >= 5, ended
         assert page.value("millpond_engine_restarts_total") >= 1
@@ -428,7 +424,7 @@ def test_dashboards_and_rules_ask_for_metrics_that_there_are(start_server: Start
     with start_server("figures") as server:
         assert post(server, prompt=[64], max_tokens=2).status_code == 200
         assert post(server, prompt=[64], max_tokens=2, model="none").status_code == 404
-        there = until(server, lambda page: "millpond_ssd_bytes" in page.names).names
+        there = scraped(server, lambda page: "millpond_ssd_bytes" in page.names).names
     for file in (*DASHBOARDS, *RULES):
         for expression in expressions(file):
             assert asked(expression), expression
@@ -441,7 +437,7 @@ def test_the_documentation_names_every_metric_and_no_other(start_server: StartSe
     with start_server("figures") as server:
         assert post(server, prompt=[64], model="none").status_code == 404
         assert post(server, prompt=[64]).status_code == 200
-        page = until(server, lambda page: "millpond_ssd_bytes" in page.names)
+        page = scraped(server, lambda page: "millpond_ssd_bytes" in page.names)
     parts = ("_bucket", "_sum", "_count")
     there = {name for name in page.names if name.startswith(("vllm:", "millpond_")) and not name.endswith(parts)}
     there |= {name.removesuffix("_count") for name in page.names if name.endswith("_count")}

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from prefix_client import MODEL, explain, story, wait_until
+from waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from conftest import Launch, Server, StartServer
@@ -141,14 +142,6 @@ def resting(server: Server) -> int:
 def _after(seconds: float, server: Server) -> int:
     time.sleep(seconds)
     return descriptors(server)
-
-
-def until(condition: Callable[[], bool], limit: float = 60.0) -> None:
-    """Ask again and again; for what no process tells by itself."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 def ended(server: Server) -> int:

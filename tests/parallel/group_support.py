@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 
 import msgspec
+from waiting import alive, eventually
 
 from millpond import wire
 from millpond.client import EngineClient
@@ -67,23 +67,10 @@ def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
     asyncio.run(limited())
 
 
-def alive(pid: int) -> bool:
-    """False for a process that has ended, also when nobody has looked yet (Linux)."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    except OSError:
-        return True
-    return state != "Z"
-
-
 async def all_gone(pids: Iterable[int]) -> None:
     """Wait for it; that is all one can do for processes that are not our children."""
     for pid in pids:
-        while alive(pid):
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not alive(pid))  # noqa: B023 - asked before the next one's turn
 
 
 def children_of(pid: int) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 from group_support import alive, all_gone, layout_for
 from patient_ring import patient
 from tiny_models import save
+from waiting import eventually
 
 from millpond import wire
 from millpond.client import EngineClient, EngineUnavailable
@@ -84,8 +85,7 @@ async def chaos(folder: Path, rounds: int, seed: int) -> None:
             assert {task.result() for task in done} <= {"right", "error"}
             # Those that ended before the signal came say nothing of it; the group notices all the same.
             async with asyncio.timeout(BACK_SECONDS):
-                while client.pids == pids or not client.pids:
-                    await asyncio.sleep(0.02)
+                await eventually(lambda: client.pids and client.pids != pids)  # noqa: B023 - in this round
                 assert time.monotonic() - before < 2 * ANSWERED_SECONDS
                 await client.settled()
             again = [await answer(client, request(f"{turn}.again{n}", PROMPTS[n], TOKENS)) for n in range(2)]

@@ -28,6 +28,7 @@ from group_support import (
     run,
     running,
 )
+from waiting import eventually, free_port
 
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
 from millpond.client.watchdog import Watchdog
@@ -60,8 +61,7 @@ async def streaming(client: EngineClient) -> AsyncIterator[asyncio.Task[EngineEr
 
 async def next_group(client: EngineClient) -> None:
     """Wait until the group has been replaced, and see that it works."""
-    while client.state is EngineState.READY:
-        await asyncio.sleep(0.005)
+    await eventually(lambda: client.state is not EngineState.READY)
     await client.settled()
     answer = [delta async for delta in client.submit(request(os.urandom(4).hex(), [5], 2))]
     assert answer[-1].finish is Finish.LENGTH
@@ -189,10 +189,9 @@ def test_a_follower_killed_while_loading_is_no_reason_to_give_up(caplog: pytest.
         client = client_for(local("load=0.5"))
         await client.start()
         try:
-            while len(client.pids) < 3:
-                await asyncio.sleep(0.005)
+            await eventually(lambda: len(client.pids) == 3)
             victim = client.pids[2]
-            await asyncio.sleep(0.1)
+            await eventually(lambda: client.stage is not None)
             os.kill(victim, signal.SIGKILL)
             await client.settled()
         finally:
@@ -255,14 +254,6 @@ def test_tp_port_is_where_rank_0_listens() -> None:
     run(test)
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # --- stop -------------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +310,7 @@ def test_a_killed_front_end_leaves_no_rank(tmp_path: Path) -> None:
     program = tmp_path / "front.py"
     program.write_text(
         "import asyncio, sys\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        f"sys.path = {sys.path!r}\n"
         "from group_support import client_for, local\n"
         "async def main():\n"
         "    client = client_for(local('plain'))\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import getpass
 import json
@@ -10,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +29,7 @@ from group_support import (
     run,
     running,
 )
+from waiting import eventually, free_port
 
 from millpond.cli.group import group_plan, layout_of
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
@@ -59,12 +58,6 @@ class Machine:
     @property
     def ssh(self) -> str:
         return f"ssh -F {self.config}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +213,7 @@ def test_a_lost_remote_rank_ends_the_group_and_comes_back(
             pids = [*client.pids, keeper, follower]
             error = await ended_stream(client, {"follower": follower, "keeper": keeper, "ssh": pids[1]}[victim])
             assert error.kind is ErrorKind.DIED
-            while client.state is EngineState.READY:
-                await asyncio.sleep(0.005)
+            await eventually(lambda: client.state is not EngineState.READY)
             await client.settled()
             await all_gone(pids)
             new = group_of(client)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import openai
+from waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from conftest import Server
 
-PATIENCE = 120
-"""Seconds that a slow machine may take for one answer."""
-POLLS, POLL_SECONDS = 4000, 0.02
 MODEL = "demo"
 Health = dict[str, dict[str, int]]
 Messages = list[dict[str, str]]
@@ -56,14 +54,8 @@ _http = httpx.Client(timeout=PATIENCE, verify=False)
 
 
 def wait_until(server: Server, condition: Callable[[Health], bool]) -> Health:
-    """Ask /health until it says so, and leave the processor to the engine in between."""
-    health: Health = {}
-    for _ in range(POLLS):
-        health = _http.get(f"{server.url}/health").json()
-        if condition(health):
-            return health
-        time.sleep(POLL_SECONDS)
-    raise AssertionError(health)
+    """Ask /health until it says so."""
+    return until(lambda: _http.get(f"{server.url}/health").json(), condition)
 
 
 def complete(
