@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_origin
 
+from msgspec import convert
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.paths import expanded
 from millpond.reference import allowed, default, page
-from millpond.settings import PrefixSettings, SavePolicy
+from millpond.settings import PrefixSettings
 from millpond.types import GRID, GROUP_SIZES, MOST_DRAFT_TOKENS, KvPacking, SpecMode, SpecSettings, Speculation
 from millpond.values import MOST_COUNT, Command, Duration, Hosts, Origins, RealPath, Silence, Size, Words
 
@@ -347,18 +348,8 @@ class ServeConfig(BaseModel):
 
     def prefix_settings(self, label: str = "") -> PrefixSettings:
         """How prefixes are cached. ``label``: what the SSD tier calls the model."""
-        return PrefixSettings(
-            cache_ram=None if self.cache_ram is None else int(self.cache_ram),
-            cache_selfcheck=self.cache_selfcheck,
-            cache_dir=str(self.cache_folder or ""),
-            cache_ssd=int(self.cache_ssd),
-            ssd_policy=SavePolicy(self.ssd_policy),
-            ssd_durability=self.ssd_durability,
-            ssd_ttl=self.ssd_ttl,
-            ssd_daily_writes=int(self.ssd_daily_writes),
-            ssd_min_free=int(self.ssd_min_free),
-            label=label,
-        )
+        same = self.model_dump(include=set(PrefixSettings.__struct_fields__))
+        return convert(same | {"cache_dir": str(self.cache_folder or ""), "label": label}, PrefixSettings)
 
 
 def read_file(path: str) -> dict[str, object]:

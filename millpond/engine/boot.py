@@ -12,10 +12,9 @@ import mlx.core as mx
 
 from millpond.engine.boot_speculation import open_speculator
 from millpond.engine.group import ALONE, Group
-from millpond.engine.link import FrontEndLink, Inbox, Outbox
+from millpond.engine.link import FrontEndLink
 from millpond.engine.loop import Engine
-from millpond.engine.prepare import Prepared, prepare
-from millpond.engine.speculation import Speculator
+from millpond.engine.prepare import prepare
 from millpond.observe.log import kv
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.types import ModelInfo, SpecMode
@@ -36,7 +35,8 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     speculator, modes = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group
     )
-    engine = assembled(ready, start.max_batch, start.max_itl_ms, speculator, link.inbox, link, group)
+    scheduler = Scheduler(Limits(start.max_batch, start.max_itl_ms, ready.chunk), budget, ready.costs)
+    engine = Engine(ready, scheduler, ready.executor(group), speculator, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
@@ -77,22 +77,6 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
         )
     )
     return engine
-
-
-def assembled(
-    ready: Prepared,
-    max_batch: int,
-    max_itl_ms: float,
-    speculator: Speculator,
-    inbox: Inbox,
-    outbox: Outbox,
-    group: Group = ALONE,
-) -> Engine:
-    """The engine, made of what has been prepared."""
-    model, capabilities, costs, limit = ready.model, ready.capabilities, ready.costs, ready.budget.limit_bytes
-    scheduler = Scheduler(Limits(max_batch, max_itl_ms, ready.chunk), ready.budget, costs)
-    executor = ready.executor(group)
-    return Engine(model, capabilities, scheduler, costs, limit, executor, speculator, inbox, outbox)
 
 
 def _percent_by_percent(link: FrontEndLink) -> Callable[[str, float], None]:

@@ -21,15 +21,13 @@ from millpond.engine.group import GroupBroken
 from millpond.engine.inflight import InflightStep
 from millpond.engine.link import Inbox, Outbox
 from millpond.engine.orders import Offered
+from millpond.engine.prepare import Prepared
 from millpond.engine.recovery import Recovery
 from millpond.engine.requests import Requests
 from millpond.engine.sequence import Status
 from millpond.engine.speculation import Speculator
 from millpond.engine.stats import EngineStats
-from millpond.model.load import LoadedModel
-from millpond.model.probe import Capabilities
 from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
-from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Scheduler
 from millpond.types import MOST_DRAFT_TOKENS, Delta, Finish, PrefillChunk, StepPlan
 from millpond.wire import Beat, Cancel, Deltas, Explain, Start, Stop, Submit
@@ -49,28 +47,25 @@ class Engine:
 
     def __init__(
         self,
-        model: LoadedModel,
-        capabilities: Capabilities,
+        ready: Prepared,
         scheduler: Scheduler,
-        costs: CostModel,
-        limit_bytes: int,
         executor: Executor,
         speculator: Speculator,
         inbox: Inbox,
         outbox: Outbox,
     ) -> None:
-        self._model = model
-        self._capabilities = capabilities
+        self._model = ready.model
+        self._capabilities = ready.capabilities
+        self._costs = ready.costs
+        self._limit_bytes = ready.budget.limit_bytes
         self._scheduler = scheduler
-        self._costs = costs
-        self._limit_bytes = limit_bytes
         self._executor = executor
         self._prefixes = executor.prefixes
         self._speculator = speculator
         self._inbox = inbox
         self._outbox = outbox
         self._sequences = executor.sequences
-        self._requests = Requests(model, scheduler, executor, speculator, outbox)
+        self._requests = Requests(ready.model, scheduler, executor, speculator, outbox)
         self._recovery = Recovery(scheduler, executor, speculator, self._requests)
         self._inflight: InflightStep | None = None
         self._last_read = 0.0

@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.model.load import LoadedModel, load
-from millpond.model.probe import Capabilities, probe, remembered_probe
+from millpond.model.probe import Capabilities, probe
+from millpond.model.remember import keep, recall
 from millpond.types import UNPACKED, KvPacking
 
 
@@ -19,7 +20,7 @@ class OpenModel:
 
     model: LoadedModel
     capabilities: Capabilities
-    content: str
+    content: str = ""
     """What tells it from others, hex; empty where nobody asked."""
 
 
@@ -34,13 +35,20 @@ def open_model(
     share: tuple[int, int] = (0, 1),
     unanimous: Callable[[bool], bool] = bool,
 ) -> OpenModel:
-    """Load ``folder`` as ``load`` does, and probe it as ``remembered_probe`` does: afresh without a ``digest`` of the
-    folder's content. ``progress`` gets a stage and how far it has come, in [0, 1].
+    """Load ``folder`` as ``load`` does, and probe it, unless the very same, by the ``digest`` of its content, was
+    probed by these very versions before. ``progress`` gets a stage and how far it has come, in [0, 1].
 
+    ``share``: which rank of how many. All of them run the probe if one has to: ``unanimous`` tells whether all say yes.
     Raises ModelError when the model cannot be served.
     """
     model = load(folder, context_length, lambda done: progress("weights", done), packing, group)
     content = model.identity(digest()) if digest is not None else ""
     progress("probe", 1.0)
-    capabilities = remembered_probe(model, content, share, unanimous) if content else probe(model)
-    return OpenModel(capabilities.fitted(model), capabilities, content)
+    about = (content, model.dtype, repr(model.form), *map(str, share if share != (0, 1) else ()))
+    found = recall(Capabilities, about) if content else None
+    if not unanimous(found is not None) or found is None:
+        found = probe(model)
+        # What went wrong may have been the machine's mood: then look again at the next start.
+        if content and found.slots and found.pipelined and not found.uncached:
+            keep(found, about)
+    return OpenModel(found.fitted(model), found, content)

@@ -20,7 +20,6 @@ from millpond.model.forwards import decode, prefill
 from millpond.model.lanes import Lane, SlotsLane, SoloLane
 from millpond.model.load import LoadedModel, ModelError, kept_as
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.model.remember import keep, recall
 from millpond.model.upstream import cache_arrays, new_cache, rounded
 from millpond.prefix.keys import pack
 from millpond.prefix.match import Claim, Part
@@ -81,28 +80,6 @@ def _attempt(check: Callable[[], str]) -> str:
         return check()
     except Exception as error:  # noqa: BLE001 - model code fails in its own ways; each is a reason, and it is shown
         return f"{type(error).__name__}: {error}"
-
-
-def remembered_probe(
-    model: LoadedModel,
-    fingerprint: str,
-    share: tuple[int, int] = (0, 1),
-    unanimous: Callable[[bool], bool] = bool,
-) -> Capabilities:
-    """The probe's result, taken from the cache folder if this very model was probed by these very versions before.
-
-    ``share``: which rank of how many. All of them have to run the probe if one has to: ``unanimous`` tells whether all
-    say yes.
-    """
-    about = (fingerprint, model.dtype, repr(model.form), *map(str, share if share != (0, 1) else ()))
-    known = recall(Capabilities, about)
-    if unanimous(known is not None) and known is not None:
-        return known
-    found = probe(model)
-    if found.slots and found.pipelined and not found.uncached:
-        # What went wrong may have been the machine's mood: look again at the next start.
-        keep(found, about)
-    return found
 
 
 def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:

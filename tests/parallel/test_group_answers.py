@@ -142,7 +142,7 @@ def stories(
     one, two = Story({}, []), Story({}, [])
     one.told["cold"] = list(alone(request.param).answers(batch("cold")).values())
     home = tmp_path_factory.mktemp(request.param)
-    settings = replace(ON_DISK, folder=str(home / "shared"))
+    settings = replace(ON_DISK, cache_dir=str(home / "shared"))
     with Group(folder(request.param), 2, home, prefix=settings) as group:
         info = group.ready()
         assert (info.ranks, info.lane) == (2, "slots")

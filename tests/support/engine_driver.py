@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
-from millpond.engine.boot import assembled
 from millpond.engine.link import Inbox
+from millpond.engine.loop import Engine
 from millpond.engine.prefixes import Prefixes
 from millpond.engine.prepare import Prepared
 from millpond.engine.speculation import Speculator
@@ -28,6 +28,7 @@ from millpond.model.upstream import UPSTREAM_MATH, Rounded, cache_arrays, new_ca
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.tier import SsdTier
 from millpond.schedule.costs import CostModel
+from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.settings import PrefixSettings, SavePolicy
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
@@ -94,8 +95,8 @@ class Driver:
         modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
-        self.engine = assembled(ready, max_batch, 400, self.speculator, self.inbox, self)
-        self.scheduler = self.engine._scheduler
+        self.scheduler = Scheduler(Limits(max_batch, 400, max_chunk), ready.budget, ready.costs)
+        self.engine = Engine(ready, self.scheduler, ready.executor(), self.speculator, self.inbox, self)
 
     # the engine's Outbox
 

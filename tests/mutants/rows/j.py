@@ -22,8 +22,8 @@ BREAKS = [
     Break(
         name="J1-dead-ssd-ttl",
         file="millpond/config.py",
-        old="ssd_ttl=self.ssd_ttl,",
-        new="ssd_ttl=0.0,",
+        old='"label": label}',
+        new='"label": label, "ssd_ttl": 0.0}',
         by=("test_ssd_ttl_removes_what_was_not_used",),
     ),
     Break(
