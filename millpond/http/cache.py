@@ -33,9 +33,8 @@ async def explain(http: Request) -> Response:
     async def work(send: Send) -> None:
         nonlocal asked
         entries = []
-        admission = admit(http, model, asked)
-        tokenizer, info = admission.tokenizer, admission.info
-        with front.permit(model, asked.prompts, admission.client):
+        tokenizer, info, client = admit(http, model, asked)
+        with front.permit(model, asked.prompts, client):
             prompts = deque(await front.in_text_thread(lambda: read_prompts(asked, tokenizer, info)))
             asked = asked.without_content()
             try:

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Scope
 
 from millpond.http.errors import ApiError
+from millpond.http.events import Usage
 from millpond.http.openai.errors import error_response
+from millpond.types import PrefixReport
 
 KEY = "millpond.request"
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRecord:
-    """What is needed to judge a generation and to run it again, by the names that it has in the log."""
+    """What is needed to judge a generation and to run it again."""
 
-    completion: str
+    id: str
     stream: bool
     choices: int
-    prompt_tokens: int
-    cached_tokens: int
-    cached_disk: int
-    known_tokens: int
-    cache_end: str
-    completion_tokens: int
-    accepted_draft_tokens: int
-    rejected_draft_tokens: int
-    ttft: float | None
-    """Seconds to the first token of any choice."""
     seed: int
+    usage: Usage
+    prefix: PrefixReport
+    first_seconds: float | None
+    """To the first token of any choice."""
+
+    def log_fields(self) -> dict[str, object]:
+        return {
+            "completion": self.id,
+            "stream": self.stream,
+            "choices": self.choices,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "cached_tokens": self.usage.cached_tokens,
+            "cached_disk": self.prefix.disk,
+            "known_tokens": self.prefix.known,
+            "cache_end": self.prefix.end,
+            "completion_tokens": self.usage.completion_tokens,
+            "accepted_draft_tokens": self.usage.accepted_tokens,
+            "rejected_draft_tokens": self.usage.rejected_tokens,
+            "ttft": round(self.first_seconds, 4) if self.first_seconds is not None else None,
+            "seed": self.seed,
+        }
 
 
 @dataclass(slots=True)
@@ -63,7 +76,7 @@ class RequestContext:
     def log_fields(self) -> dict[str, object]:
         """What the log line has beside the request's head, its status and its time."""
         fields: dict[str, object] = {"owner": self.owner or None, "refused": self.refused, "client": self.left}
-        return fields if self.generation is None else fields | asdict(self.generation)
+        return fields if self.generation is None else fields | self.generation.log_fields()
 
 
 def context_of(scope: Scope) -> RequestContext:

@@ -106,6 +106,8 @@ class Generation:
         self._config = config
         self._meters = model.meters
         self._n = n
+        for request in requests[::n]:
+            self._meters.asked(n, request.params.max_tokens)
         self._choices = [
             _Choice(index, len(request.tokens), Answer(tokenizer.detokenizer(), stops))
             for index, request in enumerate(requests)

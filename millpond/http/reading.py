@@ -7,7 +7,6 @@ larger than its body, so it is to be used up before more is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from starlette.requests import Request
 
@@ -44,20 +43,13 @@ async def read_request(
     return parsed, model
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """What a request that may be answered needs to know."""
+def admit(http: Request, model: ServedModel, asked: GenerationRequest) -> tuple[Tokenizer, ModelInfo, str]:
+    """What is needed of the model, and whose request it is, for fair sharing.
 
-    tokenizer: Tokenizer
-    info: ModelInfo
-    client: str
-    """Whose request it is, for fair sharing."""
-
-
-def admit(http: Request, model: ServedModel, asked: GenerationRequest) -> Admission:
-    """Raises ApiError: 503 where the model is not ready, 400 for what no prompt could make valid."""
+    Raises ApiError: 503 where the model is not ready, 400 for what no prompt could make valid.
+    """
     tokenizer, info = model.ready()
     check_limits(asked, info)
     # With keys nobody can claim to be somebody else.
     client = context_of(http.scope).owner or asked.user or (http.client.host if http.client is not None else "")
-    return Admission(tokenizer, info, client)
+    return tokenizer, info, client

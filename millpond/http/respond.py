@@ -15,7 +15,6 @@ from starlette.types import Send
 
 from millpond.client import EngineError
 from millpond.http.clock import Clock
-from millpond.http.collect import collect
 from millpond.http.context import GenerationRecord, context_of
 from millpond.http.errors import from_engine
 from millpond.http.events import Usage
@@ -23,14 +22,15 @@ from millpond.http.front_end import FrontEnd, front_end_of
 from millpond.http.generation import Generation
 from millpond.http.generation_request import GenerationRequest
 from millpond.http.prompts import Prompt, prediction_tokens, read_prompts
-from millpond.http.reading import Admission, admit, read_request
+from millpond.http.reading import admit, read_request
 from millpond.http.rendering import Answering, AnswerWriter, Parsed, Rendering
 from millpond.http.served_model import ServedModel
 from millpond.http.speculation_fields import speculation
-from millpond.http.sse import EventStream, Headers, WatchedResponse
+from millpond.http.sse import EventStream, Headers, WatchedResponse, send_parts
 from millpond.http.tenants import salt_of
 from millpond.text.stops import StopStrings
-from millpond.types import Request, Speculation
+from millpond.text.tokenizer import Tokenizer
+from millpond.types import ModelInfo, Request, Speculation
 
 
 def endpoint(rendering: Rendering) -> Callable[[HttpRequest], Awaitable[Response]]:
@@ -38,13 +38,12 @@ def endpoint(rendering: Rendering) -> Callable[[HttpRequest], Awaitable[Response
 
     async def route(http: HttpRequest) -> Response:
         front = front_end_of(http)
-        parsed, model = await read_request(http, front, rendering.read)
-        return respond(http, front, model, parsed)
+        return respond(http, front, *await read_request(http, front, rendering.read))
 
     return route
 
 
-def respond(http: HttpRequest, front: FrontEnd, model: ServedModel, parsed: Parsed) -> WatchedResponse:
+def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedModel) -> WatchedResponse:
     """Answer a checked request. An answer may run for hours: what is only needed to begin it is let go then."""
     asked, writer_of = parsed.asked, parsed.writer
     choices = asked.prompts * asked.n
@@ -52,15 +51,15 @@ def respond(http: HttpRequest, front: FrontEnd, model: ServedModel, parsed: Pars
     async def work(send: Send) -> None:
         nonlocal asked
         clock = Clock(front.config, asyncio.get_running_loop().time())
-        admission = admit(http, model, asked)
-        tokenizer, info = admission.tokenizer, admission.info
+        tokenizer, info, client = admit(http, model, asked)
         guessing = speculation(asked.speculative, model.speculation, info.speculation)
 
         def read() -> tuple[list[Prompt], list[int], StopStrings]:
             prompts = read_prompts(asked, tokenizer, info)
-            return prompts, _prediction(asked, guessing or model.speculation, admission), StopStrings(asked.stop)
+            prediction = _prediction(asked, guessing or model.speculation, tokenizer, info)
+            return prompts, prediction, StopStrings(asked.stop)
 
-        with front.permit(model, choices, admission.client):
+        with front.permit(model, choices, client):
             try:
                 async with asyncio.timeout_at(clock.deadline):
                     prompts, prediction, stops = await front.in_text_thread(read)
@@ -75,7 +74,7 @@ def respond(http: HttpRequest, front: FrontEnd, model: ServedModel, parsed: Pars
                     tokens=prompt.tokens,
                     params=asked.params(prompt.max_tokens, choice, ends, model.sampling),
                     priority=-asked.priority,
-                    client=admission.client,
+                    client=client,
                     cache_salt=salt_of(http, asked),
                     speculation=guessing,
                     prediction=prediction,
@@ -86,8 +85,6 @@ def respond(http: HttpRequest, front: FrontEnd, model: ServedModel, parsed: Pars
             seed = requests[0].params.seed
             echoes = [prompt.echo for prompt in prompts]
             writer = writer_of(Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n))
-            for prompt in prompts:
-                model.meters.asked(asked.n, prompt.max_tokens)
             generation = Generation(model, front.config, tokenizer, requests, stops, asked.n, clock.start)
             del prompts, prediction, requests
             async with generation:
@@ -95,26 +92,26 @@ def respond(http: HttpRequest, front: FrontEnd, model: ServedModel, parsed: Pars
                     if asked.stream:
                         await _stream(send, model, front.config.keepalive, generation, writer)
                     else:
-                        await collect(send, generation, writer, prefix_headers)
+                        await _collect(send, generation, writer)
                 finally:
-                    record = _record(base, asked, choices, seed, generation)
+                    usage, prefix, first = generation.usage(), generation.prefix(), generation.first_seconds
+                    record = GenerationRecord(base, asked.stream, choices, seed, usage, prefix, first)
                     context_of(http.scope).generation = record
 
     return WatchedResponse(work)
 
 
-def _prediction(asked: GenerationRequest, guessing: Speculation, admission: Admission) -> list[int]:
+def _prediction(asked: GenerationRequest, guessing: Speculation, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:
     """What the client expects of the answer, where anything is made of it."""
-    if not asked.prediction or guessing.mode not in admission.info.speculation:
+    if not asked.prediction or guessing.mode not in info.speculation:
         return []
-    most, special = admission.info.context_length, asked.parse_special
-    return prediction_tokens(asked.prediction, admission.tokenizer, most, parse_special=special)
+    return prediction_tokens(asked.prediction, tokenizer, info.context_length, parse_special=asked.parse_special)
 
 
 async def _stream(
     send: Send, model: ServedModel, keepalive: float, generation: Generation, writer: AnswerWriter
 ) -> None:
-    stream = EventStream(send, lambda: prefix_headers(generation))
+    stream = EventStream(send, lambda: _prefix_headers(generation))
     seen = model.client.progress
     try:
         async for event in generation.events(keepalive):
@@ -134,7 +131,26 @@ async def _stream(
     await stream.end()
 
 
-def prefix_headers(generation: Generation) -> Headers:
+async def _collect(send: Send, generation: Generation, writer: AnswerWriter) -> None:
+    """In one piece, which may be too large to be made at once. Raises ApiError."""
+    body = []
+    try:
+        async for event in generation.events():
+            if isinstance(event, Usage):
+                for written in writer.body(event):
+                    body.append(written)
+                    await asyncio.sleep(0)
+            elif event is not None:
+                for number, part in enumerate(event.parts()):
+                    if number:
+                        await asyncio.sleep(0)
+                    writer.add(part)
+    except EngineError as error:
+        raise from_engine(error) from error
+    await send_parts(send, body, _prefix_headers(generation))
+
+
+def _prefix_headers(generation: Generation) -> Headers:
     """What the prefix cache did for the request, as a structured field: tokens by tier and why no more were cached.
 
     Nothing when a stream's headers go out, with a comment, before that is known.
@@ -144,24 +160,3 @@ def prefix_headers(generation: Generation) -> Headers:
     report = generation.prefix()
     shown = f"memory={report.memory}, disk={report.disk}, known={report.known}, end={report.end}"
     return [(b"x-millpond-prefix-cache", shown.encode())]
-
-
-def _record(base: str, asked: GenerationRequest, choices: int, seed: int, generation: Generation) -> GenerationRecord:
-    usage = generation.usage()
-    prefix = generation.prefix()
-    first = generation.first_seconds
-    return GenerationRecord(
-        completion=base,
-        stream=asked.stream,
-        choices=choices,
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        cached_disk=prefix.disk,
-        known_tokens=prefix.known,
-        cache_end=prefix.end,
-        completion_tokens=usage.completion_tokens,
-        accepted_draft_tokens=usage.accepted_tokens,
-        rejected_draft_tokens=usage.rejected_tokens,
-        ttft=round(first, 4) if first is not None else None,
-        seed=seed,
-    )

@@ -6,12 +6,10 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-import msgspec
-
 from millpond.http.events import Delta
-from millpond.http.openai.choices import ChoicesWriter, Collected, Json
+from millpond.http.openai.choices import Choice, ChoicesWriter, Json
 from millpond.http.openai.errors import error_response
-from millpond.http.openai.logprobs import GrowingChatLogprobs, NoLogprobs, chat_logprobs
+from millpond.http.openai.logprobs import ChatLogprobs, Render
 from millpond.http.openai.schemas import ChatRequest, parse, unknown_fields
 from millpond.http.rendering import Answering, Parsed, Rendering
 
@@ -20,7 +18,7 @@ class ChatWriter(ChoicesWriter):
     """Chat answers in the API's shape."""
 
     def __init__(self, answering: Answering, *, include_usage: bool, logprobs: bool) -> None:
-        self._tokenizer = answering.tokenizer
+        self._answering = answering
         self._logprobs = logprobs
         head: Json = {
             "id": f"chatcmpl-{answering.id}",
@@ -28,27 +26,26 @@ class ChatWriter(ChoicesWriter):
             "model": answering.model,
             "system_fingerprint": f"millpond-{answering.fingerprint[:12]}",
         }
-        super().__init__(
-            head | {"object": "chat.completion.chunk"}, head | {"object": "chat.completion"}, include_usage
-        )
+        chunk, whole = head | {"object": "chat.completion.chunk"}, head | {"object": "chat.completion"}
+        super().__init__(chunk, whole, include_usage)
+
+    def choice(self) -> Choice:
+        return Choice(ChatLogprobs(self._answering.tokenizer).render if self._logprobs else None)
 
     def opening(self, choice: int) -> Json:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, delta: Delta) -> Json:
+    def delta(self, delta: Delta, render: Render | None) -> Json:
         said = {"content": delta.text} if delta.text else {}
-        logprobs = chat_logprobs(self._tokenizer, delta.logprobs) if delta.logprobs else None
+        logprobs = render(delta.logprobs) if render is not None and delta.logprobs else None
         return {"index": delta.choice, "delta": said, "logprobs": logprobs, "finish_reason": delta.finish}
 
-    def collected(self) -> Collected:
-        return Collected(GrowingChatLogprobs(self._tokenizer) if self._logprobs else NoLogprobs())
-
-    def whole(self, index: int, choice: Collected) -> Json:
+    def whole(self, index: int, choice: Choice) -> Json:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
-            "logprobs": msgspec.Raw(choice.logprobs.json()),
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": choice.logprobs,
             "finish_reason": choice.finish,
         }
 

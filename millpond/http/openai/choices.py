@@ -5,57 +5,71 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import msgspec
 
 from millpond.http.errors import ApiError
 from millpond.http.events import Delta, Event, Usage
 from millpond.http.openai.errors import error_body
-from millpond.http.openai.logprobs import GrowingLogprobs
+from millpond.http.openai.logprobs import GrowingLogprobs, Render
 from millpond.http.sse import COMMENT
 
 Json = dict[str, object]
 """JSON values, in which there may be ``msgspec.Raw``."""
 
 
-@dataclass(slots=True)
-class Collected:
-    """One whole choice, as far as it is there."""
+class Choice:
+    """One choice, as far as it is there. In a stream nothing of it is kept."""
 
-    logprobs: GrowingLogprobs
-    texts: list[str] = field(default_factory=list)
-    finish: str | None = None
+    def __init__(self, render: Render | None) -> None:
+        self.render = render
+        """None: log-probabilities are not wanted."""
+        self._logprobs = GrowingLogprobs(render) if render is not None else None
+        self._texts: list[str] = []
+        self.finish: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self._texts.append(delta.text)
+        if self._logprobs is not None:
+            self._logprobs.add(delta.logprobs)
+        self.finish = delta.finish
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    @property
+    def logprobs(self) -> Json | None:
+        return self._logprobs.whole() if self._logprobs is not None else None
 
 
 class ChoicesWriter(ABC):
-    """An AnswerWriter; subclasses say how a choice looks. What all chunks begin with is made once."""
+    """An AnswerWriter; subclasses say how a choice looks. What all chunks begin with is encoded once."""
 
     keepalive = COMMENT
 
     def __init__(self, chunk: Json, whole: Json, include_usage: bool) -> None:
-        """``chunk`` and ``whole``: what is in both kinds of answer before their choices."""
+        """``chunk`` and ``whole``: what stands before the choices."""
         self._chunk = b"data: " + _opened(chunk)
         self._chunk_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._whole = _opened(whole)
         self._include_usage = include_usage
-        self._begun: set[int] = set()
-        self._collected: defaultdict[int, Collected] = defaultdict(self.collected)
+        self._choices: defaultdict[int, Choice] = defaultdict(self.choice)
+
+    @abstractmethod
+    def choice(self) -> Choice:
+        """One that is still empty."""
 
     @abstractmethod
     def opening(self, choice: int) -> Json | None:
         """What comes before a choice's first text in a stream, if anything does."""
 
     @abstractmethod
-    def delta(self, delta: Delta) -> Json:
+    def delta(self, delta: Delta, render: Render | None) -> Json:
         """A choice of a chunk."""
 
     @abstractmethod
-    def collected(self) -> Collected:
-        """A whole choice that is still empty."""
-
-    @abstractmethod
-    def whole(self, index: int, choice: Collected) -> Json:
+    def whole(self, index: int, choice: Choice) -> Json:
         """A choice of a whole answer."""
 
     def frames(self, event: Event) -> Iterator[bytes]:
@@ -64,27 +78,24 @@ class ChoicesWriter(ABC):
                 yield self._chunk + b'],"usage":' + _usage(event) + b"}\n\n"
             yield b"data: [DONE]\n\n"
             return
-        if event.choice not in self._begun:
-            self._begun.add(event.choice)
-            if (opening := self.opening(event.choice)) is not None:
-                yield self._frame(opening)
+        begun = event.choice in self._choices
+        choice = self._choices[event.choice]
+        if not begun and (opening := self.opening(event.choice)) is not None:
+            yield self._frame(opening)
         if not event.silent:
-            yield self._frame(self.delta(event))
+            yield self._frame(self.delta(event, choice.render))
 
     def failure(self, error: ApiError) -> bytes:
         return b"data: " + error_body(error) + b"\n\n"
 
     def add(self, delta: Delta) -> None:
-        choice = self._collected[delta.choice]
-        choice.texts.append(delta.text)
-        choice.logprobs.add(delta.logprobs)
-        choice.finish = delta.finish
+        self._choices[delta.choice].add(delta)
 
     def body(self, usage: Usage) -> Iterator[bytes]:
         """In the order of the API: choices between what is known before and after them."""
         yield self._whole
-        for index in range(len(self._collected)):
-            choice = self.whole(index, self._collected.pop(index))  # it is not needed twice
+        for index in range(len(self._choices)):
+            choice = self.whole(index, self._choices.pop(index))  # it is not needed twice
             yield (b"," if index else b"") + msgspec.json.encode(choice)
         yield b'],"usage":' + _usage(usage) + b"}"
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 
-import msgspec
-
-from millpond.http.events import Delta, TextDelta
-from millpond.http.openai.choices import ChoicesWriter, Collected, Json
+from millpond.http.events import Delta
+from millpond.http.openai.choices import Choice, ChoicesWriter, Json
 from millpond.http.openai.errors import error_response
-from millpond.http.openai.logprobs import CompletionLogprobs, GrowingCompletionLogprobs, NoLogprobs
+from millpond.http.openai.logprobs import CompletionLogprobs, Render
 from millpond.http.openai.schemas import CompletionRequest, parse, unknown_fields
 from millpond.http.rendering import Answering, Parsed, Rendering
 
@@ -22,12 +19,8 @@ class CompletionWriter(ChoicesWriter):
 
     def __init__(self, answering: Answering, *, include_usage: bool, logprobs: bool, echo: bool) -> None:
         self._answering = answering
-        self._echoed = echo
         self._logprobs = logprobs
-        self._running: defaultdict[int, CompletionLogprobs] = defaultdict(
-            partial(CompletionLogprobs, answering.tokenizer)
-        )
-        """Of each choice of a stream."""
+        self._echoed = echo
         head: Json = {
             "id": f"cmpl-{answering.id}",
             "object": "text_completion",
@@ -37,23 +30,21 @@ class CompletionWriter(ChoicesWriter):
         }
         super().__init__(head, head, include_usage)
 
-    def opening(self, choice: int) -> Json | None:
-        return self.delta(TextDelta(choice, self._echo(choice), [], None)) if self._echoed else None
+    def choice(self) -> Choice:
+        return Choice(CompletionLogprobs(self._answering.tokenizer).render if self._logprobs else None)
 
-    def delta(self, delta: Delta) -> Json:
-        logprobs = self._running[delta.choice].render(delta.logprobs) if self._logprobs else None
+    def opening(self, choice: int) -> Json | None:
+        if not self._echoed:
+            return None
+        return {"index": choice, "text": self._echo(choice), "logprobs": None, "finish_reason": None}
+
+    def delta(self, delta: Delta, render: Render | None) -> Json:
+        logprobs = render(delta.logprobs) if render is not None else None
         return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
-    def collected(self) -> Collected:
-        return Collected(GrowingCompletionLogprobs(self._answering.tokenizer) if self._logprobs else NoLogprobs())
-
-    def whole(self, index: int, choice: Collected) -> Json:
-        return {
-            "index": index,
-            "text": self._echo(index) + "".join(choice.texts),
-            "logprobs": msgspec.Raw(choice.logprobs.json()),
-            "finish_reason": choice.finish,
-        }
+    def whole(self, index: int, choice: Choice) -> Json:
+        text = self._echo(index) + choice.text
+        return {"index": index, "text": text, "logprobs": choice.logprobs, "finish_reason": choice.finish}
 
     def _echo(self, choice: int) -> str:
         return self._answering.echoes[choice // self._answering.n]

@@ -155,8 +155,8 @@ BREAKS = [
     Break(
         name="B9-one-place-for-all",
         file="millpond/http/respond.py",
-        old="with front.permit(model, choices, admission.client):",
-        new="with front.permit(model, 1, admission.client):",
+        old="with front.permit(model, choices, client):",
+        new="with front.permit(model, 1, client):",
         by=("test_a_place_per_answer",),
     ),
     Break(
