@@ -34,7 +34,7 @@ async def explain(http: Request) -> Response:
         nonlocal asked
         entries = []
         tokenizer, info, client = admit(http, model, asked)
-        with front.permit(model, asked.prompts, client):
+        with front.permit(model, asked.prompt_count, client):
             prompts = deque(await front.in_text_thread(lambda: read_prompts(asked, tokenizer, info)))
             asked = asked.without_content()
             try:

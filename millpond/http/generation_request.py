@@ -105,8 +105,7 @@ class GenerationRequest:
     """What is expected of the answer."""
 
     @property
-    def prompts(self) -> int:
-        """How many prompts there are."""
+    def prompt_count(self) -> int:
         return 1 if isinstance(self.prompt, Conversation) else len(self.prompt.prompts)
 
     def params(

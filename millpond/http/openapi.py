@@ -73,9 +73,7 @@ _MESSAGE: Schema = {
 
 READ_BY_HAND: Mapping[str, Schema] = {
     "messages": {**listed(_MESSAGE), "minItems": 1},
-    "prompt": {
-        "anyOf": [_TEXT, _TOKENS, {**listed({"anyOf": [_TEXT, _TOKENS]}), "minItems": 1}],
-    },
+    "prompt": {"anyOf": [_TEXT, _TOKENS, {**listed({"anyOf": [_TEXT, _TOKENS]}), "minItems": 1}]},
     "stop": {"anyOf": [_STOP, {**listed(_STOP), "maxItems": MOST_STOPS}]},
     "logit_bias": {
         "type": "object",

@@ -48,12 +48,7 @@ def record(properties: dict[str, Schema], *optional: str, more: bool = False) ->
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": more}
 
 
-_HEAD: dict[str, Schema] = {
-    "id": STRING,
-    "created": COUNT,
-    "model": STRING,
-    "system_fingerprint": STRING,
-}
+_HEAD: dict[str, Schema] = {"id": STRING, "created": COUNT, "model": STRING, "system_fingerprint": STRING}
 _FINISH = one_of("stop", "length")
 _TOKEN: dict[str, Schema] = {
     "token": STRING,
@@ -64,12 +59,7 @@ _TOKEN: dict[str, Schema] = {
 
 def _completion(finish: Schema, usage: Schema, *optional: str) -> Schema:
     choice = record(
-        {
-            "index": COUNT,
-            "text": STRING,
-            "logprobs": nullable(ref("CompletionLogprobs")),
-            "finish_reason": finish,
-        }
+        {"index": COUNT, "text": STRING, "logprobs": nullable(ref("CompletionLogprobs")), "finish_reason": finish}
     )
     return record(
         {**_HEAD, "object": constant("text_completion"), "choices": listed(choice), "usage": usage}, *optional
@@ -77,9 +67,7 @@ def _completion(finish: Schema, usage: Schema, *optional: str) -> Schema:
 
 
 def _chat(kind: str, choice: dict[str, Schema], finish: Schema, usage: Schema, *optional: str) -> Schema:
-    rendered = record(
-        {"index": COUNT, **choice, "logprobs": nullable(ref("ChatLogprobs")), "finish_reason": finish},
-    )
+    rendered = record({"index": COUNT, **choice, "logprobs": nullable(ref("ChatLogprobs")), "finish_reason": finish})
     return record({**_HEAD, "object": constant(kind), "choices": listed(rendered), "usage": usage}, *optional)
 
 
@@ -118,10 +106,7 @@ SCHEMAS: dict[str, Schema] = {
         "chat.completion.chunk", {"delta": _DELTA}, nullable(_FINISH), nullable(ref("Usage")), "usage"
     ),
     "ChatLogprobs": record(
-        {
-            "content": listed(record({**_TOKEN, "top_logprobs": listed(record(_TOKEN))})),
-            "refusal": {"type": "null"},
-        }
+        {"content": listed(record({**_TOKEN, "top_logprobs": listed(record(_TOKEN))})), "refusal": {"type": "null"}}
     ),
     "Completion": _completion(_FINISH, ref("Usage")),
     "CompletionChunk": _completion(nullable(_FINISH), nullable(ref("Usage")), "usage"),

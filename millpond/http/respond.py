@@ -46,7 +46,7 @@ def endpoint(rendering: Rendering) -> Callable[[HttpRequest], Awaitable[Response
 def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedModel) -> WatchedResponse:
     """Answer a checked request. An answer may run for hours: what is only needed to begin it is let go then."""
     asked, writer_of = parsed.asked, parsed.writer
-    choices = asked.prompts * asked.n
+    choices = asked.prompt_count * asked.n
 
     async def work(send: Send) -> None:
         nonlocal asked
