@@ -8,7 +8,6 @@ from them) waits for them. Requests come and go in requests.py; what is done whe
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from collections.abc import Sequence as Many
 from msgspec.structs import replace
 
 from millpond.engine.executor import Executor
-from millpond.engine.group import GroupBroken
 from millpond.engine.inflight import InflightStep
 from millpond.engine.link import Inbox, Outbox
 from millpond.engine.orders import Offered
@@ -31,8 +29,6 @@ from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved
 from millpond.schedule.scheduler import Scheduler
 from millpond.types import MOST_DRAFT_TOKENS, Delta, Finish, PrefillChunk, StepPlan
 from millpond.wire import Beat, Cancel, Deltas, Explain, Start, Stop, Submit
-
-log = logging.getLogger(__name__)
 
 MOST_VERIFIED = 256
 """Rows times columns of a forward with draft tokens: sampling needs a few numbers per column and token that exists."""
@@ -264,11 +260,8 @@ class Engine:
             first = sequence.report is None
             try:
                 there = self._executor.begin(chunk.id, chunk.start)
-            except GroupBroken:
-                raise
-            except Exception as error:  # model code raises what it likes; only this request needs what failed
-                log.exception("restoring the prefix of request %s failed", chunk.id)
-                self._requests.end(chunk.id, error)
+            except Exception as error:  # noqa: BLE001 - model code raises what it likes; Recovery logs it
+                self._recovery.restore_failed(chunk.id, error)
                 continue
             if not there:
                 refused.add(chunk.id)

@@ -30,6 +30,13 @@ class Recovery:
         self._speculator = speculator
         self._requests = requests
 
+    def restore_failed(self, name: str, error: Exception) -> None:
+        """Restoring the prefix of a prompt raised: only its request needs what failed. Raises GroupBroken as it is."""
+        if isinstance(error, GroupBroken):
+            raise error
+        log.error("restoring the prefix of request %s failed", name, exc_info=error)
+        self._requests.end(name, error)
+
     def chunk_failed(self, name: str, error: Exception) -> None:
         """A chunk of a prompt raised: only its request needs what failed. Raises GroupBroken where there are other
         ranks, because nobody knows how far they have come."""
