@@ -148,7 +148,7 @@ async def soak(args: argparse.Namespace) -> int:
             spec=SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=4, adaptive=False)),
         )
         ranks = GroupPlan(layout, args.model, args.model, ssh=tuple(args.ssh.split()))
-        client = EngineClient(start, command=RANK_COMMAND, group=ranks, stall_seconds=60.0)
+        client = EngineClient(start, command=RANK_COMMAND, group=ranks, stall_timeout=60.0)
         await client.start()
         try:
             await client.settled()

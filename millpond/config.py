@@ -346,7 +346,7 @@ class ServeConfig(BaseModel):
         """How keys and values are kept."""
         return KvPacking(bits=self.kv_bits, group_size=self.kv_group_size, start=self.kv_quant_start)
 
-    def prefix_settings(self, label: str = "") -> PrefixSettings:
+    def prefix_settings(self, label: str) -> PrefixSettings:
         """How prefixes are cached. ``label``: what the SSD tier calls the model."""
         same = self.model_dump(include=set(PrefixSettings.__struct_fields__))
         return convert(same | {"cache_dir": str(self.cache_folder or ""), "label": label}, PrefixSettings)

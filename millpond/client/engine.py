@@ -49,7 +49,7 @@ class EngineClient:
     """The engine as the front end sees it.
 
     ``command`` is what to run, without its ``--fd N``; ``environment`` is added to ours; ``on_ready`` is called each
-    time an engine gets ready. An engine with work that makes no step for ``stall_seconds`` (0: no limit) is killed;
+    time an engine gets ready. An engine with work that makes no step for ``stall_timeout`` (0: no limit) is killed;
     after ``max_restarts`` deaths within RESTART_WINDOW no other is started. With ``group`` each engine is rank 0 of a
     new group of ranks, and ``command`` what rank 0 runs.
     """
@@ -61,7 +61,7 @@ class EngineClient:
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
         on_ready: Callable[[ModelInfo], None] | None = None,
-        stall_seconds: float = 0.0,
+        stall_timeout: float = 0.0,
         max_restarts: int = MOST_FAILURES,
         group: GroupPlan | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class EngineClient:
         self._command = tuple(command)
         self._environment = dict(environment or {})
         self._on_ready = on_ready
-        self._stall_seconds = stall_seconds
+        self._stall_timeout = stall_timeout
         self._max_restarts = max_restarts
         self._plan = group
         self._deaths: deque[float] = deque()
@@ -297,7 +297,7 @@ class EngineClient:
 
     async def _watch(self, group: EngineGroup) -> str:
         """Kill the process when it hangs; returns what was wrong."""
-        pause = max(WATCH_SECONDS, min(filter(None, (self._stall_seconds, self._silence_seconds)), default=0.0) / 10)
+        pause = max(WATCH_SECONDS, min(filter(None, (self._stall_timeout, self._silence_seconds)), default=0.0) / 10)
         while True:
             before = time.monotonic()
             await asyncio.sleep(pause)
@@ -340,7 +340,7 @@ class EngineClient:
             self._on_ready(info)
 
     def _new_watchdog(self) -> Watchdog:
-        return Watchdog(self._stall_seconds, silence=self._silence_seconds)
+        return Watchdog(self._stall_timeout, silence=self._silence_seconds)
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason

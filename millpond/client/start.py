@@ -41,7 +41,7 @@ def engine_client(
         command=command or (RANK_COMMAND if group is not None else ENGINE_COMMAND),
         environment=config.log_environment,
         on_ready=_log_ready,
-        stall_seconds=config.stall_timeout,
+        stall_timeout=config.stall_timeout,
         max_restarts=config.max_restarts,
         group=group,
     )

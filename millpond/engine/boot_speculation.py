@@ -14,8 +14,9 @@ import mlx.core as mx
 from millpond.engine.group import ALONE, Group
 from millpond.engine.orders import Trial
 from millpond.engine.speculation import Speculator
+from millpond.memory.shares import DRAFT_BLOCKS_SHARE
 from millpond.model.load import LoadedModel, ModelError
-from millpond.model.opened import open_model
+from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities
 from millpond.model.prompt import new_prompt
 from millpond.model.remember import remembered
@@ -31,29 +32,21 @@ log = logging.getLogger(__name__)
 
 MOST_ON_CPU, MOST_ON_GPU = 15, 7
 """Draft tokens per row and step unless told otherwise. Metal's fast attention ends at 8 columns."""
-CACHE_SHARE = 0.4
-"""Of the draft model's memory for keys and values, what cached prefixes may take."""
 
 
-class LoadedDraft:
-    """A draft model in memory that speaks of the same tokens as the served one and fits slots."""
-
-    def __init__(self, folder: Path, target: Path, content: str) -> None:
-        """``content``: digest of the draft's folder. Raises ModelError."""
-        try:
-            differs = vocabulary_differs(folder, target)
-        except TokenizerError as error:
-            raise ModelError(f"draft_model: {error}") from error
+def open_draft(folder: Path, target: Path, content: str) -> OpenModel:
+    """A draft model that speaks of the same tokens as the served one, in ``target``, and fits slots. ``content``:
+    digest of its folder. Raises ModelError."""
+    try:
+        differs = vocabulary_differs(folder, target)
         if differs:
-            raise ModelError(f"draft_model: it cannot guess for this model, for {differs}")
-        try:
-            opened = open_model(folder, lambda: content)
-        except ModelError as error:
-            raise ModelError(f"draft_model: {error}") from error
-        if not opened.capabilities.slots:
-            raise ModelError(f"draft_model: it cannot be run in a batch: {opened.capabilities.reason}")
-        self.model = opened.model
-        self.pipelined = opened.capabilities.pipelined
+            raise ModelError(f"it cannot guess for this model, for {differs}")
+        opened = open_model(folder, lambda: content)
+    except (TokenizerError, ModelError) as error:
+        raise ModelError(f"draft_model: {error}") from error
+    if not opened.capabilities.slots:
+        raise ModelError(f"draft_model: it cannot be run in a batch: {opened.capabilities.reason}")
+    return opened
 
 
 def open_speculator(
@@ -62,7 +55,7 @@ def open_speculator(
     capabilities: Capabilities,
     costs: CostModel,
     content: str,
-    draft: LoadedDraft | None,
+    draft: OpenModel | None,
     draft_bytes: int,
     group: Group = ALONE,
 ) -> tuple[Speculator, list[SpecMode]]:
@@ -78,9 +71,13 @@ def open_speculator(
     drafter = None
     controller = Controller(costs, Pace(curve))
     if draft is not None:
-        cache_bytes = int(draft_bytes * CACHE_SHARE)
+        cache_bytes = int(draft_bytes * DRAFT_BLOCKS_SHARE)
         drafter = Draft(
-            draft.model, model.vocab_size, draft_bytes - cache_bytes, cache_bytes, pipelined=draft.pipelined
+            draft.model,
+            model.vocab_size,
+            draft_bytes - cache_bytes,
+            cache_bytes,
+            pipelined=draft.capabilities.pipelined,
         )
         controller.draft_share = draft.model.weight_bytes / max(1, model.weight_bytes)
     most = MOST_ON_CPU if model.on_cpu else MOST_ON_GPU

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from millpond.engine.boot_speculation import LoadedDraft
+from millpond.engine.boot_speculation import open_draft
 from millpond.engine.executor import Executor
 from millpond.engine.group import ALONE, Group, RankReport
 from millpond.engine.prefixes import Prefixes
@@ -25,7 +25,7 @@ from millpond.memory.machine import device_memory, total_memory
 from millpond.memory.shares import blocks_limit, draft_limit, kv_limit
 from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError
-from millpond.model.opened import open_model
+from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities, warm_up
 from millpond.model.shard import agreement
 from millpond.observe.log import kv
@@ -68,7 +68,7 @@ class Prepared:
     content: str = ""
     """Digest of weights and config."""
     mlx_group: mx.distributed.Group | None = None
-    draft: LoadedDraft | None = None
+    draft: OpenModel | None = None
     draft_bytes: int = 0
 
     def executor(self, group: Group = ALONE) -> Executor:
@@ -109,7 +109,7 @@ def prepare(
         warm_up(model, capabilities)
         draft = None
         if drafter is not None and draft_digest is not None and capabilities.slots:
-            draft = LoadedDraft(drafter, folder, draft_digest.result())
+            draft = open_draft(drafter, folder, draft_digest.result())
     chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
     budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, group.neighbours)
     layers = tuple(model.blocks.layers) if isinstance(model.blocks, BlockFormat) else (repr(model.form), *model.kinds)
@@ -193,7 +193,7 @@ def _ssd_folder(settings: PrefixSettings) -> Path | None:
 
 
 def _budget(
-    model: LoadedModel, asked: int, chunk: int, draft: LoadedDraft | None, neighbours: int
+    model: LoadedModel, asked: int, chunk: int, draft: OpenModel | None, neighbours: int
 ) -> tuple[MemoryBudget, int]:
     """That of the served model, and how many bytes the draft model may use besides. ``asked``, and the machine's
     memory, are for so many ``neighbours`` together."""

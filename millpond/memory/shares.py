@@ -9,6 +9,8 @@ FLOAT32_SHARE = 0.8
 DEVICE_SHARE, MACHINE_SHARE = 0.9, 0.7
 """Of a GPU's memory, or else of the machine's, what weights, keys and values may take together."""
 LEAST_KV_BYTES = 256 * 1024 * 1024
+DRAFT_BLOCKS_SHARE = 0.4
+"""Of a draft model's memory for keys and values, what cached prefixes may take."""
 
 
 def held_in_float32(float_bytes: int, total: int) -> bool:

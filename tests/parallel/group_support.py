@@ -28,9 +28,9 @@ def layout_for(**flags: str) -> GroupLayout:
     return found
 
 
-def client_for(group: GroupPlan, stall_seconds: float = 0.0) -> EngineClient:
+def client_for(group: GroupPlan, stall_timeout: float = 0.0) -> EngineClient:
     start = wire.Start(model_path=group.folder, max_batch=8, max_itl_ms=400)
-    return EngineClient(start, command=SCRIPTED, group=group, stall_seconds=stall_seconds)
+    return EngineClient(start, command=SCRIPTED, group=group, stall_timeout=stall_timeout)
 
 
 @contextlib.asynccontextmanager

@@ -52,7 +52,9 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         yield fail("model", text, f"{SMALLER}, or close other programs")
         return
     try:
-        info = asyncio.run(_loaded(_start(str(source.path), config, str(draft or ""))))
+        start = start_message(config, str(source.path), str(draft or ""), source.name)
+        # A running server may be using the SSD tier.
+        info = asyncio.run(_loaded(replace(start, prefix=replace(start.prefix, cache_ssd=0))))
     except EngineUnavailable as error:
         yield fail("model", error.whole, "correct what it says, or take another model")
         return
@@ -107,12 +109,6 @@ def _room(info: ModelInfo, free: int | None) -> Finding:
         text += f", but with the weights that is more than the {shown(free)} free now"
         return warn("tokens", text, f"close other programs, or --kv-memory-mb {most}")
     return ok("tokens", text)
-
-
-def _start(path: str, config: ServeConfig, draft_path: str) -> wire.Start:
-    """As ``serve`` would start the engine, without its SSD tier, which a running server may be using."""
-    start = start_message(config, path, draft_path, "")
-    return replace(start, prefix=replace(start.prefix, cache_ssd=0))
 
 
 async def _loaded(start: wire.Start) -> ModelInfo:
