@@ -18,8 +18,9 @@ hundreds of times while it is being read."""
 
 
 def settle() -> None:
-    """To be called once all that stays has been loaded: no collection looks at it again."""
+    """To be called once all that stays has been loaded, and again when other things have: no collection looks at it."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 50)

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("millpond.serve")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ENGINE_STOP_SECONDS = 8.0
-"""How long the engine may take to stop: it writes live conversations to the SSD for up to five of them."""
 CLOSE_SECONDS = 2
 """How long connections may take to close once nothing is running."""
 
@@ -117,6 +115,8 @@ class ServeRun:
         self._names = names
         self._path = path
         self._client = client
+        """Of the engine that is started before there is a front end, which then owns it."""
+        self._front: FrontEnd | None = None
         self._certificate = certificate
         self._begun = begun
         self._launched = launched
@@ -133,47 +133,47 @@ class ServeRun:
         try:
             await self._serve_http(listeners)
         finally:
-            await self._client.stop(ENGINE_STOP_SECONDS)
+            await (self._front or self._client).stop()
 
     async def _serve_http(self, listeners: Sequence[socket.socket]) -> None:
-        app, front = self._application(listeners)
+        front = self._front = self._front_end()
+        app = self._application(front, listeners)
         server = _server(app, self._config, self._certificate)
         serving = asyncio.create_task(server.serve(sockets=list(listeners)), name="http")
         url = url_of(listeners, self._config.host, "https" if self._certificate else "http")
         log.info("listening", extra=kv(url=url, model=self._names.served))
         loading = asyncio.create_task(self._load(front, url), name="load")
         try:
-            await self._until_stopped(loading, serving)
+            await self._until_stopped(front, loading, serving)
             log.info("stopping", extra=kv(running=front.held, drain_seconds=self._config.drain_seconds))
             await front.drain(self._config.drain_seconds)
         finally:
             loading.cancel()
-            front.shut()
             # The engine goes first: whatever is still open gets its error while there is a connection to send it on.
-            await self._client.stop(ENGINE_STOP_SECONDS)
+            await front.stop()
             server.should_exit = True
             await asyncio.wait({serving, loading})
             front.close()
         log.info("stopped")
 
-    async def _until_stopped(self, loading: asyncio.Task[None], serving: asyncio.Task[None]) -> None:
+    async def _until_stopped(self, front: FrontEnd, loading: asyncio.Task[None], serving: asyncio.Task[None]) -> None:
         """Wait for the stop signal. Raises StartError when the engine or the tokenizer is lost for good."""
         stop = asyncio.create_task(self._asked_to_stop())
-        gone = asyncio.create_task(self._client.gone())
-        waiting: set[asyncio.Task[None]] = {stop, gone, loading, serving}
+        lost = asyncio.create_task(front.lost())
+        waiting: set[asyncio.Task[None] | asyncio.Task[str]] = {stop, lost, loading, serving}
         try:
             while not stop.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if loading in done:
                     loading.result()
-                if gone in done:
-                    raise StartError(self._client.whole_reason())
+                if lost in done:
+                    raise StartError(lost.result())
                 if serving in done:
                     serving.result()
                     raise StartError("the HTTP server ended by itself")
         finally:
             stop.cancel()
-            gone.cancel()
+            lost.cancel()
 
     async def _asked_to_stop(self) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -186,29 +186,34 @@ class ServeRun:
                 ended.cancel()
         self._stop.set()
 
-    def _application(self, listeners: Sequence[socket.socket]) -> tuple[Starlette, FrontEnd]:
-        from millpond.http.app import create_app
+    def _front_end(self) -> FrontEnd:
         from millpond.http.front_end import FrontEnd
-        from millpond.http.gate import served_hosts
         from millpond.http.generation_request import NO_DEFAULTS
         from millpond.http.sampling import read_sampling_defaults
         from millpond.http.served_model import ServedModel
         from millpond.text.tokenizer import Tokenizer
 
+        def read_tokenizer() -> Tokenizer:
+            tokenizer = Tokenizer.load(self._path)
+            settle()
+            return tokenizer
+
         config = self._config
-        hosts = served_hosts(config.allowed_hosts, config.host, loopback(listeners))
         sampling = read_sampling_defaults(self._path) if config.sampling_defaults == "model" else NO_DEFAULTS
-        model = ServedModel(self._names, lambda: Tokenizer.load(self._path), self._client, sampling, config.speculation)
-        front = FrontEnd(config, self._keys, model)
-        return create_app(front, hosts), front
+        model = ServedModel(self._names, read_tokenizer, self._client, sampling, config.speculation)
+        return FrontEnd(config, self._keys, model)
+
+    def _application(self, front: FrontEnd, listeners: Sequence[socket.socket]) -> Starlette:
+        from millpond.http.app import create_app
+        from millpond.http.gate import served_hosts
+
+        return create_app(front, served_hosts(self._config.allowed_hosts, self._config.host, loopback(listeners)))
 
     async def _load(self, front: FrontEnd, url: str) -> None:
         from millpond.text.tokenizer import TokenizerError
 
         try:
             await front.load()
-            settle()
-            await self._client.settled()
         except TokenizerError as error:
             raise StartError(str(error)) from error
         except EngineUnavailable as error:
@@ -226,7 +231,7 @@ class ServeRun:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled:
             log.warning("second signal, ending at once", extra=kv(signal=number.name))
-            self._client.kill()
+            (self._front or self._client).kill()
             last_words()
             os._exit(128 + number)
         self._signalled = True

@@ -35,6 +35,7 @@ MOST_FAILURES = 5
 RESTART_WINDOW = 600.0
 """Seconds in which engines that had been ready may die so many times."""
 WATCH_SECONDS = 0.1
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class EngineState(StrEnum):
@@ -81,6 +82,7 @@ class EngineClient:
         self._open = OpenRequests(self._cancel)
         self.counts = self._open.counts
         self._stop_asked = asyncio.Event()
+        self._stop_reason = SHUTTING_DOWN
         self._settled = asyncio.Event()
         self._state = EngineState.STARTING
         self._been_ready = False
@@ -129,7 +131,12 @@ class EngineClient:
         """Start the process and its supervision; loading goes on in the background. Raises OSError."""
         if self._task is not None:
             raise RuntimeError("this engine client was started before")
-        group = await self._spawn()
+        try:
+            group = await self._spawn()
+        except OSError as error:
+            self.reason = f"it could not be started: {error.strerror}"
+            self._set_state(EngineState.FAILED)
+            raise
         self._task = asyncio.create_task(self._supervise(group), name="engine-supervisor")
 
     async def settled(self) -> None:
@@ -145,10 +152,11 @@ class EngineClient:
         if self._task is not None:
             await asyncio.wait({self._task})
 
-    async def stop(self, patience: float = 5.0) -> None:
+    async def stop(self, patience: float = 5.0, why: str = SHUTTING_DOWN) -> None:
         """Fail what is open, ask the engine to exit, wait ``patience`` seconds, then make it. Safe to repeat."""
+        self._stop_reason = why
         self._stop_asked.set()
-        self.fail_all(EngineError(ErrorKind.UNAVAILABLE, "the server is shutting down"))
+        self.fail_all(EngineError(ErrorKind.UNAVAILABLE, why))
         if self._group is not None:
             self._group.send(wire.Stop())
         await self._supervised_within(patience)
@@ -204,7 +212,7 @@ class EngineClient:
     def whole_reason(self) -> str:
         """The same for whoever runs the server."""
         if self._stopping or self._state is EngineState.STOPPED:
-            return "the server is shutting down"
+            return self._stop_reason
         if self._state is EngineState.STARTING:
             stage = self.stage
             return f"the model is loading ({stage.stage}, {stage.fraction:.0%})" if stage else "the engine is starting"

@@ -14,11 +14,12 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from millpond.client import EngineState
+from millpond.client import EngineState, EngineUnavailable
+from millpond.client.engine import SHUTTING_DOWN
 from millpond.config import ServeConfig
 from millpond.http.errors import ApiError, shown, too_many
 from millpond.http.keys import Keys
-from millpond.http.served_model import ServedModel
+from millpond.http.served_model import STOP_SECONDS, ServedModel
 from millpond.http.threads import Threads
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ STALE_BEAT_SECONDS = 5.0
 """A heartbeat comes twice a second; after this long without one something is wrong."""
 STUCK_SECONDS = 30.0
 """A step takes less than this, or people should know."""
-SHUTTING_DOWN = "the server is shutting down"
+REPLACING = "the server is replacing its model"
 
 
 class FrontEnd:
@@ -46,6 +47,8 @@ class FrontEnd:
         """Answers that hold a place."""
         self._held_by: Counter[str] = Counter()
         self._pool = Threads(TEXT_THREADS, "text")
+        self._replacing = asyncio.Lock()
+        self._loaded = asyncio.Event()
 
     def model_for(self, asked: str) -> ServedModel:
         """The model that a request names; no name means the one there is. Raises ApiError 404."""
@@ -54,10 +57,6 @@ class FrontEnd:
             message = f"model: {shown(asked)} does not exist; this server has {shown(names.served)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.model
-
-    async def load(self) -> None:
-        """Load the model's tokenizer in a text thread. Raises whatever the loader raises."""
-        self.model.tokenizer = await self.in_text_thread(self.model.load_tokenizer)
 
     async def in_text_thread(self, work: Callable[[], T], *, urgent: bool = True) -> T:
         """Run templating, tokenising or reading off the event loop; what is not urgent comes after all that is."""
@@ -68,6 +67,8 @@ class FrontEnd:
         client = self.model.client
         if self.draining:
             return "shutting_down"
+        if self.model.refusing:
+            return EngineState.STOPPED.value
         if client.state is not EngineState.READY:
             return client.state.value
         if self.model.not_ready():
@@ -121,17 +122,51 @@ class FrontEnd:
         info = self.model.client.info
         return (info.max_batch if info is not None else 0) + self.config.max_waiting
 
-    # --- the end ------------------------------------------------------------------------------------------------
+    # --- the model ----------------------------------------------------------------------------------------------
 
-    def shut(self) -> None:
-        """Welcome no more requests."""
-        self.draining = True
-        self.model.leaving = SHUTTING_DOWN
+    async def load(self) -> None:
+        """Wait until the model can answer; its engine has been started. Raises TokenizerError, EngineUnavailable."""
+        await self.model.load(self.in_text_thread)
+        self._loaded.set()
+
+    async def replace(self, model: ServedModel, drain_seconds: float) -> None:
+        """Serve ``model`` in the place of the one there is, which is drained and ended first: memory is for one. Until
+        it can answer, requests get a 503 that says why. Raises OSError, TokenizerError or EngineUnavailable when it
+        cannot be had: then it keeps the place and says so, and another may replace it."""
+        async with self._replacing:
+            await self.model.close(drain_seconds, REPLACING)
+            if self.draining:
+                raise EngineUnavailable(SHUTTING_DOWN)
+            self.model = model
+            await model.client.start()
+            await self.load()
+
+    async def lost(self) -> str:
+        """Wait until a model that could answer cannot any more, for good and unasked; returns why."""
+        while True:
+            await self._loaded.wait()
+            self._loaded.clear()
+            model = self.model
+            await model.client.gone()
+            if model.loaded and not model.refusing:
+                return model.client.whole_reason()
+
+    # --- the end ------------------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
         """Refuse new work, let the running finish for ``seconds``, then end the rest with an error."""
         self.draining = True
         await self.model.drain(seconds, SHUTTING_DOWN)
+
+    async def stop(self) -> None:
+        """Welcome no more requests and end the model's engine."""
+        self.draining = True
+        self.model.refusing = SHUTTING_DOWN
+        await self.model.client.stop(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End the model's engine this instant; for a forced exit."""
+        self.model.client.kill()
 
     def close(self) -> None:
         """End the text threads."""

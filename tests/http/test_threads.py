@@ -7,34 +7,23 @@ import contextlib
 import gc
 import shutil
 import statistics
-import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from in_process import scripted, served, serving
 from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 
-from millpond import wire
-from millpond.client import EngineClient
-from millpond.config import ServeConfig
-from millpond.http.app import create_app
 from millpond.http.body import json_object
 from millpond.http.front_end import TEXT_THREADS, FrontEnd
-from millpond.http.generation_request import NO_DEFAULTS
-from millpond.http.keys import Keys
-from millpond.http.names import ModelNames
-from millpond.http.served_model import ServedModel
 from millpond.http.threads import Threads
 from millpond.text.template import ChatTemplate
 from millpond.text.tokenizer import Message, Tokenizer
-from millpond.types import Speculation
-
-ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
 
 
 class WatchedTokenizer(Tokenizer):
@@ -66,19 +55,10 @@ def tokenizer(byte_tokenizer: Path) -> WatchedTokenizer:
     return made
 
 
-@contextlib.asynccontextmanager
-async def front(tokenizer: Tokenizer, script: str) -> AsyncIterator[tuple[httpx.AsyncClient, FrontEnd]]:
-    """A front end within this process."""
-    client = EngineClient(wire.Start(model_path=script, max_batch=8, max_itl_ms=400), command=ENGINE)
-    await client.start()
-    model = ServedModel(ModelNames("test", frozenset()), lambda: tokenizer, client, NO_DEFAULTS, Speculation())
-    serving = FrontEnd(ServeConfig(), Keys((), None), model)
-    app = create_app(serving, ())
-    await asyncio.gather(serving.load(), client.settled())
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
-        yield http, serving
-    serving.close()
-    await client.stop()
+def front(
+    tokenizer: Tokenizer, script: str
+) -> contextlib.AbstractAsyncContextManager[tuple[httpx.AsyncClient, FrontEnd]]:
+    return serving(served("test", scripted(script), lambda: tokenizer))
 
 
 def test_the_event_loop_runs_while_a_long_text_becomes_tokens(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ BREAKS = [
     Break(
         name="L26-work-accepted-meanwhile",
         file="millpond/http/served_model.py",
-        old=("        self.leaving = why\n        try:\n"),
+        old=("        self.refusing = why\n        try:\n"),
         new="        try:\n",
         by=("test_sigterm_drains_and_exits_with_0",),
     ),
