@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from copy import copy
 from enum import Enum, auto
 
+import msgspec.structs
+
 from millpond.sample.edits import RowEdits, Table
 from millpond.sample.weights import fraction_words, inverse_temperature, min_weight
 from millpond.types import SamplingParams
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_NUMBERS = tuple(field.name for field in msgspec.structs.fields(SamplingParams) if field.type is float)
 
 
 class Filter(Enum):
