@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from millpond.engine.executor import Executor
 from millpond.engine.group import GroupBroken
 from millpond.engine.inflight import Drawn, InflightStep
 from millpond.engine.link import Outbox
-from millpond.engine.refusals import failure, impossible, unknown
 from millpond.engine.sequence import Health, Status
 from millpond.engine.speculation import Speculator
 from millpond.model.load import LoadedModel
@@ -21,6 +21,9 @@ from millpond.types import Delta, ErrorKind, Finish, Request, TokenLogprob, Verd
 from millpond.wire import Deltas, Explain, Explained, Failed
 
 log = logging.getLogger(__name__)
+
+NO_MEMORY = ("Unable to allocate", "bad_alloc", "out of memory", "Insufficient Memory")
+"""How MLX says on its back ends that there is no more memory."""
 
 
 class Requests:
@@ -40,7 +43,7 @@ class Requests:
         """A client asks. What this model can never answer is refused."""
         if request.id in self._executor.sequences:
             raise ValueError(f"request id {request.id!r} is already in use")
-        wrong = impossible(request, self._model)
+        wrong = _impossible(request, self._model)
         if not wrong:
             tokens, params = len(request.tokens), request.params
             try:
@@ -65,7 +68,7 @@ class Requests:
 
     def explain(self, asked: Explain) -> None:
         """Tell what the prefix cache would do for a prompt."""
-        wrong = unknown(asked.tokens, self._model)
+        wrong = _unknown(asked.tokens, self._model)
         if wrong:
             self._outbox.send(Failed(asked.id, ErrorKind.INVALID, wrong))
             return
@@ -140,3 +143,27 @@ class Requests:
         for name in sorted(leaving, key=lambda name: not sequences[name].dirty):  # see Arena.release
             self._speculator.answer_done(self._executor.depart(name))
             self._scheduler.remove(name)
+
+
+def _impossible(request: Request, model: LoadedModel) -> str:
+    """Why this model can never answer a request; empty when it can."""
+    most = request.params.max_tokens
+    if not request.tokens or most < 1:
+        return "a request needs at least one prompt token and max_tokens of at least 1"
+    if len(request.tokens) + most > model.context_length:
+        return f"prompt and max_tokens exceed the context of {model.context_length} tokens"
+    return _unknown(request.tokens, model)
+
+
+def _unknown(tokens: Sequence[int], model: LoadedModel) -> str:
+    """Says that a prompt has tokens that this model has not; empty when it has none such."""
+    if all(0 <= token < model.vocab_size for token in tokens):
+        return ""
+    return f"prompt has a token id outside 0..{model.vocab_size - 1}"
+
+
+def failure(name: str, error: Exception) -> Failed:
+    """What the client is told of an exception."""
+    if isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY):
+        return Failed(name, ErrorKind.UNAVAILABLE, "the machine is short of memory; try again later")
+    return Failed(name, ErrorKind.ENGINE, f"the engine could not go on with this request: {error}")

@@ -1,4 +1,4 @@
-"""All layers' slots together: rows join (adopt), leave (release), and the arrays grow.
+"""All layers' slots together: rows join (put), leave (release), and the arrays grow.
 
 Resizes and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
 leaves no lazy reader behind that would keep the next write from happening in place. Engine thread only.
@@ -44,7 +44,7 @@ class Arena:
     def nbytes(self) -> int:
         return sum(slot.nbytes for slot in self.slots)
 
-    def adopt(self, name: str, leaves: Iterable[LeafRow], length: int) -> int:
+    def put(self, name: str, leaves: Iterable[LeafRow], length: int) -> int:
         """Copy a request's finished prompt into the next row and return that row's number.
 
         ``leaves`` has one entry per leaf, or none at all when ``length`` is 0. It is consumed one by one, so a
@@ -87,8 +87,9 @@ class Arena:
                     slot.scrub(last)
                 mx.eval(slot.arrays)
 
-    def spans(self, row: int, start: int, end: int, kind: Kind) -> list[Arrays]:
+    def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
+        row = self.batch.row(name)
         return [slot.span(row, start, end) if slot.kind is kind else () for slot in self.slots]
 
     def begin(self, columns: int) -> Sequence[Slot]:

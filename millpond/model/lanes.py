@@ -12,10 +12,9 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from millpond.kv.arena import NO_LIMIT, Arena
+from millpond.kv.arena import Arena
 from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
-from millpond.kv.leaf import LeafSpec
 from millpond.model.prompt import Prompt
 from millpond.model.upstream import cache_arrays
 from millpond.prefix.records import Kind
@@ -70,58 +69,22 @@ class Lane(Protocol):
         """What a step must evaluate besides its own results."""
 
 
-class SlotsLane:
+class SlotsLane(Arena):
     """All rows in one batched forward."""
-
-    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT) -> None:
-        self._arena = Arena(specs, limit_bytes)
-        self._deferred = any(spec.deferred for spec in specs)
-
-    @property
-    def batch(self) -> Batch:
-        return self._arena.batch
-
-    @property
-    def nbytes(self) -> int:
-        return self._arena.nbytes
 
     @property
     def deferred(self) -> bool:
-        return self._deferred
+        return any(spec.deferred for spec in self._specs)
 
     def adopt(self, name: str, prompt: Prompt) -> None:
-        self._arena.adopt(name, prompt.rows() if prompt.length else (), prompt.length)
+        self.put(name, prompt.rows() if prompt.length else (), prompt.length)
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        logits: mx.array = model(tokens, cache=self._arena.begin(tokens.shape[1]))
+        logits: mx.array = model(tokens, cache=self.begin(tokens.shape[1]))
         return logits
-
-    def advance(self, counts: Sequence[int]) -> None:
-        self._arena.advance(counts)
-
-    def rewind(self, counts: Sequence[int]) -> None:
-        self._arena.rewind(counts)
-
-    def release(self, name: str, scrub: bool = False) -> None:
-        self._arena.release(name, scrub)
-
-    def reserve(self, length: int, share: float) -> None:
-        self._arena.reserve(length, share)
-
-    def unreserve(self) -> None:
-        self._arena.unreserve()
-
-    def trim(self) -> None:
-        self._arena.trim()
-
-    def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
-        return self._arena.spans(self.batch.row(name), start, end, kind)
 
     def prompt(self, name: str) -> Prompt | None:  # noqa: ARG002 - rows share the arena
         return None
-
-    def arrays(self) -> list[mx.array]:
-        return self._arena.arrays()
 
 
 class SoloLane:

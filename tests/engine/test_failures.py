@@ -12,7 +12,7 @@ import pytest
 from engine_driver import Driver, Outcome, prefix_cache, request
 from tiny_models import CONFIGS, VOCAB, capabilities, model
 
-from millpond.engine.refusals import failure
+from millpond.engine.requests import failure
 from millpond.sample.edits import RowEdits
 from millpond.sample.state import SamplingState
 from millpond.types import ErrorKind, Finish, Request

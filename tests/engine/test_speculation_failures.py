@@ -279,7 +279,7 @@ def test_padding_makes_no_room_for_itself() -> None:
 
     def watch(turn: int) -> None:
         nonlocal most
-        slots = driver.engine._executor.lane._arena.slots  # type: ignore[attr-defined]
+        slots = driver.engine._executor.lane.slots  # type: ignore[attr-defined]
         most = max([most, *(slot.capacity for slot in slots)])
 
     for one in (long, short):

@@ -88,7 +88,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def adopt(self, length: int) -> None:
         marks = self.fresh(length)
         layers = [leaf_row(spec, marks) for spec in self.specs]
-        assert self.arena.adopt(next(self.names), layers if length else (), length) == len(self.model)
+        assert self.arena.put(next(self.names), layers if length else (), length) == len(self.model)
         self.model.append(marks)
         self.written.append((length, length))
 
@@ -214,7 +214,7 @@ def test_exact_positions_are_not_packed(start: int) -> None:
     keys, values = (rng.standard_normal((2, HEADS, 300, dim)).astype(np.float32) for dim in (32, 64))
     for length in (1, start - 2):
         exact = mx.array(keys[1:, :, :length]), mx.array(values[1:, :, :length])
-        arena.adopt(str(length), [LeafRow((), exact=exact)], length)
+        arena.put(str(length), [LeafRow((), exact=exact)], length)
     for counts in ([4, 0], [4, 1], [4, 3]):  # what is refused is written again
         done = arena.lengths[1]
         (slot,) = arena.begin(4)
@@ -233,7 +233,7 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
     """A long prompt's arrival must not copy the whole batch at once, nor may a decode step in between."""
     specs = [KvSpec(1, 4, 4, mx.float32)] * 4
     arena = Arena(specs)
-    arena.adopt("a", (), 0)
+    arena.put("a", (), 0)
     for quarter in range(1, 5):
         arena.reserve(2000, quarter / 4)
         arena.begin(1)
@@ -241,14 +241,14 @@ def test_room_is_made_layer_by_layer_ahead_of_an_adoption() -> None:
         assert [slot.capacity for slot in arena.slots] == [2048] * quarter + [256] * (4 - quarter)
     arrays = [slot.arrays[0] for slot in arena.slots]
     layer = LeafRow((mx.ones((1, 1, 2000, 4)), mx.ones((1, 1, 2000, 4))))
-    arena.adopt("b", [layer] * 4, 2000)
+    arena.put("b", [layer] * 4, 2000)
     assert [slot.arrays[0].shape for slot in arena.slots] == [array.shape for array in arrays]
 
 
 def test_aligned_rows_need_no_mask() -> None:
     arena = Arena(SPECS[:1])
     for name in "ab":
-        arena.adopt(name, [LeafRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
+        arena.put(name, [LeafRow((entries([1, 2, 3], KEY_DIM), entries([1, 2, 3], VALUE_DIM)))], 3)
     (slot,) = arena.begin(1)
     assert slot.make_mask(1) is None
 
@@ -256,8 +256,8 @@ def test_aligned_rows_need_no_mask() -> None:
 def test_scrub_removes_non_finite_numbers() -> None:
     arena = Arena(SPECS[:1])
     poison = mx.full((1, HEADS, 4, KEY_DIM), float("nan")), mx.full((1, HEADS, 4, VALUE_DIM), float("nan"))
-    arena.adopt("sound", [LeafRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
-    arena.adopt("poison", [LeafRow(poison)], 4)
+    arena.put("sound", [LeafRow((entries([1], KEY_DIM), entries([1], VALUE_DIM)))], 1)
+    arena.put("poison", [LeafRow(poison)], 4)
     arena.release("poison", scrub=True)
     assert all(bool(mx.isfinite(array).all()) for array in arena.arrays())
 
@@ -265,7 +265,7 @@ def test_scrub_removes_non_finite_numbers() -> None:
 def test_arrays_are_written_in_place() -> None:
     """The donation canary in small: many writes must not allocate a second arena."""
     arena = Arena([KvSpec(4, 64, 64, mx.float32)] * 2)
-    arena.adopt("a", (), 0)
+    arena.put("a", (), 0)
     arena.advance([4000])
     arena.begin(1)
     arena.advance([0])
@@ -291,7 +291,7 @@ def test_joining_and_leaving_cost_one_row() -> None:
     rows, row_bytes = 16, spec.row_bytes(256)
 
     def joining() -> None:
-        arena.adopt(str(next(names)), [LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
+        arena.put(str(next(names)), [LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
 
     def most_bytes(work: Callable[[], object]) -> int:
         """Held at once besides the arena itself."""

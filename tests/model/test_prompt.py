@@ -163,8 +163,8 @@ def test_a_row_adopts_what_packing_the_whole_would_give(kind: str, length: int, 
     prompt = read(kind, form, [length // 2, length - length // 2])
     leaves, arena = list(prompt.caches), Arena(layer_specs(prompt.caches, form))
     if not first:
-        arena.adopt("first", (), 0)
-    row = arena.adopt("row", prompt.rows(), length)
+        arena.put("first", (), 0)
+    row = arena.put("row", prompt.rows(), length)
     for leaf, slot in zip(leaves, arena.slots, strict=True):
         window = window_of(leaf)
         border = max(0, length - window) if window else min(start, length)

@@ -40,7 +40,7 @@ def test_it_sees_what_the_slots_hold(start: int, window: int | None, columns: in
         first = max(0, length - window) if window else exact
         before, behind = ([mx.array(side[None, :, a:b]) for side in whole] for a, b in ((0, exact), (first, length)))
         arrays = form.pack(*behind) if first < length else ()
-        arena.adopt(str(len(pasts)), [LeafRow(arrays, exact=tuple(before) if exact else ())], length)
+        arena.put(str(len(pasts)), [LeafRow(arrays, exact=tuple(before) if exact else ())], length)
         pasts.append(whole)
     (slot,) = arena.begin(columns)
     mask = slot.make_mask(columns)

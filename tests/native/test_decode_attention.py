@@ -134,7 +134,7 @@ def test_slots_that_had_to_move_are_found_again(change: str) -> None:
     if change == "put":
         adopt(arena, layer, new[0])
     else:
-        arena.adopt("empty", (), 0)
+        arena.put("empty", (), 0)
     again = [drawn(layer, np.random.default_rng(row), 1) for row in range(len(arena.lengths))]
     mx.eval(forward(arena, again, queries_of(layer, np.random.default_rng(3), len(again), 1)))
     for row, length in enumerate(arena.lengths):

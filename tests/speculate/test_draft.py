@@ -439,7 +439,7 @@ def test_usable_again_after_a_failure(model: LoadedModel) -> None:
 
 def test_going_back_knows_its_limits() -> None:
     arena = Arena([RingSpec(1, 4, 4, mx.float32, window=8)])
-    arena.adopt("a", (), 0)
+    arena.put("a", (), 0)
     arena.advance([RING_SLACK + 1])
     with pytest.raises(ValueError, match="at most"):
         arena.rewind([RING_SLACK + 1])

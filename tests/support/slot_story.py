@@ -98,7 +98,7 @@ def leaf_row(layer: Layer, past: Past) -> LeafRow:
 
 
 def adopt(arena: Arena, layer: Layer, past: Past) -> None:
-    arena.adopt(next(NAMES), [leaf_row(layer, past)] if past.length else (), past.length)
+    arena.put(next(NAMES), [leaf_row(layer, past)] if past.length else (), past.length)
 
 
 def expected(layer: Layer, past: Past, queries: Floats) -> npt.NDArray[np.float64]:
