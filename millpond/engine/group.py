@@ -1,8 +1,6 @@
-"""The ranks that run one model together, as one of them sees them; an engine without others is Alone."""
+"""The ranks that run one model together, as one of them sees them."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import mlx.core as mx
 import msgspec
@@ -25,72 +23,48 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     """How it keeps them: must be the same everywhere."""
 
 
-class Group(Protocol):
-    """The first three methods are for the start and raise ModelError when the ranks cannot go together. The others are
-    for rank 0, which decides, from then on; they may raise GroupBroken."""
+class Group:
+    """A group of one: an engine alone. ``millpond.parallel`` has those of several, a leader that decides and followers
+    that only start up with it.
 
-    @property
-    def rank(self) -> int:
-        """Ours."""
+    The first three methods are for the start and raise ModelError when the ranks cannot go together. The others are for
+    the rank that decides, from then on; they may raise GroupBroken.
+    """
 
-    @property
-    def world(self) -> int:
-        """How many there are."""
+    rank = 0
+    """Ours."""
+    world = 1
+    """How many there are."""
+    neighbours = 1
+    """How many of them share this machine, this one included; known after ``join``."""
 
-    @property
-    def neighbours(self) -> int:
-        """How many of them share this machine, this one included; known after ``join``."""
-
-    def join(self, content: str) -> mx.distributed.Group | None:
+    def join(self, content: str) -> mx.distributed.Group | None:  # noqa: ARG002 - whatever it is
         """Meet the others, who must have the same model (``content`` is its digest); None: there are none."""
+        return None
 
     def unanimous(self, vote: bool) -> bool:
         """Whether all of them say yes."""
+        return vote
 
     def settle(self, found: RankReport) -> RankReport:
         """What all of them can do."""
+        return found
 
     def tell(self, order: Order) -> None:
         """Have the others do it too. Does not wait."""
 
     def restorable(self, order: Begin) -> int:
         """Tell them, and wait for what they say: the most that all of them can restore, up to ``order.position``."""
-
-    def heard(self, offer: Offered) -> None:
-        """One of them has said what it can restore."""
-
-    def ceiling(self, name: str) -> tuple[int | None, bool]:
-        """The most that they can restore of a waiting request, None for no limit, and whether one of them waits for
-        its disk."""
-
-
-class Alone:
-    """A group of one."""
-
-    rank = 0
-    world = 1
-    neighbours = 1
-
-    def join(self, content: str) -> mx.distributed.Group | None:  # noqa: ARG002 - whatever it is
-        return None
-
-    def unanimous(self, vote: bool) -> bool:
-        return vote
-
-    def settle(self, found: RankReport) -> RankReport:
-        return found
-
-    def tell(self, order: Order) -> None:
-        """Nobody listens."""
-
-    def restorable(self, order: Begin) -> int:
         return order.position
 
     def heard(self, offer: Offered) -> None:
+        """One of them has said what it can restore."""
         raise ValueError(f"there is no rank {offer.rank}")
 
     def ceiling(self, name: str) -> tuple[int | None, bool]:  # noqa: ARG002 - nobody limits anything
+        """The most that they can restore of a waiting request, None for no limit, and whether one of them waits for
+        its disk."""
         return None, False
 
 
-ALONE = Alone()
+ALONE = Group()

@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import trial
-from millpond.engine.group import Alone, GroupBroken, RankReport
+from millpond.engine.group import Group, GroupBroken, RankReport
 from millpond.engine.orders import (
     Arrive,
     Begin,
@@ -73,8 +73,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 GREET_SECONDS = 5.0
 
 
-class Rank(Alone):
-    """This rank's end of the control connection: a Group while starting. From then on it has nobody to tell."""
+class Rank(Group):
+    """This rank's end of the control connection: its Group while starting. From then on it has nobody to tell."""
 
     def __init__(self, settings: GroupSettings, open_group: Callable[[], mx.distributed.Group]) -> None:
         self.rank = settings.rank

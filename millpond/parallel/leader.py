@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 import mlx.core as mx
 from msgspec.structs import replace
 
-from millpond.engine.group import GroupBroken, RankReport
+from millpond.engine.group import Group, GroupBroken, RankReport
 from millpond.engine.orders import Arrive, Begin, Close, Depart, Offered, Order, SetAside, Took
 from millpond.model.load import ModelError
 from millpond.observe.log import kv
@@ -75,10 +75,8 @@ class Follower:
         """Numbers of forwards that it has not said to have read, and when it was told that we have; monotonic."""
 
 
-class Leader:
+class Leader(Group):
     """The other ranks, seen from rank 0: the Group of an engine that decides."""
-
-    rank = 0
 
     def __init__(
         self,
@@ -90,7 +88,6 @@ class Leader:
         """``start``: what all ranks are started with. ``open_group`` opens mlx.distributed's group. ``fail``: tells why
         the group cannot go on, and ends the process."""
         self.world = settings.world
-        self.neighbours = 1
         self._settings = settings
         self._start = start
         self._open_group = open_group
@@ -121,7 +118,7 @@ class Leader:
         machines = [here, *(follower.hello.machine for follower in self._followers.values())]
         self.neighbours = machines.count(here)
         for follower in self._followers.values():
-            self._say(follower, Setup(self._start, machines.count(follower.hello.machine)))
+            self._send(follower, encode(Setup(self._start, machines.count(follower.hello.machine))))
         for follower in self._followers.values():
             other = self._answer(follower, Content).digest
             if other != content:
@@ -129,8 +126,7 @@ class Leader:
                     f"tp: rank {follower.rank} has other weights or another config than rank 0 "
                     f"({other[:12]} and {content[:12]}); all ranks need the same model"
                 )
-        for follower in self._followers.values():
-            self._say(follower, Go())
+        self._say(Go())
         group = self._open_group()
         self._pulse.arm()
         return group
@@ -138,8 +134,7 @@ class Leader:
     def unanimous(self, vote: bool) -> bool:
         """Whether every rank says yes."""
         votes = [vote, *(self._answer(follower, Vote).yes for follower in self._followers.values())]
-        for follower in self._followers.values():
-            self._say(follower, VoteResult(all(votes)))
+        self._say(VoteResult(all(votes)))
         return all(votes)
 
     def settle(self, found: RankReport) -> RankReport:
@@ -148,8 +143,7 @@ class Leader:
         for follower in self._followers.values():
             all_found[follower.rank] = self._answer(follower, Reported).found
         least = least_of(all_found)
-        for follower in self._followers.values():
-            self._say(follower, Settled(least))
+        self._say(Settled(least))
         return least
 
     def _listen(self) -> socket.socket:
@@ -295,8 +289,9 @@ class Leader:
             with contextlib.suppress(ChannelError, OSError):
                 follower.channel.send(encode(Broken(reason)))
 
-    def _say(self, follower: Follower, message: FromLeader) -> None:
-        self._send(follower, encode(message))
+    def _say(self, message: FromLeader) -> None:
+        for follower in self._followers.values():
+            self._send(follower, encode(message))
 
     def _send(self, follower: Follower, body: bytes) -> None:
         try:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage, threads_may_end
 from tiny_models import save
 
-from millpond.engine.group import Alone, GroupBroken
+from millpond.engine.group import Group, GroupBroken
 from millpond.engine.orders import (
     Begin,
     Close,
@@ -119,7 +119,7 @@ def test_a_start_out_of_order_is_refused(early: FromLeader) -> None:
 # --- and carries out orders -----------------------------------------------------------------------------------------
 
 
-class Recorder(Alone):
+class Recorder(Group):
     """The other ranks of an executor: they can do everything, and what they are told is kept."""
 
     world = 2
