@@ -16,8 +16,8 @@ import sys
 import msgspec
 
 from millpond.cli.given import StartError, find_model
-from millpond.cli.group import read_input, start_follower
 from millpond.launch.followers import RANK_COMMAND, SIGNALLED
+from millpond.launch.keeper import read_input, start_follower
 from millpond.launch.process import send_signal
 from millpond.observe.log import configure
 from millpond.types import GroupSettings

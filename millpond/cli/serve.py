@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from millpond.cli.certificate import BadCertificate, Certificate
 from millpond.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
-from millpond.cli.group import group_plan, input_ended, keep, layout_of
+from millpond.cli.group import group_plan, keep, layout_of
 from millpond.cli.interpreter import settle
 from millpond.cli.listen import allow_files, bind, loopback, url_of
 from millpond.client import EngineClient, EngineUnavailable
@@ -30,6 +30,7 @@ from millpond.config import ConfigError, ServeConfig, add_flags, read_config
 from millpond.http.keys import BadKeys, Keys
 from millpond.http.names import ModelNames
 from millpond.hub.cache import problem as cache_problem
+from millpond.launch.keeper import input_ended
 from millpond.observe.log import configure, kv, last_words
 
 if TYPE_CHECKING:

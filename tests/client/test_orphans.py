@@ -24,7 +24,7 @@ FRONT = """
 import asyncio, socket, subprocess, sys
 from millpond import wire
 from millpond.child import python
-from millpond.cli.group import start_follower
+from millpond.launch.keeper import start_follower
 from millpond.client.engine import ENGINE_COMMAND
 from millpond.launch.process import EngineProcess
 from millpond.launch.followers import RANK_COMMAND
