@@ -5,7 +5,8 @@ Runs on the front end's event loop; nothing here imports mlx.
 
 from __future__ import annotations
 
-from millpond.client.engine import ENGINE_COMMAND, EngineClient, EngineState
+from millpond.client.engine import ENGINE_COMMAND, EngineClient
+from millpond.client.state import EngineState
 from millpond.client.stream import EngineError, EngineUnavailable, Stream
 
 __all__ = ["ENGINE_COMMAND", "EngineClient", "EngineError", "EngineState", "EngineUnavailable", "Stream"]

@@ -13,12 +13,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from copy import deepcopy
 
 from millpond import wire
 from millpond.child import python
 from millpond.client.open_requests import OpenRequests
 from millpond.client.public import public
+from millpond.client.state import EngineSnapshot, EngineState
 from millpond.client.stream import EngineError, EngineUnavailable, Stream
 from millpond.client.watchdog import Watchdog
 from millpond.launch.followers import GroupPlan
@@ -36,14 +37,6 @@ RESTART_WINDOW = 600.0
 """Seconds in which engines that had been ready may die so many times."""
 WATCH_SECONDS = 0.1
 SHUTTING_DOWN = "the server is shutting down"
-
-
-class EngineState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"
-    STOPPED = "stopped"
-    FAILED = "failed"
 
 
 class EngineClient:
@@ -114,11 +107,6 @@ class EngineClient:
         return self._group.pids if self._group is not None else ()
 
     @property
-    def beat_age(self) -> float | None:
-        """Seconds since the engine's last heartbeat; None before the first of this process."""
-        return time.monotonic() - self._beat_time if self.beat is not None else None
-
-    @property
     def progress(self) -> tuple[int, int]:
         """Changes whenever the engine makes a step."""
         return self.counts.restarts, self.beat.step if self.beat is not None else 0
@@ -126,6 +114,19 @@ class EngineClient:
     @property
     def open_requests(self) -> int:
         return len(self._open)
+
+    def snapshot(self) -> EngineSnapshot:
+        """All that is known of the engine now."""
+        return EngineSnapshot(
+            state=self._state,
+            info=self.info,
+            stage=self.stage,
+            beat=self.beat,
+            beat_age=time.monotonic() - self._beat_time if self.beat is not None else None,
+            stuck_seconds=self.watchdog.stuck_seconds,
+            open_requests=len(self._open),
+            counts=deepcopy(self.counts),
+        )
 
     async def start(self) -> None:
         """Start the process and its supervision; loading goes on in the background. Raises OSError."""

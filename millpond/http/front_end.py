@@ -16,10 +16,12 @@ from starlette.requests import Request
 
 from millpond.client import EngineState, EngineUnavailable
 from millpond.client.engine import SHUTTING_DOWN
+from millpond.client.state import EngineSnapshot
 from millpond.config import ServeConfig
 from millpond.http.errors import ApiError, shown, too_many
 from millpond.http.keys import Keys
 from millpond.http.served_model import STOP_SECONDS, ServedModel
+from millpond.http.snapshot import Snapshot
 from millpond.http.threads import Threads
 
 T = TypeVar("T")
@@ -62,19 +64,29 @@ class FrontEnd:
         """Run templating, tokenising or reading off the event loop; what is not urgent comes after all that is."""
         return await asyncio.wrap_future(self._pool.submit(work, urgent=urgent))
 
-    def status(self) -> str:
-        """One word for /health."""
-        client = self.model.client
+    def snapshot(self) -> Snapshot:
+        """The state now, of the process and of its model."""
+        model = self.model.snapshot()
+        return Snapshot(
+            status=self._status(model.engine),
+            reasons=self.model.not_ready(),
+            held=self.held,
+            most_held=self.most_held,
+            unknown_fields=self.unknown_fields,
+            refusals=dict(self.refusals),
+            model=model,
+        )
+
+    def _status(self, engine: EngineSnapshot) -> str:
         if self.draining:
             return "shutting_down"
         if self.model.refusing:
             return EngineState.STOPPED.value
-        if client.state is not EngineState.READY:
-            return client.state.value
+        if engine.state is not EngineState.READY:
+            return engine.state.value
         if self.model.not_ready():
             return "starting"
-        age = client.beat_age
-        if (age is not None and age > STALE_BEAT_SECONDS) or client.watchdog.stuck_seconds > STUCK_SECONDS:
+        if (engine.beat_age or 0.0) > STALE_BEAT_SECONDS or engine.stuck_seconds > STUCK_SECONDS:
             return "degraded"
         return "overloaded" if self.held >= self.most_held else "ok"
 

@@ -31,6 +31,13 @@ class Meters:
         self.answers_asked = Histogram(CHOICES)
         self.tokens_asked = Histogram(TOKENS)
 
+    def copy(self) -> Meters:
+        """What is counted and timed so far."""
+        made = Meters()
+        for name, value in vars(self).items():
+            setattr(made, name, value.copy() if isinstance(value, Histogram) else value)
+        return made
+
     def asked(self, choices: int, max_tokens: int) -> None:
         """A prompt asks for so many answers of so many tokens."""
         self.answers_asked.observe(choices)

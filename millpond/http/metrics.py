@@ -20,11 +20,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millpond import __version__
-from millpond.client import EngineClient, EngineState
+from millpond.client import EngineState
+from millpond.client.state import EngineSnapshot
 from millpond.http.context import context_of
 from millpond.http.families import Families
-from millpond.http.front_end import FrontEnd, front_end_of
+from millpond.http.front_end import front_end_of
 from millpond.http.meters import Meters
+from millpond.http.snapshot import Snapshot
 from millpond.types import ErrorKind, Finish, PrefixLoad, SpecCounters
 from millpond.wire import Beat
 
@@ -59,7 +61,7 @@ SSD_SKIPPED = {"skipped_full": "full", "skipped_daily": "daily", "skipped_off": 
 async def metrics(request: Request) -> Response:
     """The route."""
     registry = CollectorRegistry()
-    registry.register(ServerCollector(front_end_of(request), context_of(request.scope).connections))
+    registry.register(ServerCollector(front_end_of(request).snapshot(), context_of(request.scope).connections))
     ProcessCollector(registry=registry)
     # ALLOWUTF8 leaves valid names as they are. The library's choice for most clients turns the colons into underscores.
     if "application/openmetrics-text" in request.headers.get("accept", ""):
@@ -70,10 +72,10 @@ async def metrics(request: Request) -> Response:
 
 
 class ServerCollector(Collector):
-    """Reads the numbers of one server when it is asked to. Event loop only."""
+    """The numbers of one server at one moment."""
 
-    def __init__(self, front: FrontEnd, connections: int) -> None:
-        self._front = front
+    def __init__(self, now: Snapshot, connections: int) -> None:
+        self._now = now
         self._connections = connections
 
     def describe(self) -> Iterable[Metric]:
@@ -81,55 +83,54 @@ class ServerCollector(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        front, model = self._front, self._front.model
-        client = model.client
-        families = Families(model.names.served)
-        beat = client.beat or Beat(step=0, running=0, waiting=0, kv_bytes=0)
-        _server(families, front, self._connections)
-        _requests(families, client, model.meters)
+        model, engine = self._now.model, self._now.model.engine
+        families = Families(model.name)
+        beat = engine.beat or Beat(step=0, running=0, waiting=0, kv_bytes=0)
+        _server(families, self._now, self._connections)
+        _requests(families, engine, model.meters)
         _tokens(families, model.meters)
         _times(families, model.meters)
-        _engine(families, client, beat)
+        _engine(families, engine, beat)
         _speculation(families, beat.counters.spec)
         _prefix_cache(families, beat.prefix)
         _ssd(families, beat.prefix)
         return families.made
 
 
-def _server(to: Families, front: FrontEnd, connections: int) -> None:
-    info = front.model.client.info
+def _server(to: Families, now: Snapshot, connections: int) -> None:
+    info = now.model.engine.info
     to.gauges("millpond_build_info", "Version of Millpond; always 1.", ("version",), [(__version__, 1)])
     model = [((info.device, info.dtype, info.lane, info.fingerprint), 1.0)] if info is not None else []
     labels = ("device", "dtype", "lane", "fingerprint")
     to.gauges("millpond_model_info", "What the engine found out about the model; always 1.", labels, model)
-    to.gauge("millpond_ready", "Whether requests are welcome (1).", not front.model.not_ready())
+    to.gauge("millpond_ready", "Whether requests are welcome (1).", not now.reasons)
     to.gauge("millpond_connections", "Open connections, the one that asks included.", connections)
     to.gauge(
         "millpond_permits_held",
         "Answers that hold a place: from before their prompt is read to the last byte sent.",
-        front.held,
+        now.held,
     )
-    to.gauge("millpond_permits_limit", "Places there are; more requests get a 429.", front.most_held)
+    to.gauge("millpond_permits_limit", "Places there are; more requests get a 429.", now.most_held)
     to.counters(
         "millpond_requests_refused",
         "HTTP requests answered with an error before anything was submitted to the engine.",
         ("status", "code"),
-        [((str(status), code), count) for (status, code), count in sorted(front.refusals.items())],
+        [((str(status), code), count) for (status, code), count in sorted(now.refusals.items())],
     )
     to.counter(
-        "millpond_unknown_fields", "Fields of requests that mean nothing here and were ignored.", front.unknown_fields
+        "millpond_unknown_fields", "Fields of requests that mean nothing here and were ignored.", now.unknown_fields
     )
 
 
-def _requests(to: Families, client: EngineClient, meters: Meters) -> None:
-    counts = client.counts
+def _requests(to: Families, engine: EngineSnapshot, meters: Meters) -> None:
+    counts = engine.counts
     to.counter("millpond_requests_submitted", "Answers asked of the engine.", counts.submitted)
     to.counter("millpond_requests_finished", "Answers that came to their end.", counts.finished)
     to.counter("millpond_requests_failed", "Answers that failed.", counts.failed)
     to.counter(
         "millpond_requests_cancelled", "Answers given up: the client left, or another answer failed.", counts.cancelled
     )
-    to.gauge("millpond_requests_open", "Answers waiting or running.", client.open_requests)
+    to.gauge("millpond_requests_open", "Answers waiting or running.", engine.open_requests)
     to.counters(
         "millpond_request_failures",
         "Answers that failed, by what went wrong.",
@@ -204,20 +205,20 @@ def _times(to: Families, meters: Meters) -> None:
         to.histogram(name, text, seen.distribution())
 
 
-def _engine(to: Families, client: EngineClient, beat: Beat) -> None:
+def _engine(to: Families, engine: EngineSnapshot, beat: Beat) -> None:
     counted = beat.counters
-    limit = client.info.kv_limit_bytes if client.info is not None else 0
-    states = [(state.value, state is client.state) for state in EngineState]
+    limit = engine.info.kv_limit_bytes if engine.info is not None else 0
+    states = [(state.value, state is engine.state) for state in EngineState]
     to.gauges("millpond_engine_state", "The engine's state (1), and the others (0).", ("state",), states)
-    to.counter("millpond_engine_restarts", "Engines started after the first.", client.counts.restarts)
-    ranks = client.info.ranks if client.info is not None else 0
+    to.counter("millpond_engine_restarts", "Engines started after the first.", engine.counts.restarts)
+    ranks = engine.info.ranks if engine.info is not None else 0
     to.gauge("millpond_engine_ranks", "Processes that run the model together; 0 before they do.", ranks)
-    stuck = client.watchdog.stuck_seconds if client.beat is not None else 0.0
+    stuck = engine.stuck_seconds if engine.beat is not None else 0.0
     to.gauge("millpond_engine_stuck_seconds", "For how long there has been work and no step.", stuck)
     to.gauge(
         "millpond_engine_beat_age_seconds",
         "Age of the engine's last heartbeat; 0 before the first.",
-        client.beat_age or 0.0,
+        engine.beat_age or 0.0,
     )
     to.gauge("vllm:num_requests_running", "Answers being decoded.", beat.running)
     to.gauge("vllm:num_requests_waiting", "Answers waiting, prompts being read included.", beat.waiting)
@@ -233,12 +234,12 @@ def _engine(to: Families, client: EngineClient, beat: Beat) -> None:
     )
     to.gauge("millpond_kv_bytes", "Bytes of keys and values held for answers and prompts.", beat.kv_bytes)
     to.gauge("millpond_kv_limit_bytes", "Most bytes of keys and values.", limit)
-    if client.info is not None:
+    if engine.info is not None:
         to.gauges(
             "millpond_kv_bytes_per_token",
             "Bytes of one token's keys and values in a row, a cached block or a file.",
             ("kv_format",),
-            [(client.info.kv_format, client.info.kv_bytes_per_token)],
+            [(engine.info.kv_format, engine.info.kv_bytes_per_token)],
         )
     to.counter("millpond_engine_steps", "Steps.", beat.step)
     to.counter("millpond_engine_failed_steps", "Steps whose decode forward failed.", counted.failed_steps)

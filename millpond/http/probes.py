@@ -9,9 +9,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from millpond.client import EngineClient
+from millpond.client.state import EngineSnapshot
 from millpond.http.errors import RETRY_AFTER
-from millpond.http.front_end import FrontEnd, front_end_of
+from millpond.http.front_end import front_end_of
+from millpond.http.snapshot import Snapshot
 
 SERVING = ("ok", "degraded", "overloaded")
 
@@ -31,30 +32,30 @@ async def readyz(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while requests are served, 503 otherwise; the body has the numbers either way."""
-    front = front_end_of(request)
-    status, model = front.status(), front.model
-    serving = status in SERVING
+    now = front_end_of(request).snapshot()
+    serving = now.status in SERVING
+    beat = now.model.engine.beat
     body = {
-        "status": status,
-        "reasons": model.not_ready(),
-        "engine": _engine(model.client),
-        "requests": _requests(front),
+        "status": now.status,
+        "reasons": now.reasons,
+        "engine": _engine(now.model.engine),
+        "requests": _requests(now),
         "process": {"tasks": len(asyncio.all_tasks()), "threads": threading.active_count()},
-        "prefix_cache": msgspec.to_builtins(model.client.beat.prefix) if model.client.beat else None,
+        "prefix_cache": msgspec.to_builtins(beat.prefix) if beat else None,
     }
     return JSONResponse(body, 200 if serving else 503, None if serving else RETRY_AFTER)
 
 
-def _engine(client: EngineClient) -> dict[str, object]:
-    beat, stage, age = client.beat, client.stage, client.beat_age
+def _engine(now: EngineSnapshot) -> dict[str, object]:
+    beat, stage, age = now.beat, now.stage, now.beat_age
     return {
-        "state": client.state.value,
+        "state": now.state.value,
         "stage": stage.stage if stage else None,
         "fraction": stage.fraction if stage else None,
-        "restarts": client.counts.restarts,
+        "restarts": now.counts.restarts,
         "beat_age_seconds": round(age, 3) if age is not None else None,
         "step": beat.step if beat else None,
-        "stuck_seconds": round(client.watchdog.stuck_seconds, 3) if beat else None,
+        "stuck_seconds": round(now.stuck_seconds, 3) if beat else None,
         "wait_seconds": round(beat.wait_seconds, 3) if beat else None,
         "running": beat.running if beat else None,
         "waiting": beat.waiting if beat else None,
@@ -62,15 +63,14 @@ def _engine(client: EngineClient) -> dict[str, object]:
     }
 
 
-def _requests(front: FrontEnd) -> dict[str, object]:
-    client = front.model.client
-    counts = client.counts
+def _requests(now: Snapshot) -> dict[str, object]:
+    counts = now.model.engine.counts
     return {
-        "held": front.held,
+        "held": now.held,
         "submitted": counts.submitted,
         "finished": counts.finished,
         "failed": counts.failed,
         "cancelled": counts.cancelled,
-        "running": client.open_requests,
-        "unknown_fields": front.unknown_fields,
+        "running": now.model.engine.open_requests,
+        "unknown_fields": now.unknown_fields,
     }

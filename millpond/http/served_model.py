@@ -16,6 +16,7 @@ from millpond.http.errors import unavailable
 from millpond.http.generation_request import SamplingDefaults
 from millpond.http.meters import Meters
 from millpond.http.names import ModelNames
+from millpond.http.snapshot import ModelSnapshot
 from millpond.text.tokenizer import Tokenizer, TokenizerError
 from millpond.types import ErrorKind, ModelInfo, Speculation
 
@@ -86,6 +87,10 @@ class ServedModel:
         if reasons or self.tokenizer is None or self.client.info is None:
             raise unavailable("; ".join(reasons))
         return self.tokenizer, self.client.info
+
+    def snapshot(self) -> ModelSnapshot:
+        """Its state now."""
+        return ModelSnapshot(self.names.served, self.client.snapshot(), self.meters.copy())
 
     @contextlib.contextmanager
     def answering(self, choices: int) -> Iterator[None]:

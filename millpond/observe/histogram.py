@@ -30,6 +30,12 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
 
+    def copy(self) -> Histogram:
+        """The same values; neither learns of the other's later ones."""
+        made = Histogram(self._bounds)
+        made._counts[:], made._total = self._counts, self._total
+        return made
+
     def distribution(self) -> Distribution:
         """What has been seen so far; later values do not change it."""
         return Distribution(self._bounds, tuple(self._counts), self._total)
