@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import open_speculator
+from millpond.engine.executor import Executor
 from millpond.engine.group import ALONE, Group
 from millpond.engine.link import FrontEndLink
 from millpond.engine.loop import Engine
@@ -35,8 +36,8 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     speculator, modes = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group
     )
-    scheduler = Scheduler(Limits(start.max_batch, start.max_itl_ms, ready.chunk), budget, ready.costs)
-    engine = Engine(ready, scheduler, ready.executor(group), speculator, link.inbox, link)
+    scheduler = Scheduler(Limits(start.max_batch, start.max_itl_ms, budget.chunk), budget, ready.costs)
+    engine = Engine(ready, scheduler, Executor(ready, group), speculator, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)

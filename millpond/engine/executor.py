@@ -10,10 +10,10 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from functools import partial
 
-import mlx.core as mx
 from msgspec.structs import replace
 
 from millpond.engine.group import ALONE, Group, GroupBroken
@@ -32,12 +32,11 @@ from millpond.engine.orders import (
     Took,
     Trim,
 )
-from millpond.engine.prefixes import Prefixes
+from millpond.engine.prepare import Prepared
 from millpond.engine.sequence import Sequence
 from millpond.kv.batch import Batch
 from millpond.model.forwards import prefill
-from millpond.model.load import LoadedModel
-from millpond.model.probe import Capabilities
+from millpond.model.shard import agreement
 from millpond.sample.state import SamplingState
 from millpond.types import Request
 
@@ -45,26 +44,17 @@ from millpond.types import Request
 class Executor:
     """Sequences, rows, forwards and cached blocks of one rank."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        capabilities: Capabilities,
-        limit_bytes: int,
-        prefixes: Prefixes,
-        group: Group = ALONE,
-        agree: Callable[[mx.array], mx.array] | None = None,
-    ) -> None:
-        """``agree`` turns tokens, int32 [n], that each rank has drawn into those that all of them go on with."""
+    def __init__(self, ready: Prepared, group: Group = ALONE) -> None:
         self.sequences: dict[str, Sequence] = {}
         self.group = group
-        self.prefixes = prefixes
-        self._model = model
-        self._capabilities = capabilities
-        self._limit_bytes = limit_bytes
+        self.prefixes = ready.prefixes
+        self._model = ready.model
+        self._new_lane = partial(ready.capabilities.lane, ready.model, ready.budget.limit_bytes)
         self._unread: deque[InflightStep] = deque()
         """Forwards that have not been read, oldest first."""
-        self._steps = Steps(model.network, model.vocab_size, agree)
-        self.lane = capabilities.lane(model, limit_bytes)
+        agree = agreement(ready.mlx_group) if ready.mlx_group is not None else None
+        self._steps = Steps(ready.model.network, ready.model.vocab_size, agree)
+        self.lane = self._new_lane()
 
     @property
     def batch(self) -> Batch:
@@ -204,7 +194,7 @@ class Executor:
         rows = self.batch.names
         self._unread.clear()
         self._steps.forget()
-        self.lane = self._capabilities.lane(self._model, self._limit_bytes)
+        self.lane = self._new_lane()
         for name in rows:
             self._lost(self.sequences[name])
         return rows

@@ -13,8 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import open_draft
-from millpond.engine.executor import Executor
-from millpond.engine.group import ALONE, Group, RankReport
+from millpond.engine.group import Group, RankReport
 from millpond.engine.prefixes import Prefixes
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
@@ -27,7 +26,6 @@ from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities, warm_up
-from millpond.model.shard import agreement
 from millpond.observe.log import kv
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened, SsdEvent
@@ -61,7 +59,6 @@ class Prepared:
     capabilities: Capabilities
     costs: CostModel
     budget: MemoryBudget
-    chunk: int
     prefixes: Prefixes
     uncached: str = ""
     """Why prefixes are not cached; empty when they are."""
@@ -70,11 +67,6 @@ class Prepared:
     mlx_group: mx.distributed.Group | None = None
     draft: OpenModel | None = None
     draft_bytes: int = 0
-
-    def executor(self, group: Group = ALONE) -> Executor:
-        """What runs this rank. ``group``: the ranks that do as it does."""
-        agree = agreement(self.mlx_group) if self.mlx_group is not None else None
-        return Executor(self.model, self.capabilities, self.budget.limit_bytes, self.prefixes, group, agree)
 
 
 def prepare(
@@ -128,7 +120,6 @@ def prepare(
         mlx_group=mlx_group,
         costs=costs,
         budget=budget,
-        chunk=chunk,
         prefixes=prefixes,
         uncached=uncached,
         draft=draft,

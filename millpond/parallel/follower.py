@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import trial
+from millpond.engine.executor import Executor
 from millpond.engine.group import Group, GroupBroken, RankReport
 from millpond.engine.orders import (
     Arrive,
@@ -180,7 +181,7 @@ class Worker:
     def __init__(self, rank: Rank, ready: Prepared) -> None:
         self._rank = rank
         self._ready = ready
-        self._executor = ready.executor()
+        self._executor = Executor(ready)
         self._trial: Callable[[int], float] | None = None
         self._offered: dict[str, tuple[int, bool]] = {}
         """What rank 0 has been told of waiting requests."""

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from rank_stage import BODIES, DIGEST, FOREVER, FOUND, START, WRONG, nested, stage, threads_may_end
 from tiny_models import save
 
+from millpond.engine.executor import Executor
 from millpond.engine.group import Group, GroupBroken
 from millpond.engine.orders import (
     Begin,
@@ -168,7 +169,7 @@ def orders(ready: Prepared) -> list[Order]:
     """What rank 0 tells while it answers two requests."""
     assert ready.mlx_group is not None
     recorder = Recorder()
-    executor = ready.executor(recorder)
+    executor = Executor(ready, recorder)
     for name, tokens in (("a", [1, 2, 3, 4]), ("b", [9, 8, 7])):
         executor.arrive(request(name, tokens, 9))
         assert executor.begin(name, 0)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
+from millpond.engine.executor import Executor
 from millpond.engine.link import Inbox
 from millpond.engine.loop import Engine
 from millpond.engine.prefixes import Prefixes
@@ -89,14 +90,13 @@ class Driver:
             capabilities=self.capabilities,
             costs=CostModel(),
             budget=MemoryBudget(model.sizes, limit_bytes, max_chunk),
-            chunk=max_chunk,
             prefixes=self.prefixes,
         )
         modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
         self.scheduler = Scheduler(Limits(max_batch, 400, max_chunk), ready.budget, ready.costs)
-        self.engine = Engine(ready, self.scheduler, ready.executor(), self.speculator, self.inbox, self)
+        self.engine = Engine(ready, self.scheduler, Executor(ready), self.speculator, self.inbox, self)
 
     # the engine's Outbox
 
