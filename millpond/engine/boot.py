@@ -33,7 +33,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     folder = Path(start.model_path)
     ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
-    speculator, modes = open_speculator(
+    speculator = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group
     )
     scheduler = Scheduler(Limits(start.max_batch, start.max_itl_ms, budget.chunk), budget, ready.costs)
@@ -49,7 +49,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
         log.warning("prefixes of this model are not cached", extra=kv(reason=ready.uncached))
     if not capabilities.pipelined:
         log.warning("cache writes are copied while a step is in flight; steps run one by one")
-    if not modes and start.spec.default.mode is not SpecMode.OFF:
+    if not speculator.modes and start.spec.default.mode is not SpecMode.OFF:
         log.warning("tokens of this model are not guessed ahead", extra=kv(reason=capabilities.reason))
     link.send(
         Ready(
@@ -70,8 +70,8 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
                 kv_format=model.form.packing.described(model.dtype),
                 prefix_cache="" if ready.uncached else "+".join(ready.prefixes.kinds),
                 prefix_cache_reason=ready.uncached,
-                speculation=[mode.value for mode in modes],
-                speculation_reason="" if modes else capabilities.reason,
+                speculation=[mode.value for mode in speculator.modes],
+                speculation_reason="" if speculator.modes else capabilities.reason,
                 ranks=group.world,
                 remarks=list(model.remarks),
             )

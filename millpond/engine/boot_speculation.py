@@ -1,4 +1,4 @@
-"""From settings to whoever guesses tokens: the draft model is loaded and checked, the forward's pace measured."""
+"""From settings to a Speculator and its proposers: a draft model is loaded and checked, the forward's pace measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from millpond.model.remember import remembered
 from millpond.schedule.costs import CostModel
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
+from millpond.speculate.lookup import NgramProposer
 from millpond.speculate.pace import Curve, Pace, measured
+from millpond.speculate.proposer import Proposer
 from millpond.speculate.vocabulary import vocabulary_differs
 from millpond.text.tokenizer import TokenizerError
 from millpond.types import MOST_DRAFT_TOKENS, SpecMode, SpecSettings
@@ -58,30 +60,28 @@ def open_speculator(
     draft: OpenModel | None,
     draft_bytes: int,
     group: Group = ALONE,
-) -> tuple[Speculator, list[SpecMode]]:
-    """What guesses, and in which modes. ``content``: digest of the served model's folder."""
-    modes: list[SpecMode] = []
-    if capabilities.slots:
-        modes = [SpecMode.NGRAM, *([SpecMode.DRAFT] if draft is not None else [])]
+) -> Speculator:
+    """With all proposers that this model can have. ``content``: digest of the served model's folder."""
     curve = Curve()
     if capabilities.slots and settings.default.mode is not SpecMode.OFF:
         about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(group.world))
         curve = remembered(Curve, about, lambda: _curve(model, capabilities, group), lambda found: found != Curve())
         costs.observe_decode(1, 0, curve.at(1))
-    drafter = None
     controller = Controller(costs, Pace(curve))
+    proposers: dict[SpecMode, Proposer] = {}
+    if capabilities.slots:  # elsewhere wrong tokens cannot be taken back
+        proposers[SpecMode.NGRAM] = NgramProposer(model.vocab_size, shared=settings.shared)
     if draft is not None:
         cache_bytes = int(draft_bytes * DRAFT_BLOCKS_SHARE)
-        drafter = Draft(
+        proposers[SpecMode.DRAFT] = Draft(
             draft.model,
             model.vocab_size,
             draft_bytes - cache_bytes,
             cache_bytes,
             pipelined=draft.capabilities.pipelined,
         )
-        controller.draft_share = draft.model.weight_bytes / max(1, model.weight_bytes)
-    most = MOST_ON_CPU if model.on_cpu else MOST_ON_GPU
-    return Speculator(settings, modes, most, model.vocab_size, controller, drafter), modes
+        controller.shares[SpecMode.DRAFT] = draft.model.weight_bytes / max(1, model.weight_bytes)
+    return Speculator(settings, proposers, MOST_ON_CPU if model.on_cpu else MOST_ON_GPU, controller)
 
 
 def _curve(model: LoadedModel, capabilities: Capabilities, group: Group) -> Curve:

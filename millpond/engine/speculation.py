@@ -1,85 +1,79 @@
-"""The engine's side of speculative decoding: who guesses for which row, and how much. Engine thread only.
+"""The engine's side of speculative decoding: who has draft tokens, and how many. Engine thread only.
 
-Where guesses come from is in millpond/speculate; inflight.py says what is made of them.
+Where they come from is in millpond/speculate; inflight.py says what is made of them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
+
+from msgspec import structs
 
 from millpond.engine.inflight import Drawn
 from millpond.engine.sequence import Sequence
-from millpond.speculate.controller import DRAFT_MODEL, Controller, Offer, source_of
-from millpond.speculate.draft import Draft
-from millpond.speculate.lookup import Lookup, PastOutputs
-from millpond.speculate.ngrams import SEPARATOR, Ngrams
+from millpond.speculate.controller import Controller
+from millpond.speculate.proposer import Offer, Proposer, Source
 from millpond.types import GRID, SpecCounters, SpecMode, SpecSettings
 
 log = logging.getLogger(__name__)
 
 Sequences = Mapping[str, Sequence]
-
+Asked = TypeVarTuple("Asked")
+Found = TypeVar("Found")
 
 MOST_FAILURES = 3
-"""Failures, of the draft model or of steps with draft tokens, after which there are no more of them."""
-PREDICTED = 4, 1024
-"""Of a prediction so many times the longest answer is used, and so many tokens more: what is beyond cannot come."""
+"""Failures, of a proposer or of steps with draft tokens, after which there are no more of them."""
 
 
-@dataclass
-class _Guesser:
-    """What guesses for one request."""
+@dataclass(slots=True)
+class _Request:
+    """A request that may have draft tokens."""
 
+    mode: SpecMode
+    proposer: Proposer
     most: int
     adaptive: bool
-    modelled: bool
-    """The draft model guesses."""
-    lookup: Lookup | None = None
-    """Made when it is first asked: a long text takes milliseconds."""
 
 
 class Speculator:
-    """What the engine loop calls. Without modes nothing is guessed and every method does the plain thing."""
+    """What the engine loop calls. Without proposers there are no drafts and every method does the plain thing."""
 
     def __init__(
-        self,
-        settings: SpecSettings,
-        modes: Many[SpecMode],
-        most: int,
-        vocab_size: int,
-        controller: Controller,
-        draft: Draft | None = None,
+        self, settings: SpecSettings, proposers: Mapping[SpecMode, Proposer], most: int, controller: Controller
     ) -> None:
-        """``modes``: those that requests can have. ``most``: draft tokens per row and step unless told otherwise.
-
-        ``vocab_size``: ids from there on are never guessed.
-        """
+        """``most``: draft tokens per row and step unless told otherwise."""
         self._default = settings.default
-        self._modes = set(modes)
+        self._proposers = dict(proposers)
         self._most = settings.default.tokens or most
-        self._vocab_size = vocab_size
         self._controller = controller
-        self._draft = draft
-        self._past = PastOutputs() if settings.shared else None
-        self._guessers: dict[str, _Guesser] = {}
+        self._requests: dict[str, _Request] = {}
         self._taken: dict[str, Offer] = {}
         """What the step under way verifies."""
-        self._draft_ms = 0.0
-        """How long the draft model took for it."""
+        self._proposing_ms: dict[SpecMode, float] = {}
+        """How long those proposers took for it that do take time."""
         self._waited = False
-        """The step in flight was waited for in order to guess."""
+        """The step in flight was waited for in order to propose."""
         self._failures = 0
-        self._counts = _Counts()
+        self._given_up = False
+        """No further request has draft tokens."""
+        self._counters = SpecCounters()
+
+    @property
+    def modes(self) -> list[SpecMode]:
+        """Those that requests can have."""
+        return list(self._proposers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the draft model's keys and values."""
-        return self._draft.nbytes if self._draft is not None else 0
+        """Bytes of the proposers' keys and values."""
+        return sum(proposer.nbytes for proposer in self._proposers.values())
 
     # --- requests come and go ---------------------------------------------------------------------------------
 
@@ -87,26 +81,25 @@ class Speculator:
         """A new request."""
         request = sequence.request
         asked = request.speculation or self._default
-        if asked.mode not in self._modes:
+        proposer = self._proposers.get(asked.mode)
+        if proposer is None or self._given_up:
             return
-        most, modelled = min(asked.tokens or self._most, self._most), asked.mode is SpecMode.DRAFT
-        with self._alone(request.id):
-            self._guessers[request.id] = _Guesser(most, asked.adaptive, modelled)
-            if modelled and self._draft is not None:
-                self._draft.begin(request.id, sequence.tokens, request.params, request.cache_salt)
+        most = min(asked.tokens or self._most, self._most)
+        self._requests[request.id] = _Request(asked.mode, proposer, most, asked.adaptive)
+        self._alone(request.id, proposer.begin, request)
 
-    @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """What is about one request and raises costs that one's guesses, and nothing else."""
+    def _alone(self, name: str, ask: Callable[[*Asked], Found], *asked: *Asked) -> Found | None:
+        """What is about one request and raises costs that one's draft tokens, and nothing else."""
         try:
-            yield
+            return ask(*asked)
         except Exception:  # whatever it is, no answer needs it
             log.exception("guessing for request %s failed; it goes on without", name)
             self.stop(name)
+            return None
 
     @contextmanager
     def _together(self, rows: Many[str]) -> Iterator[None]:
-        """What is about all rows of a step and raises costs their guesses, and nothing else."""
+        """What is about all rows of a step and raises costs their draft tokens, and nothing else."""
         try:
             yield
         except Exception:  # whatever it is, no answer needs it
@@ -114,11 +107,11 @@ class Speculator:
             self.failed(rows)
 
     def stop(self, name: str) -> None:
-        """Nothing more is guessed for a request."""
-        guesser = self._guessers.pop(name, None)
+        """A request has no more draft tokens."""
+        request = self._requests.pop(name, None)
         self._controller.forget(name)
-        if guesser is not None and guesser.modelled and self._draft is not None:
-            self._draft.end(name)
+        if request is not None:
+            request.proposer.end(name)
 
     def failed(self, names: Many[str]) -> None:
         """A step with draft tokens failed, or making them: its rows go on without, and after a few such all do."""
@@ -127,29 +120,33 @@ class Speculator:
         self._failures += 1
         if self._failures == MOST_FAILURES:
             log.error("draft tokens failed %d times; tokens are guessed no more", MOST_FAILURES)
-            self._modes.clear()
+            self._given_up = True
 
     def answer_done(self, sequence: Sequence) -> None:
-        """A request leaves; others may guess from its answer."""
+        """A request leaves; proposers may learn from its answer."""
         self.stop(sequence.request.id)
         answer = sequence.tokens[sequence.prompt_length :]
-        if self._past is not None and answer and not sequence.poisoned:
-            with self._alone(sequence.request.id):
-                self._past.add(sequence.request.cache_salt, answer)
+        if answer and not sequence.poisoned:
+            for proposer in self._proposers.values():
+                self._alone(sequence.request.id, proposer.answered, sequence.request.cache_salt, answer)
 
     def chunk_read(self, sequence: Sequence, tokens: int) -> None:
-        """So many tokens of a prompt have been read: the draft model reads on, too."""
-        guesser = self._guessers.get(sequence.request.id)
-        if guesser is not None and guesser.modelled:
-            with self._alone(sequence.request.id):
-                self._read(sequence, guesser, max(GRID, tokens))
+        """So many tokens of a prompt have been read: its proposer reads on, too."""
+        request = self._requests.get(sequence.request.id)
+        if request is not None:
+            self._alone(sequence.request.id, self._read_along, sequence, request, tokens)
+
+    def _read_along(self, sequence: Sequence, request: _Request, tokens: int) -> None:
+        source = request.proposer.behind(sequence.request.id, sequence.tokens)
+        if source is not None and self._may_read(request, source):
+            self._read(sequence, request, source, max(GRID, tokens))
 
     def rest(self) -> None:
         """There are no requests: give back what memory they have left behind."""
-        if self._draft is not None:
-            self._draft.trim()
+        for proposer in self._proposers.values():
+            proposer.trim()
 
-    # --- guessing ---------------------------------------------------------------------------------------------
+    # --- proposing --------------------------------------------------------------------------------------------
 
     def wants(self, rows: Many[str], sequences: Sequences) -> bool:
         """Whether the step after the one in flight should have draft tokens, and so wait for that one's tokens."""
@@ -166,12 +163,13 @@ class Speculator:
         ``others``: rows that join in this step, and have none.
         """
         waited, self._waited = self._waited, False
-        self._taken, found = {}, {}
+        self._taken = {}
+        found: dict[str, list[int]] = {}
         with self._together(rows):
             self._read_on(rows, sequences)
             offers = self._offers(rows, sequences, most=room)
             wanted = self._wanted(offers, rows, len(rows) + others) if offers else {}
-            found = self._guessed(wanted, sequences)
+            found = self._proposed(wanted, offers, sequences)
             self._taken = {name: Offer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
         if waited and not self._taken:
             self._controller.waited()
@@ -181,35 +179,14 @@ class Speculator:
         """What could be had for each row, ``unread`` tokens from now."""
         found = {}
         for name in rows:
-            guesser = self._guessers.get(name)
-            count = min(guesser.most, most, sequences[name].remaining - 1 - unread) if guesser is not None else 0
-            if guesser is None or count <= 0:
+            request = self._requests.get(name)
+            count = min(request.most, most, sequences[name].remaining - 1 - unread) if request is not None else 0
+            if request is None or count <= 0:
                 continue
-            with self._alone(name):
-                offer = self._offer(guesser, sequences[name], count, unread)
-                if offer is not None:
-                    found[name] = offer
+            offer = self._alone(name, request.proposer.offer, name, sequences[name].tokens, count, unread)
+            if offer is not None:
+                found[name] = offer
         return found
-
-    def _offer(self, guesser: _Guesser, sequence: Sequence, most: int, unread: int) -> Offer | None:
-        name = sequence.request.id
-        if guesser.modelled:
-            ready = self._draft is not None and self._draft.ready(name, sequence.tokens)
-            return Offer(name, most, DRAFT_MODEL) if ready else None
-        lookup = guesser.lookup = guesser.lookup or self._lookup(sequence)
-        lookup.extend(sequence.tokens[len(lookup) :])
-        proposal = lookup.propose(most + unread, self._shared(sequence))
-        count = len(proposal.tokens) - unread
-        return Offer(name, count, source_of(proposal.match)) if count > 0 else None
-
-    def _lookup(self, sequence: Sequence) -> Lookup:
-        times, more = PREDICTED
-        prediction = sequence.request.prediction[: times * sequence.request.params.max_tokens + more]
-        # A tokenizer may know ids that the model has no embedding for.
-        return Lookup([token if 0 <= token < self._vocab_size else SEPARATOR for token in prediction])
-
-    def _shared(self, sequence: Sequence) -> Ngrams | None:
-        return self._past.of(sequence.request.cache_salt) if self._past is not None else None
 
     def _wanted(self, offers: Mapping[str, Offer], rows: Many[str], count: int, unread: int = 0) -> dict[str, int]:
         """How many draft tokens for whom, in a forward of ``count`` rows."""
@@ -217,91 +194,87 @@ class Speculator:
             return {name: offer.most for name, offer in offers.items()}
         depth = self._controller.choose(list(offers.values()), count, unread)
         if not depth:
-            self._counts.fallbacks += 1
+            self._counters = structs.replace(self._counters, fallbacks=self._counters.fallbacks + 1)
         return {name: min(offer.most, depth) for name, offer in offers.items() if depth}
 
     def _forced(self, rows: Many[str]) -> bool:
-        """Whether as much is to be guessed as can be: all must have said so, for all wait for the longest row, unless
+        """Whether as much is to be proposed as can be: all must have said so, for all wait for the longest row, unless
         the server is set up so."""
-        guessers = [self._guessers.get(name) for name in rows]
+        requests = [self._requests.get(name) for name in rows]
         if not self._default.adaptive:
-            return not any(guesser is not None and guesser.adaptive for guesser in guessers)
-        return all(guesser is not None and not guesser.adaptive for guesser in guessers)
+            return not any(request is not None and request.adaptive for request in requests)
+        return all(request is not None and not request.adaptive for request in requests)
 
-    def _guessed(self, wanted: Mapping[str, int], sequences: Sequences) -> dict[str, list[int]]:
-        found, modelled = {}, {}
-        for name, count in wanted.items():
-            lookup = self._guessers[name].lookup
-            if lookup is None:
-                modelled[name] = count
-            else:
-                with self._alone(name):
-                    found[name] = lookup.propose(count, self._shared(sequences[name])).tokens
-        self._draft_ms = 0.0
-        if modelled and self._draft is not None:
+    def _proposed(
+        self, wanted: Mapping[str, int], offers: Mapping[str, Offer], sequences: Sequences
+    ) -> dict[str, list[int]]:
+        """The draft tokens themselves: those that came with their offers, and what proposers make of the others."""
+        found = {name: list(offers[name].tokens[:count]) for name, count in wanted.items()}
+        self._proposing_ms = {}
+        missing = [name for name, tokens in found.items() if not tokens]
+        for mode in dict.fromkeys(self._requests[name].mode for name in missing):
             begun = time.monotonic()
-            everybody = {name: sequences[name].tokens for name, guesser in self._guessers.items() if guesser.modelled}
+            asked = {name: wanted[name] for name in missing if self._requests[name].mode is mode}
+            everybody = {name: sequences[name].tokens for name, one in self._requests.items() if one.mode is mode}
             try:
-                found |= self._draft.propose(modelled, everybody)
-            except Exception:  # noqa: BLE001 - model code raises what it likes; _draft_failed logs it
-                self._draft_failed()
-            self._draft_ms = (time.monotonic() - begun) * 1000
+                found |= self._proposers[mode].propose(asked, everybody)
+            except Exception:  # noqa: BLE001 - model code raises what it likes; _proposer_failed logs it
+                self._proposer_failed(mode)
+            self._proposing_ms[mode] = (time.monotonic() - begun) * 1000
         return found
 
-    # --- the draft model --------------------------------------------------------------------------------------
+    # --- proposers that read ----------------------------------------------------------------------------------
 
-    def _behind(self, rows: Many[str], sequences: Sequences) -> str | None:
-        """A row that the draft model should read on for."""
-        if self._draft is None:
-            return None
+    def _behind(self, rows: Many[str], sequences: Sequences) -> tuple[str, Source] | None:
+        """A row that its proposer should read on for."""
         for name in rows:
-            guesser = self._guessers.get(name)
-            if guesser is None or not guesser.modelled:
+            request = self._requests.get(name)
+            if request is None:
                 continue
-            ready = True
-            with self._alone(name):
-                ready = self._draft.ready(name, sequences[name].tokens)
-            if not ready:
-                may = not guesser.adaptive or self._controller.may_read(guesser.most)
-                return name if may else None
+            source = self._alone(name, request.proposer.behind, name, sequences[name].tokens)
+            if source is not None:
+                return (name, source) if self._may_read(request, source) else None
         return None
 
+    def _may_read(self, request: _Request, source: Source) -> bool:
+        return not request.adaptive or self._controller.may_read(source, request.most)
+
     def _read_on(self, rows: Many[str], sequences: Sequences) -> None:
-        """Let the draft model read on for one row, not to keep the others waiting for long; what cannot be read is
-        given up, for those behind it."""
-        name, draft = self._behind(rows, sequences), self._draft
-        if name is None or draft is None:
-            return
-        self._read(sequences[name], self._guessers[name], GRID)
-        if name in self._guessers and not draft.reads(name):
-            self.stop(name)
+        """Let a proposer read on for one row, not to keep the others waiting for long; what cannot be read is given up,
+        for those behind it."""
+        behind = self._behind(rows, sequences)
+        if behind is not None:
+            name, source = behind
+            if not self._read(sequences[name], self._requests[name], source, GRID):
+                self.stop(name)
 
-    def _read(self, sequence: Sequence, guesser: _Guesser, most: int) -> None:
-        if self._draft is None or (guesser.adaptive and not self._controller.may_read(guesser.most)):
-            return
+    def _read(self, sequence: Sequence, request: _Request, source: Source, most: int) -> bool:
+        """Returns whether that leads to offers."""
         begun = time.monotonic()
+        useful = False
         try:
-            self._draft.read(sequence.request.id, sequence.tokens, most)
-        except Exception:  # noqa: BLE001 - model code raises what it likes; _draft_failed logs it
-            self._draft_failed()
-        self._controller.may_read(guesser.most, (time.monotonic() - begun) * 1000)
+            useful = request.proposer.read(sequence.request.id, sequence.tokens, most)
+        except Exception:  # noqa: BLE001 - model code raises what it likes; _proposer_failed logs it
+            self._proposer_failed(request.mode)
+        self._controller.may_read(source, request.most, (time.monotonic() - begun) * 1000)
+        return useful
 
-    def _draft_failed(self) -> None:
-        """The draft model has cleared itself; after a few times it is not asked again."""
-        log.exception("the draft model failed")
+    def _proposer_failed(self, mode: SpecMode) -> None:
+        """It has cleared itself; after a few times it is not asked again."""
+        log.exception("the proposer of mode %s failed", mode.value)
         self._failures += 1
         if self._failures == MOST_FAILURES:
-            log.error("the draft model guesses no more")
-            self._draft = None
-            self._modes.discard(SpecMode.DRAFT)
-            self._guessers = {name: guesser for name, guesser in self._guessers.items() if not guesser.modelled}
+            log.error("the proposer of mode %s is asked no more", mode.value)
+            del self._proposers[mode]
+            self._requests = {name: request for name, request in self._requests.items() if request.mode is not mode}
 
     # --- results ----------------------------------------------------------------------------------------------
 
     def plain(self) -> None:
         """A step without draft tokens has been read."""
         self._controller.plain()
-        self._counts.depth = 0.0
+        if self._counters.depth:
+            self._counters = structs.replace(self._counters, depth=0.0)
 
     def verified(self, drawn: Many[Drawn], kept: Many[int], context_tokens: int, milliseconds: float) -> None:
         """A step with draft tokens has been read. ``kept``: how many of each row's tokens its answer took, 0 for rows
@@ -311,9 +284,9 @@ class Speculator:
             results = {self._taken[row.name]: row.agreed for row, _ in rows}
             forced = self._forced([row.name for row in drawn])
             self._controller.verified(
-                results, sum(kept), len(drawn), context_tokens, milliseconds, self._draft_ms, charged=not forced
+                results, sum(kept), len(drawn), context_tokens, milliseconds, self._proposing_ms, charged=not forced
             )
-            self._counts.verified(rows, len(drawn))
+            self._counters = _counted(self._counters, rows, len(drawn))
 
     def slowdown(self, rows: int, columns: int) -> float:
         """How many times as long as a plain one a step of so many columns takes."""
@@ -321,51 +294,29 @@ class Speculator:
 
     def counters(self) -> SpecCounters:
         """What has been done so far."""
-        return self._counts.frozen()
+        return self._counters
 
 
-@dataclass
-class _Counts:
-    """SpecCounters in the making."""
+def _counted(before: SpecCounters, rows: Many[tuple[Drawn, int]], all_rows: int) -> SpecCounters:
+    """With one more step. ``rows``: those with draft tokens, and how many of its tokens each took."""
+    drafts = [row.drafts for row, _ in rows]
+    agreed = [min(row.agreed, kept) for row, kept in rows]
+    places = max(drafts, default=0)
+    return SpecCounters(
+        steps=before.steps + 1,
+        rows=before.rows + len(rows),
+        proposed=before.proposed + sum(drafts),
+        accepted=before.accepted + sum(agreed),
+        bonus=before.bonus + sum(kept > row.drafts for row, kept in rows),
+        drawn=before.drawn + sum(kept for _, kept in rows),
+        fallbacks=before.fallbacks,
+        proposed_at=_by_place(before.proposed_at, drafts, places),
+        accepted_at=_by_place(before.accepted_at, agreed, places),
+        depth=sum(drafts) / all_rows,
+    )
 
-    steps: int = 0
-    rows: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    bonus: int = 0
-    drawn: int = 0
-    fallbacks: int = 0
-    depth: float = 0.0
-    proposed_at: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
 
-    def verified(self, rows: Many[tuple[Drawn, int]], all_rows: int) -> None:
-        self.steps += 1
-        self.rows += len(rows)
-        self.depth = sum(row.drafts for row, _ in rows) / all_rows
-        for row, kept in rows:
-            agreed = min(row.agreed, kept)
-            self.proposed += row.drafts
-            self.accepted += agreed
-            self.bonus += kept > row.drafts
-            self.drawn += kept
-            more = row.drafts - len(self.proposed_at)
-            self.proposed_at += [0] * more
-            self.accepted_at += [0] * more
-            for place in range(row.drafts):
-                self.proposed_at[place] += 1
-                self.accepted_at[place] += place < agreed
-
-    def frozen(self) -> SpecCounters:
-        return SpecCounters(
-            steps=self.steps,
-            rows=self.rows,
-            proposed=self.proposed,
-            accepted=self.accepted,
-            bonus=self.bonus,
-            drawn=self.drawn,
-            fallbacks=self.fallbacks,
-            depth=self.depth,
-            proposed_at=tuple(self.proposed_at),
-            accepted_at=tuple(self.accepted_at),
-        )
+def _by_place(before: tuple[int, ...], counts: Many[int], places: int) -> tuple[int, ...]:
+    """With the first so many places of each row counted once more; at least ``places`` of them."""
+    filled, rising = before + (0,) * (places - len(before)), sorted(counts)
+    return tuple(seen + len(rising) - bisect_right(rising, place) for place, seen in enumerate(filled))

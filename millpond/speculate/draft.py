@@ -29,7 +29,8 @@ from millpond.sample.sampler import Picks
 from millpond.sample.state import SamplingState
 from millpond.speculate.draft_picks import DraftPicks
 from millpond.speculate.draft_prompts import DraftPrompts, prompt_of_row
-from millpond.types import GRID, MOST_DRAFT_TOKENS, SamplingParams
+from millpond.speculate.proposer import Offer, Proposer, Source
+from millpond.types import GRID, MOST_DRAFT_TOKENS, Request, SpecMode
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ CATCH_UP = 16
 """Tokens that a row may be behind, the newest one not counted: more are read like a prompt."""
 ROOM = CATCH_UP + 1 + MOST_DRAFT_TOKENS
 """Most tokens that one call of ``propose`` adds to a row."""
+SOURCE = Source(SpecMode.DRAFT, first_chance=0.6)
 TRIM_SHARE = 0.5
 """Above this share of the limit, memory that rows have left is given back before another prompt is read."""
 
@@ -58,7 +60,7 @@ class _Request:
     """The draft's numbers overflow on it: it is left alone from then on."""
 
 
-class Draft:
+class Draft(Proposer):
     """Proposes tokens for the requests it has been told of and has read."""
 
     def __init__(
@@ -103,9 +105,10 @@ class Draft:
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    def begin(self, name: str, tokens: Sequence[int], params: SamplingParams, salt: str) -> None:
+    def begin(self, request: Request) -> None:
         """A request for which there may be proposals. Raises ValueError for parameters that are none."""
-        self._requests[name] = _Request(self._picks.state(params), self._prompts.visit(tokens, salt), tokens)
+        visit = self._prompts.visit(request.tokens, request.cache_salt)
+        self._requests[request.id] = _Request(self._picks.state(request.params), visit, request.tokens)
 
     def end(self, name: str) -> None:
         """The request is over. An unknown name is no mistake. Never raises."""
@@ -143,25 +146,25 @@ class Draft:
     def read(self, name: str, tokens: Sequence[int], most: int) -> bool:
         """Read on, all but the newest of ``tokens``: ``most`` of them, or up to the next multiple of GRID.
 
-        Returns ``ready``. A row that is far behind is read on like a prompt, so call it only for a request that is to
-        have proposals.
+        A row that is far behind is read on like a prompt, so call it only for a request that is to have proposals.
         """
         with self._cleared_on_failure():
-            return self._read(name, tokens, most)
+            self._read(name, tokens, most)
+        return self._requests[name].prompt is not None or name in self._batch
 
-    def _read(self, name: str, tokens: Sequence[int], most: int) -> bool:
+    def _read(self, name: str, tokens: Sequence[int], most: int) -> None:
         request = self._requests[name]
         request.tokens = tokens
         if request.unsound or len(tokens) >= self._model.context_length:
             self._let_go(name)
-            return False
+            return
         if self.ready(name, tokens):
-            return True
+            return
         if request.prompt is None:
             if self.nbytes > self._budget.limit_bytes * TRIM_SHARE:
                 self._lane.trim()
             if self._needed({name: len(tokens)}) > self._budget.limit_bytes:
-                return False
+                return
             request.prompt = self._lifted(name) if name in self._batch else self._prompts.begin(request.visit, tokens)
         prompt, start, total = request.prompt, request.prompt.length, len(tokens) - 1
         end = total if total - start <= most else min(total, max((start + most) // GRID, start // GRID + 1) * GRID)
@@ -169,10 +172,9 @@ class Draft:
         self._prompts.chunk_done(request.visit, tokens, prompt, start)
         self._lane.reserve(total, end / max(1, total))
         if end < total:
-            return False
+            return
         self._lane.adopt(name, prompt)
         request.prompt, request.joined_at = None, total
-        return True
 
     def ready(self, name: str, tokens: Sequence[int]) -> bool:
         """Whether ``propose`` would say something about it."""
@@ -180,10 +182,11 @@ class Draft:
             return False
         return len(tokens) - self._agreed(name, tokens) <= CATCH_UP + 1
 
-    def reads(self, name: str) -> bool:
-        """Whether reading on for a request, after ``read``, leads to proposals: it has a prompt or a row."""
-        request = self._requests[name]
-        return not request.unsound and (request.prompt is not None or name in self._batch)
+    def behind(self, name: str, tokens: Sequence[int]) -> Source | None:
+        return None if self.ready(name, tokens) else SOURCE
+
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:  # noqa: ARG002
+        return Offer(name, most, SOURCE) if self.ready(name, tokens) else None
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Tokens that this model has none for are read as its last one: what is beyond its embeddings is not memory."""

@@ -1,17 +1,26 @@
 """Proposals by looking back: what followed the last time these tokens were seen.
 
 A request looks in its own prompt and answer, in the prediction that its client sent along, and in past answers to
-requests with the same salt. All of it belongs to the engine's thread.
+requests with the same salt. The longest match of all decides, so these are one proposer. All of it belongs to the
+engine's thread.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from millpond.speculate.ngrams import LEVELS, LONGEST, SEPARATOR, Ngrams
+from millpond.speculate.proposer import Offer, Proposer, Source
+from millpond.types import Request, SpecMode
 
 MOST_SALTS = 64
+PREDICTED = 4, 1024
+"""Of a prediction so many times the longest answer is used, and so many tokens more: what is beyond cannot come."""
+LENGTHS = (2, 3, 4, 6, 9, 17)
+"""Matches are sorted by how many tokens agree before the draft: a long match is right more often than a short one."""
+SOURCES = tuple(Source(SpecMode.NGRAM, chance) for chance in (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9))
 
 
 class Proposal(NamedTuple):
@@ -139,3 +148,48 @@ class PastOutputs:
             self._indices[salt] = Ngrams(kept)
         else:
             del self._indices[salt]
+
+
+def source_of(match: int) -> Source:
+    """The kind of draft tokens that a match of so many tokens gives."""
+    return SOURCES[bisect_right(LENGTHS, match)]
+
+
+class NgramProposer(Proposer):
+    """What followed the last tokens before, for each request."""
+
+    def __init__(self, vocab_size: int, *, shared: bool) -> None:
+        """``vocab_size``: ids from there on are never proposed. ``shared``: past answers are looked in, too."""
+        self._vocab_size = vocab_size
+        self._past = PastOutputs() if shared else None
+        self._requests: dict[str, Request] = {}
+        self._lookups: dict[str, Lookup] = {}
+        """Each made when it is first asked: a long text takes milliseconds."""
+
+    def begin(self, request: Request) -> None:
+        self._requests[request.id] = request
+
+    def end(self, name: str) -> None:
+        self._requests.pop(name, None)
+        self._lookups.pop(name, None)
+
+    def answered(self, salt: str, answer: Sequence[int]) -> None:
+        if self._past is not None:
+            self._past.add(salt, answer)
+
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:
+        request = self._requests[name]
+        lookup = self._lookups.get(name)
+        if lookup is None:
+            lookup = self._lookups[name] = self._lookup(request)
+        lookup.extend(tokens[len(lookup) :])
+        shared = self._past.of(request.cache_salt) if self._past is not None else None
+        found, match = lookup.propose(most + unread, shared)
+        coming = found[unread:]
+        return Offer(name, len(coming), source_of(match), coming) if coming else None
+
+    def _lookup(self, request: Request) -> Lookup:
+        times, more = PREDICTED
+        prediction = request.prediction[: times * request.params.max_tokens + more]
+        # A tokenizer may know ids that the model has no embedding for.
+        return Lookup([token if 0 <= token < self._vocab_size else SEPARATOR for token in prediction])

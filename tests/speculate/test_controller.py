@@ -11,12 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.schedule.costs import CostModel
-from millpond.speculate.controller import DRAFT_MODEL, Controller, Offer, source_of
+from millpond.speculate.controller import Controller
+from millpond.speculate.lookup import SOURCES, source_of
 from millpond.speculate.pace import Curve, Pace, measured
+from millpond.speculate.proposer import Offer, Source
+from millpond.types import SpecMode
 
 CPU = Curve(((1, 50.0), (2, 52.0), (4, 60.0), (8, 76.0), (16, 108.0), (32, 160.0)))
 GPU = Curve(((1, 10.0), (8, 11.0), (16, 16.0), (32, 30.0)))
 MOST = 15
+DRAFT_MODEL = Source(SpecMode.DRAFT, first_chance=0.6)
 
 
 def steps(curve: Curve, rows: int) -> Callable[[int], float]:
@@ -29,7 +33,7 @@ class World:
 
     curve: Curve
     rows: int = 1
-    source: int = 0
+    source: Source = SOURCES[0]
     draft_cost: float = 0.0
     noise: Callable[[], float] = lambda: 1.0
     seed: int = 0
@@ -42,7 +46,7 @@ class World:
         costs = CostModel()
         for _ in range(30):
             costs.observe_decode(self.rows, 100, 50.0)
-        self.controller = Controller(costs, Pace(self.curve), draft_share=self.draft_cost)
+        self.controller = Controller(costs, Pace(self.curve), shares={self.source.mode: self.draft_cost})
         self.chooser = random.Random(self.seed)
         self.true = steps(self.curve, self.rows)
 
@@ -62,7 +66,12 @@ class World:
             drawn += taken + 1
         forward, draft = self.true(depth + 1), self.draft_cost * depth
         self.controller.verified(
-            results, drawn, self.rows, 100 * self.rows, 50.0 * forward * self.noise(), 50.0 * draft * self.noise()
+            results,
+            drawn,
+            self.rows,
+            100 * self.rows,
+            50.0 * forward * self.noise(),
+            {self.source.mode: 50.0 * draft * self.noise()} if draft else {},
         )
         self.time += forward + draft
         self.tokens += drawn
@@ -77,8 +86,8 @@ class World:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
-@pytest.mark.parametrize("source", [0, 1, 4, 6, DRAFT_MODEL])
-def test_useless_guesses_cost_next_to_nothing(rows: int, source: int) -> None:
+@pytest.mark.parametrize("source", [SOURCES[0], SOURCES[1], SOURCES[4], SOURCES[6], DRAFT_MODEL])
+def test_useless_guesses_cost_next_to_nothing(rows: int, source: Source) -> None:
     world = World(CPU, rows, source, draft_cost=0.2 if source == DRAFT_MODEL else 0.0)
     assert world.run(64, 0.0) > 0.97
     assert (
@@ -89,7 +98,7 @@ def test_useless_guesses_cost_next_to_nothing(rows: int, source: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_good_guesses_are_used_to_the_full(rows: int) -> None:
-    world = World(CPU, rows, source=5)
+    world = World(CPU, rows, source=SOURCES[5])
     world.run(64, 0.98)
     best = max((1 + sum(0.98**n for n in range(1, k + 1))) / steps(CPU, rows)(k + 1) for k in range(MOST + 1))
     assert world.run(2000, 0.98) > 0.9 * best
@@ -103,7 +112,7 @@ def test_what_has_become_good_is_found_out_again() -> None:
 
 
 def test_a_row_that_is_never_right_does_not_spoil_its_neighbours() -> None:
-    world = World(GPU, 4, source=5)
+    world = World(GPU, 4, source=SOURCES[5])
     chances = {"r0": 0.0, "r1": 0.95, "r2": 0.95, "r3": 0.95}
     for _ in range(300):
         world.step(chances.__getitem__)
@@ -112,7 +121,7 @@ def test_a_row_that_is_never_right_does_not_spoil_its_neighbours() -> None:
 
 def test_a_machine_that_pauses_is_not_taken_for_bad_guesses() -> None:
     chooser = random.Random(3)
-    world = World(CPU, 1, source=5, noise=lambda: chooser.choice([0.8, 1.0, 1.0, 1.2, 6.0]))
+    world = World(CPU, 1, source=SOURCES[5], noise=lambda: chooser.choice([0.8, 1.0, 1.0, 1.2, 6.0]))
     world.run(64, 0.95)
     assert world.run(2000, 0.95) > 2.0
 
@@ -122,11 +131,11 @@ def test_a_machine_that_pauses_is_not_taken_for_bad_guesses() -> None:
     st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 1.0])), min_size=1, max_size=30),
     st.sampled_from([1, 3, 8]),
     st.sampled_from([CPU, GPU]),
-    st.sampled_from([0, 1, 3, DRAFT_MODEL]),
+    st.sampled_from([SOURCES[0], SOURCES[1], SOURCES[3], DRAFT_MODEL]),
     st.integers(0, 9),
 )
 def test_whatever_the_text_the_loss_is_bounded(
-    parts: list[tuple[int, float]], rows: int, curve: Curve, source: int, seed: int
+    parts: list[tuple[int, float]], rows: int, curve: Curve, source: Source, seed: int
 ) -> None:
     world = World(curve, rows, source, draft_cost=0.3 if source == DRAFT_MODEL else 0.0, seed=seed)
     for tokens, chance in parts:
@@ -138,24 +147,25 @@ def test_whatever_the_text_the_loss_is_bounded(
 
 def test_may_read_while_it_is_worth_it() -> None:
     world = World(CPU, 1, DRAFT_MODEL, draft_cost=0.1)
-    assert world.controller.may_read(MOST)
+    assert world.controller.may_read(DRAFT_MODEL, MOST)
     world.run(200, 0.0)
-    assert not world.controller.may_read(MOST)
+    assert not world.controller.may_read(DRAFT_MODEL, MOST)
     for _ in range(600):
         world.controller.plain()
-    assert world.controller.may_read(MOST)  # to find out
-    assert not world.controller.may_read(MOST, read_ms=500.0)
+    assert world.controller.may_read(DRAFT_MODEL, MOST)  # to find out
+    assert not world.controller.may_read(DRAFT_MODEL, MOST, read_ms=500.0)
 
 
 def test_matches_are_sorted_by_length() -> None:
-    assert [source_of(length) for length in (1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 32)] == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    kinds = [SOURCES.index(source_of(length)) for length in (1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 32)]
+    assert kinds == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6]
 
 
 def test_nothing_to_choose_from() -> None:
     controller = Controller(CostModel(), Pace(Curve()))
     assert controller.choose([], 3) == 0
     controller.forget("unknown")
-    controller.verified({}, 3, 3, 0, 50.0, 0.0)
+    controller.verified({}, 3, 3, 0, 50.0, {})
 
 
 def test_the_curve_between_and_beyond_its_points() -> None:
@@ -199,19 +209,19 @@ def test_corrections_follow_what_is_seen_again_and_again() -> None:
 def test_plain_steps_that_were_never_seen_do_not_make_guesses_look_free() -> None:
     controller = Controller(CostModel(), Pace(CPU))
     for _ in range(100):
-        offers = [Offer(f"r{row}", MOST, 0) for row in range(32)]
+        offers = [Offer(f"r{row}", MOST, SOURCES[0]) for row in range(32)]
         if not (depth := controller.choose(offers, 32)):
             break
         results = {offer._replace(most=depth): 0 for offer in offers}
-        controller.verified(results, 32, 32, 3200, 5.0 * (1 + depth), 0.0)  # costs tells 82 ms for a plain step
+        controller.verified(results, 32, 32, 3200, 5.0 * (1 + depth), {})  # costs tells 82 ms for a plain step
     assert not depth
 
 
 def test_forced_guesses_are_not_the_budgets() -> None:
-    world = World(CPU, 1, source=5)
+    world = World(CPU, 1, source=SOURCES[5])
     for _ in range(100):
-        world.controller.verified({Offer("r0", MOST, 5): 0}, 1, 1, 100, 110.0, 0.0, charged=False)
-    assert world.controller.choose([Offer("r1", MOST, 5)], 1) > 0
+        world.controller.verified({Offer("r0", MOST, SOURCES[5]): 0}, 1, 1, 100, 110.0, {}, charged=False)
+    assert world.controller.choose([Offer("r1", MOST, SOURCES[5])], 1) > 0
 
 
 @pytest.mark.parametrize("way", ["verified", "read", "waited"])
@@ -220,21 +230,21 @@ def test_no_debt_is_so_large_that_it_is_not_paid_back(way: str) -> None:
     controller = Controller(CostModel(), Pace(CPU))
     for _ in range(200):
         if way == "verified":
-            controller.verified({Offer("r0", MOST, 0): 0}, 1, 1, 100, 1e6, 0.0)
+            controller.verified({Offer("r0", MOST, SOURCES[0]): 0}, 1, 1, 100, 1e6, {})
         elif way == "read":
-            controller.may_read(0, read_ms=1e6)
+            controller.may_read(DRAFT_MODEL, 0, read_ms=1e6)
         else:
             controller.waited()
-    assert controller.choose([Offer("r1", MOST, 0)], 1) == 0
+    assert controller.choose([Offer("r1", MOST, SOURCES[0])], 1) == 0
     for _ in range(600):
         controller.plain()
-    assert controller.choose([Offer("r1", MOST, 0)], 1) > 0
+    assert controller.choose([Offer("r1", MOST, SOURCES[0])], 1) > 0
 
 
 def test_waiting_in_vain_is_not_for_ever() -> None:
-    world = World(CPU, 1, source=5)
+    world = World(CPU, 1, source=SOURCES[5])
     waits = 0
-    while world.controller.choose([Offer("r0", MOST, 5)], 1, unread=1):
+    while world.controller.choose([Offer("r0", MOST, SOURCES[5])], 1, unread=1):
         world.controller.waited()
         waits += 1
     assert 5 < waits < 100

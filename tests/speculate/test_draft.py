@@ -22,7 +22,7 @@ from millpond.model.load import LoadedModel, kept_as, load
 from millpond.model.upstream import new_cache
 from millpond.speculate.draft import CATCH_UP, Draft
 from millpond.speculate.vocabulary import vocabulary_differs
-from millpond.types import GRID, SamplingParams
+from millpond.types import GRID, Request, Salt, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 LIMIT = 1 << 28
@@ -76,13 +76,17 @@ def tokens_of(chooser: random.Random, count: int) -> list[int]:
     return [chooser.randrange(VOCAB) for _ in range(count)]
 
 
+def begin(draft: Draft, name: str, tokens: Sequence[int], params: SamplingParams = GREEDY, salt: str = "") -> None:
+    draft.begin(Request(id=name, tokens=list(tokens), params=params, cache_salt=Salt(salt)))
+
+
 def read(draft: Draft, name: str, tokens: Sequence[int], most: int = 1000) -> int:
     """Read until it is ready; how many calls that took."""
-    calls = 1
-    while not draft.read(name, tokens, most):
+    calls = 0
+    while not draft.ready(name, tokens):
+        assert draft.read(name, tokens, most)
         calls += 1
         assert calls < 100
-    assert draft.ready(name, tokens)
     return calls
 
 
@@ -104,7 +108,7 @@ class Story:
         params = self.params[self.came % len(self.params)]
         self.came += 1
         self.committed[name], self.asked_for[name] = tokens_of(self.chance, length), params
-        self.draft.begin(name, self.committed[name], params, "")
+        begin(self.draft, name, self.committed[name], params)
         read(self.draft, name, self.committed[name], self.chance.choice([40, 64, 200, 1000]))
 
     def leave(self) -> None:
@@ -207,7 +211,7 @@ def test_a_draft_equal_to_its_target_is_always_right(folders: dict[str, Path], k
     prompt = tokens_of(random.Random(3), 50)
     answer = reference(model.network, prompt, 60)
     draft, tokens = Draft(model, VOCAB, LIMIT, 0), list(prompt)
-    draft.begin("x", tokens, GREEDY, "")
+    begin(draft, "x", tokens)
     read(draft, "x", tokens)
     while len(tokens) + 6 <= len(prompt) + len(answer):
         drafts = draft.propose({"x": 5}, {"x": tokens})["x"]
@@ -221,7 +225,7 @@ def test_as_many_as_one_step_can_verify_and_the_same_again(model: LoadedModel) -
     draft, tokens = Draft(model, VOCAB, LIMIT, 0), tokens_of(random.Random(4), 90)
     other = tokens_of(random.Random(5), 80)
     for name, its in (("x", tokens), ("y", other)):
-        draft.begin(name, its, GREEDY, "")
+        begin(draft, name, its)
         read(draft, name, its)
     for _ in range(3):
         other += tokens_of(random.Random(6), CATCH_UP)  # so that the row beside it is padded far
@@ -240,7 +244,7 @@ def test_restored_prefixes_give_the_same_proposals(model: LoadedModel) -> None:
     draft = Draft(model, VOCAB, LIMIT, LIMIT)
     calls, proposals = [], []
     for name, salt in (("a", ""), ("b", ""), ("c", "other")):
-        draft.begin(name, prompt, GREEDY, salt)
+        begin(draft, name, prompt, GREEDY, salt)
         calls.append(read(draft, name, prompt, GRID))
         proposals.append(draft.propose({name: 6}, {name: prompt})[name])
         draft.end(name)
@@ -259,7 +263,7 @@ def test_the_next_turn_of_a_conversation_finds_the_answer(llama: LoadedModel) ->
     said = story.committed["r0"]
     story.draft.end("r0")
     following = [*said, *tokens_of(story.chance, 40)]
-    story.draft.begin("next", following, GREEDY, "")
+    begin(story.draft, "next", following)
     assert read(story.draft, "next", following, 2 * GRID) == 1
     assert_greedy(llama.network, following, story.draft.propose({"next": 5}, {"next": following})["next"])
 
@@ -267,12 +271,12 @@ def test_the_next_turn_of_a_conversation_finds_the_answer(llama: LoadedModel) ->
 def test_what_was_guessed_and_refused_is_not_kept(llama: LoadedModel) -> None:
     """The guesses reach into the next block, whose tokens then become others."""
     draft, tokens = Draft(llama, VOCAB, LIMIT, LIMIT), tokens_of(random.Random(12), 2 * GRID - 4)
-    draft.begin("x", tokens, GREEDY, "")
+    begin(draft, "x", tokens)
     read(draft, "x", tokens)
     guesses = draft.propose({"x": 8}, {"x": tokens})["x"]
     tokens += [(guess + 1) % VOCAB for guess in guesses]
     draft.end("x")
-    draft.begin("y", tokens, GREEDY, "")
+    begin(draft, "y", tokens)
     read(draft, "y", tokens)
     assert_greedy(llama.network, tokens, draft.propose({"y": 6}, {"y": tokens})["y"])
 
@@ -282,7 +286,7 @@ def test_a_cache_keeps_to_its_limit(llama: LoadedModel) -> None:
     draft = Draft(llama, VOCAB, LIMIT, limit)
     for seed in range(4):
         prompt = tokens_of(random.Random(seed), 200)
-        draft.begin("x", prompt, GREEDY, "")
+        begin(draft, "x", prompt)
         read(draft, "x", prompt)
         draft.end("x")
         assert 0 < draft.cached_bytes <= limit
@@ -297,7 +301,7 @@ def test_proposals_are_in_the_served_models_vocabulary(llama: LoadedModel, size:
     """Padded to another size: what only one of the two knows is never proposed, and does no harm when read."""
     draft, chance = Draft(llama, size, LIMIT, 0), random.Random(9)
     tokens = [chance.randrange(size) for _ in range(30)]
-    draft.begin("x", tokens, params, "")
+    begin(draft, "x", tokens, params)
     read(draft, "x", tokens)
     for _ in range(12):
         drafts = draft.propose({"x": 4}, {"x": tokens})["x"]
@@ -311,7 +315,7 @@ def test_proposals_are_in_the_served_models_vocabulary(llama: LoadedModel, size:
 
 def test_requests_beyond_the_models_context_get_no_proposals(llama: LoadedModel) -> None:
     draft, tokens = Draft(llama, VOCAB, LIMIT, 0), tokens_of(random.Random(1), CONTEXT - 3)
-    draft.begin("x", tokens, GREEDY, "")
+    begin(draft, "x", tokens)
     read(draft, "x", tokens)
     assert len(draft.propose({"x": 8}, {"x": tokens})["x"]) == 3
     tokens += [1, 2, 3]
@@ -329,7 +333,7 @@ def test_memory_for_rows_is_limited(llama: LoadedModel) -> None:
     prompts = {name: tokens_of(chance, 150) for name in "abcd"}
     fitting = []
     for name, tokens in prompts.items():
-        draft.begin(name, tokens, GREEDY, "")
+        begin(draft, name, tokens)
         if draft.read(name, tokens, 1000):
             fitting.append(name)
         assert draft.nbytes <= limit
@@ -356,7 +360,7 @@ def test_a_row_that_overflows_is_left_alone(model: LoadedModel) -> None:
     try:
         model.network.model.embed_tokens = Poisoned(sound, poisoned)
         for name, tokens in prompts.items():
-            draft.begin(name, tokens, GREEDY, "")
+            begin(draft, name, tokens)
             read(draft, name, tokens)
         prompts["b"].append(poisoned)
         proposals = draft.propose({"a": 3, "b": 3}, prompts)
@@ -366,7 +370,7 @@ def test_a_row_that_overflows_is_left_alone(model: LoadedModel) -> None:
     assert_greedy(model.network, prompts["a"], proposals["a"])
     assert not draft.read("b", prompts["b"], 1000)
     prompts["c"] = prompts["a"][:40]
-    draft.begin("c", prompts["c"], GREEDY, "")
+    begin(draft, "c", prompts["c"])
     read(draft, "c", prompts["c"])
     again = draft.propose({"c": 4, "a": 2}, prompts)
     assert again.keys() == {"a", "c"}
@@ -420,7 +424,7 @@ def test_usable_again_after_a_failure(model: LoadedModel) -> None:
     draft = Draft(replace(model, network=breaking), VOCAB, LIMIT, 0)
     prompts = {name: tokens_of(random.Random(ord(name)), 40) for name in "ab"}
     for name, tokens in prompts.items():
-        draft.begin(name, tokens, GREEDY, "")
+        begin(draft, name, tokens)
         read(draft, name, tokens)
     with pytest.raises(RuntimeError, match="gone"):
         draft.propose({"a": 6, "b": 6}, prompts)

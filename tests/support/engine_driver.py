@@ -32,8 +32,9 @@ from millpond.schedule.costs import CostModel
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.settings import PrefixSettings, SavePolicy
 from millpond.speculate.controller import Controller
-from millpond.speculate.draft import Draft
+from millpond.speculate.lookup import NgramProposer
 from millpond.speculate.pace import Curve, Pace
+from millpond.speculate.proposer import Proposer
 from millpond.types import Finish, PrefixReport, Request, SamplingParams, SpecMode, SpecSettings, TokenLogprob
 from millpond.wire import Beat, Cancel, Deltas, Failed, FromEngine, Submit
 
@@ -75,7 +76,7 @@ class Driver:
         ssd: SsdTier | None = None,
         inbox: Inbox | None = None,
         spec: SpecSettings | None = None,
-        draft: Draft | None = None,
+        draft: Proposer | None = None,
     ) -> None:
         """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``. Without ``spec``, no guesses."""
         self.inbox: Inbox = inbox or queue.SimpleQueue()
@@ -92,9 +93,14 @@ class Driver:
             budget=MemoryBudget(model.sizes, limit_bytes, max_chunk),
             prefixes=self.prefixes,
         )
-        modes = [SpecMode.NGRAM, SpecMode.DRAFT][: 1 + (draft is not None)] if self.capabilities.slots else []
+        spec = spec or SpecSettings()
+        proposers: dict[SpecMode, Proposer] = {}
+        if self.capabilities.slots:
+            proposers[SpecMode.NGRAM] = NgramProposer(model.vocab_size, shared=spec.shared)
+        if draft is not None:
+            proposers[SpecMode.DRAFT] = draft
         self.controller = Controller(ready.costs, Pace(Curve()))
-        self.speculator = Speculator(spec or SpecSettings(), modes, 7, model.vocab_size, self.controller, draft)
+        self.speculator = Speculator(spec, proposers, 7, self.controller)
         self.scheduler = Scheduler(Limits(max_batch, 400, max_chunk), ready.budget, ready.costs)
         self.engine = Engine(ready, self.scheduler, Executor(ready), self.speculator, self.inbox, self)
 
@@ -163,10 +169,9 @@ class Driver:
         self.engine.rest()
         assert all(outcome.endings == 1 for outcome in self.outcomes.values())
         assert not self.engine._sequences
-        assert not self.speculator._guessers
         assert not self.controller._rows
         assert (self.beat.running, self.beat.waiting, self.beat.kv_bytes) == (0, 0, 0)
-        assert not self.speculator._guessers, "what guesses for a request goes with it"
+        assert not self.speculator._requests, "what proposes for a request goes with it"
 
 
 def prefix_cache(

@@ -14,7 +14,8 @@ from tiny_models import VOCAB, opened, save
 from millpond.model.load import LoadedModel
 from millpond.model.opened import open_model
 from millpond.model.probe import Capabilities
-from millpond.speculate.draft import Draft
+from millpond.speculate.draft import SOURCE, Draft
+from millpond.speculate.proposer import Offer, Proposer
 from millpond.types import (
     KvPacking,
     Request,
@@ -42,7 +43,7 @@ def capabilities(kind: str, bits: int = 0) -> Capabilities:
     return opened(kind, KvPacking(bits=bits, group_size=32)).capabilities
 
 
-class Oracle(Draft):
+class Oracle(Proposer):
     """Knows the answers, and tells the truth with a chance of its own for every request; else it says anything."""
 
     def __init__(self, answers: Mapping[str, Sequence[int]], chances: Mapping[str, float], seed: int = 0) -> None:
@@ -52,24 +53,14 @@ class Oracle(Draft):
         self._prompts: dict[str, int] = {}
         self.calls = 0
 
-    @property
-    def nbytes(self) -> int:
-        return 0
-
-    def begin(self, name: str, tokens: Sequence[int], params: SamplingParams, salt: str) -> None:
-        self._prompts[name] = len(tokens)
+    def begin(self, request: Request) -> None:
+        self._prompts[request.id] = len(request.tokens)
 
     def end(self, name: str) -> None:
         del self._prompts[name]
 
-    def trim(self) -> None:
-        pass
-
-    def read(self, name: str, tokens: Sequence[int], most: int) -> bool:
-        return True
-
-    def ready(self, name: str, tokens: Sequence[int]) -> bool:
-        return True
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:
+        return Offer(name, most, SOURCE)
 
     def propose(self, wanted: Mapping[str, int], tokens: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         self.calls += 1

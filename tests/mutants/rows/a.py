@@ -41,7 +41,7 @@ BREAKS = [
         by=("test_a_second_signal_forces_exit",),
     ),
     Break(
-        name="A4-guesser-kept",
+        name="A4-draft-tokens-kept",
         file="millpond/engine/speculation.py",
         old="        self.stop(sequence.request.id)\n",
         new="",

@@ -35,9 +35,9 @@ BREAKS = [
     ),
     Break(
         name="E9-past-answers-for-all",
-        file="millpond/engine/speculation.py",
-        old="return self._past.of(sequence.request.cache_salt)",
-        new='return self._past.of(next(iter(self._past._indices), ""))',
+        file="millpond/speculate/lookup.py",
+        old="self._past.of(request.cache_salt)",
+        new='self._past.of(next(iter(self._past._indices), ""))',
         by=("test_past_answers_of_others_are_not_guessed_from",),
     ),
     Break(

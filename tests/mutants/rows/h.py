@@ -57,8 +57,8 @@ BREAKS = [
     Break(
         name="H6-all-count-as-accepted",
         file="millpond/engine/speculation.py",
-        old="self.accepted += agreed",
-        new="self.accepted += row.drafts",
+        old="accepted=before.accepted + sum(agreed)",
+        new="accepted=before.accepted + sum(drafts)",
         by=("test_a_draft_model_and_the_text_itself",),
     ),
 ]
