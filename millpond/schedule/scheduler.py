@@ -270,8 +270,12 @@ class Scheduler:
             request.preempted += 1
             request.back_to_waiting(request.need)
         for chunk in plan.prefill:
-            if chunk.id in self._requests:
-                self._advance(self._requests[chunk.id], chunk.end, chunk.last)
+            reading = self._requests.get(chunk.id)
+            if reading is not None:
+                reading.done = chunk.end
+                if chunk.last:
+                    reading.in_row, reading.length, reading.done = True, reading.prefill, 0
+                    self._rows[chunk.id] = reading
         for request in self._rows.values():
             request.length += 1
         self._step += 1
@@ -330,7 +334,9 @@ class Scheduler:
                 if request.wants is not None and computing.get(request.wants, request.priority - 1) >= request.priority:
                     continue  # the block that it needs next is being computed: it will restore that one
                 # Nobody starts past the first that has to wait for memory, or a large request would wait for ever.
-                may_start = self._admits(reserved, request)
+                may_start = reserved.count < self._limits.max_batch and reserved.has_room_for(
+                    request, self._limits.grid
+                )
                 if not may_start:
                     continue
                 reserved.add(request)
@@ -372,12 +378,3 @@ class Scheduler:
             found[request.id] = counts[request.client]
             counts[request.client] += 1
         return found
-
-    def _admits(self, reserved: MemoryReservation, request: SchedulerRequest) -> bool:
-        return reserved.count < self._limits.max_batch and reserved.has_room_for(request, self._limits.grid)
-
-    def _advance(self, request: SchedulerRequest, end: int, last: bool) -> None:
-        request.done = end
-        if last:
-            request.in_row, request.length, request.done = True, request.prefill, 0
-            self._rows[request.id] = request

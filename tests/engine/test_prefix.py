@@ -29,7 +29,7 @@ from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.records import BLOCK, Kind
 from millpond.prefix.visit import End
 from millpond.settings import SavePolicy
-from millpond.types import Finish, PrefixReport
+from millpond.types import Finish, PrefixReport, StepPlan
 
 TOP = 20
 ANSWER = 8
@@ -412,13 +412,13 @@ def test_preempted_requests_resume_from_the_cache() -> None:
     cached = prefix_cache(model("llama"))
     driven, counting = watched("llama", cached, max_batch=4, max_chunk=64, limit_bytes=kv * 2000)
     preempted: list[str] = []
-    execute = driven.engine._execute
+    commit = driven.scheduler.commit
 
-    def watching(plan: object) -> None:
-        preempted.extend(plan.preempt)  # type: ignore[attr-defined]
-        execute(plan)  # type: ignore[arg-type]
+    def watching(plan: StepPlan) -> None:
+        preempted.extend(plan.preempt)
+        commit(plan)
 
-    driven.engine._execute = watching  # type: ignore[method-assign]
+    driven.scheduler.commit = watching  # type: ignore[method-assign]
     prompts = {f"r{number}": prompt(150, seed=number) for number in range(4)}
     for name, tokens in prompts.items():
         driven.submit(request(name, tokens, 150))
