@@ -7,11 +7,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from waiting import alive, eventually
+from waiting import alive, eventually, run
 
 from millpond import wire
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
@@ -37,14 +37,6 @@ async def engine(script: str = "plain") -> AsyncIterator[EngineClient]:
 
 def request(name: str, tokens: list[int], max_tokens: int = 4) -> Request:
     return Request(id=name, tokens=tokens, params=SamplingParams(max_tokens=max_tokens))
-
-
-def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await test()
-
-    asyncio.run(limited())
 
 
 def check_counts(client: EngineClient) -> None:

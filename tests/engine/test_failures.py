@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from functools import cache
 
 import mlx.core as mx
 import msgspec
 import pytest
 from engine_driver import Driver, Outcome, prefix_cache, request
-from tiny_models import CONFIGS, VOCAB, capabilities, model
+from tiny_models import CONFIGS, VOCAB, capabilities, model, prompt
 
 from millpond.engine.requests import failure
 from millpond.sample.edits import RowEdits
@@ -28,11 +27,6 @@ OUT_OF_MEMORY = (
 
 def driver(kind: str = "llama", **options: int) -> Driver:
     return Driver(model(kind), capabilities=capabilities(kind), **options)  # type: ignore[arg-type]
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    chooser = random.Random(length * 1000 + seed)
-    return [chooser.randrange(VOCAB) for _ in range(length)]
 
 
 def alone(name: str, **params: object) -> Outcome:

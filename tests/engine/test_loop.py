@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, reference, request
-from tiny_models import CONFIGS, VOCAB, capabilities, model
+from tiny_models import CONFIGS, VOCAB, capabilities, model, prompt
 
 from millpond.kv.slots import KvSlot
 from millpond.types import ErrorKind, Finish
@@ -15,11 +13,6 @@ from millpond.types import ErrorKind, Finish
 
 def driver(kind: str, **options: int) -> Driver:
     return Driver(model(kind), capabilities=capabilities(kind), **options)  # type: ignore[arg-type]
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    chooser = random.Random(length * 1000 + seed)
-    return [chooser.randrange(VOCAB) for _ in range(length)]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

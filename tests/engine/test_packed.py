@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -21,7 +20,7 @@ from engine_driver import (
     request,
     settle,
 )
-from tiny_models import CONFIGS_WIDE, VOCAB, opened, save
+from tiny_models import CONFIGS_WIDE, opened, prompt, save
 
 from millpond.engine.link import Inbox
 from millpond.kv.format import KvFormat
@@ -52,11 +51,6 @@ def model(kind: str, packing: str = "int8", native: bool = True) -> LoadedModel:
 @cache
 def capabilities(kind: str, packing: str, native: bool) -> Capabilities:
     return probe(model(kind, packing, native))
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    chooser = random.Random(length * 1000 + seed)
-    return [chooser.randrange(VOCAB) for _ in range(length)]
 
 
 def ask(

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, prefix_cache, reference, request, settle
 from prefix_support import check_memory, check_tree
-from tiny_models import CONFIGS, SOLO_KINDS, VOCAB, capabilities, model
+from tiny_models import CONFIGS, SOLO_KINDS, capabilities, model, prompt
 
 from millpond.engine import prefixes
 from millpond.engine.link import Inbox
@@ -50,11 +50,6 @@ def ungrouped(kind: str) -> LoadedModel:
 
 def driver(kind: str, cached: PrefixCache | None, **options: object) -> Driver:
     return Driver(model(kind), capabilities=capabilities(kind), cache=cached, **options)  # type: ignore[arg-type]
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    chooser = random.Random(length * 1000 + seed)
-    return [chooser.randrange(VOCAB) for _ in range(length)]
 
 
 @cache

@@ -7,13 +7,14 @@ import gc
 import os
 import signal
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 
 import httpx
 import pytest
 import tiny_models
 from in_process import scripted, served, serving
+from waiting import run
 
 from millpond import wire
 from millpond.client import EngineClient, EngineUnavailable
@@ -27,14 +28,6 @@ REPLACING = "the server is replacing its model"
 @pytest.fixture(scope="module")
 def tokenizer(byte_tokenizer: Path) -> Tokenizer:
     return Tokenizer.load(byte_tokenizer)
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(60):
-            await test()
-
-    asyncio.run(limited())
 
 
 def ask(http: httpx.AsyncClient, prompt: list[int], max_tokens: int = 4, model: str = "") -> Awaitable[httpx.Response]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,6 @@ from millpond.launch.layout import GroupLayout, group_layout
 from millpond.types import GroupSettings, Request, SamplingParams
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_rank.py")))
-PATIENCE = 60.0
 
 
 def layout_for(**flags: str) -> GroupLayout:
@@ -57,14 +55,6 @@ def group_of(client: EngineClient) -> GroupSettings:
 
 def request(name: str, tokens: list[int], max_tokens: int = 4) -> Request:
     return Request(id=name, tokens=tokens, params=SamplingParams(max_tokens=max_tokens))
-
-
-def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(PATIENCE):
-            await test()
-
-    asyncio.run(limited())
 
 
 async def all_gone(pids: Iterable[int]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from group_support import alive, all_gone, run
+from group_support import alive, all_gone
+from waiting import run
 
 from millpond.types import GroupSettings
 

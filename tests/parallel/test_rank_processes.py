@@ -25,10 +25,9 @@ from group_support import (
     layout_for,
     local,
     request,
-    run,
     running,
 )
-from waiting import eventually, free_port
+from waiting import eventually, free_port, run
 
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable
 from millpond.client.watchdog import Watchdog

@@ -26,10 +26,9 @@ from group_support import (
     group_of,
     layout_for,
     request,
-    run,
     running,
 )
-from waiting import eventually, free_port
+from waiting import eventually, free_port, run
 
 from millpond.cli.group import group_plan, layout_of
 from millpond.client import EngineClient, EngineError, EngineState, EngineUnavailable

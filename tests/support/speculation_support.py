@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 
 import pytest
 from engine_driver import Driver, Outcome
-from tiny_models import VOCAB, opened, save
+from tiny_models import VOCAB, opened, prompt, save
 
 from millpond.model.load import LoadedModel
 from millpond.model.opened import open_model
@@ -73,11 +73,6 @@ class Oracle(Proposer):
             chance = self._chances.get(name, 0.0)
             found[name] = [t if self._chooser.random() < chance else self._chooser.randrange(VOCAB) for t in truth]
         return found
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    chooser = random.Random(length * 1000 + seed)
-    return [chooser.randrange(VOCAB) for _ in range(length)]
 
 
 def request(name: str, tokens: Sequence[int], most: int, /, **params: object) -> Request:

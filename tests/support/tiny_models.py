@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -180,3 +181,9 @@ def model(kind: str) -> LoadedModel:
 
 def capabilities(kind: str) -> Capabilities:
     return opened(kind).capabilities
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Tokens by chance, always the same ones."""
+    chooser = random.Random(length * 1000 + seed)
+    return [chooser.randrange(VOCAB) for _ in range(length)]

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,11 @@ async def eventually(
         assert time.monotonic() < deadline, answer
         await asyncio.sleep(PAUSE)
     return answer
+
+
+def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
+    """A test on an event loop of its own."""
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
 
 
 def alive(pid: int) -> bool:
