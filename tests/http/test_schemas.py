@@ -58,19 +58,9 @@ def test_without_a_seed_each_choice_draws_its_own() -> None:
 
 
 def test_fields_reach_the_sampler() -> None:
-    body = {
-        **PLAIN,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": -1,
-        "min_p": 0.1,
-        "repetition_penalty": 1.2,
-        "presence_penalty": -1,
-        "frequency_penalty": 1,
-        "logit_bias": {"3": -100, "4": 2.5},
-        "logprobs": 0,
-        "ignore_eos": True,
-    }
+    body = {**PLAIN, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.2}
+    body |= {"presence_penalty": -1, "frequency_penalty": 1, "logit_bias": {"3": -100, "4": 2.5}}
+    body |= {"logprobs": 0, "ignore_eos": True}
     params = generation(CompletionRequest, body).params(9, 0, [2])
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 0, 0.1)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.2, -1.0, 1.0)
@@ -89,14 +79,11 @@ def test_chat_logprobs(fields: dict[str, object], wanted: int | None) -> None:
 
 
 def test_the_newer_name_of_max_tokens() -> None:
-    assert generation(ChatRequest, {**CHAT, "max_completion_tokens": 5}).max_tokens == 5
+    newer = generation(ChatRequest, {**CHAT, "max_completion_tokens": 5})
+    assert (newer.max_tokens, newer.max_tokens_field) == (5, "max_completion_tokens")
     assert generation(ChatRequest, {**CHAT, "max_tokens": 5}).max_tokens == 5
-    assert generation(ChatRequest, CHAT).max_tokens is None
-    assert generation(CompletionRequest, PLAIN).max_tokens is None
-    assert (generation(CompletionRequest, PLAIN).default_tokens, generation(ChatRequest, CHAT).default_tokens) == (
-        16,
-        None,
-    )
+    chat, plain = generation(ChatRequest, CHAT), generation(CompletionRequest, PLAIN)
+    assert (chat.max_tokens, chat.default_tokens, plain.max_tokens, plain.default_tokens) == (None, None, None, 16)
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
