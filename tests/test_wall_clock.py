@@ -13,8 +13,7 @@ WALL = {"time", "time_ns", "now", "today", "utcnow"}
 DATES = {
     "bench/runner.py": 2,  # when a measurement was made, and texts that no earlier run has used
     "cli/doctor/tls.py": 1,  # whether a certificate has expired
-    "http/openai/chat.py": 1,  # created
-    "http/openai/completions.py": 1,
+    "http/openai/choices.py": 1,  # created
     "http/served_model.py": 1,
     "prefix/disk/age_clock.py": 1,  # ages of files outlive every other clock
     "prefix/disk/upkeep.py": 2,

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
@@ -18,7 +19,7 @@ from millpond.http.openai.completions import COMPLETIONS
 from millpond.http.prompts import read_prompts
 from millpond.http.reading import admit, read_request
 from millpond.http.rendering import Parsed
-from millpond.http.sse import WatchedResponse, send_json
+from millpond.http.sse import WatchedResponse, send_parts
 from millpond.http.tenants import salt_of
 from millpond.types import ErrorKind, PrefixReport
 
@@ -49,7 +50,7 @@ async def explain(http: Request) -> Response:
                 raise unavailable(str(error)) from error
             except EngineError as error:
                 raise from_engine(error) from error
-        await send_json(send, {"object": "list", "data": entries})
+        await send_parts(send, [msgspec.json.encode({"object": "list", "data": entries})])
 
     return WatchedResponse(work)
 

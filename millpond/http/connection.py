@@ -12,6 +12,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -43,15 +44,7 @@ def protocol(most: int, head_seconds: float, write_seconds: float) -> Callable[.
     """Makes uvicorn's connections: at most ``most``, each with ``head_seconds`` for a request's head, and cut when what
     was written stays unread for ``write_seconds`` (0: no limit)."""
 
-    def make(
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, object],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Connection:
-        return Connection(config, server_state, app_state, _loop, most, head_seconds, write_seconds)
-
-    return make
+    return partial(Connection, most=most, head_seconds=head_seconds, write_seconds=write_seconds)
 
 
 class Flow(FlowControl):
@@ -85,12 +78,13 @@ class Connection(H11Protocol):
         config: Config,
         server_state: ServerState,
         app_state: dict[str, object],
-        loop: asyncio.AbstractEventLoop | None,
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
         most: int,
         head_seconds: float,
         write_seconds: float,
     ) -> None:
-        super().__init__(config, server_state, app_state, loop)
+        super().__init__(config, server_state, app_state, _loop)
         self._most = most
         self._head_seconds = head_seconds
         self._head_timer: asyncio.TimerHandle | None = None

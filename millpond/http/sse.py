@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -83,11 +82,6 @@ class EventStream:
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def send_json(send: Send, payload: object) -> None:
-    """A whole 200 response."""
-    await send_parts(send, [msgspec.json.encode(payload)])
 
 
 async def send_parts(send: Send, body: list[bytes], more: Headers | None = None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import partial
 
 from millpond.http.events import Delta
-from millpond.http.openai.choices import Choice, ChoicesWriter, Json
+from millpond.http.openai.choices import Choice, ChoicesWriter, Json, described
 from millpond.http.openai.errors import error_response
 from millpond.http.openai.logprobs import ChatLogprobs, Render
 from millpond.http.openai.schemas import ChatRequest, parse, unknown_fields
@@ -20,14 +19,9 @@ class ChatWriter(ChoicesWriter):
     def __init__(self, answering: Answering, *, include_usage: bool, logprobs: bool) -> None:
         self._answering = answering
         self._logprobs = logprobs
-        head: Json = {
-            "id": f"chatcmpl-{answering.id}",
-            "created": int(time.time()),
-            "model": answering.model,
-            "system_fingerprint": f"millpond-{answering.fingerprint[:12]}",
-        }
+        head: Json = {"id": f"chatcmpl-{answering.id}", **described(answering)}
         chunk, whole = head | {"object": "chat.completion.chunk"}, head | {"object": "chat.completion"}
-        super().__init__(chunk, whole, include_usage)
+        super().__init__(chunk, whole, include_usage=include_usage)
 
     def choice(self) -> Choice:
         return Choice(ChatLogprobs(self._answering.tokenizer).render if self._logprobs else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from millpond.http.errors import ApiError
 from millpond.http.events import Delta, Event, Usage
 from millpond.http.openai.errors import error_body
 from millpond.http.openai.logprobs import GrowingLogprobs, Render
+from millpond.http.rendering import Answering
 from millpond.http.sse import COMMENT
 
 Json = dict[str, object]
@@ -48,7 +50,7 @@ class ChoicesWriter(ABC):
 
     keepalive = COMMENT
 
-    def __init__(self, chunk: Json, whole: Json, include_usage: bool) -> None:
+    def __init__(self, chunk: Json, whole: Json, *, include_usage: bool) -> None:
         """``chunk`` and ``whole``: what stands before the choices."""
         self._chunk = b"data: " + _opened(chunk)
         self._chunk_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
@@ -101,6 +103,12 @@ class ChoicesWriter(ABC):
 
     def _frame(self, choice: Json) -> bytes:
         return self._chunk + msgspec.json.encode(choice) + self._chunk_end
+
+
+def described(answering: Answering) -> Json:
+    """What is in every answer beside its id and kind."""
+    fingerprint = f"millpond-{answering.fingerprint[:12]}"
+    return {"created": int(time.time()), "model": answering.model, "system_fingerprint": fingerprint}
 
 
 def _opened(head: Json) -> bytes:

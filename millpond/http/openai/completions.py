@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import partial
 
 from millpond.http.events import Delta
-from millpond.http.openai.choices import Choice, ChoicesWriter, Json
+from millpond.http.openai.choices import Choice, ChoicesWriter, Json, described
 from millpond.http.openai.errors import error_response
 from millpond.http.openai.logprobs import CompletionLogprobs, Render
 from millpond.http.openai.schemas import CompletionRequest, parse, unknown_fields
@@ -21,14 +20,8 @@ class CompletionWriter(ChoicesWriter):
         self._answering = answering
         self._logprobs = logprobs
         self._echoed = echo
-        head: Json = {
-            "id": f"cmpl-{answering.id}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": answering.model,
-            "system_fingerprint": f"millpond-{answering.fingerprint[:12]}",
-        }
-        super().__init__(head, head, include_usage)
+        head: Json = {"id": f"cmpl-{answering.id}", "object": "text_completion", **described(answering)}
+        super().__init__(head, head, include_usage=include_usage)
 
     def choice(self) -> Choice:
         return Choice(CompletionLogprobs(self._answering.tokenizer).render if self._logprobs else None)
