@@ -144,7 +144,8 @@ class FrontEnd:
     async def replace(self, model: ServedModel, drain_seconds: float) -> None:
         """Serve ``model`` in the place of the one there is, which is drained and ended first: memory is for one. Until
         it can answer, requests get a 503 that says why. Raises OSError, TokenizerError or EngineUnavailable when it
-        cannot be had: then it keeps the place and says so, and another may replace it."""
+        cannot be had: then it keeps the place and says so, and another may replace it. Not to be cancelled halfway: the
+        place would be left to a model that nobody loads."""
         async with self._replacing:
             await self.model.close(drain_seconds, REPLACING)
             if self.draining:
