@@ -38,7 +38,7 @@ ROUNDS, STEPS = 3, 8
 
 def lane_of(model: LoadedModel, rows: int, context: int) -> SlotsLane:
     """Rows that hold zeros: the time does not depend on the numbers."""
-    lane = SlotsLane(model.specs)
+    lane = model.slots_lane()
     for row in range(rows):
         lane.adopt(str(row), new_prompt(model.network, model.form))
     lane.advance([context] * rows)

@@ -30,9 +30,10 @@ from tqdm import tqdm  # noqa: E402
 from millpond.kv.format import Arrays, KvFormat  # noqa: E402
 from millpond.model.forwards import decode, prefill  # noqa: E402
 from millpond.model.lanes import SlotsLane  # noqa: E402
+from millpond.model.leaves import Leaf  # noqa: E402
 from millpond.model.load import LoadedModel, kept_as, load  # noqa: E402
 from millpond.model.prompt import Piece, Prompt, new_prompt  # noqa: E402
-from millpond.model.upstream import LayerCache, cache_arrays, window_of  # noqa: E402
+from millpond.model.upstream import cache_arrays  # noqa: E402
 from millpond.native.decode import available  # noqa: E402
 from millpond.text.tokenizer import Tokenizer  # noqa: E402
 from millpond.types import KvPacking  # noqa: E402
@@ -98,11 +99,11 @@ class Growing(Protocol):
 class Unpacked:
     """A prompt's cache whose attention sees what packing leaves of each chunk; the packed arrays become ``pieces``."""
 
-    def __init__(self, leaf: LayerCache, form: KvFormat, pieces: list[Piece]) -> None:
-        self._leaf = leaf
+    def __init__(self, leaf: Leaf, form: KvFormat, pieces: list[Piece]) -> None:
+        self._cache = leaf.cache
         self._form = form
         self._pieces = pieces
-        self._exact = 0 if window_of(leaf) else form.packing.start
+        self._exact = leaf.exact(form)
         self._end = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -116,15 +117,15 @@ class Unpacked:
                 mx.concatenate([whole[:, :, :exact], part], axis=2)
                 for whole, part in zip((keys, values), rest, strict=True)
             )
-        return cast(Growing, self._leaf).update_and_fetch(keys, values)
+        return cast(Growing, self._cache).update_and_fetch(keys, values)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._leaf, name)
+        return getattr(self._cache, name)
 
 
 def read_through(network: nn.Module, prompt: Prompt, tokens: Sequence[int]) -> None:
     """Read a whole prompt with caches of that sort; what they packed is adopted, and not packed again."""
-    wrapped = [Unpacked(leaf, prompt.form, pieces) for leaf, pieces in zip(prompt.caches, prompt.pieces, strict=True)]
+    wrapped = [Unpacked(leaf, prompt.form, pieces) for leaf, pieces in zip(prompt.leaves, prompt.pieces, strict=True)]
     for start in range(0, len(tokens), CHUNK):
         network(mx.array([tokens[start : start + CHUNK]], dtype=mx.int32), cache=wrapped)
         mx.eval(cache_arrays(prompt.caches))
@@ -133,7 +134,7 @@ def read_through(network: nn.Module, prompt: Prompt, tokens: Sequence[int]) -> N
 
 def lane_of(model: LoadedModel, prompts: Sequence[Sequence[int]], through_prefill: bool) -> SlotsLane:
     """Slots that have adopted all prompts."""
-    lane = SlotsLane(model.specs)
+    lane = model.slots_lane()
     for row, tokens in enumerate(prompts):
         prompt = new_prompt(model.network, model.form)
         if through_prefill:

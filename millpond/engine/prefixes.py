@@ -272,7 +272,7 @@ class Prefixes:
             )
             records = {kind: cut_prompt(form, sequence.prompt, begin, stop, kind) for kind in kinds}
             if form.layout.state and stop == end and self._snapshot_due(sequence, end):
-                records[Kind.STATE] = form.snapshot(sequence.prompt)
+                records[Kind.STATE] = cut_prompt(form, sequence.prompt, begin, stop, Kind.STATE)
                 sequence.snapshot_at = end
             self._keep(sequence, begin, stop, records)
 
@@ -338,7 +338,7 @@ class Prefixes:
     def _cut_row(self, lane: Lane, name: str, begin: int, end: int) -> dict[Kind, Stored]:
         assert self._form is not None
         records = {Kind.KV: self._form.spans(lane.spans(name, begin, end, Kind.KV), Kind.KV)}
-        if self._form.window:
+        if self._form.layout.window:
             first = self._form.window_start(begin, end)
             records[Kind.WINDOW] = self._form.spans(lane.spans(name, first, end, Kind.WINDOW), Kind.WINDOW)
         return records
@@ -368,8 +368,8 @@ class Prefixes:
         begin = (end - 1) // BLOCK * BLOCK
         kinds = cache.missing(visit, begin, end, form.layout.kinds)
         records = self._cut_row(lane, name, begin, end) if Kind.KV in kinds or Kind.WINDOW in kinds else {}
-        if Kind.STATE in kinds and length == end and (prompt := lane.prompt(name)) is not None:
-            records[Kind.STATE] = form.snapshot(prompt)
+        if Kind.STATE in kinds and length == end:
+            records[Kind.STATE] = form.spans(lane.spans(name, begin, end, Kind.STATE), Kind.STATE)
         self._keep(sequence, begin, end, {kind: record for kind, record in records.items() if kind in kinds})
         cache.end_at(visit, end, last=True)
 

@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
-from millpond.kv.leaf import LeafRow, LeafSpec, Slot
+from millpond.kv.leaf import LeafRow, Slot
 from millpond.kv.rows import Forward
+from millpond.kv.slots import LeafSpec
 from millpond.memory.budget import capacity_bucket, rows_allocated
 from millpond.prefix.records import Kind
 
@@ -39,6 +40,10 @@ class Arena:
     @property
     def lengths(self) -> Sequence[int]:
         return self.batch.lengths
+
+    @property
+    def deferred(self) -> bool:
+        return any(spec.deferred for spec in self._specs)
 
     @property
     def nbytes(self) -> int:
@@ -151,10 +156,10 @@ class Arena:
     def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
         """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""
         least_capacity = capacity_bucket(longest)
-        capacity = max(least_capacity, capacity_bucket(self._reserved[1]))
-        target = self._row_target(max(rows, self._reserved[0]), capacity)
-        for slot in slots:
-            if not slot.fits(rows, least_capacity):
+        if small := [slot for slot in slots if not slot.fits(rows, least_capacity)]:
+            capacity = max(least_capacity, capacity_bucket(self._reserved[1]))
+            target = self._row_target(max(rows, self._reserved[0]), capacity)
+            for slot in small:
                 slot.resize(max(target, rows), capacity)
 
     def _row_target(self, rows: int, capacity: int) -> int:

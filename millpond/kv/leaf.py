@@ -1,8 +1,8 @@
 """What the arena asks of a leaf: one cache of one layer, kept for all rows of the running batch.
 
-Most layers have one leaf, some have several; leaves are numbered through all layers. Each kind of leaf is a pair: a
-spec, which says what a row takes, and a slot, which holds the rows. The arena and the lanes go over leaves and know
-nothing else of them. What a model asks of its cache is between the slot and the model.
+Most layers have one leaf, some have several; leaves are numbered through all layers. Each kind of leaf is a pair, in
+slots.py: a spec, which says what a row takes, and a slot, which holds the rows. The arena and the lanes go over leaves
+and know nothing else of them. What a model asks of its cache is between the slot and the model.
 """
 
 from __future__ import annotations
@@ -31,29 +31,6 @@ class LeafRow(NamedTuple):
     def used(self) -> Arrays:
         """The arrays without the unused positions."""
         return tuple(array[:, :, : -self.spare] for array in self.arrays) if self.spare else self.arrays
-
-
-class LeafSpec(Protocol):
-    """What a leaf keeps of each row. Immutable."""
-
-    @property
-    def kind(self) -> Kind:
-        """Which records of the prefix cache it belongs to."""
-
-    @property
-    def rewinds(self) -> int:
-        """Most tokens that a row can go back."""
-
-    @property
-    def deferred(self) -> bool:
-        """Spans of what a step writes can be taken only once the step has been read."""
-
-    def row_bytes(self, capacity: int) -> int:
-        """Bytes of one row with room for ``capacity`` positions."""
-
-    def slot(self, leaf: LeafRow, length: int, capacity: int) -> Slot:
-        """One row of ``length`` tokens that holds ``leaf``, with room for ``capacity`` positions; arrays of the right
-        size are taken as they are."""
 
 
 class Slot(Protocol):

@@ -17,6 +17,7 @@ from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
 from millpond.kv.rows import Forward
 from millpond.kv.segment import KvSegment
+from millpond.memory.budget import CacheSizes
 from millpond.native import decode
 from millpond.prefix.records import Kind
 
@@ -38,9 +39,11 @@ class KvSpec:
 
     kind: ClassVar[Kind] = Kind.KV
     rewinds: ClassVar[int] = sys.maxsize
+    """Most tokens that a row can go back."""
 
     @property
     def deferred(self) -> bool:
+        """Spans of what a step writes can be taken only once the step has been read."""
         return self.format.native  # C writes behind MLX's back, and no array says when
 
     @property
@@ -58,9 +61,16 @@ class KvSpec:
         """Bytes of a position as it was computed."""
         return self.heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
 
+    @property
+    def sizes(self) -> CacheSizes:
+        """What it takes, but for the exact positions, which all leaves have in common."""
+        packed = self.exact_bytes if self.format.packs else 0
+        return CacheSizes(token_bytes=self.token_bytes, exact_token_bytes=packed)
+
     def row_bytes(self, capacity: int) -> int:
-        exact = min(self.exact, capacity)
-        return exact * self.exact_bytes + (capacity - exact) * self.token_bytes
+        """Bytes of one row with room for ``capacity`` positions."""
+        *exact, behind = self.columns(capacity)
+        return sum(exact) * self.exact_bytes + behind * self.token_bytes
 
     def columns(self, capacity: int) -> list[int]:
         """Columns of each segment of a slot for ``capacity`` positions."""
@@ -68,6 +78,8 @@ class KvSpec:
         return [exact, capacity - exact] if self.exact else [capacity]
 
     def slot(self, leaf: LeafRow, length: int, capacity: int) -> KvSlot:
+        """One row of ``length`` tokens that holds ``leaf``, with room for ``capacity`` positions; arrays of the right
+        size are taken as they are."""
         if leaf.spare and leaf.arrays[0].shape[2] == capacity:
             return KvSlot(self, [KvSegment([mx.contiguous(array) for array in leaf.arrays])])
         columns = self.columns(capacity)
@@ -99,8 +111,14 @@ class RingSpec(KvSpec):
         """Columns of the ring."""
         return self.window + RING_SLACK
 
-    def row_bytes(self, capacity: int) -> int:  # noqa: ARG002 - a ring does not grow
-        return self.capacity * self.token_bytes
+    @property
+    def sizes(self) -> CacheSizes:
+        return CacheSizes(
+            token_bytes=0,
+            row_bytes=self.capacity * self.token_bytes,
+            chunk_token_bytes=self.exact_bytes,
+            exact_row_bytes=self.capacity * self.exact_bytes if self.format.packs else 0,
+        )
 
     def columns(self, capacity: int) -> list[int]:  # noqa: ARG002 - a ring does not grow
         return [self.capacity]
@@ -109,6 +127,10 @@ class RingSpec(KvSpec):
         slot = RingSlot(self, [KvSegment(self.zeros(self.capacity, packed=self.format.packs), ring=True)])
         slot.put(0, leaf, length)
         return slot
+
+
+LeafSpec = KvSpec | RingSpec
+"""What a leaf keeps of each row, by its kind."""
 
 
 class KvSlot:

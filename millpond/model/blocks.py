@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from millpond.kv.format import Arrays, KvFormat
+from millpond.model.leaves import leaves_of
 from millpond.model.prompt import Piece, Prompt, joined, new_prompt
-from millpond.model.upstream import (
-    PromptCache,
-    cache_kind,
-    leaves,
-    put_span,
-    put_state,
-    snapshot,
-    spans,
-    window_of,
-)
+from millpond.model.upstream import PromptCache
 from millpond.prefix.match import Claim
 from millpond.prefix.planner import Layout
 from millpond.prefix.records import BLOCK, Kind, Payload, Tensor
@@ -80,13 +73,12 @@ def finite(records: Mapping[Kind, Stored]) -> mx.array:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How the layers of one model map to records. ``kv`` and ``window`` are groups of leaf numbers of equal shape."""
+    """How the leaves of one model map to records."""
 
     form: KvFormat
     layout: Layout
-    kv: tuple[tuple[int, ...], ...]
-    window: tuple[tuple[int, ...], ...]
-    state: tuple[int, ...]
+    groups: Mapping[Kind, list[list[int]]]
+    """Of each kind, the numbers of the leaves of equal shape; a state is never stacked with another."""
     layers: tuple[str, ...]
     """One line per leaf, for the namespace."""
     dtype: str
@@ -104,21 +96,14 @@ class BlockFormat:
 
     def spans(self, leaves: Sequence[Arrays], kind: Kind) -> Stored:
         """Stack what a lane or a prompt returned, one entry per leaf, into a record; lazy."""
-        groups = self.kv if kind is Kind.KV else self.window
         arrays = []
-        for group in groups:
+        for group in self.groups[kind]:
             arrays += [_stacked(list(alike)) for alike in zip(*(leaves[leaf] for leaf in group), strict=True)]
         return Stored(arrays)
 
     def window_start(self, start: int, end: int) -> int:
         """First position that the window record of the block [start, end) holds."""
         return max(start, end - self.layout.window)
-
-    def snapshot(self, prompt: Prompt) -> Stored:
-        """The recurrent layers' arrays, copied: a view may keep a whole chunk's activations alive."""
-        flat = leaves(prompt.caches)
-        first = mx.array([0], dtype=mx.int32)
-        return Stored([mx.take(array, first, axis=0) for leaf in self.state for array in snapshot(flat[leaf])])
 
     # --- putting together -------------------------------------------------------------------------------------
 
@@ -129,26 +114,26 @@ class BlockFormat:
         """
         prompt = new_prompt(network, self.form)
         prompt.length = claim.position
-        flat = leaves(prompt.caches)
         room = 0 if whole else max(0, capacity - claim.position)
-        for number, group in enumerate(self.kv):
+        groups, states = self.groups[Kind.KV], self.groups[Kind.STATE]
+        for number, group in enumerate(groups):
             for place, leaf in enumerate(group):
                 pieces = [
-                    Piece(part.node.start, part.end, _layer(part.node, Kind.KV, len(self.kv), number, place, part.used))
+                    Piece(part.node.start, part.end, _layer(part.node, Kind.KV, len(groups), number, place, part.used))
                     for part in claim.parts
                 ]
                 self._fill(prompt, leaf, pieces, (0, room), whole=whole)
-        for number, group in enumerate(self.window):
-            size = min(window_of(flat[group[0]]), claim.position)
+        for number, group in enumerate(self.groups[Kind.WINDOW]):
+            size = min(prompt.leaves[group[0]].window, claim.position)
             for place, leaf in enumerate(group):
                 pieces = self._window_pieces(claim, number, place, size)
                 # The oldest of a full window is dropped before anybody looks at it; it may be missing here.
                 self._fill(prompt, leaf, pieces, (size - (claim.position - pieces[0].start), 0), whole=whole)
-        if self.state:
+        if states:
             arrays = list(_stored(claim.parts[-1].node.records[Kind.STATE]).arrays)
-            for leaf in self.state:
-                count = len(arrays) // (len(self.state) - self.state.index(leaf))
-                put_state(flat[leaf], arrays[:count])
+            for number, (leaf,) in enumerate(states):
+                count = len(arrays) // (len(states) - number)
+                prompt.leaves[leaf].put(arrays[:count], claim.position)
                 arrays = arrays[count:]
         return prompt
 
@@ -161,9 +146,8 @@ class BlockFormat:
                 break
             held_from = self.window_start(part.node.start, part.node.end)
             begins = max(held_from, claim.position - size)
-            arrays = _layer(
-                *(part.node, Kind.WINDOW, len(self.window), group, place, part.end - held_from, begins - held_from)
-            )
+            span, groups = (part.end - held_from, begins - held_from), len(self.groups[Kind.WINDOW])
+            arrays = _layer(part.node, Kind.WINDOW, groups, group, place, *span)
             pieces.insert(0, Piece(begins, part.end, arrays))
             if held_from > part.node.start:
                 break
@@ -181,7 +165,7 @@ class BlockFormat:
                 floats.append(self.form.unpack(together.arrays))
         if floats:
             keys, values = (_spaced([arrays[side] for arrays in floats], *around) for side in (0, 1))
-            put_span(leaves(prompt.caches)[leaf], keys, values, prompt.length)
+            prompt.leaves[leaf].put((keys, values), prompt.length)
 
 
 def agree(form: KvFormat, held: Payload, computed: Payload) -> bool:
@@ -220,36 +204,33 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
 
     ``form``: how slots and records keep them.
     """
-    flat = leaves(cache)
-    kinds = [cache_kind(leaf) for leaf in flat]
-    strange = sorted(set(kinds) - {"kv", "window", "state"})
-    if strange:
+    leaves = leaves_of(cache)
+    if strange := sorted({leaf.name for leaf in leaves if leaf.kind is None}):
         return f"its layers keep {', '.join(strange)}, which cannot be cut into blocks"
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[Kind, dict[str, list[int]]] = {kind: {} for kind in Kind}
     layers, dtypes, token_bytes, state_bytes = [], [], 0, 0
-    for index, (leaf, kind) in enumerate(zip(flat, kinds, strict=True)):
+    for index, leaf in enumerate(leaves):
+        kind = cast(Kind, leaf.kind)
         try:
-            arrays = snapshot(leaf) if kind == "state" else list(spans(leaf, 0, 1))
+            arrays = leaf.span(0, 1)
             dtypes.append(_name(arrays[0].dtype))
-            if form.packs and kind != "state":
-                arrays = list(form.pack(*arrays))
+            if form.packs and kind is not Kind.STATE:
+                arrays = form.pack(*arrays)
         except (TypeError, ValueError) as error:
             return f"layer {index}: {error}"
         shape = " ".join(f"{_name(a.dtype)}{list(a.shape)}" for a in arrays)
-        layers.append(f"{kind} {window_of(leaf)} {shape}")
+        layers.append(f"{kind} {leaf.window} {shape}")
         nbytes = sum(int(a.nbytes) for a in arrays)
-        state_bytes += nbytes if kind == "state" else 0
-        token_bytes += nbytes if kind == "kv" else 0
-        groups.setdefault((kind, layers[-1]), []).append(index)
-    windows = sorted({window_of(leaf) for leaf in flat} - {0})
+        state_bytes += nbytes if kind is Kind.STATE else 0
+        token_bytes += nbytes if kind is Kind.KV else 0
+        groups[kind].setdefault(f"{index}" if kind is Kind.STATE else layers[-1], []).append(index)
+    windows = sorted({leaf.window for leaf in leaves} - {0})
     if len(windows) > 1 and windows[0] < BLOCK:
         return f"its sliding windows of {windows} tokens differ, and one is shorter than a block of {BLOCK}"
     return BlockFormat(
         form=form,
-        layout=Layout(window=windows[-1] if windows else 0, state="state" in kinds),
-        kv=tuple(tuple(group) for (kind, _), group in groups.items() if kind == "kv"),
-        window=tuple(tuple(group) for (kind, _), group in groups.items() if kind == "window"),
-        state=tuple(index for index, kind in enumerate(kinds) if kind == "state"),
+        layout=Layout(window=windows[-1] if windows else 0, state=bool(groups[Kind.STATE])),
+        groups={kind: list(alike.values()) for kind, alike in groups.items()},
         layers=tuple(layers),
         dtype=dtypes[0],
         token_bytes=token_bytes,
@@ -259,8 +240,6 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
 
 def cut_prompt(blocks: BlockFormat, prompt: Prompt, start: int, end: int, kind: Kind) -> Stored:
     """The record of the block [start, end) from a prompt; lazy. A snapshot is of now, whatever the block."""
-    if kind is Kind.STATE:
-        return blocks.snapshot(prompt)
     first = blocks.window_start(start, end) if kind is Kind.WINDOW else start
     return blocks.spans(prompt.spans(first, end, kind), kind)
 

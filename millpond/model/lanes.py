@@ -62,9 +62,6 @@ class Lane(Protocol):
     def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
 
-    def prompt(self, name: str) -> Prompt | None:
-        """The row's own caches where it has such; they go on changing."""
-
     def arrays(self) -> list[mx.array]:
         """What a step must evaluate besides its own results."""
 
@@ -72,19 +69,12 @@ class Lane(Protocol):
 class SlotsLane(Arena):
     """All rows in one batched forward."""
 
-    @property
-    def deferred(self) -> bool:
-        return any(spec.deferred for spec in self._specs)
-
     def adopt(self, name: str, prompt: Prompt) -> None:
         self.put(name, prompt.rows() if prompt.length else (), prompt.length)
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
         logits: mx.array = model(tokens, cache=self.begin(tokens.shape[1]))
         return logits
-
-    def prompt(self, name: str) -> Prompt | None:  # noqa: ARG002 - rows share the arena
-        return None
 
 
 class SoloLane:
@@ -136,9 +126,6 @@ class SoloLane:
 
     def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
         return self._prompts[name].spans(start, end, kind)
-
-    def prompt(self, name: str) -> Prompt | None:
-        return self._prompts[name]
 
     def arrays(self) -> list[mx.array]:
         return [array for prompt in self._prompts.values() for array in cache_arrays(prompt.caches)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from millpond.hub.errors import SourceError
+from millpond.kv.arena import NO_LIMIT
 from millpond.kv.format import KvFormat
-from millpond.kv.slots import KvSpec, RingSpec
+from millpond.kv.slots import LeafSpec
 from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
@@ -28,16 +29,15 @@ from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
 from millpond.model.config_rope import UnmappedRopeError
 from millpond.model.context import context_of
+from millpond.model.lanes import SlotsLane
+from millpond.model.leaves import leaf_specs, leaves_of
 from millpond.model.rotary import share_angles
 from millpond.model.shard import CannotShard, shard
 from millpond.model.upstream import (
     PromptCache,
     cache_arrays,
     cache_bytes,
-    cache_kind,
     dequantized,
-    layer_specs,
-    leaves,
     load_weights,
     new_cache,
 )
@@ -68,9 +68,9 @@ class LoadedModel:
     dtype: str
     on_cpu: bool
     kinds: list[str]
-    """Cache kind of each layer; see upstream.cache_kind."""
-    specs: list[KvSpec]
-    """What slots need to know of each layer; empty when some layer's cache does not fit slots."""
+    """What each leaf is; see Leaf.name."""
+    specs: list[LeafSpec] | str
+    """What slots keep of each leaf, or which layers keep what slots cannot hold."""
     form: KvFormat
     """How slots and cached blocks keep keys and values."""
     sizes: CacheSizes
@@ -82,6 +82,11 @@ class LoadedModel:
     """What was done to the files' content on the way; empty for those that mlx-lm reads as they are."""
     blocks: BlockFormat | str
     """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
+
+    def slots_lane(self, limit_bytes: int = NO_LIMIT) -> SlotsLane:
+        """A lane without rows yet, which may take so many bytes. Only for a model that slots can hold."""
+        assert not isinstance(self.specs, str), self.specs
+        return SlotsLane(self.specs, limit_bytes)
 
     def identity(self, content: str) -> str:
         """What tells this model from others, hex: the digest of its files and, if they were changed on the way, how."""
@@ -131,7 +136,7 @@ def load(
         vocab_size=int(logits.shape[-1]),
         dtype=str(logits.dtype).removeprefix("mlx.core."),
         on_cpu=on_cpu,
-        kinds=[cache_kind(leaf) for leaf in leaves(cache)],
+        kinds=[leaf.name for leaf in leaves_of(cache)],
         specs=specs,
         form=form,
         sizes=sizes,
@@ -213,37 +218,26 @@ def _filled(network: nn.Module, cache: PromptCache) -> mx.array:
 
 def _kept(
     network: nn.Module, cache: PromptCache, form: KvFormat
-) -> tuple[list[KvSpec], KvFormat, CacheSizes, BlockFormat | str]:
+) -> tuple[list[LeafSpec] | str, KvFormat, CacheSizes, BlockFormat | str]:
     """See LoadedModel. ``cache`` is filled; ``form`` is what is wished for."""
-    try:
-        specs = layer_specs(cache, KvFormat())
-    except TypeError:
-        specs = []
-    if any(spec.dtype != mx.float32 for spec in specs) or not specs:
+    specs = leaf_specs(cache, form)
+    if isinstance(specs, str) or any(spec.dtype != mx.float32 for spec in specs):
         form = replace(form, native=False)
+        specs = leaf_specs(cache, form)
     if form.packs:
         _check_packing(specs, form.packing)
-    specs = [replace(spec, format=form) for spec in specs]
-    sizes = _sizes(specs, form) if specs else _measured_sizes(network)
+    sizes = _measured_sizes(network) if isinstance(specs, str) else _sizes(specs, form)
     return specs, form, sizes, block_format(cache, form)
 
 
-def _sizes(specs: list[KvSpec], form: KvFormat) -> CacheSizes:
-    growing = [spec for spec in specs if not isinstance(spec, RingSpec)]
-    sliding = [spec for spec in specs if isinstance(spec, RingSpec)]
-    return CacheSizes(
-        token_bytes=sum(spec.token_bytes for spec in growing),
-        row_bytes=sum(spec.token_bytes * spec.capacity for spec in sliding),
-        chunk_token_bytes=sum(spec.exact_bytes for spec in sliding),
-        exact_token_bytes=sum(spec.exact_bytes for spec in growing) if form.packs else 0,
-        exact_row_bytes=sum(spec.exact_bytes * spec.capacity for spec in sliding) if form.packs else 0,
-        exact_tokens=form.packing.start if form.packs else 0,
-    )
+def _sizes(specs: list[LeafSpec], form: KvFormat) -> CacheSizes:
+    totals = map(sum, zip(*(astuple(spec.sizes) for spec in specs), strict=True))
+    return replace(CacheSizes(*totals), exact_tokens=form.packing.start if form.packs else 0)
 
 
-def _check_packing(specs: list[KvSpec], packing: KvPacking) -> None:
-    if not specs:
-        raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: its caches do not fit slots")
+def _check_packing(specs: list[LeafSpec] | str, packing: KvPacking) -> None:
+    if isinstance(specs, str):
+        raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: {specs}")
     dims = sorted({dim for spec in specs for dim in (spec.key_dim, spec.value_dim)})
     fitting = [size for size in GROUP_SIZES if not any(dim % size for dim in dims)]
     if packing.group_size not in fitting:

@@ -17,10 +17,11 @@ from millpond.kv.arena import NO_LIMIT
 from millpond.kv.format import KvFormat
 from millpond.model.blocks import BlockFormat, cut_prompt
 from millpond.model.forwards import decode, prefill
-from millpond.model.lanes import Lane, SlotsLane, SoloLane
+from millpond.model.lanes import Lane, SoloLane
+from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel, ModelError, kept_as
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.model.upstream import cache_arrays, new_cache, rounded
+from millpond.model.upstream import cache_arrays, new_cache
 from millpond.prefix.keys import pack
 from millpond.prefix.match import Claim, Part
 from millpond.prefix.records import BLOCK
@@ -51,7 +52,7 @@ class Capabilities(msgspec.Struct, frozen=True):
 
     def lane(self, model: LoadedModel, limit_bytes: int = NO_LIMIT) -> Lane:
         """A fresh lane of the right kind, whose rows and prompts together may take so many bytes."""
-        return SlotsLane(model.specs, limit_bytes) if self.slots else SoloLane()
+        return model.slots_lane(limit_bytes) if self.slots else SoloLane()
 
     def fitted(self, model: LoadedModel) -> LoadedModel:
         """The model as the probe ran it. Raises ModelError when it was to be packed and cannot be."""
@@ -65,9 +66,7 @@ class Capabilities(msgspec.Struct, frozen=True):
 
 def probe(model: LoadedModel) -> Capabilities:
     """Run the probe. Never raises for what the model does: an exception in it is an answer."""
-    misfits = sorted(set(model.kinds) - {"kv", "window"})
-    reason = f"its layers keep {', '.join(misfits)}, which slots cannot hold" if misfits else ""
-    reason = reason or _attempt(lambda: _parity(model))
+    reason = model.specs if isinstance(model.specs, str) else _attempt(lambda: _parity(model))
     if reason and model.form.native:
         return probe(kept_as(model, replace(model.form, native=False)))
     uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
@@ -95,7 +94,7 @@ def _parity(model: LoadedModel) -> str:
     prompts = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
     answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
     expected = [_upstream(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    lane = SlotsLane(model.specs)
+    lane = model.slots_lane()
     for row, tokens in enumerate(prompts):
         prompt = new_prompt(model.network, model.form)
         prefill(model.network, prompt, tokens)
@@ -167,9 +166,10 @@ def differs(ours: mx.array, reference: mx.array) -> bool:
 def donates(model: LoadedModel) -> bool:
     """Whether pipelined decode steps write in place: the arena must not be copied, not even while one is in flight."""
     before = mx.get_active_memory()
+    assert not isinstance(model.specs, str)
     token_bytes = sum(spec.token_bytes for spec in model.specs)
     length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
-    lane = SlotsLane(model.specs)
+    lane = model.slots_lane()
     lane.adopt("canary", new_prompt(model.network, model.form))
     lane.advance([length])  # positions that were never written are zeros: the canary looks at memory, not at values
     tokens = mx.zeros((1,), dtype=mx.int32)

@@ -15,17 +15,8 @@ import mlx.nn as nn
 
 from millpond.kv.format import Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
-from millpond.model.upstream import (
-    PromptCache,
-    cache_bytes,
-    cache_kind,
-    new_cache,
-    nothing,
-    spans,
-    spans_of,
-    take_rows,
-    window_of,
-)
+from millpond.model.leaves import leaves_of
+from millpond.model.upstream import PromptCache, cache_bytes, new_cache
 from millpond.prefix.records import Kind
 
 
@@ -49,9 +40,11 @@ class Prompt:
 
     def __init__(self, caches: PromptCache, form: KvFormat, length: int = 0) -> None:
         self.caches = caches
+        self.leaves = leaves_of(caches)
         self.length = length
         self.form = form
-        self.pieces: list[list[Piece]] = [[] for _ in caches] if form.packs else []
+        self.pieces: list[list[Piece]] = [[] for _ in self.leaves] if form.packs else []
+        """Of each leaf, in order."""
 
     @property
     def nbytes(self) -> int:
@@ -61,48 +54,43 @@ class Prompt:
     def packed_after(self, start: int, count: int) -> None:
         """Pack the ``count`` positions from ``start`` on, which a forward has just added."""
         self.length = start + count
-        for leaf, pieces in zip(self.caches, self.pieces, strict=bool(self.pieces)):
-            window = window_of(leaf)
-            first = start if window else max(start, self.form.packing.start)
+        for leaf, pieces in zip(self.leaves, self.pieces, strict=bool(self.pieces)):
+            first = max(start, leaf.exact(self.form))
             if first < self.length:
-                arrays = self.form.pack(*spans(leaf, first, self.length))
+                arrays = self.form.pack(*leaf.span(first, self.length))
                 mx.eval(arrays)
                 pieces.append(Piece(first, self.length, arrays))
-            if window:
-                # The cache itself holds what any token of the last chunk could see, and blocks are cut from that.
-                pieces[:] = [piece for piece in pieces if piece.end > start - window]
+            # The cache itself holds what any token of the last chunk could see, and blocks are cut from that.
+            pieces[:] = [piece for piece in pieces if piece.end > leaf.oldest(start)]
 
     def spans(self, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end), as they are kept, lazily, one entry per leaf; an empty one for leaves of other
         kinds."""
-        if not self.pieces:
-            return spans_of(self.caches, start, end, kind)
-        return [
-            self._span(leaf, start, end) if cache_kind(self.caches[leaf]) == kind else ()
-            for leaf in range(len(self.caches))
-        ]
+        return [self._span(n, start, end) if leaf.kind is kind else () for n, leaf in enumerate(self.leaves)]
 
-    def _span(self, leaf: int, start: int, end: int) -> Arrays:
-        if not window_of(self.caches[leaf]) and end <= self.form.packing.start:
-            return spans(self.caches[leaf], start, end)
-        pieces = [piece for piece in self.pieces[leaf] if piece.end > start and piece.start < end]
+    def _span(self, number: int, start: int, end: int) -> Arrays:
+        leaf = self.leaves[number]
+        if not self.pieces or end <= leaf.exact(self.form):
+            return leaf.span(start, end)
+        pieces = [piece for piece in self.pieces[number] if piece.end > start and piece.start < end]
         if not pieces or pieces[0].start > start:
             raise ValueError(f"position {start} has left the window")
         return joined([piece.cut(start, end) for piece in pieces])
 
     def rows(self) -> Iterator[LeafRow]:
-        """Yield each layer for adoption, dropping it once it is copied."""
-        if not self.pieces:
-            yield from take_rows(self.caches)
-            return
-        exact_end = min(self.form.packing.start, self.length)
-        for index, leaf in enumerate(self.caches):
-            window = window_of(leaf)
-            first = max(0, self.length - window) if window else exact_end
-            exact = spans(leaf, 0, exact_end) if exact_end and not window else ()
-            pieces = [piece for piece in self.pieces[index] if piece.end > first]
-            yield LeafRow(joined([piece.cut(first, self.length) for piece in pieces]) if pieces else (), exact=exact)
-            self.caches[index], self.pieces[index] = nothing(), []
+        """Yield each leaf for adoption, dropping it once it is copied."""
+        for number, leaf in enumerate(self.leaves):
+            yield self._packed_row(number) if self.pieces else leaf.row()
+            leaf.clear()
+            if self.pieces:
+                self.pieces[number] = []
+
+    def _packed_row(self, number: int) -> LeafRow:
+        leaf = self.leaves[number]
+        exact = min(leaf.exact(self.form), self.length)
+        first = max(leaf.oldest(self.length), exact)
+        pieces = [piece.cut(first, self.length) for piece in self.pieces[number] if piece.end > first]
+        return LeafRow(joined(pieces) if pieces else (), exact=leaf.span(0, exact) if exact else ())
 
 
 def joined(pieces: Sequence[Arrays]) -> Arrays:

@@ -21,7 +21,6 @@ import numpy as np
 from millpond.kv.batch import Batch
 from millpond.memory.budget import MemoryBudget
 from millpond.model.forwards import prefill
-from millpond.model.lanes import SlotsLane
 from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt
 from millpond.prefix.visit import Visit
@@ -76,7 +75,7 @@ class Draft(Proposer):
         self._budget = MemoryBudget(model.sizes, limit_bytes)
         self._prompts = DraftPrompts(model, cache_bytes)
         self._evaluate = mx.async_eval if pipelined else mx.eval
-        self._lane = SlotsLane(model.specs, limit_bytes)
+        self._lane = model.slots_lane(limit_bytes)
         self._requests: dict[str, _Request] = {}
 
     @property
@@ -125,7 +124,7 @@ class Draft(Proposer):
         """Forget all rows and prompts. Requests may be read again."""
         with suppress(Exception):  # told when it was raised
             mx.synchronize()  # a step may still be writing into the rows that are given up here
-        self._lane = SlotsLane(self._model.specs, self._budget.limit_bytes)
+        self._lane = self._model.slots_lane(self._budget.limit_bytes)
         for request in self._requests.values():
             request.prompt, request.guesses = None, []
 

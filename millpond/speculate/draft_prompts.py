@@ -13,13 +13,12 @@ from functools import partial
 import mlx.core as mx
 
 from millpond.kv.format import Arrays
-from millpond.kv.slots import RingSpec
 from millpond.memory.budget import PREFILL_STEP
 from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, finite, stored
 from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.model.upstream import cache_arrays, put_span
+from millpond.model.upstream import cache_arrays
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.records import Kind
 from millpond.prefix.visit import Visit
@@ -69,7 +68,7 @@ class DraftPrompts:
 
     def row_done(self, visit: Visit | None, tokens: Sequence[int], lane: Lane, name: str, start: int) -> None:
         """Keep the blocks that a row about to be freed, which holds ``tokens``, has filled since ``start``."""
-        if self._form is None or visit is None or self._form.window:
+        if self._form is None or visit is None or self._form.layout.window:
             return
         visit.match.chain.extend(tokens)
         for begin, end in block_grid(start, len(tokens)):
@@ -89,11 +88,11 @@ def prompt_of_row(model: LoadedModel, lane: Lane, name: str, length: int) -> Pro
     prompt = new_prompt(model.network, model.form)
     if not length:
         return prompt
-    windows = [spec.window if isinstance(spec, RingSpec) else 0 for spec in model.specs]
     plain = lane.spans(name, 0, length, Kind.KV)
-    sliding = lane.spans(name, max(0, length - max(windows)), length, Kind.WINDOW)
-    for leaf, window, *held in zip(prompt.caches, windows, plain, sliding, strict=True):
-        put_span(leaf, *_copied(held[0] or held[1], window or length), length)
+    widest = max(leaf.window for leaf in prompt.leaves)
+    sliding = lane.spans(name, max(0, length - widest), length, Kind.WINDOW)
+    for leaf, *held in zip(prompt.leaves, plain, sliding, strict=True):
+        leaf.put(_copied(held[0] or held[1], leaf.window or length), length)
     mx.eval(cache_arrays(prompt.caches))
     prompt.length = length
     return prompt

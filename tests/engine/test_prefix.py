@@ -44,8 +44,8 @@ def ungrouped(kind: str) -> LoadedModel:
     """A model whose layers are all of different shapes, as far as its blocks are concerned."""
     form = model(kind).blocks
     assert isinstance(form, BlockFormat)
-    kv, window = (tuple((leaf,) for group in groups for leaf in group) for groups in (form.kv, form.window))
-    return dataclasses.replace(model(kind), blocks=dataclasses.replace(form, kv=kv, window=window))
+    apart = {kept: [[leaf] for group in groups for leaf in group] for kept, groups in form.groups.items()}
+    return dataclasses.replace(model(kind), blocks=dataclasses.replace(form, groups=apart))
 
 
 def driver(kind: str, cached: PrefixCache | None, **options: object) -> Driver:

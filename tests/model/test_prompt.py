@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -15,8 +16,9 @@ from tiny_models import VOCAB, build
 from millpond.kv.arena import Arena
 from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
 from millpond.model.forwards import prefill
+from millpond.model.leaves import leaf_specs, leaves_of, rounded
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.model.upstream import cache_bytes, cache_kind, layer_specs, rounded, spans, window_of
+from millpond.model.upstream import cache_bytes
 from millpond.native.decode import available
 from millpond.prefix.records import Kind
 from millpond.types import KvPacking
@@ -91,16 +93,16 @@ def test_each_position_is_packed_once(kind: str, chunks: str, start: int) -> Non
         begin, end = prompt.length, prompt.length + chunk
         prefill(network(kind), prompt, tokens[begin:end])
         given = iter(form.given[before:])
-        for layer, leaf in enumerate(prompt.caches):
-            window = window_of(leaf)
+        for layer, leaf in enumerate(prompt.leaves):
+            window = leaf.window
             first = begin if window else max(begin, start)
             if first < end:
-                for ours, expected in zip(next(given), spans(leaf, first, end), strict=True):
+                for ours, expected in zip(next(given), leaf.span(first, end), strict=True):
                     assert np.array_equal(numbers(ours), numbers(expected))
                 packed[layer] += end - first
         assert next(given, None) is None
-    for layer, leaf in enumerate(prompt.caches):
-        assert packed[layer] == LENGTH - (0 if window_of(leaf) else start)
+    for layer, leaf in enumerate(prompt.leaves):
+        assert packed[layer] == LENGTH - (0 if leaf.window else start)
     given_before = len(form.given)
     for begin in range(64, LENGTH - WINDOW, 50):
         prompt.spans(begin, begin + 50, Kind.KV)
@@ -122,10 +124,10 @@ def test_spans_equal_packing_the_whole(kind: str, chunks: str, bits: int, native
         (Kind.WINDOW, [(220, 300), (221, 289), (255, 257), (299, 300)]),
     ):
         for start, end in ranges:
-            for leaf, row in zip(prompt.caches, prompt.spans(start, end, kept), strict=True):
-                assert bool(row) == (cache_kind(leaf) == kept)
+            for leaf, row in zip(prompt.leaves, prompt.spans(start, end, kept), strict=True):
+                assert bool(row) == (leaf.kind is kept)
                 if row:
-                    exact = spans(leaf, start, end)
+                    exact = leaf.span(start, end)
                     assert_same(row, exact if end <= 64 and kept is Kind.KV else form.pack(*exact))
 
 
@@ -138,16 +140,16 @@ def test_what_has_left_the_window_is_dropped(chunks: str) -> None:
         begin, end = prompt.length, prompt.length + chunk
         prefill(network(KINDS[1]), prompt, tokens[begin:end])
         seen, firsts = max(0, begin + 1 - WINDOW), set()
-        for leaf, pieces in zip(prompt.caches, prompt.pieces, strict=True):
-            if window_of(leaf):
+        for leaf, pieces in zip(prompt.leaves, prompt.pieces, strict=True):
+            if leaf.window:
                 assert [piece.start for piece in pieces[1:]] == [piece.end for piece in pieces[:-1]]
                 assert pieces[0].start <= seen <= pieces[0].end
                 assert pieces[-1].end == end
                 assert all(piece.arrays[0].shape[2] == piece.end - piece.start for piece in pieces)
                 firsts.add(pieces[0].start)
-        for leaf, row in zip(prompt.caches, prompt.spans(seen, end, Kind.WINDOW), strict=True):
+        for leaf, row in zip(prompt.leaves, prompt.spans(seen, end, Kind.WINDOW), strict=True):
             if row and end - begin > 1:  # the cache's own ring has moved on after a single token
-                assert_same(row, form.pack(*spans(leaf, seen, end)))
+                assert_same(row, form.pack(*leaf.span(seen, end)))
         (first,) = firsts
         if first:
             with pytest.raises(ValueError, match=f"position {first - 1} has left the window"):
@@ -161,17 +163,17 @@ def test_what_has_left_the_window_is_dropped(chunks: str) -> None:
 def test_a_row_adopts_what_packing_the_whole_would_give(kind: str, length: int, start: int, first: bool) -> None:
     form = form_of(start=start)
     prompt = read(kind, form, [length // 2, length - length // 2])
-    leaves, arena = list(prompt.caches), Arena(layer_specs(prompt.caches, form))
+    leaves, arena = leaves_of(copy.deepcopy(prompt.caches)), Arena(leaf_specs(prompt.caches, form))
     if not first:
         arena.put("first", (), 0)
     row = arena.put("row", prompt.rows(), length)
     for leaf, slot in zip(leaves, arena.slots, strict=True):
-        window = window_of(leaf)
+        window = leaf.window
         border = max(0, length - window) if window else min(start, length)
         if border < length:
-            assert_same(slot.span(row, border, length), form.pack(*spans(leaf, border, length)))
+            assert_same(slot.span(row, border, length), form.pack(*leaf.span(border, length)))
         if border and not window:
-            assert_same(slot.span(row, 0, border), spans(leaf, 0, border))
+            assert_same(slot.span(row, 0, border), leaf.span(0, border))
 
 
 def test_rows_drop_each_layer_once_it_is_copied() -> None:
@@ -186,7 +188,7 @@ def test_its_bytes_are_those_of_both() -> None:
     prompt, plain = (read(KINDS[0], form, [100, 50]) for form in (form_of(), AS_COMPUTED))
     assert plain.nbytes == cache_bytes(plain.caches) > 0
     assert prompt.nbytes == plain.nbytes + 150 * sum(
-        spec.token_bytes for spec in layer_specs(prompt.caches, prompt.form)
+        spec.token_bytes for spec in leaf_specs(prompt.caches, prompt.form)
     )
 
 
@@ -196,14 +198,14 @@ def test_rounded_caches_hold_what_the_pieces_unpack_to(kind: str, start: int) ->
     """The reference that the probe compares slots with must be off by the same rounding."""
     form = form_of(start=start)
     prompt = read(kind, form, [90, 200])
-    before = [spans(leaf, 0, min(start, 290)) if not window_of(leaf) else () for leaf in prompt.caches]
+    before = [leaf.span(0, min(start, 290)) if not leaf.window else () for leaf in prompt.leaves]
     exact = [tuple(numbers(array) for array in arrays) for arrays in before]
     packed = [prompt.spans(max(start, 210), 290, kept) for kept in (Kind.KV, Kind.WINDOW)]
     for leaf, own, *rows in zip(rounded(prompt.caches, form), exact, *packed, strict=True):
         (row,) = filter(None, rows)
-        held = spans(leaf._leaf, max(start, 210), 290)
+        held = leaf._leaf.span(max(start, 210), 290)
         assert_same(held, form.unpack(row))
-        for ours, expected in zip(spans(leaf._leaf, 0, start) if own else (), own, strict=True):
+        for ours, expected in zip(leaf._leaf.span(0, start) if own else (), own, strict=True):
             assert np.array_equal(numbers(ours), expected)
 
 
@@ -211,6 +213,6 @@ def test_nothing_is_packed_that_need_not_be() -> None:
     prompt = read(KINDS[1], AS_COMPUTED, [100, 50])
     assert prompt.pieces == []
     for kept in (Kind.KV, Kind.WINDOW):
-        for leaf, row in zip(prompt.caches, prompt.spans(100, 150, kept), strict=True):
+        for leaf, row in zip(prompt.leaves, prompt.spans(100, 150, kept), strict=True):
             if row:
-                assert_same(row, spans(leaf, 100, 150))
+                assert_same(row, leaf.span(100, 150))

@@ -23,9 +23,10 @@ from millpond.engine.speculation import Speculator
 from millpond.kv.format import KvFormat
 from millpond.memory.budget import MemoryBudget
 from millpond.model.blocks import BlockFormat, agree, stored
+from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities, probe
-from millpond.model.upstream import UPSTREAM_MATH, Rounded, cache_arrays, new_cache
+from millpond.model.upstream import UPSTREAM_MATH, cache_arrays, new_cache
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.tier import SsdTier
 from millpond.schedule.costs import CostModel
@@ -227,7 +228,7 @@ def packed_gaps(
             for start in range(done, end, 256):
                 network(mx.array([prompt[start : min(end, start + 256)]]), cache=caches)
                 mx.eval(cache_arrays(caches))
-            rounding = [Rounded(leaf, form, done) for leaf in caches] if end else caches
+            rounding = rounded(caches, form, done) if end else caches
             done = end
         gaps = []
         for fed, drawn in zip([prompt[-1], *answer], answer, strict=False):

@@ -1,0 +1,221 @@
+"""The caches of one sequence, leaf by leaf: how mlx-lm's models fill them, and what of it rows and records take.
+
+A leaf is one cache; most layers have one, some have several. What Millpond assumes about the insides of mlx-lm's caches
+is in this file; the probe checks at start that it still holds. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import mlx.core as mx
+
+from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.leaf import LeafRow
+from millpond.kv.slots import KvSpec, LeafSpec, RingSpec
+from millpond.model.upstream import ArraysCache, CacheList, KVCache, LayerCache, PromptCache, RotatingKVCache
+from millpond.prefix.records import Kind
+
+
+class Leaf:
+    """A cache of which nothing is known: models can run with it, and that is all."""
+
+    kind: ClassVar[Kind | None] = None
+    """Which records of the prefix cache it belongs to."""
+    window = 0
+    """Sliding-window size in tokens; 0 for other leaves."""
+
+    def __init__(self, cache: LayerCache) -> None:
+        self.cache = cache
+
+    @property
+    def name(self) -> str:
+        """Its kind, or what mlx-lm calls it."""
+        return str(self.kind or type(self.cache).__name__)
+
+    def spec(self, form: KvFormat) -> LeafSpec | str:  # noqa: ARG002 - for those that are packed
+        """What slots of that format keep of it, read off a cache that a forward has filled; or what it is, if slots
+        cannot hold that."""
+        return f"a {self.name}"
+
+    def exact(self, form: KvFormat) -> int:
+        """Positions from the start that a format that packs leaves as they are."""
+        raise NotImplementedError(f"a {self.name} is never packed")
+
+    def oldest(self, length: int) -> int:  # noqa: ARG002 - for windows
+        """First position that a token behind ``length`` others may see."""
+        return 0
+
+    def span(self, start: int, end: int) -> Arrays:
+        """What records hold of positions [start, end), as computed: lazy views. Raises ValueError when it has gone."""
+        raise NotImplementedError(f"a {self.name} cannot be cut")
+
+    def put(self, arrays: Sequence[mx.array], length: int) -> None:
+        """Fill a fresh cache of ``length`` tokens with what ``span`` gave, in order, unused positions behind them."""
+        raise NotImplementedError(f"a {self.name} cannot be filled")
+
+    def row(self) -> LeafRow:
+        """All that a row adopts of a finished prompt."""
+        raise NotImplementedError(f"a {self.name} has no rows to adopt")
+
+    def clear(self) -> None:
+        """Drop what has been adopted."""
+
+
+class KvLeaf(Leaf):
+    """Keys and values of every position."""
+
+    kind = Kind.KV
+    cache: KVCache
+
+    def spec(self, form: KvFormat) -> LeafSpec | str:
+        return KvSpec(*self._sizes(), form)
+
+    def _sizes(self) -> tuple[int, int, int, mx.Dtype]:
+        keys, values = self.cache.keys, self.cache.values
+        return keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
+
+    def exact(self, form: KvFormat) -> int:
+        return form.packing.start
+
+    def in_order(self) -> tuple[mx.array, mx.array]:
+        """Keys and values of all positions held, the newest last."""
+        return self.cache.keys[:, :, : self.cache.offset], self.cache.values[:, :, : self.cache.offset]
+
+    def span(self, start: int, end: int) -> Arrays:
+        return self.cache.keys[:, :, start:end], self.cache.values[:, :, start:end]
+
+    def put(self, arrays: Sequence[mx.array], length: int) -> None:
+        (self.cache.keys, self.cache.values), self.cache.offset = arrays, length
+
+    def row(self) -> LeafRow:
+        return LeafRow((self.cache.keys, self.cache.values), self.cache.keys.shape[2] - self.cache.offset)
+
+    def clear(self) -> None:
+        self.cache.keys = self.cache.values = None
+
+
+class WindowLeaf(KvLeaf):
+    """Keys and values of the last positions."""
+
+    kind = Kind.WINDOW
+    cache: RotatingKVCache
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        return int(self.cache.max_size)
+
+    def spec(self, form: KvFormat) -> LeafSpec | str:
+        return RingSpec(*self._sizes(), form, window=self.window)
+
+    def exact(self, form: KvFormat) -> int:  # noqa: ARG002 - it forgets the first ones anyway
+        return 0
+
+    def oldest(self, length: int) -> int:
+        return max(0, length - self.window)
+
+    def in_order(self) -> tuple[mx.array, mx.array]:
+        # Between chunks the ring may be stored rotated; only its own method knows the order.
+        return self.cache._temporal_order(self.cache.keys), self.cache._temporal_order(self.cache.values)
+
+    def span(self, start: int, end: int) -> Arrays:
+        sides = self.in_order()
+        first = self.cache.offset - sides[0].shape[2]
+        if start < first:
+            raise ValueError(f"position {start} has left the window, which begins at {first}")
+        return tuple(side[:, :, start - first : end - first] for side in sides)
+
+    def put(self, arrays: Sequence[mx.array], length: int) -> None:
+        super().put(arrays, length)
+        self.cache._idx = arrays[0].shape[2]
+
+    def row(self) -> LeafRow:
+        kept = min(self.cache.offset, self.window)  # after a chunk it holds more than that
+        return LeafRow(tuple(side[:, :, -kept:] for side in self.in_order()))
+
+
+class StateLeaf(Leaf):
+    """The state of a recurrent layer, which does not grow."""
+
+    kind = Kind.STATE
+    cache: ArraysCache
+
+    def spec(self, form: KvFormat) -> LeafSpec | str:  # noqa: ARG002 - a state is never packed
+        return "a recurrent state"
+
+    def span(self, start: int, end: int) -> Arrays:  # noqa: ARG002 - a state is of now, whatever the positions
+        if self.cache.empty() or self.cache.lengths is not None or self.cache.left_padding is not None:
+            raise ValueError("the recurrent layer has no state of its own yet")
+        return tuple(array for array in self.cache.cache if array is not None)
+
+    def put(self, arrays: Sequence[mx.array], length: int) -> None:  # noqa: ARG002 - the same
+        self.cache.cache = list(arrays)
+
+
+KINDS: dict[type, type[Leaf]] = {KVCache: KvLeaf, RotatingKVCache: WindowLeaf, ArraysCache: StateLeaf}
+"""By mlx-lm's class: one that derives from these may keep something else."""
+
+
+def leaves_of(caches: PromptCache) -> list[Leaf]:
+    """The leaves of all layers, those of layers that have several one after the other."""
+    found: list[Leaf] = []
+    for cache in caches:
+        found += leaves_of(list(cache.caches)) if isinstance(cache, CacheList) else [_leaf(cache)]
+    return found
+
+
+def _leaf(cache: LayerCache) -> Leaf:
+    if isinstance(cache, RotatingKVCache) and cache.keep:
+        return Leaf(cache)  # it never forgets its first positions, which no slot knows
+    return KINDS.get(type(cache), Leaf)(cache)
+
+
+def leaf_specs(caches: PromptCache, form: KvFormat) -> list[LeafSpec] | str:
+    """What slots of that format keep of each leaf, read off caches that a forward has filled; or a sentence that says
+    which layers keep what slots cannot hold."""
+    specs: list[LeafSpec] = []
+    misfits: dict[str, list[int]] = {}
+    for layer, cache in enumerate(caches):
+        found = [leaf.spec(form) for leaf in leaves_of([cache])]
+        if len(found) > 1:
+            found = ["several caches at once"]  # the arena hands out one slot per layer
+        specs += [spec for spec in found if not isinstance(spec, str)]
+        for what in (spec for spec in found if isinstance(spec, str)):
+            misfits.setdefault(what, []).append(layer)
+    told = []
+    for what, (first, *more) in misfits.items():
+        told.append(f"layer {first}{f' and {len(more)} more' if more else ''}: {what}, which slots cannot hold")
+    return "; ".join(told) or specs
+
+
+class Rounded:
+    """A cache that packs and unpacks whatever it is given: what slots of that format hold, in a single sequence."""
+
+    def __init__(self, leaf: Leaf, form: KvFormat, done: int = 0) -> None:
+        """What the leaf holds behind the first ``done`` tokens is rounded at once."""
+        assert isinstance(leaf, KvLeaf)
+        self._leaf = leaf
+        self._form = form
+        self._exact = leaf.exact(form)
+        end = leaf.cache.offset
+        held = end - leaf.in_order()[0].shape[2]
+        first = max(held, done, min(self._exact, end))
+        if first < end:
+            packed = form.unpack(form.pack(*leaf.span(first, end)))
+            sides = zip(leaf.span(held, first), packed, strict=True)
+            leaf.put([mx.concatenate(list(side), axis=2) for side in sides], end)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As mlx-lm's, one token at a time."""
+        if self._leaf.cache.offset >= self._exact:
+            keys, values = self._form.unpack(self._form.pack(keys, values))
+        return cast(tuple[mx.array, mx.array], self._leaf.cache.update_and_fetch(keys, values))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._leaf.cache, name)
+
+
+def rounded(caches: PromptCache, form: KvFormat, done: int = 0) -> PromptCache:
+    """Caches that go on as slots of that format would; the same ones where nothing is packed. See ``Rounded``."""
+    return [cast(LayerCache, Rounded(leaf, form, done)) for leaf in leaves_of(caches)] if form.packs else caches
