@@ -22,7 +22,16 @@ from millpond.hub.cache import NoCache, prefix_folder
 from millpond.paths import expanded
 from millpond.reference import allowed, default, page
 from millpond.settings import PrefixSettings
-from millpond.types import GRID, GROUP_SIZES, MOST_DRAFT_TOKENS, KvPacking, SpecMode, SpecSettings, Speculation
+from millpond.types import (
+    GRID,
+    GROUP_SIZES,
+    MOST_DRAFT_TOKENS,
+    KvPacking,
+    SpecMode,
+    SpecModeName,
+    SpecSettings,
+    Speculation,
+)
 from millpond.values import MOST_COUNT, Command, Duration, Hosts, Origins, RealPath, Silence, Size, Words
 
 
@@ -130,7 +139,7 @@ class ServeConfig(BaseModel):
         ByteSize(100 * 10**9), description="Most bytes written to the SSD per day; 0: no limit."
     )
     ssd_min_free: Size = Field(ByteSize(5 * 10**9), description="Space that the SSD tier leaves free on its disk.")
-    spec: Literal["off", "ngram", "draft"] = Field(
+    spec: SpecModeName = Field(
         "ngram",
         description="How tokens are guessed ahead, which makes answers come faster and never changes them: from the "
         "text so far (ngram), with draft_model (draft), or not at all (off). A request may choose for itself.",

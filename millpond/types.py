@@ -7,7 +7,7 @@ engine (see wire.py), so there is one definition of a request on both sides of t
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NewType
+from typing import Literal, NewType
 
 import msgspec
 
@@ -56,13 +56,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpecMode(StrEnum):
-    """Where guesses of the coming tokens come from."""
+    """Who proposes draft tokens; see speculate/proposer.py."""
 
     OFF = "off"
     NGRAM = "ngram"
     """What followed the last tokens earlier in the prompt, in the answer or in the client's prediction."""
     DRAFT = "draft"
     """A second, smaller model."""
+
+
+SpecModeName = Literal["off", "ngram", "draft"]
+"""As settings and requests say it."""
 
 
 MOST_DRAFT_TOKENS = 31

@@ -6,12 +6,12 @@ It changes nothing of an answer, only how fast it comes; see docs/speculative-de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.http.errors import bad_value, unsupported
-from millpond.types import MOST_DRAFT_TOKENS, ModelInfo, SpecMode, Speculation
+from millpond.types import MOST_DRAFT_TOKENS, ModelInfo, SpecMode, SpecModeName, Speculation
 
 LONGEST_NAME = 40
 """Of a field that there is not, as it may stand in a message."""
@@ -23,7 +23,7 @@ class SpeculativeOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    mode: Literal["off", "ngram", "draft"] | None = Field(None, description='"off", "ngram" or "draft"')
+    mode: SpecModeName | None = Field(None, description='"off", "ngram" or "draft"')
     tokens: Annotated[int, Field(ge=1, le=MOST_DRAFT_TOKENS)] | None = Field(
         None, description=f"an integer from 1 to {MOST_DRAFT_TOKENS}"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import echo_proposer
 import msgspec
 import pytest
 from engine_driver import PACKED_TIE, Driver, Outcome, prefix_cache
@@ -194,6 +197,21 @@ def test_a_draft_model_beside_the_served_one(drafting: str, seed: int) -> None:
         assert sum(driver.outcomes[name].accepted for name in bare) > 30
     else:
         assert counts.accepted < counts.proposed / 3
+
+
+def test_the_proposer_of_the_recipe_changes_no_answer() -> None:
+    code = Path(echo_proposer.__file__).read_text().replace("SpecMode.DRAFT", "SpecMode.ECHO")
+    recipe = Path(__file__).parents[2] / "docs" / "how-to" / "add-a-proposer.md"
+    assert code in recipe.read_text().replace("\n   ", "\n")
+    requests = crowd(6, seed=3)
+    driver = Driver(
+        model("llama"), capabilities=capabilities("llama"), spec=SPECULATED, draft=echo_proposer.EchoProposer()
+    )
+    for one in requests:
+        driver.submit(one)
+    driver.run()
+    same(driver.outcomes, plain("llama", requests))
+    assert driver.beat.counters.spec.proposed > 0
 
 
 def test_lookup_and_controller_as_they_are() -> None:
