@@ -3,12 +3,11 @@ from __future__ import annotations
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,18 +88,9 @@ class Talk:
     def type(self, line: str) -> None:
         os.write(self._master, f"{line}\n".encode())
 
-    def press_ctrl_c_until(self, pattern: str) -> str:
-        """As people do, again after a second: one that comes just before a read is only noticed when that returns."""
-        self.process.send_signal(signal.SIGINT)
-        return self.until(pattern, lambda: self.process.send_signal(signal.SIGINT))
-
-    def until(self, pattern: str, otherwise: Callable[[], None] = lambda: None) -> str:
-        """Read on until the pattern has come; returns what came before it and the match. ``otherwise`` is called
-        whenever nothing has come for a second."""
+    def until(self, pattern: str) -> str:
+        """Read on until the pattern has come; returns what came before it and the match."""
         while (found := re.search(pattern, self._seen)) is None:
-            if not select.select([self._master], [], [], 1.0)[0]:
-                otherwise()
-                continue
             try:
                 self._seen += os.read(self._master, 4096).decode(errors="replace")
             except OSError:
@@ -126,7 +116,8 @@ def test_ctrl_c_stops_only_the_answer_and_commands_work(scripted_server: Scripte
     talk.until("> ")
     talk.type("first question")
     talk.until("w1 ")
-    talk.press_ctrl_c_until(r"\(stopped\)")
+    talk.process.send_signal(signal.SIGINT)
+    talk.until(r"\(stopped\)")
     talk.until("> ")
     talk.type("/system be kind")
     talk.until("system prompt set")
