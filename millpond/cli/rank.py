@@ -22,6 +22,8 @@ from millpond.launch.process import send_signal
 from millpond.observe.log import configure
 from millpond.types import GroupSettings
 
+_settings_decoder = msgspec.json.Decoder(GroupSettings)
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _hold(command: list[str], environment: dict[str, str]) -> int:
     reader = await read_input()
-    settings = msgspec.json.decode(await reader.readline(), type=GroupSettings)
+    settings = _settings_decoder.decode(await reader.readline())
     gone = asyncio.create_task(reader.read(1))
     finding = asyncio.create_task(asyncio.to_thread(find_model, settings.model))
     await asyncio.wait({gone, finding}, return_when=asyncio.FIRST_COMPLETED)

@@ -31,6 +31,9 @@ class DigestMemo(msgspec.Struct):
     digests: list[tuple[Identity, str]] = []
 
 
+_memo_decoder = msgspec.json.Decoder(DigestMemo)
+
+
 def folder_fingerprint(folder: Path, progress: Progress) -> str:
     """sha256, hex, over config.json and the weight files that count, names included. Raises SourceError."""
     files = [folder / "config.json", *weight_files(folder).used]
@@ -87,7 +90,7 @@ def _blob_digest(file: Path) -> str | None:
 
 def _read_memo() -> dict[Identity, str]:
     try:
-        return dict(msgspec.json.decode(recalled(MEMO) or b"{}", type=DigestMemo).digests)
+        return dict(_memo_decoder.decode(recalled(MEMO) or b"{}").digests)
     except msgspec.MsgspecError:
         # Damaged: it only saves time, and is written anew.
         return {}

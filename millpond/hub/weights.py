@@ -68,6 +68,11 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
+_index_decoder = msgspec.json.Decoder(_Index)
+_head_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_tensor_decoder = msgspec.json.Decoder(Tensor)
+
+
 def weight_files(folder: Path) -> WeightFiles:
     """The files of ``folder`` that count; heads are not read. Raises SourceError when one is missing."""
     places = _places(folder / INDEX)
@@ -101,7 +106,7 @@ def _places(path: Path) -> dict[str, str]:
     except OSError as error:
         raise SourceError(f"{INDEX} cannot be read: {error.strerror}") from error
     try:
-        places = msgspec.json.decode(content, type=_Index).weight_map
+        places = _index_decoder.decode(content).weight_map
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise SourceError(f"{INDEX} has no weight_map of tensor names to file names: {error}") from error
     for name in places.values():
@@ -148,9 +153,9 @@ def _head(file: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise SourceError(f"{file.name} cannot be read: {error.strerror}") from error
     try:
-        entries = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        entries = _head_decoder.decode(content)
         entries.pop("__metadata__", None)
-        tensors = {name: msgspec.json.decode(entry, type=Tensor) for name, entry in entries.items()}
+        tensors = {name: _tensor_decoder.decode(entry) for name, entry in entries.items()}
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise SourceError(f"{file.name} is not a safetensors file: {error}") from error
     for name, tensor in tensors.items():

@@ -46,11 +46,11 @@ def over(arrays: Attention) -> Attention:
     ) -> mx.array:
         if isinstance(cache, KvSlot) and (cache.spec.format.native or len(cache.segments) > 1):
             if sinks is not None:
-                raise NotImplementedError("slots of this kind know no attention sinks")
+                raise ValueError("slots of this kind know no attention sinks")
             if not cache.spec.format.native:
                 return split_attention(queries, cache, scale, mask)
             if mask is not None:
-                raise NotImplementedError("attention over slots in C knows no masks")
+                raise ValueError("attention over slots in C knows no masks")
             return cache.attend(queries, scale * cpu_math.LOG2_E)
         return arrays(queries, keys, values, cache, scale, mask, sinks)
 

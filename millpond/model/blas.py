@@ -152,10 +152,13 @@ class Measured(msgspec.Struct):
     limits: dict[str, int] = {}
 
 
+_measured_decoder = msgspec.json.Decoder(Measured)
+
+
 def row_limit(shim: ctypes.CDLL, machine: str) -> int:
     """Most rows for which our own products are about as fast as OpenBLAS's, or faster; 0 when they never are."""
     try:
-        measured = msgspec.json.decode(recalled(MEASURED) or b"{}", type=Measured)
+        measured = _measured_decoder.decode(recalled(MEASURED) or b"{}")
     except msgspec.MsgspecError:
         # Damaged: measure again.
         measured = Measured()

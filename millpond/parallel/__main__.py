@@ -16,6 +16,8 @@ from millpond.lifeline import die_with_parent, end_with
 from millpond.observe.log import configure
 from millpond.types import GroupSettings
 
+_settings_decoder = msgspec.json.Decoder(GroupSettings)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -30,7 +32,7 @@ def main() -> int:
 
     if descriptor is not None:
         return process.lead(socket.socket(fileno=descriptor))
-    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=GroupSettings)
+    settings = _settings_decoder.decode(sys.stdin.buffer.readline())
     end_with(sys.stdin.fileno())
     return process.follow(settings)
 

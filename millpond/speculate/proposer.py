@@ -49,24 +49,28 @@ class Proposer:
     def answered(self, salt: str, answer: Sequence[int]) -> None:
         """A request of whatever mode has been answered; only requests of the same salt may learn from that."""
 
-    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:  # noqa: ARG002 - nothing
         """What could be had behind ``unread`` more tokens than these, at most so many; None: nothing."""
-        raise NotImplementedError
+        return None
 
-    def propose(self, wanted: Mapping[str, int], tokens: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    def propose(
+        self,
+        wanted: Mapping[str, int],  # noqa: ARG002 - offers that come with their tokens need no more
+        tokens: Mapping[str, Sequence[int]],  # noqa: ARG002 - the same
+    ) -> dict[str, list[int]]:
         """So many draft tokens for those whose offers came without; the time it takes is theirs.
 
         ``tokens``: the committed ones of every request there is. On failure nobody has any.
         """
-        raise NotImplementedError
+        return {}
 
     def behind(self, name: str, tokens: Sequence[int]) -> Source | None:  # noqa: ARG002 - most need not read
         """What it could offer if it had read what these tokens say; None: it has, or need not."""
         return None
 
-    def read(self, name: str, tokens: Sequence[int], most: int) -> bool:
+    def read(self, name: str, tokens: Sequence[int], most: int) -> bool:  # noqa: ARG002 - the same
         """Read on, about so many of the tokens. Returns whether that leads to offers some day."""
-        raise NotImplementedError
+        return False
 
     def trim(self) -> None:
         """There are no requests: give back the memory that they left behind."""

@@ -76,6 +76,10 @@ class _Header(msgspec.Struct, frozen=True, array_like=True):
     head: RecordHead
 
 
+_header_decoder = msgspec.msgpack.Decoder(_Header)
+"""Made once, at import: see docs/decisions/0033-decoders-are-made-at-import.md."""
+
+
 def file_bytes(head: RecordHead, namespace: str) -> int:
     """Size of a record's file, known before it is encoded."""
     header = msgspec.msgpack.encode(_Header(namespace, head))
@@ -114,7 +118,7 @@ def decode_head(beginning: bytes | memoryview, file_bytes: int) -> tuple[str, Re
     if len(header) != parts.header_end - PREFIX_BYTES or xxhash.xxh3_64_digest(header) != header_checksum:
         raise DamagedRecord(Damage.HEADER, "the header does not match its checksum")
     try:
-        known = msgspec.msgpack.decode(header, type=_Header)
+        known = _header_decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedRecord(Damage.HEADER, f"the header cannot be read: {error}") from error
     head = known.head
