@@ -107,11 +107,11 @@ def leave(connection: socket.socket, how: str, received: bytes = b"") -> None:
 
 
 def checked_or_cut(received: bytes) -> None:
-    """An answer may be cut where its client left; what came before it must be right."""
+    """An answer may be cut where its client left, and one to a HEAD, of which nothing is known here, has no body."""
     try:
         checked(received)
     except NotHttp:
-        assert b"HTTP/1.1 200 " in received  # of several, the first may have been refused
+        assert received.startswith(b"HTTP/1.1 ")
 
 
 @pytest.mark.parametrize("how", LEAVINGS)
