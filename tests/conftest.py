@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,35 @@ settings.load_profile("untimed")
 
 os.environ["MILLPOND_CACHE_SSD"] = "0"
 """Servers that tests start keep nothing on disk unless the test says so: no test depends on an earlier run."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_at_work() -> Iterator[None]:
+    """A thread that a test leaves behind may wait; one that works takes processor time from all tests that follow."""
+    yield
+    ends = time.monotonic() + 5
+    while busy := threads_at_work():
+        assert time.monotonic() < ends, f"still at work after the last test: {busy}"
+
+
+def threads_at_work() -> list[str]:
+    """Names of threads beside the main one that take most of a processor. Linux only; nothing elsewhere."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if not others or sys.platform != "linux":
+        return []
+    before = {thread: ticks(thread) for thread in others}
+    time.sleep(0.1)
+    return [thread.name for thread in others if ticks(thread) - before[thread] > 5]
+
+
+def ticks(thread: threading.Thread) -> int:
+    """Processor time so far, in hundredths of a second."""
+    try:
+        stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    except OSError:  # it is over
+        return 0
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
 
 
 @pytest.fixture(scope="session")

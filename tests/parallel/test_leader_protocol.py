@@ -231,13 +231,17 @@ def test_a_rank_that_reads_nothing_is_given_up_while_rank_0_waits_to_be_read() -
     with scene(silence=1.0) as told:
         told.join()
 
+        over = threading.Event()
+
         def tell() -> None:
-            while told.reasons.empty():
+            while not over.is_set():
                 with contextlib.suppress(SystemExit):
                     told.leader.tell(Arrive(request(secrets.token_hex(4), [100_000] * 500_000, 1)))
 
         threading.Thread(target=tell, daemon=True).start()
-        assert "not been heard of" in told.reason()
+        reason = told.reason()
+        over.set()
+        assert "not been heard of" in reason
 
 
 def test_a_rank_that_lives_but_does_nothing_is_given_up() -> None:
