@@ -262,7 +262,7 @@ def test_more_conversations_run_at_once() -> None:
     computed in float32, so float16 is what float32 does with twice the memory. The exact form of the prompt that is
     being read counts too; it matters less the more conversations there are."""
     most = {}
-    limit = 80 * 256 * model("wide_llama").sizes.token_bytes // 2
+    limit = 80 * 256 * model("wide_llama").sizes.exact_token_bytes // 2
     for packing, memory in (("exact", 2 * limit), ("int8", limit)):
         loaded = model("wide_llama") if packing == "int8" else kept_as(model("wide_llama"), KvFormat(native=True))
         driven = Driver(loaded, max_batch=160, max_chunk=128, limit_bytes=memory)
