@@ -112,6 +112,8 @@ class Operation:
     texts: tuple[str, ...] = ()
     """The media types of a 200 that is not JSON."""
     headers: dict[str, Schema] = field(default_factory=dict)
+    error: str = "Error"
+    """The schema of what a failure says."""
 
 
 _ANSWERING = (404, 408, 429, 503, 504)
@@ -198,7 +200,11 @@ def document(routes: Iterable[BaseRoute]) -> Schema:
         "paths": paths,
         "components": {
             "schemas": SCHEMAS | _request_schemas(),
-            "responses": {f"Error{status}": failure(status) for status in FAILURES},
+            "responses": {
+                f"{error}{status}": failure(status, error)
+                for error in sorted({operation.error for operation in OPERATIONS.values()})
+                for status in FAILURES
+            },
             "headers": RESPONSE_HEADERS,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -223,7 +229,10 @@ def _operation(path: str, operation: Operation) -> Schema:
         "summary": operation.summary,
         "responses": {
             **{str(status): _answer(operation, status) for status in (own or (200,))},
-            **{str(status): {"$ref": f"#/components/responses/Error{status}"} for status in sorted(refusals - own)},
+            **{
+                str(status): {"$ref": f"#/components/responses/{operation.error}{status}"}
+                for status in sorted(refusals - own)
+            },
         },
     }
     if path not in OPEN:
@@ -240,15 +249,15 @@ def _answer(operation: Operation, status: int) -> Schema:
     if status in operation.answers:
         content[JSON] = {"schema": operation.answers[status]}
     if operation.chunks:
-        content[EVENTS] = {"schema": _event(ref(operation.chunks))}
+        content[EVENTS] = {"schema": _event(ref(operation.chunks), ref(operation.error))}
     more = headers(Retry_After="RetryAfter") if status == 503 else operation.headers
     description = "Not now." if status == 503 else "It went well."
     return {"description": description, "headers": headers(x_request_id="RequestId") | more, "content": content}
 
 
-def _event(chunk: Schema) -> Schema:
+def _event(chunk: Schema, error: Schema) -> Schema:
     """One server-sent event."""
-    payload: Schema = {"anyOf": [chunk, ref("Error")]}
+    payload: Schema = {"anyOf": [chunk, error]}
     data: Schema = {"type": "string", "contentMediaType": JSON, "contentSchema": payload}
     data = {"if": constant("[DONE]"), "then": True, "else": data}
     description = "Where stream is true. An Error, when the answer fails half way, or [DONE] as data is the last event."

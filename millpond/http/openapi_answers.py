@@ -212,12 +212,12 @@ def header_ref(component: str) -> Schema:
     return {"$ref": f"#/components/headers/{component}"}
 
 
-def failure(status: int) -> Schema:
-    """The response component of a failure."""
+def failure(status: int, error: str) -> Schema:
+    """The response component of a failure; ``error`` names the schema of its body."""
     own = {name: header_ref(component) for name, component in _OWN_HEADERS.get(status, {}).items()}
     # What is refused before it is a request, such as what is not HTTP, has no id; hence not required.
     return {
         "description": FAILURES[status],
         "headers": {"x-request-id": header_ref("RequestId"), **own},
-        "content": {"application/json": {"schema": ref("Error")}},
+        "content": {"application/json": {"schema": ref(error)}},
     }

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from millpond.http.errors import ApiError, bad_value, missing, unsupported
+from millpond.http.errors import ApiError, bad_value, unsupported
+from millpond.http.fields import checked
 from millpond.http.generation_request import (
     LONGEST_SALT,
     SAMPLING_FIELDS,
@@ -314,20 +315,10 @@ def parse(kind: type[R], fields: Mapping[str, object]) -> R:
         value = fields.get(name)
         if value is not None and name not in kind.model_fields and not neutral(value):
             raise unsupported(name, value, allowed)
-    given = {name: fields[name] for name in kind.model_fields if fields.get(name) is not None}
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _explained(kind, error, given) from error
+    return checked(kind, fields)
 
 
 def unknown_fields(kind: type[OpenAIRequest], fields: Mapping[str, object]) -> list[str]:
     """Names that are ignored because nothing here knows them; one that is null is not there."""
     known = kind.model_fields.keys() | NOT_IMPLEMENTED.keys()
     return [name for name, value in fields.items() if value is not None and name not in known]
-
-
-def _explained(kind: type[OpenAIRequest], error: ValidationError, given: Mapping[str, object]) -> ApiError:
-    name = str(error.errors(include_url=False)[0]["loc"][0])
-    allowed = kind.model_fields[name].description or "valid"
-    return bad_value(name, given[name], allowed) if name in given else missing(name, allowed)
