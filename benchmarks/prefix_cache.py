@@ -47,9 +47,9 @@ def filled(blocks: int, chains: int) -> tuple[PrefixCache, list[list[int]]]:
     cache = PrefixCache("bench", Layout(0, False), 1 << 50, lambda _tensors, _bytes: Nothing(), lambda _a, _b: True)
     prompts = [[chooser.randrange(150_000) for _ in range(blocks // chains * BLOCK + 1)] for _ in range(chains)]
     for prompt in prompts:
-        visit = cache.visit(prompt, "")
+        query = cache.query(prompt, "")
         for start in range(0, len(prompt) - 1, BLOCK):
-            cache.keep(visit, start, start + BLOCK, {Kind.KV: Nothing()})
+            cache.keep(query, start, start + BLOCK, {Kind.KV: Nothing()})
     return cache, prompts
 
 
@@ -59,10 +59,10 @@ def lookup_ms(tokens: int) -> float:
     times = []
     for _ in range(20):
         began = time.perf_counter()
-        visit = cache.visit(prompts[0], "")
-        offer = cache.offer(visit, 0.0)
-        cache.explain(visit, offer.position)
-        cache.take(visit, offer.position)
+        query = cache.query(prompts[0], "")
+        offer = cache.offer(query, 0.0)
+        cache.explain(query, offer.position)
+        cache.take(query, offer.position)
         times.append((time.perf_counter() - began) * 1000)
         assert offer.position == len(prompts[0]) - 1
     return statistics.median(times)

@@ -1,10 +1,12 @@
-"""The pictures in docs/architecture.md show the packages that exist, what they import, and modules that exist."""
+"""The pictures in docs/architecture.md show the packages that exist, what they import, and modules that exist; and no
+name stands for two things."""
 
 from __future__ import annotations
 
 import ast
 import re
 import tomllib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,6 +66,12 @@ def test_no_arrow_contradicts_a_contract() -> None:
         sources, targets = contract.get("source_modules", ()), contract.get("forbidden_modules", ())
         up |= {(a, b) for a, b in drawn() if f"millpond.{a}" in sources and f"millpond.{b}" in targets}
     assert not up, f"{MEND}pyproject.toml forbids these arrows"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    files = {file: ast.parse(file.read_text()).body for file in CODE.rglob("*.py")}
+    named = Counter(node.name for body in files.values() for node in body if isinstance(node, ast.ClassDef))
+    assert [name for name, times in named.items() if times > 1] == []
 
 
 def test_a_request_goes_through_modules_that_exist() -> None:

@@ -22,6 +22,6 @@ def hunks(step: str) -> list[list[str]]:
 def test_what_a_recipe_changes_is_there(recipe: Path) -> None:
     for step in STEP.findall(recipe.read_text()):
         for lines in hunks(step):
-            file = ROOT / re.findall(r"`([^`\n]+/[^`\n]+)`", step)[0]
+            file = ROOT / re.findall(r"`([^`\n]+/[^`\n]+|pyproject\.toml)`", step)[0]
             before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
             assert file.read_text().count(before) == 1, f"{recipe.name}: {file.name} has changed; it has not\n{before}"

@@ -19,7 +19,7 @@ class Unusable(Exception):  # noqa: N818 - it names what is wrong
     """The environment says something that cannot be used; the message names the variable, and shows no key."""
 
 
-class Connection(TypedDict):
+class ClientOptions(TypedDict):
     """Arguments of an httpx client."""
 
     base_url: str
@@ -28,20 +28,20 @@ class Connection(TypedDict):
     verify: ssl.SSLContext | bool
 
 
-def connection(url: str, key: str = "") -> Connection:
+def connection(url: str, key: str = "") -> ClientOptions:
     """To the server at ``url``, with or without its ``/v1``. Raises Unusable for proxies that cannot be used."""
     base = url.rstrip("/").removesuffix("/v1")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     if is_local(base):
         # The environment may still name the certificates to trust.
         verify = httpx.create_ssl_context() if base.lower().startswith("https:") else True
-        return Connection(base_url=base, headers=headers, trust_env=False, verify=verify)
+        return ClientOptions(base_url=base, headers=headers, trust_env=False, verify=verify)
     try:
         httpx.Client(base_url=base).close()
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         why = str(error).partition(". ")[0]
         raise Unusable(f"the proxy that the environment names cannot be used: {why}") from error
-    return Connection(base_url=base, headers=headers, trust_env=True, verify=True)
+    return ClientOptions(base_url=base, headers=headers, trust_env=True, verify=True)
 
 
 def is_local(url: str) -> bool:

@@ -10,13 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from millpond.bench.runner import Progress, Run
+from millpond.bench.runner import Run, RunProgress
 from millpond.bench.stream import Reply
 from millpond.bench.summary import Summary
 from millpond.bench.workloads import Workload
 
 
-class BarProgress(Progress):
+class BarProgress(RunProgress):
     """One bar per workload. Use as a context manager; draws nothing when the console is not a terminal."""
 
     def __init__(self, console: Console) -> None:

@@ -71,7 +71,7 @@ class Run:
         return {"summary": self.summaries[name].as_json(), "requests": requests}
 
 
-class Progress:
+class RunProgress:
     """Told what happens; this one keeps silent."""
 
     def begin(self, workload: Workload, count: int) -> None:
@@ -90,7 +90,7 @@ async def run_workloads(
     sizes: Sizes,
     *,
     label: str = "",
-    progress: Progress | None = None,
+    progress: RunProgress | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> Run:
     """Run the workloads in order after one unmeasured request. Raises UnreachableError when nobody
@@ -98,7 +98,7 @@ async def run_workloads(
 
     ``on_run`` gets the Run object before the first workload, so that an interrupted run still has its results.
     """
-    progress = progress or Progress()
+    progress = progress or RunProgress()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(None, connect=10.0)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, **connection(target.url, target.api_key)) as client:

@@ -43,7 +43,7 @@ class ChatError(Exception):
 
 
 @dataclass
-class Conversation:
+class ChatHistory:
     """What was said, and how to ask for more."""
 
     model: str
@@ -68,7 +68,7 @@ class Conversation:
 
 
 @dataclass
-class Answer:
+class ShownAnswer:
     """One answer as it grows; times in seconds."""
 
     text: str = ""
@@ -85,7 +85,7 @@ class Answer:
         return f"{self.tokens} tokens, first after {self.first - self.began:.2f} s{pace}"
 
 
-def stream_answer(client: httpx.Client, conversation: Conversation, answer: Answer) -> Iterator[str]:
+def stream_answer(client: httpx.Client, conversation: ChatHistory, answer: ShownAnswer) -> Iterator[str]:
     """Ask for the next answer and yield its pieces as they arrive. Raises ChatError when the server fails."""
     reader = EventReader()
     try:
@@ -100,7 +100,7 @@ def stream_answer(client: httpx.Client, conversation: Conversation, answer: Answ
         raise ChatError(f"the connection to the server failed: {error}") from error
 
 
-def _piece_of(data: str, answer: Answer) -> str:
+def _piece_of(data: str, answer: ShownAnswer) -> str:
     """The text in one event, "" when it carries none; counts it in ``answer``."""
     try:
         event = json.loads(data)
@@ -146,7 +146,7 @@ def first_model(client: httpx.Client) -> str:
 class Terminal:
     """Reads lines from a person and shows answers. Errors and hints go to standard error."""
 
-    def __init__(self, client: httpx.Client, conversation: Conversation) -> None:
+    def __init__(self, client: httpx.Client, conversation: ChatHistory) -> None:
         self._client = client
         self._conversation = conversation
         self._hints = Console(stderr=True, highlight=False)
@@ -191,7 +191,7 @@ class Terminal:
     def _turn(self, line: str) -> None:
         """One question and its answer. A failed one is taken back out of the conversation."""
         self._conversation.say("user", line)
-        answer, ending = Answer(), ""
+        answer, ending = ShownAnswer(), ""
         try:
             show(stream_answer(self._client, self._conversation, answer))
         except KeyboardInterrupt:
@@ -213,10 +213,10 @@ def show(pieces: Iterator[str]) -> None:
         sys.stdout.flush()
 
 
-def answer_once(client: httpx.Client, conversation: Conversation, question: str) -> int:
+def answer_once(client: httpx.Client, conversation: ChatHistory, question: str) -> int:
     """Answer one question in plain text: for pipes."""
     conversation.say("user", question)
-    show(stream_answer(client, conversation, Answer()))
+    show(stream_answer(client, conversation, ShownAnswer()))
     print()
     return 0
 
@@ -331,7 +331,7 @@ def _talk(url: str, args: argparse.Namespace) -> int:
     options["headers"]["accept-encoding"] = "identity"
     with httpx.Client(timeout=httpx.Timeout(None, connect=10.0), **options) as client:
         model = args.model or first_model(client)
-        conversation = Conversation(model, args.system, args.max_tokens, args.temperature)
+        conversation = ChatHistory(model, args.system, args.max_tokens, args.temperature)
         if sys.stdin is not None and sys.stdin.isatty():
             return Terminal(client, conversation).loop()
         question = piped().strip()

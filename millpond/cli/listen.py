@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from millpond.cli.given import StartError
 from millpond.config import ServeConfig
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 
 log = logging.getLogger("millpond.serve")
 
@@ -40,7 +40,9 @@ def bind(config: ServeConfig) -> list[socket.socket]:
             + (f"{reason}: another server has that port, give this one another --port" if taken else reason)
         ) from error
     if not loopback(listeners) and not config.api_key and config.api_key_file is None:
-        log.warning("listening beyond this machine, and anybody who can connect is served", extra=kv(host=config.host))
+        log.warning(
+            "listening beyond this machine, and anybody who can connect is served", extra=fields(host=config.host)
+        )
     return listeners
 
 
@@ -109,7 +111,7 @@ def allow_files(wanted: int) -> None:
     except (OSError, ValueError):  # macOS has a second limit, which nothing tells
         granted = soft
     if granted < wanted:
-        log.warning("few open files are allowed; lower --max-connections", extra=kv(allowed=granted, wanted=wanted))
+        log.warning("few open files are allowed; lower --max-connections", extra=fields(allowed=granted, wanted=wanted))
 
 
 def loopback(listeners: Iterable[socket.socket]) -> bool:

@@ -31,7 +31,7 @@ from millpond.http.keys import BadKeys, Keys
 from millpond.http.names import ModelNames
 from millpond.hub.cache import problem as cache_problem
 from millpond.launch.keeper import input_ended
-from millpond.observe.log import configure, kv, last_words
+from millpond.observe.log import configure, fields, last_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         listeners = bind(config)
         allow_files(config.max_connections + SPARE_FILES)
         if wrong := cache_problem():
-            log.warning("this start finds out everything anew, and keeps nothing of it", extra=kv(reason=wrong))
+            log.warning("this start finds out everything anew, and keeps nothing of it", extra=fields(reason=wrong))
         model = find_model(args.model)
         names = ModelNames.of(config.model_name, args.model, model.name, model.path)
         start = start_message(config, str(model.path), find_draft(config), names.served)
@@ -142,11 +142,11 @@ class ServeRun:
         server = _server(app, self._config, self._certificate)
         serving = asyncio.create_task(server.serve(sockets=list(listeners)), name="http")
         url = url_of(listeners, self._config.host, "https" if self._certificate else "http")
-        log.info("listening", extra=kv(url=url, model=self._names.served))
+        log.info("listening", extra=fields(url=url, model=self._names.served))
         loading = asyncio.create_task(self._load(front, url), name="load")
         try:
             await self._until_stopped(front, loading, serving)
-            log.info("stopping", extra=kv(running=front.held, drain_seconds=self._config.drain_seconds))
+            log.info("stopping", extra=fields(running=front.held, drain_seconds=self._config.drain_seconds))
             await front.drain(self._config.drain_seconds)
         finally:
             loading.cancel()
@@ -220,7 +220,7 @@ class ServeRun:
         except EngineUnavailable as error:
             raise StartError(error.whole) from error
         seconds = round(time.monotonic() - self._begun, 2)
-        log.info("ready", extra=kv(api=f"{url}/v1", model=self._names.served, seconds=seconds))
+        log.info("ready", extra=fields(api=f"{url}/v1", model=self._names.served, seconds=seconds))
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -231,7 +231,7 @@ class ServeRun:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled:
-            log.warning("second signal, ending at once", extra=kv(signal=number.name))
+            log.warning("second signal, ending at once", extra=fields(signal=number.name))
             (self._front or self._client).kill()
             last_words()
             os._exit(128 + number)
@@ -249,11 +249,11 @@ class ServeRun:
             context = self._certificate.read() if self._certificate is not None else None
             count = self._keys.reload()
         except (BadCertificate, BadKeys) as error:
-            log.error("nothing was read again", extra=kv(reason=error))
+            log.error("nothing was read again", extra=fields(reason=error))
             return
         if self._certificate is not None and context is not None:
             self._certificate.use(context)
-        log.info("read again", extra=kv(keys=count, certificate=context is not None))
+        log.info("read again", extra=fields(keys=count, certificate=context is not None))
 
 
 def _server(app: Starlette, config: ServeConfig, certificate: Certificate | None) -> Server:

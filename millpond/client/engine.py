@@ -24,7 +24,7 @@ from millpond.client.stream import EngineError, EngineUnavailable, Stream
 from millpond.client.watchdog import Watchdog
 from millpond.launch.followers import GroupPlan
 from millpond.launch.group import EngineGroup
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.types import ErrorKind, ModelInfo, PrefixReport, Request, Salt
 
 log = logging.getLogger("millpond.client")
@@ -250,7 +250,7 @@ class EngineClient:
                 self._give_up(f"{self.reason} ({len(self._deaths)} deaths within {RESTART_WINDOW:g} s)")
                 return
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** max(0, failures - 1))
-            log.warning("engine lost, starting another", extra=kv(reason=self.reason, delay_s=delay))
+            log.warning("engine lost, starting another", extra=fields(reason=self.reason, delay_s=delay))
             self._set_state(EngineState.RESTARTING)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_asked.wait(), delay)
@@ -314,7 +314,7 @@ class EngineClient:
                 self.watchdog.pardon()
             wrong = self.watchdog.verdict() if self._state is EngineState.READY else ""
             if wrong:
-                log.error("engine stalled, killing it", extra=kv(reason=wrong))
+                log.error("engine stalled, killing it", extra=fields(reason=wrong))
                 group.give_up()
                 return wrong
 
@@ -354,7 +354,7 @@ class EngineClient:
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         self._set_state(EngineState.FAILED)
-        log.error("engine failed", extra=kv(reason=reason))
+        log.error("engine failed", extra=fields(reason=reason))
 
     def _set_state(self, state: EngineState) -> None:
         self._state = state

@@ -9,7 +9,7 @@ from millpond import wire
 from millpond.client.engine import ENGINE_COMMAND, EngineClient
 from millpond.config import ServeConfig
 from millpond.launch.followers import RANK_COMMAND, GroupPlan
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.types import ModelInfo
 
 log = logging.getLogger("millpond.serve")
@@ -48,7 +48,7 @@ def engine_client(
 
 
 def _log_ready(info: ModelInfo) -> None:
-    fields = kv(
+    told = fields(
         lane=info.lane,
         lane_reason=info.lane_reason or None,
         device=info.device,
@@ -62,4 +62,4 @@ def _log_ready(info: ModelInfo) -> None:
         speculation="+".join(info.speculation) or None,
         speculation_reason=info.speculation_reason or None,
     )
-    log.info("engine ready", extra=fields)
+    log.info("engine ready", extra=told)

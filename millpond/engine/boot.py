@@ -16,7 +16,7 @@ from millpond.engine.group import ALONE, Group
 from millpond.engine.link import FrontEndLink
 from millpond.engine.loop import Engine
 from millpond.engine.prepare import prepare
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.types import ModelInfo, SpecMode
 from millpond.wire import Loading, Ready, Start
@@ -39,18 +39,18 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     scheduler = Scheduler(Limits(start.max_batch, start.max_itl_ms, budget.chunk), budget, ready.costs)
     engine = Engine(ready, scheduler, Executor(ready, group), speculator, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
-    loaded = kv(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
+    loaded = fields(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)
     for remark in model.remarks:
-        log.warning("the model's files are not followed to the letter", extra=kv(remark=remark))
+        log.warning("the model's files are not followed to the letter", extra=fields(remark=remark))
     if capabilities.reason:
-        log.warning("this model runs without a batched forward", extra=kv(reason=capabilities.reason))
+        log.warning("this model runs without a batched forward", extra=fields(reason=capabilities.reason))
     if ready.uncached:
-        log.warning("prefixes of this model are not cached", extra=kv(reason=ready.uncached))
+        log.warning("prefixes of this model are not cached", extra=fields(reason=ready.uncached))
     if not capabilities.pipelined:
         log.warning("cache writes are copied while a step is in flight; steps run one by one")
     if not speculator.modes and start.spec.default.mode is not SpecMode.OFF:
-        log.warning("tokens of this model are not guessed ahead", extra=kv(reason=capabilities.reason))
+        log.warning("tokens of this model are not guessed ahead", extra=fields(reason=capabilities.reason))
     link.send(
         Ready(
             ModelInfo(

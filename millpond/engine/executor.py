@@ -90,7 +90,7 @@ class Executor:
         """Give a prompt its caches, restored up to ``position``. False: some rank cannot restore as much, and the
         prompt has to be begun again with less. Raises what restoring raises."""
         sequence = self.sequences[name]
-        check = sequence.visit is not None and sequence.visit.check
+        check = sequence.query is not None and sequence.query.check
         least = self.group.restorable(Begin(name, position, check))
         if least < position:
             self.set_aside(name)

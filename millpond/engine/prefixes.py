@@ -27,11 +27,11 @@ from millpond.memory.budget import PREFILL_STEP, capacity_bucket
 from millpond.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
 from millpond.model.lanes import Lane
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
+from millpond.prefix.query import Offer, PrefixQuery
 from millpond.prefix.records import BLOCK, Kind
-from millpond.prefix.visit import Offer, Visit
 from millpond.types import PrefixLoad, PrefixReport
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ class Prefixes:
         """What the cache would do for a prompt, without doing it."""
         if self._cache is None or not tokens:
             return PrefixReport()
-        visit = self._cache.visit(tokens, salt)
-        memory, both = self._cache.claim(visit, disk=False), self._cache.claim(visit, disk=True)
-        end, known = self._cache.explain(visit, both.position)
+        query = self._cache.query(tokens, salt)
+        memory, both = self._cache.plan(query, disk=False), self._cache.plan(query, disk=True)
+        end, known = self._cache.explain(query, both.position)
         return PrefixReport(memory.position, both.position - memory.position, end.value, known)
 
     # --- the disk ---------------------------------------------------------------------------------------------
@@ -167,35 +167,35 @@ class Prefixes:
                 self.on_event(event)
                 self._cache.housekeep()
         if not self._ssd.close(max(0.1, ends - time.monotonic())) or self._cache.saving:
-            log.warning("stopped before everything was written", extra=kv(seconds=FLUSH_SECONDS))
+            log.warning("stopped before everything was written", extra=fields(seconds=FLUSH_SECONDS))
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
     def arrive(self, sequence: Sequence) -> None:
         """A new request."""
         if self._cache is not None:
-            sequence.visit = self._cache.visit(sequence.tokens, sequence.request.cache_salt)
+            sequence.query = self._cache.query(sequence.tokens, sequence.request.cache_salt)
 
     def lost(self, sequence: Sequence) -> None:
         """What was computed of it is gone; it begins again with all its tokens."""
-        if sequence.visit is not None:
-            sequence.visit.restart(sequence.tokens)
+        if sequence.query is not None:
+            sequence.query.restart(sequence.tokens)
             if self._cache is not None:
-                self._cache.will_return(sequence.visit)
+                self._cache.will_return(sequence.query)
 
     def cap(self, sequence: Sequence, ceiling: int) -> None:
         """Restore at most so much of a waiting request, until told otherwise."""
-        if sequence.visit is not None:
-            sequence.visit.cap(ceiling)
+        if sequence.query is not None:
+            sequence.query.cap(ceiling)
 
     def restorable(self, sequence: Sequence, most: int, check: bool) -> int:
         """How much of a waiting request can be restored now, up to ``most``, as rank 0 has planned it. ``check``: what
         it computes is to be compared."""
-        if self._cache is None or sequence.visit is None:
+        if self._cache is None or sequence.query is None:
             return 0
-        sequence.visit.cap(most)
-        sequence.visit.check = check
-        return self._cache.claim(sequence.visit, disk=False).position if most else 0
+        sequence.query.cap(most)
+        sequence.query.check = check
+        return self._cache.plan(sequence.query, disk=False).position if most else 0
 
     def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, group: Group = ALONE) -> None:
         """Tell the scheduler what can be restored for whom, by the whole ``group``. Call it right before each plan."""
@@ -204,46 +204,46 @@ class Prefixes:
         self._cache.housekeep()
         self._ends.clear()
         for name, done in waiting.queue:
-            visit = sequences[name].visit
-            assert visit is not None
-            self._ends[visit.last_key] += 1
+            query = sequences[name].query
+            assert query is not None
+            self._ends[query.last_key] += 1
             if done:
-                waiting.offer(name, 0, self._cache.wants(visit, done), stop=sequences[name].branch)
+                waiting.offer(name, 0, self._cache.wants(query, done), stop=sequences[name].branch)
             else:
-                offer = self._offer_by_all(name, visit, now, group)
-                sequences[name].branch = visit.match.depth if self._form.layout.state else 0
+                offer = self._offer_by_all(name, query, now, group)
+                sequences[name].branch = query.match.depth if self._form.layout.state else 0
                 waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
 
-    def _offer_by_all(self, name: str, visit: Visit, now: float, group: Group) -> Offer:
+    def _offer_by_all(self, name: str, query: PrefixQuery, now: float, group: Group) -> Offer:
         """What all ranks can restore: no more than the one that has least, which may still be reading."""
         assert self._cache is not None
         ceiling, held = group.ceiling(name)
         if ceiling is None:
-            return self._cache.offer(visit, now)
-        if ceiling > visit.match.ceiling:
-            visit.cap(ceiling)
-        offer = self._cache.offer(visit, now)
+            return self._cache.offer(query, now)
+        if ceiling > query.match.ceiling:
+            query.cap(ceiling)
+        offer = self._cache.offer(query, now)
         if offer.held or offer.position <= ceiling:
             return offer
         if held:
             return replace(offer, held=True)
-        visit.cap(ceiling)
-        return self._cache.offer(visit, now)
+        query.cap(ceiling)
+        return self._cache.offer(query, now)
 
     # --- reading a prompt -------------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, position: int, alone: bool) -> Prompt:
         """The prompt to go on with, ``position`` of its tokens restored, lazily. ``alone``: there is no row."""
-        if self._cache is None or self._form is None or sequence.visit is None:
+        if self._cache is None or self._form is None or sequence.query is None:
             sequence.report = sequence.report or PrefixReport()
             return new_prompt(self._network, self._kept_as)
-        end, known = self._cache.explain(sequence.visit, position)
-        claim = self._cache.take(sequence.visit, position)
+        end, known = self._cache.explain(sequence.query, position)
+        plan = self._cache.take(sequence.query, position)
         if sequence.report is None:
-            disk = sum(part.used for part in claim.parts if part.node.key in sequence.visit.loaded)
+            disk = sum(part.used for part in plan.parts if part.node.key in sequence.query.loaded)
             sequence.report = PrefixReport(position - disk, disk, end.value, known)
         sequence.snapshot_at = position
         if position == 0:
@@ -253,7 +253,7 @@ class Prefixes:
             capacity = -(-total // PREFILL_STEP) * PREFILL_STEP
         else:
             capacity = capacity_bucket(total + 1) if alone else 0  # becomes the arena as it is, or is copied into it
-        return self._form.restored(self._network, claim, capacity, whole=position == total)
+        return self._form.restored(self._network, plan, capacity, whole=position == total)
 
     def fit(self, room_bytes: int) -> None:
         """Keep at most this many bytes of blocks: rows and prompts come first."""
@@ -262,13 +262,13 @@ class Prefixes:
 
     def chunk_done(self, sequence: Sequence, start: int, end: int) -> None:
         """Keep the blocks that a chunk has completed."""
-        cache, form, visit = self._cache, self._form, sequence.visit
-        if cache is None or form is None or visit is None or sequence.prompt is None:
+        cache, form, query = self._cache, self._form, sequence.query
+        if cache is None or form is None or query is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += end - start
         for begin, stop in block_grid(start, end):
             kinds = cache.missing(
-                visit, begin, stop, tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
+                query, begin, stop, tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
             )
             records = {kind: cut_prompt(form, sequence.prompt, begin, stop, kind) for kind in kinds}
             if form.layout.state and stop == end and self._snapshot_due(sequence, end):
@@ -278,19 +278,19 @@ class Prefixes:
 
     def prompt_done(self, sequence: Sequence, end: int) -> None:
         """The prompt is about to be adopted: keep its tail, and a snapshot at its end."""
-        cache, form, visit = self._cache, self._form, sequence.visit
-        if cache is None or form is None or visit is None or sequence.prompt is None:
+        cache, form, query = self._cache, self._form, sequence.query
+        if cache is None or form is None or query is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += 1  # the last token, in the coming step
         if end == 0:
             return
         begin = (end - 1) // BLOCK * BLOCK
-        if form.layout.exact or self._ends[visit.last_key] > 1:
+        if form.layout.exact or self._ends[query.last_key] > 1:
             # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
-            kinds = cache.missing(visit, begin, end, form.layout.kinds)
+            kinds = cache.missing(query, begin, end, form.layout.kinds)
             records = {kind: cut_prompt(form, sequence.prompt, begin, end, kind) for kind in kinds}
             self._keep(sequence, begin, end, records)
-        cache.end_at(visit, end, last=False)
+        cache.end_at(query, end, last=False)
 
     def _snapshot_due(self, sequence: Sequence, end: int) -> bool:
         assert self._form is not None
@@ -304,14 +304,14 @@ class Prefixes:
         self, sequence: Sequence, begin: int, end: int, records: dict[Kind, Stored], sound: mx.array | None = None
     ) -> None:
         assert self._cache is not None
-        assert sequence.visit is not None
+        assert sequence.query is not None
         if not records:
             return
         sound = finite(records) if sound is None else sound
         mx.eval(sound, [array for record in records.values() for array in record.arrays])
         if sound.item():
-            sequence.visit.match.chain.extend(sequence.processed)
-            self._cache.keep(sequence.visit, begin, end, records)
+            sequence.query.match.chain.extend(sequence.processed)
+            self._cache.keep(sequence.query, begin, end, records)
 
     # --- drawing tokens ---------------------------------------------------------------------------------------
 
@@ -356,22 +356,22 @@ class Prefixes:
 
     def answer_done(self, sequence: Sequence, lane: Lane) -> None:
         """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""
-        cache, form, visit = self._cache, self._form, sequence.visit
-        if cache is None or form is None or visit is None or sequence.poisoned:
+        cache, form, query = self._cache, self._form, sequence.query
+        if cache is None or form is None or query is None or sequence.poisoned:
             return
         name, processed = sequence.request.id, sequence.processed
         length = lane.batch.lengths[lane.batch.row(name)]
         end = min(length, len(processed))
         if end == 0:
             return
-        visit.match.chain.extend(processed)
+        query.match.chain.extend(processed)
         begin = (end - 1) // BLOCK * BLOCK
-        kinds = cache.missing(visit, begin, end, form.layout.kinds)
+        kinds = cache.missing(query, begin, end, form.layout.kinds)
         records = self._cut_row(lane, name, begin, end) if Kind.KV in kinds or Kind.WINDOW in kinds else {}
         if Kind.STATE in kinds and length == end:
             records[Kind.STATE] = form.spans(lane.spans(name, begin, end, Kind.STATE), Kind.STATE)
         self._keep(sequence, begin, end, {kind: record for kind, record in records.items() if kind in kinds})
-        cache.end_at(visit, end, last=True)
+        cache.end_at(query, end, last=True)
 
 
 def _figures(stats: SsdStats) -> dict[str, int]:

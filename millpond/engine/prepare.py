@@ -26,7 +26,7 @@ from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities, warm_up
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened, SsdEvent
 from millpond.prefix.disk.tier import SsdTier
@@ -170,7 +170,7 @@ def _prefixes(
     cache.attach(ssd, settings.ssd_policy, prefill_seconds)
     ssd.start()
     if not opened.wait(OPEN_SECONDS):  # so that the first requests find what is on disk
-        log.warning("the SSD tier is still opening", extra=kv(seconds=OPEN_SECONDS))
+        log.warning("the SSD tier is still opening", extra=fields(seconds=OPEN_SECONDS))
     return Prefixes(model.network, model.form, blocks, cache, ssd)
 
 
@@ -179,7 +179,7 @@ def _ssd_folder(settings: PrefixSettings) -> Path | None:
     try:
         return Path(settings.cache_dir) if settings.cache_dir else prefix_folder()
     except NoCache as error:
-        log.warning("prefixes are kept in memory only", extra=kv(reason=error))
+        log.warning("prefixes are kept in memory only", extra=fields(reason=error))
         return None
 
 
@@ -205,6 +205,6 @@ def _within_memory(model: LoadedModel, budget: MemoryBudget, most: int) -> Loade
             f"at least {LEAST_CONTEXT} must fit"
         )
     if longest < model.context_length:
-        fields = kv(context=longest, model_context=model.context_length, kv_memory_mb=budget.limit_bytes >> 20)
-        log.warning("memory for keys and values allows a shorter context than the model's", extra=fields)
+        told = fields(context=longest, model_context=model.context_length, kv_memory_mb=budget.limit_bytes >> 20)
+        log.warning("memory for keys and values allows a shorter context than the model's", extra=told)
     return replace(model, context_length=longest)

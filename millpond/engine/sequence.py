@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from millpond.model.prompt import Prompt
-from millpond.prefix.visit import Visit
+from millpond.prefix.query import PrefixQuery
 from millpond.sample.state import SamplingState
 from millpond.types import Finish, PrefixReport, Request
 
@@ -49,7 +49,7 @@ class Sequence:
     health: Health = Health.SOUND
     prompt: Prompt | None = None
     """Filled chunk by chunk while it is READING."""
-    visit: Visit | None = None
+    query: PrefixQuery | None = None
     """Its dealings with the prefix cache; None where there is none."""
     report: PrefixReport | None = None
     """What the cache did for its prompt, once it has been begun for the first time."""

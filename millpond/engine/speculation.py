@@ -19,7 +19,7 @@ from msgspec import structs
 from millpond.engine.inflight import Drawn
 from millpond.engine.sequence import Sequence
 from millpond.speculate.controller import Controller
-from millpond.speculate.proposer import Offer, Proposer, Source
+from millpond.speculate.proposer import DraftOffer, Proposer, Source
 from millpond.types import GRID, SpecCounters, SpecMode, SpecSettings
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ MOST_FAILURES = 3
 
 
 @dataclass(slots=True)
-class _Request:
+class _Proposing:
     """A request that may have draft tokens."""
 
     mode: SpecMode
@@ -53,8 +53,8 @@ class Speculator:
         self._proposers = dict(proposers)
         self._most = settings.default.tokens or most
         self._controller = controller
-        self._requests: dict[str, _Request] = {}
-        self._taken: dict[str, Offer] = {}
+        self._requests: dict[str, _Proposing] = {}
+        self._taken: dict[str, DraftOffer] = {}
         """What the step under way verifies."""
         self._proposing_ms: dict[SpecMode, float] = {}
         """How long those proposers took for it that do take time."""
@@ -85,7 +85,7 @@ class Speculator:
         if proposer is None or self._given_up:
             return
         most = min(asked.tokens or self._most, self._most)
-        self._requests[request.id] = _Request(asked.mode, proposer, most, asked.adaptive)
+        self._requests[request.id] = _Proposing(asked.mode, proposer, most, asked.adaptive)
         self._alone(request.id, proposer.begin, request)
 
     def _alone(self, name: str, ask: Callable[[*Asked], Found], *asked: *Asked) -> Found | None:
@@ -136,7 +136,7 @@ class Speculator:
         if request is not None:
             self._alone(sequence.request.id, self._read_along, sequence, request, tokens)
 
-    def _read_along(self, sequence: Sequence, request: _Request, tokens: int) -> None:
+    def _read_along(self, sequence: Sequence, request: _Proposing, tokens: int) -> None:
         source = request.proposer.behind(sequence.request.id, sequence.tokens)
         if source is not None and self._may_read(request, source):
             self._read(sequence, request, source, max(GRID, tokens))
@@ -170,12 +170,14 @@ class Speculator:
             offers = self._offers(rows, sequences, most=room)
             wanted = self._wanted(offers, rows, len(rows) + others) if offers else {}
             found = self._proposed(wanted, offers, sequences)
-            self._taken = {name: Offer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
+            self._taken = {name: DraftOffer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
         if waited and not self._taken:
             self._controller.waited()
         return {name: found[name] for name in self._taken}
 
-    def _offers(self, rows: Many[str], sequences: Sequences, most: int = 1 << 30, unread: int = 0) -> dict[str, Offer]:
+    def _offers(
+        self, rows: Many[str], sequences: Sequences, most: int = 1 << 30, unread: int = 0
+    ) -> dict[str, DraftOffer]:
         """What could be had for each row, ``unread`` tokens from now."""
         found = {}
         for name in rows:
@@ -188,7 +190,7 @@ class Speculator:
                 found[name] = offer
         return found
 
-    def _wanted(self, offers: Mapping[str, Offer], rows: Many[str], count: int, unread: int = 0) -> dict[str, int]:
+    def _wanted(self, offers: Mapping[str, DraftOffer], rows: Many[str], count: int, unread: int = 0) -> dict[str, int]:
         """How many draft tokens for whom, in a forward of ``count`` rows."""
         if self._forced(rows):
             return {name: offer.most for name, offer in offers.items()}
@@ -206,7 +208,7 @@ class Speculator:
         return all(request is not None and not request.adaptive for request in requests)
 
     def _proposed(
-        self, wanted: Mapping[str, int], offers: Mapping[str, Offer], sequences: Sequences
+        self, wanted: Mapping[str, int], offers: Mapping[str, DraftOffer], sequences: Sequences
     ) -> dict[str, list[int]]:
         """The draft tokens themselves: those that came with their offers, and what proposers make of the others."""
         found = {name: list(offers[name].tokens[:count]) for name, count in wanted.items()}
@@ -236,7 +238,7 @@ class Speculator:
                 return (name, source) if self._may_read(request, source) else None
         return None
 
-    def _may_read(self, request: _Request, source: Source) -> bool:
+    def _may_read(self, request: _Proposing, source: Source) -> bool:
         return not request.adaptive or self._controller.may_read(source, request.most)
 
     def _read_on(self, rows: Many[str], sequences: Sequences) -> None:
@@ -248,7 +250,7 @@ class Speculator:
             if not self._read(sequences[name], self._requests[name], source, GRID):
                 self.stop(name)
 
-    def _read(self, sequence: Sequence, request: _Request, source: Source, most: int) -> bool:
+    def _read(self, sequence: Sequence, request: _Proposing, source: Source, most: int) -> bool:
         """Returns whether that leads to offers."""
         begun = time.monotonic()
         useful = False

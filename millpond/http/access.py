@@ -22,7 +22,7 @@ from millpond.http.context import RequestContext, context_of
 from millpond.http.errors import ApiError
 from millpond.http.front_end import FrontEnd
 from millpond.http.rendering import Rendering
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 
 log = logging.getLogger("millpond.http")
 
@@ -67,7 +67,7 @@ class AccessLayer:
             raise
         except Exception:
             # Nothing above would answer in the API's error shape; the trace goes to the log, never to the client.
-            log.exception("unexpected error", extra=kv(request=context.id))
+            log.exception("unexpected error", extra=fields(request=context.id))
             if not status:
                 error = ApiError(500, "internal error; the server's log says more", code="internal_error")
                 await context.refuse(error)(scope, receive, send_with_id)
@@ -76,7 +76,7 @@ class AccessLayer:
             level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
             base = {"id": context.id, "method": scope["method"], "path": scope["path"], "status": status or None}
             elapsed = round(time.monotonic() - start, 4)
-            log.log(level, "request", extra=kv(**base, seconds=elapsed, **context.log_fields()))
+            log.log(level, "request", extra=fields(**base, seconds=elapsed, **context.log_fields()))
 
 
 def _count(scope: Scope, context: RequestContext) -> None:

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from millpond.http.context import RequestContext, context_of
 from millpond.http.errors import ApiError
 from millpond.http.openai.errors import error_body
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -96,7 +96,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._most:
-            log.warning("too many connections", extra=kv(most=self._most))
+            log.warning("too many connections", extra=fields(most=self._most))
             transport.abort()
             return
         self.flow = self._flow = Flow(transport)

@@ -25,7 +25,7 @@ PIECE_SLACK = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class TokenPrompt:
     """One prompt ready for the engine. ``echo`` is its text where the client wants it repeated, else empty."""
 
     tokens: list[int]
@@ -44,7 +44,7 @@ def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
     check_mode(asked.speculative, info)
 
 
-def read_prompts(asked: GenerationRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[Prompt]:
+def read_prompts(asked: GenerationRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[TokenPrompt]:
     """Apply the template, tokenise what is text, check what is token ids. Raises ApiError 400."""
     if isinstance(asked.prompt, Conversation):
         return [_chat_prompt(asked, asked.prompt, tokenizer, info)]
@@ -71,7 +71,9 @@ def prediction_tokens(text: str, tokenizer: Tokenizer, most: int, *, parse_speci
     return tokens[:most]
 
 
-def _chat_prompt(asked: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer, info: ModelInfo) -> Prompt:
+def _chat_prompt(
+    asked: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer, info: ModelInfo
+) -> TokenPrompt:
     messages, context, param = conversation.messages, info.context_length, asked.prompt_field
     texts = [text for message in messages for text in message.texts()]
     # Each message is at least one token, were it only that which ends it.
@@ -92,7 +94,7 @@ def _chat_prompt(asked: GenerationRequest, conversation: Conversation, tokenizer
 
 def _plain_prompt(
     asked: GenerationRequest, prompt: str | tuple[int, ...], echo: bool, tokenizer: Tokenizer, info: ModelInfo
-) -> Prompt:
+) -> TokenPrompt:
     context, special = info.context_length, asked.parse_special
     try:
         if isinstance(prompt, str):
@@ -108,7 +110,7 @@ def _plain_prompt(
         raise _unreadable(asked, error) from error
 
 
-def _checked(asked: GenerationRequest, tokens: list[int], echo: str, context: int) -> Prompt:
+def _checked(asked: GenerationRequest, tokens: list[int], echo: str, context: int) -> TokenPrompt:
     if not tokens:
         raise bad_value(asked.prompt_field, "", "not empty")
     if len(tokens) >= context:
@@ -116,7 +118,7 @@ def _checked(asked: GenerationRequest, tokens: list[int], echo: str, context: in
     room, wanted = context - len(tokens), asked.max_tokens
     if wanted is not None and wanted > room:
         raise _too_many(asked, wanted, context, len(tokens))
-    return Prompt(tokens, echo, min(room, asked.default_tokens or room) if wanted is None else wanted)
+    return TokenPrompt(tokens, echo, min(room, asked.default_tokens or room) if wanted is None else wanted)
 
 
 def _prompt_too_long(asked: GenerationRequest, size: str, context: int) -> ApiError:

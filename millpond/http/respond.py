@@ -21,7 +21,7 @@ from millpond.http.events import Usage
 from millpond.http.front_end import FrontEnd, front_end_of
 from millpond.http.generation import Generation
 from millpond.http.generation_request import GenerationRequest
-from millpond.http.prompts import Prompt, prediction_tokens, read_prompts
+from millpond.http.prompts import TokenPrompt, prediction_tokens, read_prompts
 from millpond.http.reading import admit, read_request
 from millpond.http.rendering import Answering, AnswerWriter, Parsed, Rendering
 from millpond.http.served_model import ServedModel
@@ -54,7 +54,7 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
         tokenizer, info, client = admit(http, model, asked)
         guessing = speculation(asked.speculative, model.speculation, info.speculation)
 
-        def read() -> tuple[list[Prompt], list[int], StopStrings]:
+        def read() -> tuple[list[TokenPrompt], list[int], StopStrings]:
             prompts = read_prompts(asked, tokenizer, info)
             prediction = _prediction(asked, guessing or model.speculation, tokenizer, info)
             return prompts, prediction, StopStrings(asked.stop)

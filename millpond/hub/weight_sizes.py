@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from millpond.hub.weights import Tensor, tensors_of, weight_files
+from millpond.hub.weights import WeightTensor, tensors_of, weight_files
 
 FLOAT_BYTES = 4
 PACKED = "U32"
@@ -29,7 +29,7 @@ def _quantization(folder: Path) -> Mapping[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _numbers(tensors: Mapping[str, Tensor], quantization: Mapping[str, object]) -> Iterator[int]:
+def _numbers(tensors: Mapping[str, WeightTensor], quantization: Mapping[str, object]) -> Iterator[int]:
     """How many numbers each tensor stands for; scales and biases of packed weights are gone once those are unpacked."""
     packed = {name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == PACKED}
     for name, tensor in tensors.items():

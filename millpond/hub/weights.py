@@ -50,7 +50,7 @@ class WeightFiles(NamedTuple):
     """Tensor name → file name as the index says; empty without an index."""
 
 
-class Tensor(msgspec.Struct, frozen=True):
+class WeightTensor(msgspec.Struct, frozen=True):
     """What a safetensors head says of one tensor."""
 
     dtype: str
@@ -70,7 +70,7 @@ class _Index(msgspec.Struct):
 
 _index_decoder = msgspec.json.Decoder(_Index)
 _head_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_tensor_decoder = msgspec.json.Decoder(Tensor)
+_tensor_decoder = msgspec.json.Decoder(WeightTensor)
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -115,13 +115,13 @@ def _places(path: Path) -> dict[str, str]:
     return places
 
 
-def tensors_of(files: WeightFiles) -> dict[str, tuple[Path, Tensor]]:
+def tensors_of(files: WeightFiles) -> dict[str, tuple[Path, WeightTensor]]:
     """Every tensor by name, with the file to take it from.
 
     Raises SourceError for a file that is damaged, for a tensor that two files hold and no index places, and for one
     that the index places where it is not.
     """
-    found: dict[str, tuple[Path, Tensor]] = {}
+    found: dict[str, tuple[Path, WeightTensor]] = {}
     for file in files.used:
         for name, tensor in _head(file).items():
             if files.places.get(name, file.name) != file.name:
@@ -142,7 +142,7 @@ def tensors_of(files: WeightFiles) -> dict[str, tuple[Path, Tensor]]:
     return found
 
 
-def _head(file: Path) -> dict[str, Tensor]:
+def _head(file: Path) -> dict[str, WeightTensor]:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -163,7 +163,7 @@ def _head(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(file: Path, name: str, tensor: Tensor, room: int) -> None:
+def _check(file: Path, name: str, tensor: WeightTensor, room: int) -> None:
     begin, end = tensor.data_offsets
     if not 0 <= begin <= end or any(n < 0 for n in tensor.shape) or len(tensor.shape) > MOST_DIMENSIONS:
         raise SourceError(f"{file.name}: tensor {name!r} has the shape {tensor.shape} and lies at {begin} to {end}")

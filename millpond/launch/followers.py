@@ -27,7 +27,7 @@ from millpond.child import inherited, python
 from millpond.launch.layout import GroupLayout
 from millpond.launch.process import described, send_signal
 from millpond.lifeline import LOST_STATUS
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.types import GroupSettings
 
 log = logging.getLogger("millpond.client")
@@ -147,7 +147,7 @@ class Followers:
             follower = await _FollowerProcess.spawn(rank, host, command, self._plan.environment, self._ended)
             self._followers.append(follower)
             follower.tell(self._settings[rank])
-            log.info("rank started", extra=kv(rank=rank, pid=follower.pid, host=host or None))
+            log.info("rank started", extra=fields(rank=rank, pid=follower.pid, host=host or None))
 
     def _over_ssh(self, host: str) -> list[str]:
         keeper = python("-m", "millpond.cli.main", "rank", *self._plan.options, program=self._plan.python)

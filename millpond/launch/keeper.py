@@ -20,7 +20,7 @@ from millpond.child import inherited
 from millpond.config import ServeConfig
 from millpond.launch.followers import RANK_COMMAND
 from millpond.launch.process import described, send_signal
-from millpond.observe.log import kv, last_words
+from millpond.observe.log import fields, last_words
 from millpond.types import GroupSettings
 
 log = logging.getLogger("millpond.serve")
@@ -63,16 +63,16 @@ class Keeper:
         while True:
             begun = time.monotonic()
             self._process = await start_follower(self._settings, self._environment, self._command)
-            log.info("rank started", extra=kv(rank=self._settings.rank, pid=self._process.pid))
+            log.info("rank started", extra=fields(rank=self._settings.rank, pid=self._process.pid))
             status = await self._seen_out(self._process)
             if self._stop.is_set() or status == 0:
                 return 0
             if not self._restarts:
-                log.error("rank lost", extra=kv(rank=self._settings.rank, reason=described(status)))
+                log.error("rank lost", extra=fields(rank=self._settings.rank, reason=described(status)))
                 return 1
             delay = FIRST_DELAY if time.monotonic() - begun > LONG_LIFE else min(LONGEST_DELAY, delay * 2)
-            fields = kv(rank=self._settings.rank, reason=f"it {described(status)}", delay_s=delay)
-            log.warning("rank lost, starting another", extra=fields)
+            told = fields(rank=self._settings.rank, reason=f"it {described(status)}", delay_s=delay)
+            log.warning("rank lost, starting another", extra=told)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), delay)
                 return 0

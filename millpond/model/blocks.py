@@ -18,7 +18,7 @@ from millpond.kv.format import Arrays, KvFormat
 from millpond.model.leaves import leaves_of
 from millpond.model.prompt import Piece, Prompt, joined, new_prompt
 from millpond.model.upstream import PromptCache
-from millpond.prefix.match import Claim
+from millpond.prefix.match import RestorePlan
 from millpond.prefix.planner import Layout
 from millpond.prefix.records import BLOCK, Kind, Payload, Tensor
 from millpond.prefix.tree import Node
@@ -107,45 +107,45 @@ class BlockFormat:
 
     # --- putting together -------------------------------------------------------------------------------------
 
-    def restored(self, network: nn.Module, claim: Claim, capacity: int, *, whole: bool = False) -> Prompt:
-        """A prompt that holds the claimed tokens, with room for ``capacity`` of them in all; lazy.
+    def restored(self, network: nn.Module, plan: RestorePlan, capacity: int, *, whole: bool = False) -> Prompt:
+        """A prompt that holds the tokens of the plan, with room for ``capacity`` of them in all; lazy.
 
         ``whole``: no forward will read behind them, so what is packed need not be unpacked.
         """
         prompt = new_prompt(network, self.form)
-        prompt.length = claim.position
-        room = 0 if whole else max(0, capacity - claim.position)
+        prompt.length = plan.position
+        room = 0 if whole else max(0, capacity - plan.position)
         groups, states = self.groups[Kind.KV], self.groups[Kind.STATE]
         for number, group in enumerate(groups):
             for place, leaf in enumerate(group):
                 pieces = [
                     Piece(part.node.start, part.end, _layer(part.node, Kind.KV, len(groups), number, place, part.used))
-                    for part in claim.parts
+                    for part in plan.parts
                 ]
                 self._fill(prompt, leaf, pieces, (0, room), whole=whole)
         for number, group in enumerate(self.groups[Kind.WINDOW]):
-            size = min(prompt.leaves[group[0]].window, claim.position)
+            size = min(prompt.leaves[group[0]].window, plan.position)
             for place, leaf in enumerate(group):
-                pieces = self._window_pieces(claim, number, place, size)
+                pieces = self._window_pieces(plan, number, place, size)
                 # The oldest of a full window is dropped before anybody looks at it; it may be missing here.
-                self._fill(prompt, leaf, pieces, (size - (claim.position - pieces[0].start), 0), whole=whole)
+                self._fill(prompt, leaf, pieces, (size - (plan.position - pieces[0].start), 0), whole=whole)
         if states:
-            arrays = list(_stored(claim.parts[-1].node.records[Kind.STATE]).arrays)
+            arrays = list(_stored(plan.parts[-1].node.records[Kind.STATE]).arrays)
             for number, (leaf,) in enumerate(states):
                 count = len(arrays) // (len(states) - number)
-                prompt.leaves[leaf].put(arrays[:count], claim.position)
+                prompt.leaves[leaf].put(arrays[:count], plan.position)
                 arrays = arrays[count:]
         return prompt
 
-    def _window_pieces(self, claim: Claim, group: int, place: int, size: int) -> list[Piece]:
+    def _window_pieces(self, plan: RestorePlan, group: int, place: int, size: int) -> list[Piece]:
         """What the window records hold of the last ``size`` tokens."""
         pieces: list[Piece] = []
-        begins = claim.position
-        for part in reversed(claim.parts):
-            if Kind.WINDOW not in part.node.records or begins <= claim.position - size:
+        begins = plan.position
+        for part in reversed(plan.parts):
+            if Kind.WINDOW not in part.node.records or begins <= plan.position - size:
                 break
             held_from = self.window_start(part.node.start, part.node.end)
-            begins = max(held_from, claim.position - size)
+            begins = max(held_from, plan.position - size)
             span, groups = (part.end - held_from, begins - held_from), len(self.groups[Kind.WINDOW])
             arrays = _layer(part.node, Kind.WINDOW, groups, group, place, *span)
             pieces.insert(0, Piece(begins, part.end, arrays))

@@ -23,7 +23,7 @@ from millpond.model.load import LoadedModel, ModelError, kept_as
 from millpond.model.prompt import Prompt, new_prompt
 from millpond.model.upstream import cache_arrays, new_cache
 from millpond.prefix.keys import pack
-from millpond.prefix.match import Claim, Part
+from millpond.prefix.match import Part, RestorePlan
 from millpond.prefix.records import BLOCK
 from millpond.prefix.tree import Tree
 
@@ -144,7 +144,7 @@ def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
         for kind in blocks.layout.kinds:
             node.records[kind] = cut_prompt(blocks, original, start, end, kind)
         parts.append(Part(node, end - start))
-    restored = blocks.restored(model.network, Claim(length, tuple(parts), ()), length + 2)
+    restored = blocks.restored(model.network, RestorePlan(length, tuple(parts), ()), length + 2)
     caches = rounded(original.caches, model.form)
     copy = rounded(restored.caches, model.form, done=length)
     for step in range(2):

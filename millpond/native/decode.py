@@ -22,7 +22,7 @@ SIDE = 32
 FLOAT_BITS = 32
 
 
-class Packed(ctypes.Structure):
+class PackedAddresses(ctypes.Structure):
     """struct packed of kernels.h."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("numbers", "scales", "biases"))
@@ -31,7 +31,12 @@ class Packed(ctypes.Structure):
 class Store(ctypes.Structure):
     """struct store of decode.c."""
 
-    _fields_ = (("packed", Packed), ("capacity", ctypes.c_int64), ("bits", ctypes.c_int32), ("group", ctypes.c_int32))
+    _fields_ = (
+        ("packed", PackedAddresses),
+        ("capacity", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
 
 
 class Slots(ctypes.Structure):
@@ -73,7 +78,7 @@ def store(arrays: Sequence[mx.array], bits: int, group: int) -> Store:
     places = [np.asarray(array).__array_interface__ for array in arrays]
     if any(place["strides"] is not None for place in places):
         raise ValueError("slots must be arrays without gaps")
-    return Store(Packed(*(place["data"][0] for place in places)), arrays[0].shape[2], bits, group)
+    return Store(PackedAddresses(*(place["data"][0] for place in places)), arrays[0].shape[2], bits, group)
 
 
 def job(

@@ -7,7 +7,7 @@ import ctypes
 import mlx.core as mx
 import numpy as np
 
-from millpond.native.decode import Packed
+from millpond.native.decode import PackedAddresses
 from millpond.native.library import prepared
 
 
@@ -18,7 +18,7 @@ class Conversion(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("bits", "unpacks")),
         *((name, ctypes.c_int64) for name in ("groups", "size")),
         ("floats", ctypes.c_void_p),
-        ("packed", Packed),
+        ("packed", PackedAddresses),
     )
 
 
@@ -53,6 +53,6 @@ def _convert(
     assert library is not None
     # Without gaps; what is written to has none, and its memory is its own.
     floats_view, *packed_views = (np.ascontiguousarray(np.asarray(array)) for array in (floats, *packed))
-    addresses = Packed(*(view.ctypes.data for view in packed_views))
+    addresses = PackedAddresses(*(view.ctypes.data for view in packed_views))
     job = Conversion(bits, unpacks, floats_view.size // size, size, floats_view.ctypes.data, addresses)
     library.millpond_convert(ctypes.byref(job))

@@ -1,8 +1,8 @@
 """Structured log lines on standard error: time, level, message, then key=value pairs.
 
 Modules log through the standard library, ``logging.getLogger("millpond.part")``, and pass fields with
-``extra=kv(key=value)``. Prompts and answers are never logged. Who logs never waits for a reader of standard error (see
-stderr.py). Any thread.
+``extra=fields(key=value)``. Prompts and answers are never logged. Who logs never waits for a reader of standard error
+(see stderr.py). Any thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_TEXT = 16 * 1024
 """Characters of a message or a trace."""
 
 
-def kv(**fields: object) -> Mapping[str, object]:
+def fields(**fields: object) -> Mapping[str, object]:
     """Fields of one log line, for the ``extra`` argument of a logging call."""
     return {"fields": fields}
 

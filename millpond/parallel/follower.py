@@ -38,7 +38,7 @@ from millpond.engine.prepare import Prepared, prepare
 from millpond.engine.sequence import Status
 from millpond.lifeline import LOST_STATUS
 from millpond.model.load import ModelError
-from millpond.observe.log import kv, last_words
+from millpond.observe.log import fields, last_words
 from millpond.parallel.backend import machine, versions
 from millpond.parallel.channel import Channel, ChannelError
 from millpond.parallel.messages import (
@@ -133,7 +133,7 @@ class Rank(Group):
 
     def fail(self, reason: str, status: int = 1) -> NoReturn:
         """Tell rank 0 and end this process, whatever its other threads are doing: a collective cannot be woken."""
-        log.error("this rank cannot go on", extra=kv(rank=self.rank, reason=reason))
+        log.error("this rank cannot go on", extra=fields(rank=self.rank, reason=reason))
         self.say(Broken(reason))
         last_words()
         os._exit(status)
@@ -261,7 +261,7 @@ def serve(settings: GroupSettings, open_group: Callable[[], mx.distributed.Group
         rank = Rank(settings, open_group)
         setup = rank.setup()
         ready = prepare(setup.start, Path(settings.model), lambda _stage, _done: None, rank.inbox.put, rank)
-        log.info("rank ready", extra=kv(rank=rank.rank, ranks=rank.world))
+        log.info("rank ready", extra=fields(rank=rank.rank, ranks=rank.world))
         Worker(rank, ready).run()
     except Exception as error:
         log.exception("this rank cannot go on")

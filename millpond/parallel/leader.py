@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from millpond.engine.group import Group, GroupBroken, RankReport
 from millpond.engine.orders import Arrive, Begin, Close, Depart, Offered, Order, SetAside, Took
 from millpond.model.load import ModelError
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.parallel.backend import machine, versions
 from millpond.parallel.channel import Channel, ChannelError
 from millpond.parallel.messages import (
@@ -174,13 +174,15 @@ class Leader(Group):
             guard.start()
             hello = self._next(channel)
         except (ChannelError, OSError) as error:
-            log.warning("a connection to the group was refused", extra=kv(address=address, reason=error))
+            log.warning("a connection to the group was refused", extra=fields(address=address, reason=error))
             connection.close()
             return
         finally:
             guard.cancel()
         if not isinstance(hello, Hello):
-            log.warning("a connection to the group was refused", extra=kv(address=address, reason="it said no hello"))
+            log.warning(
+                "a connection to the group was refused", extra=fields(address=address, reason="it said no hello")
+            )
             channel.close()
             return
         wrong = self._wrong(hello)
@@ -197,7 +199,7 @@ class Leader(Group):
             while True:
                 came = self._arrived.get_nowait()
                 if isinstance(came, Follower):
-                    log.warning("a rank came to a group that is complete", extra=kv(rank=came.rank))
+                    log.warning("a rank came to a group that is complete", extra=fields(rank=came.rank))
                     with contextlib.suppress(ChannelError, OSError):
                         came.channel.send(encode(Broken("the group has all its ranks")))
                     came.channel.close()
@@ -226,7 +228,7 @@ class Leader(Group):
             came = self._arrived.get(timeout=REMIND_SECONDS)
         except queue.Empty:
             missing = sorted(set(range(1, self.world)) - set(self._followers))
-            log.warning("waiting for other ranks", extra=kv(missing=missing))
+            log.warning("waiting for other ranks", extra=fields(missing=missing))
             return
         if isinstance(came, str):
             raise ModelError(came)

@@ -16,7 +16,7 @@ from millpond.engine.process import first_message
 from millpond.lifeline import lost
 from millpond.memory.allocator import keep_freed_memory
 from millpond.model import blas
-from millpond.observe.log import kv, last_words
+from millpond.observe.log import fields, last_words
 from millpond.parallel.backend import set_environment
 from millpond.types import GroupSettings
 from millpond.wire import Fatal
@@ -36,7 +36,7 @@ def lead(connection: socket.socket) -> int:
     link.start()
 
     def fail(reason: str) -> NoReturn:
-        log.error("the group is broken", extra=kv(reason=reason))
+        log.error("the group is broken", extra=fields(reason=reason))
         link.send(Fatal(reason))
         link.close()
         last_words()

@@ -11,18 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import WeakSet
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.disk.events import DiskEntry, Found, Gone, Loaded, Opened, Saved, SsdEvent
 from millpond.prefix.eviction import Evictor
 from millpond.prefix.keys import TOKEN_BYTES
 from millpond.prefix.loader import Loader
-from millpond.prefix.match import NOTHING, Claim, Match
+from millpond.prefix.match import NOTHING, Match, RestorePlan
 from millpond.prefix.memory import MemoryTier
 from millpond.prefix.planner import Layout
+from millpond.prefix.query import End, Offer, PrefixQuery
 from millpond.prefix.records import BLOCK, Kind, Payload, RecordId, Tensor
 from millpond.prefix.saver import Disk, Saver
 from millpond.prefix.tree import BLOCK_BYTES, Node, Tree
-from millpond.prefix.visit import End, Offer, Visit
 from millpond.settings import SavePolicy
 from millpond.types import PrefixCounters
 
@@ -56,7 +56,7 @@ class PrefixCache:
         self._tree = Tree(namespace)
         self._memory = MemoryTier(self._tree, layout)
         self._evictor = Evictor(self._memory, self.counters)
-        self._fetching: WeakSet[Visit] = WeakSet()
+        self._fetching: WeakSet[PrefixQuery] = WeakSet()
         """Waiting requests for which records are being, or have been, read from disk."""
         self._room = limit_bytes
         """What rows and prompts leave, as of the last ``fit``."""
@@ -91,75 +91,75 @@ class PrefixCache:
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    def visit(self, tokens: Sequence[int], salt: str) -> Visit:
+    def query(self, tokens: Sequence[int], salt: str) -> PrefixQuery:
         """Begin with a new request."""
-        return Visit(Match(self._tree.root(salt), tokens, self.layout))
+        return PrefixQuery(Match(self._tree.root(salt), tokens, self.layout))
 
-    def offer(self, visit: Visit, now: float) -> Offer:
+    def offer(self, query: PrefixQuery, now: float) -> Offer:
         """What can be restored for a request that has not begun; starts reading from disk what is worth it."""
-        if visit.seen is not None and visit.seen[0] == self._version and not visit.seen[1].held:
-            return visit.seen[1]
-        claim = self.claim(visit, disk=False)
-        held = self._fetch(visit, claim, now)
-        if claim.position and not held and not visit.asked:
-            visit.asked = True
+        if query.seen is not None and query.seen[0] == self._version and not query.seen[1].held:
+            return query.seen[1]
+        plan = self.plan(query, disk=False)
+        held = self._fetch(query, plan, now)
+        if plan.position and not held and not query.asked:
+            query.asked = True
             self._asked += 1
-            visit.check = self._selfcheck > 0 and self._asked % self._selfcheck == 0
-        position = 0 if visit.check else claim.position
-        offer = Offer(position, None if visit.check else self.wants(visit, position), held)
-        visit.seen = self._version, offer
+            query.check = self._selfcheck > 0 and self._asked % self._selfcheck == 0
+        position = 0 if query.check else plan.position
+        offer = Offer(position, None if query.check else self.wants(query, position), held)
+        query.seen = self._version, offer
         return offer
 
-    def claim(self, visit: Visit, disk: bool) -> Claim:
+    def plan(self, query: PrefixQuery, disk: bool) -> RestorePlan:
         """The best position to resume with what is in memory, or with what is on disk as well."""
-        version, claim = visit.claimed.get(disk, (-1, NOTHING))
+        version, plan = query.planned.get(disk, (-1, NOTHING))
         if version != self._version:
-            claim = visit.match.claim(disk)
-            visit.claimed[disk] = self._version, claim
-        return claim
+            plan = query.match.plan(disk)
+            query.planned[disk] = self._version, plan
+        return plan
 
-    def wants(self, visit: Visit, position: int) -> bytes | None:
+    def wants(self, query: PrefixQuery, position: int) -> bytes | None:
         """Key of the block that a request at ``position`` computes next; None when only its last token is left."""
-        limit = visit.match.limit
+        limit = query.match.limit
         start = position // BLOCK * BLOCK
-        return visit.match.chain.key(start, min(start + BLOCK, limit)) if position < limit else None
+        return query.match.chain.key(start, min(start + BLOCK, limit)) if position < limit else None
 
-    def take(self, visit: Visit, position: int) -> Claim:
+    def take(self, query: PrefixQuery, position: int) -> RestorePlan:
         """Use the cached prefix up to ``position``, which was offered just now. Call it before anything is evicted."""
-        claim = NOTHING if position == 0 else self.claim(visit, disk=False)
-        if claim.position != position:
-            raise LookupError(f"{position} tokens were offered, {claim.position} are there")
-        self._fetching.discard(visit)
+        plan = NOTHING if position == 0 else self.plan(query, disk=False)
+        if plan.position != position:
+            raise LookupError(f"{position} tokens were offered, {plan.position} are there")
+        self._fetching.discard(query)
         counted = self.counters
-        if claim.position:
+        if plan.position:
             counted.hits += 1
-            from_disk = sum(part.used for part in claim.parts if part.node.key in visit.loaded)
+            from_disk = sum(part.used for part in plan.parts if part.node.key in query.loaded)
             counted.disk_hits += from_disk > 0
             counted.disk_tokens += from_disk
-            counted.memory_tokens += claim.position - from_disk
-            self._touch(claim)
+            counted.memory_tokens += plan.position - from_disk
+            self._touch(plan)
         else:
             counted.misses += 1
-        return claim
+        return plan
 
-    def will_return(self, visit: Visit) -> None:
+    def will_return(self, query: PrefixQuery) -> None:
         """What was computed of a request is lost, and it needs its blocks again soon: others go before them."""
-        self._memory.touch(visit.match.follow())
+        self._memory.touch(query.match.follow())
 
-    def explain(self, visit: Visit, position: int) -> tuple[End, int]:
+    def explain(self, query: PrefixQuery, position: int) -> tuple[End, int]:
         """Why the cached prefix ends at ``position``, and how many leading tokens are known at all."""
-        match = visit.match
+        match = query.match
         path = match.follow()
         node = path[-1] if path else match.root
         rest = match.chain.tokens(match.depth, min(match.depth + BLOCK, match.limit))
         follows, shared = node.closest(rest) if rest else (None, 0)
         reached = match.depth + shared
-        if visit.check:
+        if query.check:
             return End.SELFCHECK, reached
         if position == match.limit:
             return End.PROMPT, reached
-        refused = visit.refused
-        if refused is End.DAMAGED or (refused is not None and self.claim(visit, disk=True).position > position):
+        refused = query.refused
+        if refused is End.DAMAGED or (refused is not None and self.plan(query, disk=True).position > position):
             return refused, reached
         if position < reached:
             return End.ANOTHER_RANK if match.ceiling < reached else End.NOT_RESTORABLE, reached
@@ -171,25 +171,25 @@ class PrefixCache:
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
-    def missing(self, visit: Visit, start: int, end: int, kinds: Iterable[Kind]) -> list[Kind]:
+    def missing(self, query: PrefixQuery, start: int, end: int, kinds: Iterable[Kind]) -> list[Kind]:
         """Which of these records of the block [start, end) are worth making: not in memory yet, or to be compared."""
-        node, parent = self._tree.get(visit.match.chain.key(start, end)), self._parent(visit, start)
-        if node is None and (parent is None or self._covered(parent, visit.match.chain.tokens(start, end))):
+        node, parent = self._tree.get(query.match.chain.key(start, end)), self._parent(query, start)
+        if node is None and (parent is None or self._covered(parent, query.match.chain.tokens(start, end))):
             return []
-        return [kind for kind in kinds if node is None or visit.check or kind not in node.records]
+        return [kind for kind in kinds if node is None or query.check or kind not in node.records]
 
-    def keep(self, visit: Visit, start: int, end: int, records: Mapping[Kind, Payload]) -> None:
+    def keep(self, query: PrefixQuery, start: int, end: int, records: Mapping[Kind, Payload]) -> None:
         """Hold records of the block [start, end) of a sequence; ``start`` on the block grid."""
-        parent = self._parent(visit, start)
+        parent = self._parent(query, start)
         if parent is None or not records:
             return
         self._version += 1
-        node = self._tree.add(parent, visit.match.chain.tokens(start, end))
+        node = self._tree.add(parent, query.match.chain.tokens(start, end))
         self._evictor.ghosts.pop(node.key, None)
-        if visit.check and not self._agrees(node, records):
+        if query.check and not self._agrees(node, records):
             self._distrust(node)
         for kind, payload in records.items():
-            if visit.check or kind not in node.records:
+            if query.check or kind not in node.records:
                 self._memory.put(node, kind, payload)
         if self._saver is not None and self._saver.policy is SavePolicy.ALL and node.full:
             self._saver.want(node, (Kind.KV, Kind.STATE))
@@ -197,12 +197,12 @@ class PrefixCache:
             self._supersede(parent, node)
         self.fit(self._room)
 
-    def end_at(self, visit: Visit, end: int, last: bool) -> None:
+    def end_at(self, query: PrefixQuery, end: int, last: bool) -> None:
         """A prompt or (``last``) an answer ends at this position: requests will resume there."""
         start = (end - 1) // BLOCK * BLOCK
-        node = self._tree.get(visit.match.chain.key(start, end))
-        if node is None and not self.layout.exact and (parent := self._parent(visit, start)) is not None:
-            node = parent.closest(visit.match.chain.tokens(start, end))[0]
+        node = self._tree.get(query.match.chain.key(start, end))
+        if node is None and not self.layout.exact and (parent := self._parent(query, start)) is not None:
+            node = parent.closest(query.match.chain.tokens(start, end))[0]
         if node is None:
             return
         self._memory.resume_at(node, time.monotonic())
@@ -273,34 +273,34 @@ class PrefixCache:
         """How many records are still to be written, and the bytes that the disk has been given and not yet written."""
         return (self._saver.records, self._saver.under_way_bytes) if self._saver is not None else (0, 0)
 
-    def _fetch(self, visit: Visit, claim: Claim, now: float) -> bool:
+    def _fetch(self, query: PrefixQuery, plan: RestorePlan, now: float) -> bool:
         """Whether the request should wait for the disk; starts reading when it should."""
-        if self._loader is None or visit.refused is not None:
+        if self._loader is None or query.refused is not None:
             return False
-        if visit.load is not None:
-            if visit.load.waiting and now < visit.load.deadline:
+        if query.load is not None:
+            if query.load.waiting and now < query.load.deadline:
                 return True
-            if visit.load.waiting or visit.load.failed:
-                visit.refused = End.DAMAGED if visit.load.failed else End.SLOWER
-            visit.load = None
-            return self._fetch(visit, claim, now)
-        more = self.claim(visit, disk=True)
+            if query.load.waiting or query.load.failed:
+                query.refused = End.DAMAGED if query.load.failed else End.SLOWER
+            query.load = None
+            return self._fetch(query, plan, now)
+        more = self.plan(query, disk=True)
         needs = [(node, kind) for node, kind in more.needs if kind not in node.records]
-        if more.position <= claim.position or not needs:
+        if more.position <= plan.position or not needs:
             return False
-        if any(node.key in visit.loaded for node, _ in needs):
-            visit.refused = End.EVICTED  # it was read, and memory was too short to hold it until now
+        if any(node.key in query.loaded for node, _ in needs):
+            query.refused = End.EVICTED  # it was read, and memory was too short to hold it until now
             return False
         nbytes, room = sum(node.disk[kind] for node, kind in needs), self.limit_bytes // 2
-        if nbytes > room or not self._loader.pays(needs, claim.position, more.position):
-            visit.refused = End.SLOWER
+        if nbytes > room or not self._loader.pays(needs, plan.position, more.position):
+            query.refused = End.SLOWER
             return False
         if nbytes + sum(other.fetched_bytes for other in self._fetching) > room:
-            return visit not in self._fetching  # what others have had read would be evicted before they can use it
-        visit.load = self._loader.load(needs, claim.position, more.position, now)
-        visit.loaded.update(node.key for node, kind in needs if kind is not Kind.WINDOW)
-        visit.fetched_bytes += nbytes
-        self._fetching.add(visit)
+            return query not in self._fetching  # what others have had read would be evicted before they can use it
+        query.load = self._loader.load(needs, plan.position, more.position, now)
+        query.loaded.update(node.key for node, kind in needs if kind is not Kind.WINDOW)
+        query.fetched_bytes += nbytes
+        self._fetching.add(query)
         return True
 
     def _learn(self, entries: Iterable[DiskEntry]) -> None:
@@ -319,7 +319,7 @@ class PrefixCache:
                 self._memory.put(node, event.id.kind, self._make(event.tensors, event.payload))
             except ValueError as error:
                 problem = str(error)
-                log.warning("a record on disk cannot be used", extra=kv(error=error))
+                log.warning("a record on disk cannot be used", extra=fields(error=error))
         if problem and node is not None:
             node.disk.pop(event.id.kind, None)
             self._tree.prune(node)
@@ -344,24 +344,24 @@ class PrefixCache:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _parent(self, visit: Visit, start: int) -> Node | None:
+    def _parent(self, query: PrefixQuery, start: int) -> Node | None:
         """The block before [start, ...); None when it is no longer known, and what follows would never be found."""
         if start == 0:
-            return visit.match.root
-        return self._tree.get(visit.match.chain.key(start - BLOCK, start))
+            return query.match.root
+        return self._tree.get(query.match.chain.key(start - BLOCK, start))
 
     def _covered(self, parent: Node, tail: bytes) -> bool:
         """Whether a block in memory begins with these tokens and can be resumed behind them."""
         node, shared = parent.closest(tail)
         return not self.layout.exact and shared * TOKEN_BYTES == len(tail) and node is not None and bool(node.records)
 
-    def _touch(self, claim: Claim) -> None:
-        self._memory.touch([part.node for part in claim.parts])
+    def _touch(self, plan: RestorePlan) -> None:
+        self._memory.touch([part.node for part in plan.parts])
         if self._disk is not None:
-            self._disk.touch([RecordId(node.key, kind) for node, kind in claim.needs if kind in node.disk])
+            self._disk.touch([RecordId(node.key, kind) for node, kind in plan.needs if kind in node.disk])
         if self._saver is not None and self._saver.policy in (SavePolicy.SECOND_USE, SavePolicy.ALL):
-            used = {part.node: part.used for part in claim.parts}
-            for node, kind in claim.needs:
+            used = {part.node: part.used for part in plan.parts}
+            for node, kind in plan.needs:
                 if used[node] >= USED_TOKENS or used[node] == node.end - node.start:
                     self._saver.want(node, (kind,))
 
@@ -374,7 +374,7 @@ class PrefixCache:
         """What was cached is not what this prompt gives: it goes, from disk as well, before anybody else uses it."""
         self.counters.mismatches += 1
         log.error(
-            "a cached block differs from its recomputation", extra=kv(start=node.start, block=node.key.hex()[:16])
+            "a cached block differs from its recomputation", extra=fields(start=node.start, block=node.key.hex()[:16])
         )
         # What follows it may have been computed from it.
         tainted = [node]

@@ -50,7 +50,7 @@ class Part(NamedTuple):
         return self.node.start + self.used
 
 
-class Claim(NamedTuple):
+class RestorePlan(NamedTuple):
     """A position that can be resumed, and the blocks it takes, root side first."""
 
     position: int
@@ -59,7 +59,7 @@ class Claim(NamedTuple):
     """The records to read, in order of position."""
 
 
-NOTHING = Claim(0, (), ())
+NOTHING = RestorePlan(0, (), ())
 
 
 class Match:
@@ -71,7 +71,7 @@ class Match:
         self.limit = len(tokens) - 1
         self.root = root
         self.ceiling = UNLIMITED
-        """Nothing beyond it is claimed, for another rank lacks it."""
+        """Nothing beyond it is restored, for another rank lacks it."""
         self._layout = layout
         self._path: list[Node] = []
 
@@ -99,7 +99,7 @@ class Match:
             node = following
         return self._path
 
-    def claim(self, disk: bool) -> Claim:
+    def plan(self, disk: bool) -> RestorePlan:
         """The best position to resume with what is in memory, or with what is on disk as well."""
         most = min(self.limit, self.ceiling)
         path = self.follow()[: most // BLOCK]
@@ -115,11 +115,11 @@ class Match:
         resume = restorable(links, self._layout)
         if self._layout.exact:
             return self._with_tail(path, parts, links, resume, disk, most)
-        return self._claim(parts, links, resume)
+        return self._plan(parts, links, resume)
 
     def _with_tail(
         self, path: list[Node], parts: list[Part], links: list[Link], resume: int, disk: bool, most: int
-    ) -> Claim:
+    ) -> RestorePlan:
         """Where only the ends of blocks will do: the deepest tail beyond ``resume`` that begins what follows it."""
         for depth in range(len(path), resume // BLOCK - 1, -1):
             node = path[depth - 1] if depth else self.root
@@ -128,14 +128,14 @@ class Match:
                 here = [*parts[:depth], Part(tail, len(tail.tokens) // TOKEN_BYTES)]
                 linked = [*links[:depth], self._link(here[-1], disk)]
                 if here[-1].end > resume and restorable(linked, self._layout) == here[-1].end:
-                    return self._claim(here, linked, here[-1].end)
-        return self._claim(parts, links, resume)
+                    return self._plan(here, linked, here[-1].end)
+        return self._plan(parts, links, resume)
 
-    def _claim(self, parts: list[Part], links: list[Link], resume: int) -> Claim:
+    def _plan(self, parts: list[Part], links: list[Link], resume: int) -> RestorePlan:
         if not resume:
             return NOTHING
         needs = tuple((parts[index].node, kind) for index, kind in needed(links, self._layout, resume))
-        return Claim(resume, tuple(part for part in parts if part.node.start < resume), needs)
+        return RestorePlan(resume, tuple(part for part in parts if part.node.start < resume), needs)
 
     def _link(self, part: Part, disk: bool) -> Link:
         node, end = part.node, part.end

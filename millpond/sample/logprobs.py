@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from millpond.sample.weights import BLOCK, Keys, pad
+from millpond.sample.weights import BLOCK, SortKeys, pad
 
 _LOG2_E = math.log2(math.e)
 _FLOOR = -100.0
@@ -28,7 +28,7 @@ class Logprobs:
     top_values: mx.array
 
 
-def measure(logits: mx.array, peak: mx.array, tokens: mx.array, count: int, keys: Keys) -> Logprobs:
+def measure(logits: mx.array, peak: mx.array, tokens: mx.array, count: int, keys: SortKeys) -> Logprobs:
     """Log-probabilities of ``tokens`` int32 [r] and of the ``count`` likeliest, of float32 logits [r, V].
 
     ``peak`` [r, 1] is the rows' maximum.

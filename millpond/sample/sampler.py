@@ -20,7 +20,7 @@ from millpond.sample.edits import apply
 from millpond.sample.logprobs import Logprobs, measure, spread
 from millpond.sample.noise import words
 from millpond.sample.state import Filter, SamplingState
-from millpond.sample.weights import Keys, draw, weigh
+from millpond.sample.weights import SortKeys, draw, weigh
 from millpond.types import TokenLogprob
 
 _CPU_SORT_WIDTH = 1024
@@ -63,7 +63,7 @@ class BatchSampler:
         vocabulary above 4194304 tokens."""
         self.states = tuple(states)
         self._vocab_size = vocab_size
-        self._keys = Keys(vocab_size)
+        self._keys = SortKeys(vocab_size)
         params = [state.params for state in states]
         self._greedy = [row for row, p in enumerate(params) if p.greedy]
         self._groups = [
@@ -123,7 +123,7 @@ class BatchSampler:
 class _Group:
     """The sampled rows whose cut is found in the same way, with their parameters stacked as [r, 1] or [r, 2]."""
 
-    def __init__(self, kind: Filter, rows: list[int], states: list[SamplingState], keys: Keys) -> None:
+    def __init__(self, kind: Filter, rows: list[int], states: list[SamplingState], keys: SortKeys) -> None:
         self.rows = rows
         self._kind = kind
         self._keys = keys

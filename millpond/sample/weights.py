@@ -69,7 +69,7 @@ def pad(rows: mx.array, value: float) -> mx.array:
     return mx.concatenate([rows, mx.full((rows.shape[0], missing), value, dtype=rows.dtype)], axis=-1)
 
 
-class Keys:
+class SortKeys:
     """Packs values and token ids of a vocabulary into keys, and finds the largest of a row."""
 
     def __init__(self, vocab_size: int) -> None:

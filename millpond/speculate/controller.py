@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from millpond.schedule.costs import CostModel
 from millpond.speculate.pace import Pace
-from millpond.speculate.proposer import Offer, Source
+from millpond.speculate.proposer import DraftOffer, Source
 from millpond.types import SpecMode
 
 MARGIN = 1.03
@@ -73,13 +73,13 @@ class Controller:
         """A row has left."""
         self._rows.pop(name, None)
 
-    def chance(self, offer: Offer) -> float:
+    def chance(self, offer: DraftOffer) -> float:
         """That the next draft token is accepted, if those before it were."""
         prior = self._sources[offer.source].value(offer.source.first_chance, SOURCE_WEIGHT)
         row = self._rows.get(offer.name)
         return prior if row is None else row.value(prior, SOURCE_WEIGHT)
 
-    def choose(self, offers: Sequence[Offer], rows: int, unread: int = 0) -> int:
+    def choose(self, offers: Sequence[DraftOffer], rows: int, unread: int = 0) -> int:
         """Draft tokens for each offer, at most; 0: a plain step pays more. ``rows``: all rows of the forward.
 
         ``unread``: tokens that must come as guessed before, or there will be nothing to verify.
@@ -91,7 +91,7 @@ class Controller:
     def may_read(self, source: Source, most: int, read_ms: float = 0.0) -> bool:
         """Whether a proposer should read on, to offer up to ``most`` tokens: while they are worth that, or now and then
         to find out. ``read_ms``: it just did, for so long."""
-        if self._best([Offer("", most, source)], 1):
+        if self._best([DraftOffer("", most, source)], 1):
             return self._budget > 0.0
         self._budget = max(LEAST_BUDGET, self._budget - read_ms / max(1.0, self.costs.decode_ms(1, 0)))
         return self._budget >= BUDGET
@@ -100,7 +100,7 @@ class Controller:
         """A step was waited for in order to guess, in vain: Python was not hidden behind the device."""
         self._budget = max(LEAST_BUDGET, self._budget - WAIT)
 
-    def _best(self, offers: Sequence[Offer], rows: int, unread: int = 0) -> int:
+    def _best(self, offers: Sequence[DraftOffer], rows: int, unread: int = 0) -> int:
         """By expectation alone."""
         chances = [(self.chance(offer), self._limit(offer)) for offer in offers]
         reach = [chance**unread for chance, _ in chances]
@@ -120,7 +120,7 @@ class Controller:
                     break
         return best_count
 
-    def _limit(self, offer: Offer) -> int:
+    def _limit(self, offer: DraftOffer) -> int:
         row = self._rows.get(offer.name)
         tried = self._sources[offer.source].tried + (row.tried if row is not None else 0.0)
         return min(offer.most, int(SLOW_START * (1 + tried)))
@@ -129,7 +129,7 @@ class Controller:
         """Time in which all of these propose one draft token, in plain steps."""
         return sum(self.shares.get(mode, 0.0) for mode in set(modes))
 
-    def _probe(self, offers: Sequence[Offer], rows: int) -> int:
+    def _probe(self, offers: Sequence[DraftOffer], rows: int) -> int:
         """A few draft tokens to find out whether it pays by now, if the budget allows that."""
         count = min(PROBE_TOKENS, max(offer.most for offer in offers))
         gained = sum(self.chance(offer) for offer in offers) / rows
@@ -144,7 +144,7 @@ class Controller:
 
     def verified(
         self,
-        results: Mapping[Offer, int],
+        results: Mapping[DraftOffer, int],
         drawn: int,
         rows: int,
         context_tokens: int,

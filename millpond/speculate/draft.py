@@ -23,12 +23,12 @@ from millpond.memory.budget import MemoryBudget
 from millpond.model.forwards import prefill
 from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt
-from millpond.prefix.visit import Visit
+from millpond.prefix.query import PrefixQuery
 from millpond.sample.sampler import Picks
 from millpond.sample.state import SamplingState
 from millpond.speculate.draft_picks import DraftPicks
 from millpond.speculate.draft_prompts import DraftPrompts, prompt_of_row
-from millpond.speculate.proposer import Offer, Proposer, Source
+from millpond.speculate.proposer import DraftOffer, Proposer, Source
 from millpond.types import GRID, MOST_DRAFT_TOKENS, Request, SpecMode
 
 log = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ TRIM_SHARE = 0.5
 
 
 @dataclass(slots=True)
-class _Request:
+class _Drafted:
     """What is known of one request. It has a prompt while it is being read, then a row, or neither."""
 
     sampling: SamplingState
-    visit: Visit | None
+    query: PrefixQuery | None
     tokens: Sequence[int]
     """The committed ones as of the last call."""
     prompt: Prompt | None = None
@@ -76,7 +76,7 @@ class Draft(Proposer):
         self._prompts = DraftPrompts(model, cache_bytes)
         self._evaluate = mx.async_eval if pipelined else mx.eval
         self._lane = model.slots_lane(limit_bytes)
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, _Drafted] = {}
 
     @property
     def _batch(self) -> Batch:
@@ -106,8 +106,8 @@ class Draft(Proposer):
 
     def begin(self, request: Request) -> None:
         """A request for which there may be proposals. Raises ValueError for parameters that are none."""
-        visit = self._prompts.visit(request.tokens, request.cache_salt)
-        self._requests[request.id] = _Request(self._picks.state(request.params), visit, request.tokens)
+        query = self._prompts.query(request.tokens, request.cache_salt)
+        self._requests[request.id] = _Drafted(self._picks.state(request.params), query, request.tokens)
 
     def end(self, name: str) -> None:
         """The request is over. An unknown name is no mistake. Never raises."""
@@ -164,11 +164,11 @@ class Draft(Proposer):
                 self._lane.trim()
             if self._needed({name: len(tokens)}) > self._budget.limit_bytes:
                 return
-            request.prompt = self._lifted(name) if name in self._batch else self._prompts.begin(request.visit, tokens)
+            request.prompt = self._lifted(name) if name in self._batch else self._prompts.begin(request.query, tokens)
         prompt, start, total = request.prompt, request.prompt.length, len(tokens) - 1
         end = total if total - start <= most else min(total, max((start + most) // GRID, start // GRID + 1) * GRID)
         prefill(self._model.network, prompt, self._known(tokens[start:end]))
-        self._prompts.chunk_done(request.visit, tokens, prompt, start)
+        self._prompts.chunk_done(request.query, tokens, prompt, start)
         self._lane.reserve(total, end / max(1, total))
         if end < total:
             return
@@ -184,8 +184,8 @@ class Draft(Proposer):
     def behind(self, name: str, tokens: Sequence[int]) -> Source | None:
         return None if self.ready(name, tokens) else SOURCE
 
-    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:  # noqa: ARG002
-        return Offer(name, most, SOURCE) if self.ready(name, tokens) else None
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> DraftOffer | None:  # noqa: ARG002
+        return DraftOffer(name, most, SOURCE) if self.ready(name, tokens) else None
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Tokens that this model has none for are read as its last one: what is beyond its embeddings is not memory."""
@@ -206,7 +206,7 @@ class Draft(Proposer):
         if name in self._batch:
             held = request.tokens[: self._certain(name)]
             if not request.unsound:
-                self._prompts.row_done(request.visit, held, self._lane, name, request.joined_at)
+                self._prompts.row_done(request.query, held, self._lane, name, request.joined_at)
             self._lane.release(name, scrub=request.unsound)
         request.guesses = []
 

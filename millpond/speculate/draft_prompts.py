@@ -20,8 +20,8 @@ from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt, new_prompt
 from millpond.model.upstream import cache_arrays
 from millpond.prefix.cache import PrefixCache
+from millpond.prefix.query import PrefixQuery
 from millpond.prefix.records import Kind
-from millpond.prefix.visit import Visit
 
 NAMESPACE = "draft"
 """One model, one process: nothing has to be told apart."""
@@ -42,45 +42,45 @@ class DraftPrompts:
     def nbytes(self) -> int:
         return 0 if self._form is None else self._cache.nbytes
 
-    def visit(self, tokens: Sequence[int], salt: str) -> Visit | None:
+    def query(self, tokens: Sequence[int], salt: str) -> PrefixQuery | None:
         """A new request's dealings with the cache."""
-        return None if self._form is None else self._cache.visit(tokens, salt)
+        return None if self._form is None else self._cache.query(tokens, salt)
 
-    def begin(self, visit: Visit | None, tokens: Sequence[int]) -> Prompt:
+    def begin(self, query: PrefixQuery | None, tokens: Sequence[int]) -> Prompt:
         """A prompt for all of ``tokens`` but the newest, the longest known prefix restored, lazily."""
-        if self._form is None or visit is None:
+        if self._form is None or query is None:
             return new_prompt(self._model.network, self._model.form)
-        visit.restart(tokens)
-        claim = self._cache.take(visit, self._cache.claim(visit, disk=False).position)
-        if not claim.position:
+        query.restart(tokens)
+        plan = self._cache.take(query, self._cache.plan(query, disk=False).position)
+        if not plan.position:
             return new_prompt(self._model.network, self._model.form)
         capacity = -(-(len(tokens) - 1) // PREFILL_STEP) * PREFILL_STEP
-        return self._form.restored(self._model.network, claim, capacity)
+        return self._form.restored(self._model.network, plan, capacity)
 
-    def chunk_done(self, visit: Visit | None, tokens: Sequence[int], prompt: Prompt, start: int) -> None:
+    def chunk_done(self, query: PrefixQuery | None, tokens: Sequence[int], prompt: Prompt, start: int) -> None:
         """Keep the blocks that the chunk from ``start`` on has completed."""
-        if self._form is None or visit is None:
+        if self._form is None or query is None:
             return
-        visit.match.chain.extend(tokens)
+        query.match.chain.extend(tokens)
         for begin, end in block_grid(start, prompt.length):
-            missing = self._cache.missing(visit, begin, end, self._form.layout.kinds)
-            self._keep(visit, begin, end, {kind: cut_prompt(self._form, prompt, begin, end, kind) for kind in missing})
+            missing = self._cache.missing(query, begin, end, self._form.layout.kinds)
+            self._keep(query, begin, end, {kind: cut_prompt(self._form, prompt, begin, end, kind) for kind in missing})
 
-    def row_done(self, visit: Visit | None, tokens: Sequence[int], lane: Lane, name: str, start: int) -> None:
+    def row_done(self, query: PrefixQuery | None, tokens: Sequence[int], lane: Lane, name: str, start: int) -> None:
         """Keep the blocks that a row about to be freed, which holds ``tokens``, has filled since ``start``."""
-        if self._form is None or visit is None or self._form.layout.window:
+        if self._form is None or query is None or self._form.layout.window:
             return
-        visit.match.chain.extend(tokens)
+        query.match.chain.extend(tokens)
         for begin, end in block_grid(start, len(tokens)):
-            if self._cache.missing(visit, begin, end, (Kind.KV,)):
+            if self._cache.missing(query, begin, end, (Kind.KV,)):
                 record = self._form.spans(lane.spans(name, begin, end, Kind.KV), Kind.KV)
-                self._keep(visit, begin, end, {Kind.KV: record})
+                self._keep(query, begin, end, {Kind.KV: record})
 
-    def _keep(self, visit: Visit, begin: int, end: int, records: Mapping[Kind, Stored]) -> None:
+    def _keep(self, query: PrefixQuery, begin: int, end: int, records: Mapping[Kind, Stored]) -> None:
         sound = finite(records)
         mx.eval(sound, [array for record in records.values() for array in record.arrays])
         if sound.item():
-            self._cache.keep(visit, begin, end, records)
+            self._cache.keep(query, begin, end, records)
 
 
 def prompt_of_row(model: LoadedModel, lane: Lane, name: str, length: int) -> Prompt:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from millpond.speculate.ngrams import LEVELS, LONGEST, SEPARATOR, Ngrams
-from millpond.speculate.proposer import Offer, Proposer, Source
+from millpond.speculate.proposer import DraftOffer, Proposer, Source
 from millpond.types import Request, SpecMode
 
 MOST_SALTS = 64
@@ -177,7 +177,7 @@ class NgramProposer(Proposer):
         if self._past is not None:
             self._past.add(salt, answer)
 
-    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> DraftOffer | None:
         request = self._requests[name]
         lookup = self._lookups.get(name)
         if lookup is None:
@@ -186,7 +186,7 @@ class NgramProposer(Proposer):
         shared = self._past.of(request.cache_salt) if self._past is not None else None
         found, match = lookup.propose(most + unread, shared)
         coming = found[unread:]
-        return Offer(name, len(coming), source_of(match), coming) if coming else None
+        return DraftOffer(name, len(coming), source_of(match), coming) if coming else None
 
     def _lookup(self, request: Request) -> Lookup:
         times, more = PREDICTED

@@ -35,7 +35,7 @@ _MANY = 24
 """From this many tokens on numpy enters them faster than a loop."""
 
 
-class Match(NamedTuple):
+class Occurrence(NamedTuple):
     """A place whose tokens agree with the end of some sequence."""
 
     at: int
@@ -87,7 +87,7 @@ class Ngrams:
         last = np.flatnonzero(np.frombuffer(self.tokens, np.int32)[start:] == SEPARATOR)[-1:]
         self._run = len(tokens) - 1 - int(last[0]) if len(last) else self._run + len(tokens)
 
-    def find(self, tail: Sequence[int], least: int = LEVELS[0]) -> Match | None:
+    def find(self, tail: Sequence[int], least: int = LEVELS[0]) -> Occurrence | None:
         """The newest place of the longest n-gram that ends `tail`, if at least `least` tokens agree there.
 
         `tail` may be this list's own ids or any others. What is returned is always a true match. Unless two n-grams
@@ -101,7 +101,7 @@ class Ngrams:
             length = self._agreeing(tail, at)
             # A place of fewer ids that agreed further would be a newer place of this n-gram too: no need to look.
             if length >= n:
-                return Match(at, length) if length >= least else None
+                return Occurrence(at, length) if length >= least else None
         return None
 
     def _agreeing(self, tail: Sequence[int], at: int) -> int:

@@ -17,7 +17,7 @@ class Source(NamedTuple):
     """That one is right if those before it are, until something has been seen. Differs among the kinds of one mode."""
 
 
-class Offer(NamedTuple):
+class DraftOffer(NamedTuple):
     """Draft tokens that could be had for one row."""
 
     name: str
@@ -49,7 +49,7 @@ class Proposer:
     def answered(self, salt: str, answer: Sequence[int]) -> None:
         """A request of whatever mode has been answered; only requests of the same salt may learn from that."""
 
-    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:  # noqa: ARG002 - nothing
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> DraftOffer | None:  # noqa: ARG002
         """What could be had behind ``unread`` more tokens than these, at most so many; None: nothing."""
         return None
 

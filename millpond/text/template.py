@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.text.allowance import Allowance, EndlessError
 from millpond.text.environment import Environment
 from millpond.text.form import Form, probe
@@ -64,7 +64,7 @@ class ChatTemplate:
             self.form = probe(self._probed, source)
         except EndlessError as error:
             raise EndlessTemplateError(f"the chat template cannot be used: {error}") from error
-        log.debug("chat template", extra=kv(form=self.form))
+        log.debug("chat template", extra=fields(form=self.form))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False) -> str:
         """The prompt of a conversation. Raises TemplateError.
@@ -82,7 +82,7 @@ class ChatTemplate:
                 text = self._continued(messages) if continued else self._run(messages, generation_prompt)
             except Exception as error:
                 # The template is a program of the model's authors: it may raise anything, on purpose or not.
-                log.info("chat template failed", extra=kv(error=type(error).__name__, reason=error))
+                log.info("chat template failed", extra=fields(error=type(error).__name__, reason=error))
                 raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
         if hidden:
             raise _not_shown(messages, hidden[0])

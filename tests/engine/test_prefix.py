@@ -26,8 +26,8 @@ from millpond.model.upstream import cache_arrays
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
 from millpond.prefix.disk.tier import SsdTier
+from millpond.prefix.query import End
 from millpond.prefix.records import BLOCK, Kind
-from millpond.prefix.visit import End
 from millpond.settings import SavePolicy
 from millpond.types import Finish, PrefixReport, StepPlan
 
@@ -492,15 +492,15 @@ def test_a_hit_copies_the_row_and_nothing_else(kind: str) -> None:
     tokens = prompt(450)
     ask(kind, cached, tokens, most=3)
     driven = driver(kind, cached)
-    visit = cached.visit(tokens, "")
-    claim = cached.take(visit, cached.offer(visit, 0.0).position)
-    assert claim.position == 449
+    query = cached.query(tokens, "")
+    plan = cached.take(query, cached.offer(query, 0.0).position)
+    assert plan.position == 449
     form = driven.model.blocks
     assert isinstance(form, BlockFormat)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    restored = form.restored(driven.prefixes._network, claim, 449)
+    restored = form.restored(driven.prefixes._network, plan, 449)
     mx.eval(cache_arrays(restored.caches))
     row = restored.nbytes
     assert mx.get_peak_memory() - before <= 1.25 * row + 65536

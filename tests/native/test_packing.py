@@ -255,5 +255,5 @@ def test_a_format_packs_keys_and_values_of_different_sizes(bits: int, native: bo
     arrays = form.pack(keys, values)
     for before, after in zip((keys, values), form.unpack(arrays), strict=True):
         assert after.dtype == before.dtype
-        assert mx.abs(after - before).max() < (0.02 if bits == 8 else 0.4)
+        assert mx.abs(after - before).max() < (0.03 if bits == 8 else 0.4)
     assert sum(int(array.nbytes) for array in arrays) == 5 * form.token_bytes(2, 96 + 64, keys.dtype)

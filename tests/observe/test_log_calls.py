@@ -1,4 +1,4 @@
-"""(K3) What a log call is given is shown: fields come through ``kv``, under names that no formatter drops."""
+"""(K3) What a log call is given is shown: fields come through ``fields``, under names that no formatter drops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import millpond
 from millpond.client import EngineClient
-from millpond.observe.log import JsonFormatter, LineFormatter, kv
+from millpond.observe.log import JsonFormatter, LineFormatter, fields
 from millpond.wire import Start
 
 PACKAGE = Path(millpond.__file__).parent
@@ -20,7 +20,7 @@ TAKEN = {"time", "level", "logger", "message", "trace"}
 """Of every line in JSON."""
 
 
-def made_by_kv(value: ast.expr, scope: ast.AST) -> bool:
+def made_by_fields(value: ast.expr, scope: ast.AST) -> bool:
     if isinstance(value, ast.Name):
         given = [
             (target, node.value) for node in ast.walk(scope) if isinstance(node, ast.Assign) for target in node.targets
@@ -35,8 +35,8 @@ def made_by_kv(value: ast.expr, scope: ast.AST) -> bool:
             )
             if isinstance(name, ast.Name) and name.id == value.id
         ]
-        return bool(named) and all(made_by_kv(element, scope) for element in named)
-    return isinstance(value, ast.Call) and ast.unparse(value.func) == "kv"
+        return bool(named) and all(made_by_fields(element, scope) for element in named)
+    return isinstance(value, ast.Call) and ast.unparse(value.func) == "fields"
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
@@ -49,10 +49,10 @@ def test_no_field_is_lost(file: Path) -> None:
         if isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS and ast.unparse(node.func.value) == "log":
             for keyword in node.keywords:
                 if keyword.arg == "extra":
-                    assert made_by_kv(keyword.value, tree), where
+                    assert made_by_fields(keyword.value, tree), where
                 else:
                     assert keyword.arg == "exc_info", where
-        if ast.unparse(node.func) == "kv":
+        if ast.unparse(node.func) == "fields":
             assert not TAKEN & {keyword.arg for keyword in node.keywords}, where
 
 
@@ -69,7 +69,7 @@ def test_long_values_messages_and_traces_are_cut() -> None:
         raise ValueError("t" * 50_000)
     except ValueError as error:
         record.exc_info = (type(error), error, error.__traceback__)
-    record.fields = kv(path="p" * 50_000, count=7)["fields"]
+    record.fields = fields(path="p" * 50_000, count=7)["fields"]
     assert len(LineFormatter().format(record)) < 40_000
     line = JsonFormatter().format(record)
     assert len(line) < 40_000

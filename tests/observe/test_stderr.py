@@ -80,11 +80,11 @@ def test_an_end_that_does_not_block(pipe: tuple[int, int]) -> None:
 
 PROGRAM = """
 import logging, sys
-from millpond.observe.log import configure, kv
+from millpond.observe.log import configure, fields
 configure("info", sys.argv[1])
 log = logging.getLogger("millpond.test")
 for number in range(int(sys.argv[2])):
-    log.info("line", extra=kv(number=number, path="\\x01" * 15000))
+    log.info("line", extra=fields(number=number, path="\\x01" * 15000))
 print("last", file=sys.stderr)
 raise SystemExit(3)
 """

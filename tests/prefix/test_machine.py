@@ -28,12 +28,12 @@ from millpond.prefix.disk.events import DiskEntry, Gone, Loaded, Opened, Saved, 
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.eviction import LOOK_AT
 from millpond.prefix.keys import TOKEN_BYTES
-from millpond.prefix.match import Claim
+from millpond.prefix.match import RestorePlan
 from millpond.prefix.planner import Layout
+from millpond.prefix.query import End, PrefixQuery
 from millpond.prefix.records import BLOCK, Kind, RecordHead, RecordId
 from millpond.prefix.saver import UNDER_WAY_BYTES
 from millpond.prefix.tree import Node
-from millpond.prefix.visit import End, Visit
 from millpond.settings import PrefixSettings, SavePolicy
 
 LIMIT = 30_000
@@ -105,7 +105,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: list[tuple[list[int], str, Visit]] = []
+        self.waiting: list[tuple[list[int], str, PrefixQuery]] = []
         self.texts: list[list[int]] = [[1]]
         self.fitted = LIMIT
 
@@ -138,57 +138,57 @@ class Machine(RuleBasedStateMachine):
     def arrives(self, data: st.DataObject, keep: int, more: int, token: int, salt: str) -> None:
         text = data.draw(st.sampled_from(self.texts))[:keep] + [token] * more
         self.texts = [*self.texts[-5:], text]
-        self.waiting.append((text, salt, self.cache.visit(text, salt)))
+        self.waiting.append((text, salt, self.cache.query(text, salt)))
 
     @precondition(lambda self: self.waiting)
     @rule(answer=st.sampled_from([0, 0, 1, 30, 70]), number=st.integers(0, 5), size=st.sampled_from([64, 64, 4000]))
     def runs(self, answer: int, number: int, size: int) -> None:
         """A waiting request is offered something; unless it waits for the disk it takes it and is stored."""
-        text, salt, visit = self.waiting[number % len(self.waiting)]
+        text, salt, query = self.waiting[number % len(self.waiting)]
         now = FOREVER * number  # a deadline passes now and then
-        offer = self.cache.offer(visit, now)
-        assert self.cache.offer(visit, now) == offer
+        offer = self.cache.offer(query, now)
+        assert self.cache.offer(query, now) == offer
         if offer.held:
             return
-        self.waiting.remove((text, salt, visit))
-        end, known = self.cache.explain(visit, offer.position)
+        self.waiting.remove((text, salt, query))
+        end, known = self.cache.explain(query, offer.position)
         assert offer.position <= len(text) - 1
         assert known >= 0
         assert (end is End.PROMPT) == (offer.position == len(text) - 1)
         assert (offer.wants is None) == (offer.position == len(text) - 1)
         hits = self.cache.counters.hits
-        claim = self.cache.take(visit, offer.position)
-        assert claim.position == offer.position, "the number offered is the number restored"
-        assert self.cache.counters.hits == hits + (claim.position > 0)
-        self.backed(claim, text, salt)
-        self.compute(visit, text, salt, claim.position, answer, size)
+        plan = self.cache.take(query, offer.position)
+        assert plan.position == offer.position, "the number offered is the number restored"
+        assert self.cache.counters.hits == hits + (plan.position > 0)
+        self.backed(plan, text, salt)
+        self.compute(query, text, salt, plan.position, answer, size)
 
-    def backed(self, claim: Claim, text: list[int], salt: str) -> None:
-        """Every payload that the claim needs is the one that was stored for these very tokens (E3, E4)."""
-        assert len(set(claim.needs)) == len(claim.needs)
-        for node, kind in claim.needs:
+    def backed(self, plan: RestorePlan, text: list[int], salt: str) -> None:
+        """Every payload that the plan needs is the one that was stored for these very tokens (E3, E4)."""
+        assert len(set(plan.needs)) == len(plan.needs)
+        for node, kind in plan.needs:
             tokens = [*text[: node.start], *_unpack(node.tokens)]
             said = f"{salt}|{kind}|{node.start}|{','.join(map(str, tokens))}|".encode()
             assert node.records[kind].dump().startswith(said)
-        if claim.position:
-            ends = [part.end for part in claim.parts]
+        if plan.position:
+            ends = [part.end for part in plan.parts]
             assert ends[:-1] == list(range(BLOCK, ends[-1], BLOCK))
-            assert ends[-1] == claim.position
-            last = claim.parts[-1]
+            assert ends[-1] == plan.position
+            last = plan.parts[-1]
             assert text[last.node.start : last.end] == _unpack(last.node.tokens)[: last.used]
 
-    def compute(self, visit: Visit, text: list[int], salt: str, position: int, answer: int, size: int) -> None:
+    def compute(self, query: PrefixQuery, text: list[int], salt: str, position: int, answer: int, size: int) -> None:
         """What the engine does: blocks of the prompt but its last token, its tail, then those of the answer."""
         for length, last in ((len(text) - 1, False), (len(text) + answer - 1, True)):
             tokens = [*text, *[9] * answer][:length]
-            visit.match.chain.extend(tokens)
+            query.match.chain.extend(tokens)
             for begin, end in blocks_of(length, position) if answer or not last else ():
                 kinds = [k for k in self.layout.kinds if k is not Kind.STATE or end == length or end % 128 == 0]
-                wanted = self.cache.missing(visit, begin, end, kinds)
+                wanted = self.cache.missing(query, begin, end, kinds)
                 records = {kind: fake(salt, tokens[:end], begin, kind, size) for kind in wanted}
-                self.cache.keep(visit, begin, end, records)
+                self.cache.keep(query, begin, end, records)
             if length:
-                self.cache.end_at(visit, length, last)
+                self.cache.end_at(query, length, last)
             position = length
 
     @precondition(lambda self: self.waiting)
@@ -437,9 +437,9 @@ def test_what_waits_for_a_slow_disk_does_not_keep_memory() -> None:
     cache.attach(disk, SavePolicy.ALL, lambda start, tokens: FOREVER)
 
     def stores(prompt: int, blocks: int) -> None:
-        visit = cache.visit([prompt] * (blocks * BLOCK + 1), "")
+        query = cache.query([prompt] * (blocks * BLOCK + 1), "")
         for begin in range(0, blocks * BLOCK, BLOCK):
-            cache.keep(visit, begin, begin + BLOCK, {Kind.KV: fake("", [prompt], begin, Kind.KV)})
+            cache.keep(query, begin, begin + BLOCK, {Kind.KV: fake("", [prompt], begin, Kind.KV)})
 
     stores(1, 20)
     cache.housekeep()
@@ -458,15 +458,15 @@ def test_one_hit_in_so_many_is_checked(selfcheck: int) -> None:
     machine = Machine()
     machine.cache, machine.layout = cache, LAYOUTS["kv"]
     prompt = [1] * 200
-    machine.compute(cache.visit(prompt, ""), prompt, "", 0, 0, 64)
+    machine.compute(cache.query(prompt, ""), prompt, "", 0, 0, 64)
     checks = 0
     for _ in range(20):
-        visit = cache.visit(prompt, "")
-        offer = cache.offer(visit, 0.0)
-        checks += visit.check
-        assert offer.position == (0 if visit.check else 199)
-        cache.take(visit, offer.position)
-        machine.compute(visit, prompt, "", offer.position, 0, 64)
+        query = cache.query(prompt, "")
+        offer = cache.offer(query, 0.0)
+        checks += query.check
+        assert offer.position == (0 if query.check else 199)
+        cache.take(query, offer.position)
+        machine.compute(query, prompt, "", offer.position, 0, 64)
     assert checks == 20 // selfcheck
     assert cache.counters.mismatches == 0
     assert cache.counters.checked == checks * 4
@@ -479,10 +479,10 @@ def test_a_wrong_block_is_removed_from_disk_even_while_it_is_written() -> None:
     cache = new_cache(LAYOUTS["kv"], selfcheck=1)
     cache.attach(disk, SavePolicy.ALL, lambda start, tokens: FOREVER)
     prompt = [1] * 65
-    wrong = cache.visit(prompt, "")
+    wrong = cache.query(prompt, "")
     cache.keep(wrong, 0, BLOCK, {Kind.KV: fake("", [0], 0, Kind.KV)})
     cache.housekeep()
-    checked = cache.visit(prompt, "")
+    checked = cache.query(prompt, "")
     assert cache.offer(checked, 0.0).position == 0
     assert cache.explain(checked, 0)[0] is End.SELFCHECK
     cache.take(checked, 0)
@@ -508,15 +508,15 @@ def test_blocks_read_in_vain_are_not_read_for_ever() -> None:
     machine = Machine()
     machine.cache, machine.layout = cache, LAYOUTS["kv"]
     prompt = [1] * 200
-    machine.compute(cache.visit(prompt, ""), prompt, "", 0, 0, 64)
+    machine.compute(cache.query(prompt, ""), prompt, "", 0, 0, 64)
     cache.housekeep()
     while disk.jobs:
         for event in disk.step(fails=False):
             cache.on_event(event)
     cache.fit(0)
-    visit = cache.visit(prompt, "")
+    query = cache.query(prompt, "")
     for _ in range(5):
-        if not cache.offer(visit, 0.0).held:
+        if not cache.offer(query, 0.0).held:
             break
         while disk.jobs:
             for event in disk.step(fails=False):
@@ -524,7 +524,7 @@ def test_blocks_read_in_vain_are_not_read_for_ever() -> None:
         cache.fit(0)
     else:
         raise AssertionError("it reads the same blocks again and again")
-    assert cache.offer(visit, 0.0).position == 0
+    assert cache.offer(query, 0.0).position == 0
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -537,23 +537,23 @@ def test_reads_share_the_room_for_what_was_read(cancelled: bool) -> None:
     machine.cache, machine.layout, machine.disk = cache, LAYOUTS["kv"], disk
     prompts = [[number] * 257 for number in (1, 2)]
     for tokens in prompts:
-        machine.compute(cache.visit(tokens, ""), tokens, "", 0, 0, 2500)
+        machine.compute(cache.query(tokens, ""), tokens, "", 0, 0, 2500)
         machine.settle()
     cache.fit(0)
     cache.fit(LIMIT)
-    visits = [cache.visit(tokens, "") for tokens in prompts]
-    assert [cache.offer(visit, 0.0).held for visit in visits] == [True, True]
+    queries = [cache.query(tokens, "") for tokens in prompts]
+    assert [cache.offer(query, 0.0).held for query in queries] == [True, True]
     machine.settle()
-    assert cache.offer(visits[1], 0.0).held
+    assert cache.offer(queries[1], 0.0).held
     assert cache.blocks == 4
     if cancelled:
-        del visits[0]
+        del queries[0]
     else:
-        assert cache.offer(visits[0], 0.0).position == 256
-        cache.take(visits[0], 256)
-    assert cache.offer(visits[-1], 0.0).held
+        assert cache.offer(queries[0], 0.0).position == 256
+        cache.take(queries[0], 256)
+    assert cache.offer(queries[-1], 0.0).held
     machine.settle()
-    assert cache.offer(visits[-1], 0.0).position == 256
+    assert cache.offer(queries[-1], 0.0).position == 256
 
 
 def test_a_record_that_cannot_be_used_is_a_miss() -> None:
@@ -564,20 +564,20 @@ def test_a_record_that_cannot_be_used_is_a_miss() -> None:
     machine = Machine()
     machine.cache, machine.layout = cache, LAYOUTS["kv"]
     prompt = [1] * 65
-    machine.compute(cache.visit(prompt, ""), prompt, "", 0, 0, 64)
+    machine.compute(cache.query(prompt, ""), prompt, "", 0, 0, 64)
     cache.housekeep()
     while disk.jobs:
         for event in disk.step(fails=False):
             cache.on_event(event)
     cache.fit(0)
     cache.fit(LIMIT)
-    visit = cache.visit(prompt, "")
-    assert cache.offer(visit, 0.0).held
+    query = cache.query(prompt, "")
+    assert cache.offer(query, 0.0).held
     while disk.jobs:
         for event in disk.step(fails=False):
             cache.on_event(event)
-    assert cache.offer(visit, 0.0).position == 0
-    assert not cache.offer(visit, 0.0).held
+    assert cache.offer(query, 0.0).position == 0
+    assert not cache.offer(query, 0.0).held
 
 
 def _refuses(tensors: object, payload: object) -> object:
@@ -594,13 +594,13 @@ def test_the_measuring_read_serves_those_who_want_its_record() -> None:
         machine.cache = cache = new_cache(LAYOUTS["kv"])
         cache.attach(disk, SavePolicy.ALL, lambda start, tokens: FOREVER)
         cache.on_event(Opened(disk.entries()))
-        visit = cache.visit(prompt, "")
+        query = cache.query(prompt, "")
         if start == "first":
-            machine.compute(visit, prompt, "", 0, 0, 64)
+            machine.compute(query, prompt, "", 0, 0, 64)
             cache.housekeep()
             disk.step(fails=False)
         else:
-            assert cache.offer(visit, 0.0).held
+            assert cache.offer(query, 0.0).held
             for event in disk.step(fails=False):
                 cache.on_event(event)
-            assert cache.offer(visit, 0.0).position == 64
+            assert cache.offer(query, 0.0).position == 64

@@ -1,4 +1,4 @@
-"""What of a sequence is claimed, against a plain list of what was stored."""
+"""What of a sequence would be restored, against a plain list of what was stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefix_support import LAYOUTS, NAMESPACE, Fake, blocks_of, fake, new_cache,
 from millpond.prefix import keys, match
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.keys import TOKEN_BYTES, pack
-from millpond.prefix.match import Claim, Match
+from millpond.prefix.match import Match, RestorePlan
 from millpond.prefix.planner import Layout
 from millpond.prefix.records import BLOCK, Kind
 from millpond.prefix.tree import BLOCK_BYTES, Node, Tree
@@ -61,29 +61,29 @@ def planted(layout: Layout, held: Held) -> Tree:
     return tree
 
 
-def backed(claim: Claim, layout: Layout, query: Sequence[int], held: Held, disk: bool) -> None:
-    """Assert that everything a restore of this claim reads was stored for these very tokens (E3, E4, E7)."""
-    position = claim.position
-    assert [part.node.start for part in claim.parts] == list(range(0, position, BLOCK))
-    assert claim.parts[-1].end == position
-    for part in claim.parts:
+def backed(plan: RestorePlan, layout: Layout, query: Sequence[int], held: Held, disk: bool) -> None:
+    """Assert that everything a restore of this plan reads was stored for these very tokens (E3, E4, E7)."""
+    position = plan.position
+    assert [part.node.start for part in plan.parts] == list(range(0, position, BLOCK))
+    assert plan.parts[-1].end == position
+    for part in plan.parts:
         start = part.node.start
         assert part.used <= len(part.node.tokens) // TOKEN_BYTES
         assert pack(query[start : part.end]) == part.node.tokens[: part.used * TOKEN_BYTES]
-    names = {part.node: (*query[: part.node.start], *_unpack(part.node.tokens)) for part in claim.parts}
-    assert len(set(claim.needs)) == len(claim.needs), "a block is returned once"
-    for node, kind in claim.needs:
+    names = {part.node: (*query[: part.node.start], *_unpack(part.node.tokens)) for part in plan.parts}
+    assert len(set(plan.needs)) == len(plan.needs), "a block is returned once"
+    for node, kind in plan.needs:
         assert held.get((names[node], kind), False) or (disk and (names[node], kind) in held)
-    read = set(claim.needs)
-    assert {(part.node, Kind.KV) for part in claim.parts} <= read
+    read = set(plan.needs)
+    assert {(part.node, Kind.KV) for part in plan.parts} <= read
     if layout.window:
         seen: set[int] = set()
-        for part in claim.parts:
+        for part in plan.parts:
             if (part.node, Kind.WINDOW) in read:
                 seen |= set(range(max(part.node.start, part.node.end - layout.window), part.end))
         assert set(range(max(0, position - layout.window + 1), position)) <= seen
     if layout.state:
-        last = claim.parts[-1]
+        last = plan.parts[-1]
         assert last.end == last.node.end
         assert (last.node, Kind.STATE) in read
 
@@ -99,14 +99,14 @@ def test_a_claim_is_backed_by_records(situation: tuple[Layout, list[list[int]], 
     layout, _, held, query = situation
     tree = planted(layout, held)
     both = Match(tree.root(""), query, layout)
-    memory, disk = both.claim(disk=False), both.claim(disk=True)
+    memory, disk = both.plan(disk=False), both.plan(disk=True)
     assert memory.position <= disk.position <= len(query) - 1
-    for claim, with_disk in ((memory, False), (disk, True)):
-        if claim.position:
-            backed(claim, layout, query, held, with_disk)
+    for plan, with_disk in ((memory, False), (disk, True)):
+        if plan.position:
+            backed(plan, layout, query, held, with_disk)
         else:
-            assert (claim.parts, claim.needs) == ((), ())
-    assert Match(tree.root("other"), query, layout).claim(disk=True).position == 0
+            assert (plan.parts, plan.needs) == ((), ())
+    assert Match(tree.root("other"), query, layout).plan(disk=True).position == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -116,9 +116,9 @@ def test_with_everything_stored_nothing_is_missed(stored: list[list[int]], name:
     layout = LAYOUTS[name]
     cache = new_cache(layout)
     for tokens in stored:
-        store(cache, cache.visit([*tokens, 0], ""), tokens, states=range(0, 400, BLOCK))
+        store(cache, cache.query([*tokens, 0], ""), tokens, states=range(0, 400, BLOCK))
     query = stored[-1][:length] + [9] * (more + 1)
-    claim = cache.visit(query, "").match.claim(disk=False)
+    plan = cache.query(query, "").match.plan(disk=False)
     limit = len(query) - 1
     best = 0
     for tokens in stored:
@@ -126,7 +126,7 @@ def test_with_everything_stored_nothing_is_missed(stored: list[list[int]], name:
         if layout.exact and shared < len(tokens):
             shared = shared // BLOCK * BLOCK
         best = max(best, shared)
-    assert claim.position == best
+    assert plan.position == best
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
@@ -135,15 +135,15 @@ def test_a_full_hit_leaves_exactly_one_token(name: str, length: int) -> None:
     """The prompt is stored as the engine does, up to its last token, which is computed again (E3)."""
     cache = new_cache(LAYOUTS[name])
     prompt = list(range(length))
-    first = cache.visit(prompt, "")
+    first = cache.query(prompt, "")
     store(cache, first, prompt[:-1])
-    again = cache.visit(prompt, "")
+    again = cache.query(prompt, "")
     assert cache.offer(again, 0.0).position == length - 1
     assert cache.wants(again, length - 1) is None
     assert cache.take(again, length - 1).position == length - 1
-    longer = cache.visit([*prompt[:-1], 9999, 9999], "")
-    assert longer.match.claim(disk=False).position == length - 1
-    one = cache.visit(prompt[:1], "")
+    longer = cache.query([*prompt[:-1], 9999, 9999], "")
+    assert longer.match.plan(disk=False).position == length - 1
+    one = cache.query(prompt[:1], "")
     assert cache.offer(one, 0.0).position == 0
 
 
@@ -151,14 +151,14 @@ def test_a_path_that_lost_its_end_is_found_again() -> None:
     """Blocks that go and come back while a request waits are seen as they are."""
     cache = new_cache(LAYOUTS["kv"])
     prompt = list(range(200))
-    store(cache, cache.visit(prompt, ""), prompt)
-    waiting = cache.visit(prompt, "")
-    assert waiting.match.claim(disk=False).position == 199
+    store(cache, cache.query(prompt, ""), prompt)
+    waiting = cache.query(prompt, "")
+    assert waiting.match.plan(disk=False).position == 199
     cache.fit(0)
-    assert waiting.match.claim(disk=False).position == 0
+    assert waiting.match.plan(disk=False).position == 0
     cache.fit(1 << 20)
-    store(cache, cache.visit(prompt, ""), prompt)
-    assert waiting.match.claim(disk=False).position == 199
+    store(cache, cache.query(prompt, ""), prompt)
+    assert waiting.match.plan(disk=False).position == 199
 
 
 def test_of_two_that_share_as_much_the_one_in_memory_is_claimed() -> None:
@@ -167,7 +167,7 @@ def test_of_two_that_share_as_much_the_one_in_memory_is_claimed() -> None:
         node = tree.add(tree.root(""), pack([7] * 10 + [token]))
         (node.records if token == 1 else node.disk).__setitem__(Kind.KV, Fake(b"x") if token == 1 else 1)  # type: ignore[call-overload]
     found = Match(tree.root(""), [7] * 10 + [2, 2, 2], LAYOUTS["kv"])
-    assert (found.claim(disk=False).position, found.claim(disk=True).position) == (10, 10)
+    assert (found.plan(disk=False).position, found.plan(disk=True).position) == (10, 10)
 
 
 # --- cost --------------------------------------------------------------------------------------------------------
@@ -212,20 +212,20 @@ def test_looking_up_a_long_prompt_costs_its_blocks(name: str, monkeypatch: pytes
     cache = new_cache(LAYOUTS[name], 1 << 30)
     prompt = [index % 50_000 for index in range(blocks * BLOCK)]
     for other in range(300):
-        store(cache, cache.visit([other], ""), [60_000 + other] * 20)
-    writer = cache.visit(prompt, "")
+        store(cache, cache.query([other], ""), [60_000 + other] * 20)
+    writer = cache.query(prompt, "")
     for begin, end in blocks_of(len(prompt)):
         cache.keep(writer, begin, end, {kind: fake("", [end], begin, kind) for kind in LAYOUTS[name].kinds})
     counted = Counted(monkeypatch)
-    visit = cache.visit(prompt, "")
-    offer = cache.offer(visit, 0.0)
+    query = cache.query(prompt, "")
+    offer = cache.offer(query, 0.0)
     assert offer.position == (len(prompt) - 1 if name == "kv" else len(prompt) - BLOCK)
     assert counted.packed == len(prompt)
     assert counted.looked <= blocks + 2
     assert counted.hashed <= (blocks + 2) * (BLOCK_BYTES + 32)
     before = counted.looked, counted.hashed, counted.packed
     for _ in range(100):
-        assert cache.offer(visit, 0.0) is offer
+        assert cache.offer(query, 0.0) is offer
     assert (counted.looked, counted.hashed, counted.packed) == before
 
 
@@ -254,9 +254,9 @@ def test_an_eviction_costs_the_same_in_a_small_and_a_large_pool(blocks: int) -> 
     cache = new_cache(LAYOUTS["kv"], 1 << 40)
     payload = Fake(b"x" * 100)
     for prompt in range(blocks // 10):
-        visit = cache.visit([prompt] * 641, "")
+        query = cache.query([prompt] * 641, "")
         for begin in range(0, 640, BLOCK):
-            cache.keep(visit, begin, begin + BLOCK, {Kind.KV: payload})
+            cache.keep(query, begin, begin + BLOCK, {Kind.KV: payload})
     assert cache.blocks == blocks
     counts = _operations(cache, evictions=50)
     assert cache.blocks == blocks - 50
@@ -266,13 +266,13 @@ def test_an_eviction_costs_the_same_in_a_small_and_a_large_pool(blocks: int) -> 
 def test_what_was_used_last_goes_last() -> None:
     """A hit counts as a use, for the whole path, and the deepest of it goes first (E5)."""
     cache = new_cache(LAYOUTS["kv"], 1 << 40)
-    visits = [cache.visit([prompt] * 200, "") for prompt in range(4)]
-    for visit in visits:
+    queries = [cache.query([prompt] * 200, "") for prompt in range(4)]
+    for query in queries:
         for begin in range(0, 192, BLOCK):
-            cache.keep(visit, begin, begin + BLOCK, {Kind.KV: Fake(b"x" * 100)})
-    again = cache.visit([1] * 200, "")
+            cache.keep(query, begin, begin + BLOCK, {Kind.KV: Fake(b"x" * 100)})
+    again = cache.query([1] * 200, "")
     assert cache.take(again, cache.offer(again, 0.0).position).position == 192
-    keys = [[visit.match.chain.key(begin, begin + BLOCK) for begin in range(0, 192, BLOCK)] for visit in visits]
+    keys = [[query.match.chain.key(begin, begin + BLOCK) for begin in range(0, 192, BLOCK)] for query in queries]
     one = cache.nbytes // 12
     left = []
     for _ in range(12):
@@ -291,10 +291,10 @@ def test_pinned_leaves_and_their_ancestors_cost_once(chains: int) -> None:
     cache = new_cache(LAYOUTS["kv"], 1 << 40)
     leaves = []
     for prompt in range(chains):
-        visit = cache.visit([prompt] * 641, "")
+        query = cache.query([prompt] * 641, "")
         for begin in range(0, 640, BLOCK):
-            cache.keep(visit, begin, begin + BLOCK, {Kind.KV: Fake(b"x" * 100)})
-        leaves.append(cache.tree.get(visit.match.chain.key(576, 640)))
+            cache.keep(query, begin, begin + BLOCK, {Kind.KV: Fake(b"x" * 100)})
+        leaves.append(cache.tree.get(query.match.chain.key(576, 640)))
     for leaf in leaves[:5]:
         assert leaf is not None
         leaf.pins += 1

@@ -571,7 +571,7 @@ def test_a_locked_index_at_the_start_is_said_and_got_over(tmp_path: Path, monkey
 
 
 def test_errors_of_writing_pause_and_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
+    monkeypatch.setattr("millpond.prefix.disk.backoff.BACKOFF_SECONDS", (0.05,))
     files = FailingFiles()
     first, second, third = chain(3)
     with running(tmp_path, files=files) as tier:

@@ -318,7 +318,7 @@ def test_a_read_only_file_system_without_an_index(small_disk: Path) -> None:
 
 def test_a_full_file_system(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filled by our own records: the oldest make room, and it goes on by itself."""
-    monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
+    monkeypatch.setattr("millpond.prefix.disk.backoff.BACKOFF_SECONDS", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(30)]
     with running(small_disk, PrefixSettings(cache_ssd=1 << 40)) as tier:
         for record in heads:
@@ -337,7 +337,7 @@ def fill(file: io.RawIOBase) -> None:
 
 def test_a_disk_filled_by_others(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our records stay, writes stop, reads go on; when there is room again, so do writes."""
-    monkeypatch.setattr("millpond.prefix.disk.pause.PAUSES", (0.05,))
+    monkeypatch.setattr("millpond.prefix.disk.backoff.BACKOFF_SECONDS", (0.05,))
     heads = [chain(1, salt=salt, size=60_000)[0] for salt in range(3)]
     with running(small_disk) as tier:
         tier.save(heads[0])

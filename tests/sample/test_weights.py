@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.sample.noise import bits, words
-from millpond.sample.weights import Keys, draw, fraction_words, min_weight, padded, scaled, weigh
+from millpond.sample.weights import SortKeys, draw, fraction_words, min_weight, padded, scaled, weigh
 
 SCALE = 2**40
 
@@ -84,7 +84,7 @@ def test_draw_at_both_ends() -> None:
 def test_nucleus_cut(width: int, spread: float, sort_width: int) -> None:
     fractions = [0.0, 0.1, 0.5, 0.9, 0.95, 0.999]
     weights = some_weights(2, len(fractions), width, spread)
-    keys = Keys(width)
+    keys = SortKeys(width)
     packed = keys.pack(mx.array(weights))
     share = mx.array(np.array([fraction_words(f) for f in fractions], dtype=np.int64))
     cut = keys.nucleus_cut(packed, share, sort_width)
@@ -97,7 +97,7 @@ def test_nucleus_cut(width: int, spread: float, sort_width: int) -> None:
 def test_ranked_cut(width: int, spread: float) -> None:
     asked = [(1, 1.0), (2, 0.9), (20, 1.0), (20, 0.5), (100, 0.95), (7, 0.0)]
     weights = some_weights(3, len(asked), width, spread)
-    keys = Keys(width)
+    keys = SortKeys(width)
     packed = keys.pack(mx.array(weights))
     share = mx.array(np.array([fraction_words(f) for _, f in asked], dtype=np.int64))
     cut = keys.ranked_cut(keys.largest(packed, 100), mx.array([[k] for k, _ in asked]), share)
@@ -112,7 +112,7 @@ def test_ranked_cut(width: int, spread: float) -> None:
 def test_largest(count: int) -> None:
     weights = some_weights(4, 3, 1280, 0.5)
     weights[:, ::3] = weights[:, :1]
-    keys = Keys(1280)
+    keys = SortKeys(1280)
     best = np.array(keys.ids(keys.largest(keys.pack(mx.array(weights)), count)))[:, ::-1]
     for row in range(3):
         assert best[row].tolist() == ranked(weights[row])[:count]
@@ -152,4 +152,4 @@ def test_min_weight_never_shuts_out_the_likeliest() -> None:
 @pytest.mark.parametrize("vocab_size", [0, 2**22 + 1])
 def test_vocabulary_limits(vocab_size: int) -> None:
     with pytest.raises(ValueError, match=str(vocab_size)):
-        Keys(vocab_size)
+        SortKeys(vocab_size)

@@ -14,7 +14,7 @@ from millpond.schedule.costs import CostModel
 from millpond.speculate.controller import Controller
 from millpond.speculate.lookup import SOURCES, source_of
 from millpond.speculate.pace import Curve, Pace, measured
-from millpond.speculate.proposer import Offer, Source
+from millpond.speculate.proposer import DraftOffer, Source
 from millpond.types import SpecMode
 
 CPU = Curve(((1, 50.0), (2, 52.0), (4, 60.0), (8, 76.0), (16, 108.0), (32, 160.0)))
@@ -51,7 +51,7 @@ class World:
         self.true = steps(self.curve, self.rows)
 
     def step(self, chance: Callable[[str], float]) -> None:
-        offers = [Offer(f"r{row}", MOST, self.source) for row in range(self.rows)]
+        offers = [DraftOffer(f"r{row}", MOST, self.source) for row in range(self.rows)]
         depth = self.controller.choose(offers, self.rows)
         self.depths.append(depth)
         if not depth:
@@ -209,7 +209,7 @@ def test_corrections_follow_what_is_seen_again_and_again() -> None:
 def test_plain_steps_that_were_never_seen_do_not_make_guesses_look_free() -> None:
     controller = Controller(CostModel(), Pace(CPU))
     for _ in range(100):
-        offers = [Offer(f"r{row}", MOST, SOURCES[0]) for row in range(32)]
+        offers = [DraftOffer(f"r{row}", MOST, SOURCES[0]) for row in range(32)]
         if not (depth := controller.choose(offers, 32)):
             break
         results = {offer._replace(most=depth): 0 for offer in offers}
@@ -220,8 +220,8 @@ def test_plain_steps_that_were_never_seen_do_not_make_guesses_look_free() -> Non
 def test_forced_guesses_are_not_the_budgets() -> None:
     world = World(CPU, 1, source=SOURCES[5])
     for _ in range(100):
-        world.controller.verified({Offer("r0", MOST, SOURCES[5]): 0}, 1, 1, 100, 110.0, {}, charged=False)
-    assert world.controller.choose([Offer("r1", MOST, SOURCES[5])], 1) > 0
+        world.controller.verified({DraftOffer("r0", MOST, SOURCES[5]): 0}, 1, 1, 100, 110.0, {}, charged=False)
+    assert world.controller.choose([DraftOffer("r1", MOST, SOURCES[5])], 1) > 0
 
 
 @pytest.mark.parametrize("way", ["verified", "read", "waited"])
@@ -230,21 +230,21 @@ def test_no_debt_is_so_large_that_it_is_not_paid_back(way: str) -> None:
     controller = Controller(CostModel(), Pace(CPU))
     for _ in range(200):
         if way == "verified":
-            controller.verified({Offer("r0", MOST, SOURCES[0]): 0}, 1, 1, 100, 1e6, {})
+            controller.verified({DraftOffer("r0", MOST, SOURCES[0]): 0}, 1, 1, 100, 1e6, {})
         elif way == "read":
             controller.may_read(DRAFT_MODEL, 0, read_ms=1e6)
         else:
             controller.waited()
-    assert controller.choose([Offer("r1", MOST, SOURCES[0])], 1) == 0
+    assert controller.choose([DraftOffer("r1", MOST, SOURCES[0])], 1) == 0
     for _ in range(600):
         controller.plain()
-    assert controller.choose([Offer("r1", MOST, SOURCES[0])], 1) > 0
+    assert controller.choose([DraftOffer("r1", MOST, SOURCES[0])], 1) > 0
 
 
 def test_waiting_in_vain_is_not_for_ever() -> None:
     world = World(CPU, 1, source=SOURCES[5])
     waits = 0
-    while world.controller.choose([Offer("r0", MOST, SOURCES[5])], 1, unread=1):
+    while world.controller.choose([DraftOffer("r0", MOST, SOURCES[5])], 1, unread=1):
         world.controller.waited()
         waits += 1
     assert 5 < waits < 100

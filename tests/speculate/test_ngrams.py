@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.speculate.ngrams import _WORD, LEVELS, LONGEST, SEPARATOR, Match, Ngrams, _sums
+from millpond.speculate.ngrams import _WORD, LEVELS, LONGEST, SEPARATOR, Ngrams, Occurrence, _sums
 
 IDS = [0, 1, 2, 2**31 - 1, SEPARATOR]
 """Few ids: most n-grams come again."""
@@ -36,7 +36,7 @@ def entry(index: Ngrams, gram: Sequence[int]) -> int:
     return (_sums(gram)[-1] & _WORD) >> index._shift
 
 
-def searched(index: Ngrams, tail: Sequence[int], *, lossy: bool) -> Match | None:
+def searched(index: Ngrams, tail: Sequence[int], *, lossy: bool) -> Occurrence | None:
     """The newest place of the longest level; with `lossy` not if a newer n-gram has taken its entry."""
     ids = list(index.tokens)
     for n in reversed(LEVELS):
@@ -51,7 +51,7 @@ def searched(index: Ngrams, tail: Sequence[int], *, lossy: bool) -> Match | None
             entry(index, ids[at - n : at]) == entry(index, wanted) for at in places(ids, n) if at in later
         ):
             continue
-        return Match(newest, agreeing(ids, newest, tail))
+        return Occurrence(newest, agreeing(ids, newest, tail))
     return None
 
 
@@ -124,7 +124,7 @@ def test_growth_keeps_every_n_gram(bulk: bool) -> None:
     for start in range(0, len(ids), step):
         index.extend(ids[start : start + step])
     found = [index.find(ids[:at]) for at in range(LONGEST, len(ids))]
-    assert {match for match in found if match} <= {Match(at, LONGEST) for at in range(LONGEST, len(ids))}
+    assert {match for match in found if match} <= {Occurrence(at, LONGEST) for at in range(LONGEST, len(ids))}
     # Each of three levels loses about a fifth at this load; all three together a few per cent.
     assert sum(match is not None for match in found) > 0.95 * len(found)
     assert index.nbytes <= len(ids) * (6 + 16 * len(LEVELS)) + 1000
@@ -133,13 +133,13 @@ def test_growth_keeps_every_n_gram(bulk: bool) -> None:
 def test_the_newest_of_many_wins() -> None:
     passage = [5, 6, 7]
     ids = [token for i in range(40) for token in [*passage, 100 + i]]
-    assert Ngrams([*ids, *passage]).find(passage) == Match(len(ids) - 1, 3)
+    assert Ngrams([*ids, *passage]).find(passage) == Occurrence(len(ids) - 1, 3)
 
 
 def test_the_longest_level_wins_over_a_newer_place() -> None:
     ids = [1, 2, 3, 4, 50, 9, 9, 3, 4, 60, 8, 8]
-    assert Ngrams(ids).find([1, 2, 3, 4]) == Match(4, 4)
-    assert Ngrams(ids).find([7, 2, 3, 4]) == Match(9, 2)
+    assert Ngrams(ids).find([1, 2, 3, 4]) == Occurrence(4, 4)
+    assert Ngrams(ids).find([7, 2, 3, 4]) == Occurrence(9, 2)
     assert Ngrams(ids).find([7, 2, 3, 4], least=3) is None
 
 
@@ -149,7 +149,7 @@ def test_an_end_is_found_only_once_something_follows() -> None:
     index.extend([SEPARATOR])
     assert index.find([1, 2]) is None
     index.extend([1, 2, 3])
-    assert index.find([1, 2]) == Match(5, 2)
+    assert index.find([1, 2]) == Occurrence(5, 2)
 
 
 def test_ids_out_of_range_are_refused() -> None:

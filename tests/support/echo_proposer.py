@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle, islice
 
-from millpond.speculate.proposer import Offer, Proposer, Source
+from millpond.speculate.proposer import DraftOffer, Proposer, Source
 from millpond.types import SpecMode
 
 PERIOD = 4
@@ -15,6 +15,6 @@ SOURCE = Source(SpecMode.DRAFT, first_chance=0.2)
 class EchoProposer(Proposer):
     """Keeps nothing: what it needs is in the tokens."""
 
-    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> DraftOffer | None:
         coming = list(islice(cycle(tokens[-PERIOD:]), unread, unread + most))
-        return Offer(name, len(coming), SOURCE, coming)
+        return DraftOffer(name, len(coming), SOURCE, coming)

@@ -11,9 +11,9 @@ from millpond.prefix.cache import PrefixCache
 from millpond.prefix.keys import Namespace
 from millpond.prefix.memory import MemoryTier
 from millpond.prefix.planner import Layout
+from millpond.prefix.query import PrefixQuery
 from millpond.prefix.records import BLOCK, Kind, Tensor
 from millpond.prefix.tree import Node, Tree
-from millpond.prefix.visit import Visit
 
 LAYOUTS = {
     "kv": Layout(window=0, state=False),
@@ -71,7 +71,7 @@ def blocks_of(length: int, start: int = 0) -> Iterator[tuple[int, int]]:
 
 def store(
     cache: PrefixCache,
-    visit: Visit,
+    query: PrefixQuery,
     tokens: Sequence[int],
     salt: str = "",
     *,
@@ -79,12 +79,12 @@ def store(
     size: int = 64,
 ) -> None:
     """Keep every block of a sequence as the engine does, with snapshots at these positions and at its end."""
-    visit.match.chain.extend(tokens)
+    query.match.chain.extend(tokens)
     for begin, end in blocks_of(len(tokens)):
         wanted = [kind for kind in cache.layout.kinds if kind is not Kind.STATE or end in (*states, len(tokens))]
-        kinds = cache.missing(visit, begin, end, wanted)
-        cache.keep(visit, begin, end, {kind: fake(salt, tokens[:end], begin, kind, size) for kind in kinds})
-    cache.end_at(visit, len(tokens), last=True)
+        kinds = cache.missing(query, begin, end, wanted)
+        cache.keep(query, begin, end, {kind: fake(salt, tokens[:end], begin, kind, size) for kind in kinds})
+    cache.end_at(query, len(tokens), last=True)
 
 
 def ring(memory: MemoryTier) -> list[Node]:

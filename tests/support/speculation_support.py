@@ -15,7 +15,7 @@ from millpond.model.load import LoadedModel
 from millpond.model.opened import open_model
 from millpond.model.probe import Capabilities
 from millpond.speculate.draft import SOURCE, Draft
-from millpond.speculate.proposer import Offer, Proposer
+from millpond.speculate.proposer import DraftOffer, Proposer
 from millpond.types import (
     KvPacking,
     Request,
@@ -59,8 +59,8 @@ class Oracle(Proposer):
     def end(self, name: str) -> None:
         del self._prompts[name]
 
-    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> Offer | None:
-        return Offer(name, most, SOURCE)
+    def offer(self, name: str, tokens: Sequence[int], most: int, unread: int) -> DraftOffer | None:
+        return DraftOffer(name, most, SOURCE)
 
     def propose(self, wanted: Mapping[str, int], tokens: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         self.calls += 1

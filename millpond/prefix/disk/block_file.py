@@ -59,7 +59,7 @@ class DamagedRecord(Exception):  # noqa: N818 - names what was found, not a faul
         self.damage = damage
 
 
-class Layout(NamedTuple):
+class Offsets(NamedTuple):
     """Where things lie in a file, in bytes from its beginning."""
 
     header_end: int
@@ -101,7 +101,7 @@ def encode(head: RecordHead, namespace: str, payload: bytes) -> list[bytes]:
     return [beginning, payload, checksum.digest()]
 
 
-def layout(beginning: bytes | bytearray | memoryview) -> Layout:
+def layout(beginning: bytes | bytearray | memoryview) -> Offsets:
     """Where the parts of a file lie, from its first PREFIX_BYTES bytes or more. Raises DamagedRecord."""
     return _prefix(beginning)[0]
 
@@ -156,7 +156,7 @@ def _compare(head: RecordHead, expected: Expected) -> None:
         raise DamagedRecord(Damage.BLOCK, "other tokens than asked for")
 
 
-def _prefix(beginning: bytes | bytearray | memoryview) -> tuple[Layout, bytes]:
+def _prefix(beginning: bytes | bytearray | memoryview) -> tuple[Offsets, bytes]:
     if len(beginning) < PREFIX_BYTES:
         raise DamagedRecord(Damage.LENGTH, f"only {len(beginning)} bytes")
     magic, version, header_bytes, payload_bytes, checksum = _PREFIX.unpack_from(beginning)
@@ -166,7 +166,7 @@ def _prefix(beginning: bytes | bytearray | memoryview) -> tuple[Layout, bytes]:
         raise DamagedRecord(Damage.VERSION, f"version {version}, not {VERSION}")
     header_end = PREFIX_BYTES + header_bytes
     start = _aligned(header_end)
-    return Layout(header_end, start, start + payload_bytes), checksum
+    return Offsets(header_end, start, start + payload_bytes), checksum
 
 
 def _aligned(size: int) -> int:

@@ -19,7 +19,7 @@ class WriteJob(NamedTuple):
     payload: bytes
 
 
-class Batch(NamedTuple):
+class Taken(NamedTuple):
     """All that was asked since the last take."""
 
     writes: list[WriteJob]
@@ -90,12 +90,12 @@ class Inbox:
         """Whether removals are waiting."""
         return bool(self._faults)
 
-    def take(self, until: float, most_writes: int) -> Batch:
+    def take(self, until: float, most_writes: int) -> Taken:
         """Everything queued, waiting for something until a moment of the monotonic clock, or until closed."""
         with self._changed:
             self._changed.wait_for(self._any, max(0.0, until - time.monotonic()))
             writes = [self._writes.popleft() for _ in range(min(most_writes, len(self._writes)))]
-            batch = Batch(writes, self._faults, list(self._touched), self._cancelled)
+            batch = Taken(writes, self._faults, list(self._touched), self._cancelled)
             self._faults, self._touched, self._cancelled = [], {}, []
             return batch
 

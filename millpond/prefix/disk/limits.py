@@ -6,7 +6,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Collection, Sequence
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.disk.events import DiskEntry
 from millpond.prefix.disk.index import Row, is_full
 from millpond.prefix.disk.pool import DiskPool
@@ -72,7 +72,7 @@ class LimitKeeper:
         pool, ttl = self._pool, self._settings.ssd_ttl
         jump = pool.clock.settle()
         if jump:
-            _log.warning("the clock was set; ages of cached records stay as they were", extra=kv(seconds=jump))
+            _log.warning("the clock was set; ages of cached records stay as they were", extra=fields(seconds=jump))
             with pool.index.transaction():
                 pool.index.shift_ages(jump, pool.clock.now())
         if ttl:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.disk.age_clock import AgeClock
 from millpond.prefix.disk.block_file import encode
 from millpond.prefix.disk.events import DiskEntry
@@ -98,8 +98,8 @@ class DiskPool:
         if all(map(_OURS.fullmatch, self.files.names(self.folder))):
             self.files.narrow(self.folder)
         if not self.files.is_private(self.folder):
-            fields = kv(folder=self.folder, remedy="chmod 700, or --cache-dir names a folder of its own")
-            _log.warning("others may look into the folder of the SSD tier, or put files there", extra=fields)
+            told = fields(folder=self.folder, remedy="chmod 700, or --cache-dir names a folder of its own")
+            _log.warning("others may look into the folder of the SSD tier, or put files there", extra=told)
 
     def open_to_read(self) -> None:
         """Open without changing anything; the index stays closed when there is none that can be read."""

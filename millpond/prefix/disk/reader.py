@@ -73,7 +73,7 @@ class BufferPool:
         self._free.put(buffer)
 
 
-class _Job(NamedTuple):
+class _ReadJob(NamedTuple):
     expected: Expected
     ticket: int
 
@@ -96,7 +96,7 @@ class DiskReader:
         self._tally = tally
         self._tell = tell
         self._report = report
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[_ReadJob | None] = SimpleQueue()
         self._buffers = BufferPool(BUFFERS)
         self._ready = Event()
         self._closing = Event()
@@ -111,7 +111,7 @@ class DiskReader:
         self._ready.set()
 
     def read(self, expected: Expected, ticket: int) -> None:
-        self._jobs.put(_Job(expected, ticket))
+        self._jobs.put(_ReadJob(expected, ticket))
 
     def release(self, event: Loaded) -> None:
         if event.payload is not None:
@@ -146,7 +146,7 @@ class DiskReader:
                 self._buffers.put(bytearray())
                 self._fail(job, "internal error")
 
-    def _answer(self, job: _Job, buffer: bytearray) -> None:
+    def _answer(self, job: _ReadJob, buffer: bytearray) -> None:
         expected = job.expected
         record = RecordId(expected.key, expected.kind)
         began = time.monotonic()
@@ -201,5 +201,5 @@ class DiskReader:
         head, payload = decode(view[:count], self._namespace, expected)
         return buffer, head, payload
 
-    def _fail(self, job: _Job, problem: str) -> None:
+    def _fail(self, job: _ReadJob, problem: str) -> None:
         self._tell(Loaded(job.ticket, RecordId(job.expected.key, job.expected.kind), problem=problem))

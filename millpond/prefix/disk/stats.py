@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.disk.block_file import Damage
 
 _log = logging.getLogger("millpond.prefix.disk.tier")
@@ -81,9 +81,9 @@ class Tally:
             alarm = len(self._damaged_at) == ALARM and now - self._damaged_at[0] < ALARM_SECONDS
             if alarm:
                 self._damaged_at.clear()
-        _log.info("a damaged record is set aside", extra=kv(reason=damage.value))
+        _log.info("a damaged record is set aside", extra=fields(reason=damage.value))
         if alarm:
-            _log.warning("several damaged files within a minute: is the disk sound?", extra=kv(files=ALARM))
+            _log.warning("several damaged files within a minute: is the disk sound?", extra=fields(files=ALARM))
 
     def show(self, files: int, nbytes: int) -> None:
         """Set what the folder holds."""

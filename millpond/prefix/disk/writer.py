@@ -16,13 +16,13 @@ from contextlib import suppress
 from threading import Thread
 from typing import NamedTuple
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
+from millpond.prefix.disk.backoff import Backoff, no_space
 from millpond.prefix.disk.block_file import file_bytes
 from millpond.prefix.disk.events import DiskEntry, Found, Gone, Opened, Saved, SsdEvent
-from millpond.prefix.disk.inbox import Batch, Inbox, WriteJob
+from millpond.prefix.disk.inbox import Inbox, Taken, WriteJob
 from millpond.prefix.disk.index import Row, UnusableIndex
 from millpond.prefix.disk.limits import LimitKeeper
-from millpond.prefix.disk.pause import Pause, no_space
 from millpond.prefix.disk.pool import DiskPool, WriteGivenUp, record_path
 from millpond.prefix.disk.reader import Fault
 from millpond.prefix.disk.stats import Tally
@@ -85,7 +85,7 @@ class DiskWriter:
         self._touched: dict[RecordId, None] = {}
         self._rows: list[_Published] = []
         self._sweep: Iterator[Swept] | None = None
-        self._pause = Pause(tally)
+        self._backoff = Backoff(tally)
         self._opened = False
         self._at_job = False  # The first of the queued writes is being worked on.
         self._touch_at = 0.0
@@ -105,17 +105,17 @@ class DiskWriter:
     def _run(self) -> None:
         self._guarded(self._open)
         patience = time.monotonic() + OPEN_SECONDS
-        while self._pause.until and not self._pause.reason and self._inbox.deadline is None:
+        while self._backoff.until and not self._backoff.reason and self._inbox.deadline is None:
             # Another process is opening the folder, or is busy with it: it will not be for long.
-            if self._pause.until > patience:
+            if self._backoff.until > patience:
                 break
-            self._absorb(self._inbox.take(self._pause.until, BATCH))
-            if not self._pause.active:
-                self._pause.end()
+            self._absorb(self._inbox.take(self._backoff.until, BATCH))
+            if not self._backoff.active:
+                self._backoff.end()
                 self._guarded(self._open)
-        if self._pause.reason:
-            fields = kv(reason=self._pause.reason, folder=self._pool.folder, remedy=ELSEWHERE)
-            _log.warning("prefixes are kept in memory only, for now", extra=fields)
+        if self._backoff.reason:
+            told = fields(reason=self._backoff.reason, folder=self._pool.folder, remedy=ELSEWHERE)
+            _log.warning("prefixes are kept in memory only, for now", extra=told)
         self._say(Opened(self._keeper.valid(self._namespace), self._problem()))
         self._opened = True
         while self._inbox.deadline is None:
@@ -125,13 +125,13 @@ class DiskWriter:
 
     def _wake_at(self) -> float:
         now = time.monotonic()
-        if self._pause.active:
-            return self._pause.until
-        if self._sweep is not None or self._writes or self._rows or self._pause.until:
+        if self._backoff.active:
+            return self._backoff.until
+        if self._sweep is not None or self._writes or self._rows or self._backoff.until:
             return now
         return min(self._upkeep_at, self._touch_at if self._touched else self._upkeep_at)
 
-    def _absorb(self, batch: Batch) -> None:
+    def _absorb(self, batch: Taken) -> None:
         self._writes += batch.writes
         if batch.touched and not self._touched:
             self._touch_at = time.monotonic() + TOUCH_SECONDS
@@ -160,19 +160,19 @@ class DiskWriter:
         self._tell(event)
 
     def _show(self) -> None:
-        writing = not self._pause.reason and not self._pool.read_only and self._may_write
+        writing = not self._backoff.reason and not self._pool.read_only and self._may_write
         with suppress(sqlite3.Error):
             self._tally.show(*self._pool.totals())
         self._tally.show_writing(writing)
 
     def _cycle(self) -> None:
-        if self._pause.active:
-            if self._pause.reason:
-                self._refuse(self._pause.reason)
+        if self._backoff.active:
+            if self._backoff.reason:
+                self._refuse(self._backoff.reason)
                 # The engine need not wait for the removal to know that these cannot be read.
                 self._gone(self._faults)
             return
-        if self._pause.until and (self._pause.end() or not self._pool.is_open):
+        if self._backoff.until and (self._backoff.end() or not self._pool.is_open):
             self._open_again()
         if self._pool.read_only:
             self._only_read()
@@ -212,12 +212,12 @@ class DiskWriter:
             self._upkeep_at = time.monotonic() + self._upkeep_seconds
             self._pool.open_to_read()
             if self._may_write:
-                fields = kv(reason=READ_ONLY, folder=self._pool.folder, remedy=ELSEWHERE)
-                _log.warning("the SSD tier only reads", extra=fields)
+                told = fields(reason=READ_ONLY, folder=self._pool.folder, remedy=ELSEWHERE)
+                _log.warning("the SSD tier only reads", extra=told)
             return
         if self._pool.open():
             self._tally.add(index_rebuilt=1)
-            _log.warning("the index of the SSD tier is made anew", extra=kv(folder=self._pool.folder))
+            _log.warning("the index of the SSD tier is made anew", extra=fields(folder=self._pool.folder))
         index = self._pool.index
         with index.transaction():
             index.name(self._namespace, self._label)
@@ -233,11 +233,11 @@ class DiskWriter:
 
     def _problem(self) -> str:
         """Why the tier cannot be used in full; empty when it can."""
-        if self._pause.reason or not self._may_write:
-            return self._pause.reason
+        if self._backoff.reason or not self._may_write:
+            return self._backoff.reason
         if not self._pool.read_only:
             return ""
-        return "the index is held by another process" if self._pause.until else READ_ONLY
+        return "the index is held by another process" if self._backoff.until else READ_ONLY
 
     def _upkeep(self) -> None:
         self._upkeep_at = time.monotonic() + self._upkeep_seconds
@@ -245,15 +245,15 @@ class DiskWriter:
 
     def _trouble(self, error: Exception) -> None:
         at_job, self._at_job = self._at_job, False
-        if self._pause.begin(error):
+        if self._backoff.begin(error):
             if at_job:
                 self._skip(self._writes.popleft(), str(error), write_errors=1)
-            self._refuse(self._pause.reason)
+            self._refuse(self._backoff.reason)
         if no_space(error):
             try:
                 self._keeper.shrink()
             except (sqlite3.Error, OSError) as again:
-                _log.warning("no room could be made", extra=kv(error=again))
+                _log.warning("no room could be made", extra=fields(error=again))
 
     def _refuse(self, reason: str) -> None:
         """Answer what is queued instead of keeping its payload in memory."""
@@ -353,7 +353,7 @@ class DiskWriter:
             written = self._under_way()
             if written:
                 index.add_written(clock.day(), written)
-        self._pause.succeeded()
+        self._backoff.succeeded()
         self._tally.add(writes=sum(published.written > 0 for published in self._rows), written_bytes=written)
         done, self._rows = self._rows, []
         for entry, _ in done:
@@ -408,7 +408,7 @@ class DiskWriter:
         self._lost_writes = False
         while True:
             self._absorb(self._inbox.take(0.0, BATCH))
-            if self._late() or self._pause.reason or self._pool.read_only:
+            if self._late() or self._backoff.reason or self._pool.read_only:
                 break
             if not (self._writes or self._rows or self._faults or self._touched):
                 break
@@ -420,4 +420,4 @@ class DiskWriter:
         try:
             self._pool.close()
         except sqlite3.Error as error:
-            _log.warning("closing the index failed", extra=kv(error=error))
+            _log.warning("closing the index failed", extra=fields(error=error))

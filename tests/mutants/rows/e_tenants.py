@@ -8,8 +8,8 @@ BREAKS = [
     Break(
         name="E9-explain-unsalted",
         file="millpond/engine/prefixes.py",
-        old="self._cache.visit(tokens, salt)",
-        new='self._cache.visit(tokens, "")',
+        old="self._cache.query(tokens, salt)",
+        new='self._cache.query(tokens, "")',
         by=("test_every_end_is_explained",),
     ),
     Break(

@@ -50,9 +50,9 @@ BREAKS = [
     ),
     Break(
         name="F7-the-writer-dies",
-        file="millpond/prefix/disk/pause.py",
-        old="PAUSES[min(self._failures, len(PAUSES) - 1)]",
-        new="PAUSES[self._failures]",
+        file="millpond/prefix/disk/backoff.py",
+        old="BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]",
+        new="BACKOFF_SECONDS[self._failures]",
         by=("test_a_disk_that_goes_on_failing_is_tried_for_ever",),
     ),
     Break(

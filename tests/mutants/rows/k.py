@@ -50,7 +50,7 @@ BREAKS = [
     Break(
         name="K3-reason-lost",
         file="millpond/client/engine.py",
-        old='log.error("engine failed", extra=kv(reason=reason))',
+        old='log.error("engine failed", extra=fields(reason=reason))',
         new='log.error("engine failed", extra={"reason": reason})',
         by=("test_giving_up_says_why", "test_no_field_is_lost"),
     ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from millpond.prefix.loader import Load
-from millpond.prefix.match import Claim, Match
+from millpond.prefix.match import Match, RestorePlan
 from millpond.prefix.records import BLOCK
 
 
@@ -48,7 +48,7 @@ class Offer:
     """It waits for the disk."""
 
 
-class Visit:
+class PrefixQuery:
     """One request's dealings with the cache."""
 
     def __init__(self, match: Match) -> None:
@@ -64,8 +64,8 @@ class Visit:
         self.seen: tuple[int, Offer] | None = None
         """The last offer and the version of the cache it was true for."""
         self._last_key: bytes | None = None
-        self.claimed: dict[bool, tuple[int, Claim]] = {}
-        """The same for claims, without and with the disk."""
+        self.planned: dict[bool, tuple[int, RestorePlan]] = {}
+        """The same for plans, without and with the disk."""
 
     @property
     def last_key(self) -> bytes:
@@ -80,11 +80,11 @@ class Visit:
         if ceiling != self.match.ceiling:
             self.match.ceiling = ceiling
             self.seen = None
-            self.claimed.clear()
+            self.planned.clear()
 
     def restart(self, tokens: Sequence[int]) -> None:
         """The request lost what was computed of it and begins again with all its ``tokens``."""
         self.match.restart(tokens)
         self.load = self.refused = self.seen = self._last_key = None
-        self.claimed.clear()
+        self.planned.clear()
         self.check = False

@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import time
 
-from millpond.observe.log import kv
+from millpond.observe.log import fields
 from millpond.prefix.disk.index import UnusableIndex, is_busy, is_full, is_unsound
 from millpond.prefix.disk.stats import Tally
 
@@ -15,12 +15,12 @@ _log = logging.getLogger("millpond.prefix.disk.tier")
 
 BUSY_SECONDS = 0.25
 """Pause after another process has held the index for too long."""
-PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)
+BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0)
 """Seconds without writes after the first, second, ... failure in a row."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Pause:
+class Backoff:
     """The state between a failure and the next try. One thread."""
 
     def __init__(self, tally: Tally) -> None:
@@ -49,9 +49,9 @@ class Pause:
         full = no_space(error)
         self.reason = f"the disk is full: {error}" if full else str(error) or type(error).__name__
         self.reopen = self.reopen or not full or isinstance(error, sqlite3.Error)
-        seconds = PAUSES[min(self._failures, len(PAUSES) - 1)]
+        seconds = BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
         if not self._failures:
-            _log.warning("the SSD tier stops writing for now", extra=kv(reason=self.reason))
+            _log.warning("the SSD tier stops writing for now", extra=fields(reason=self.reason))
             if isinstance(error, sqlite3.Error) and is_unsound(error):
                 # Opening sets a broken index aside; no need to wait for that, once.
                 seconds = 0.0
