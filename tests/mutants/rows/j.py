@@ -9,7 +9,7 @@ BREAKS = [
         name="J1-dead-write-timeout",
         file="millpond/cli/serve.py",
         old="config.body_timeout, config.write_timeout)",
-        new="config.body_timeout, 60.0)",
+        new="config.body_timeout, 600.0)",
         by=("test_one_that_never_reads_is_cut_and_everything_is_given_back",),
     ),
     Break(
