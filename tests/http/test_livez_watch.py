@@ -206,21 +206,26 @@ HELD: dict[str, tuple[str, bytes]] = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_request_that_runs_holds_little(start_server: StartServer) -> None:
-    """(B14) All kinds wait for the engine side by side, and as many again: the second half shows what each takes."""
+    """(B14) All kinds wait for the engine side by side. What the first of a kind take is not counted: the allocator takes
+    for later, too."""
     with start_server(f"context={CONTEXT},rows=8,queue=600", "max_waiting", "1000") as server:
         pool = concurrent.futures.ThreadPoolExecutor(500)
         running = 0
+
+        def send(path: str, body: bytes, times: int) -> None:
+            nonlocal running
+            for _ in range(times):
+                pool.submit(post, server, path, body)
+            running += times
+            server.wait_until(lambda health: health["requests"]["submitted"] == running)
+
         for name, (path, body) in HELD.items():
             most = max(4, 2_000_000 // len(body))
-            before = 0
-            for _ in range(2):
-                before = resident(server)
-                for _ in range(most):
-                    pool.submit(post, server, path, body)
-                running += most
-                server.wait_until(lambda health: health["requests"]["submitted"] == running)  # noqa: B023
-            held = max(0, resident(server) - before - SLACK) / most / len(body)
-            print(f"{name}: {most} bodies of {len(body)} bytes, each {held:.1f} times as large in memory")
+            send(path, body, most)
+            before = resident(server)
+            send(path, body, 3 * most)
+            held = max(0, resident(server) - before - SLACK) / (3 * most) / len(body)
+            print(f"{name}: {3 * most} bodies of {len(body)} bytes, each {held:.1f} times as large in memory")
             assert held < MOST_HELD, name
         server.process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
