@@ -206,8 +206,8 @@ HELD: dict[str, tuple[str, bytes]] = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_request_that_runs_holds_little(start_server: StartServer) -> None:
-    """(B14) All kinds wait for the engine side by side. What the first of a kind take is not counted: the allocator takes
-    for later, too."""
+    """(B14) All kinds wait for the engine side by side. What the first of a kind take is not counted: the allocator
+    takes for later, too."""
     with start_server(f"context={CONTEXT},rows=8,queue=600", "max_waiting", "1000") as server:
         pool = concurrent.futures.ThreadPoolExecutor(500)
         running = 0
