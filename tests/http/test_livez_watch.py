@@ -39,6 +39,7 @@ MOST_HELD = 4
 """Times the bytes of a body."""
 SLACK = 2 * 1024 * 1024
 """Bytes that the allocator may keep for itself meanwhile."""
+MOST_SLOWER = 1.5
 TRIES = 3
 WATCHER = str(Path(__file__).with_name("livez_watcher.py"))
 QUICK = {
@@ -250,20 +251,25 @@ def stream_gaps(server: Server, seconds: float) -> list[float]:
 
 @pytest.mark.slow
 def test_two_clients_with_the_worst_do_not_slow_a_stream(start_server: StartServer) -> None:
-    """(B14) Back to back, for as long as the stream is looked at: its p95 gap stays within 1.5 times what it was."""
+    """(B14) Back to back, for as long as the stream is looked at: its p95 gap stays within 1.5 times what it was, in
+    the median of three."""
+    program = str(Path(__file__).with_name("hammer.py"))
+    slower: list[float] = []
     with start_server(f"context={CONTEXT},rows=8,slow=0.03") as server:
-        alone = stream_gaps(server, 8)
-        program = str(Path(__file__).with_name("hammer.py"))
-        clients = [
-            subprocess.Popen([sys.executable, program, str(port_of(server)), str(n)], stdout=subprocess.PIPE)
-            for n in range(2)
-        ]
-        assert [client.stdout.readline() for client in clients if client.stdout] == [b"begun\n"] * 2
-        disturbed = stream_gaps(server, 20)
-        for client in clients:
-            client.kill()
-            client.wait()
-        p95 = [statistics.quantiles(gaps, n=20)[-1] for gaps in (alone, disturbed)]
-        worst_gap = max(disturbed)
-        print(f"p95 gap alone {p95[0]:.4f} s, disturbed {p95[1]:.4f} s, the longest {worst_gap:.3f} s")
-        assert p95[1] < 1.5 * p95[0]
+        while len(slower) < TRIES:
+            alone = stream_gaps(server, 8)
+            clients = [
+                subprocess.Popen([sys.executable, program, str(port_of(server)), str(n)], stdout=subprocess.PIPE)
+                for n in range(2)
+            ]
+            assert [client.stdout.readline() for client in clients if client.stdout] == [b"begun\n"] * 2
+            disturbed = stream_gaps(server, 15)
+            for client in clients:
+                client.kill()
+                client.wait()
+            p95 = [statistics.quantiles(gaps, n=20)[-1] for gaps in (alone, disturbed)]
+            print(f"p95 gap alone {p95[0]:.4f} s, disturbed {p95[1]:.4f} s, the longest {max(disturbed):.3f} s")
+            slower.append(p95[1] / p95[0])
+            if len(slower) == 2 and max(slower) < MOST_SLOWER:
+                break  # the third cannot change the median
+    assert statistics.median(slower) < MOST_SLOWER, slower
