@@ -217,8 +217,7 @@ class PrefixCache:
     def fit(self, limit_bytes: int) -> None:
         """Evict until at most this many bytes, and never more than the cache's own limit, are held."""
         self._room = max(0, min(limit_bytes, self.limit_bytes))
-        if self._evictor.fit(self._room, self._saver):
-            self._version += 1
+        self._evict()
 
     def housekeep(self) -> None:
         """Hand what waits to the disk; call it once per turn of the engine."""
@@ -333,16 +332,21 @@ class PrefixCache:
         if node is not None:
             self._memory.unpinned(node)
             self._tree.prune(node)
-        self.fit(self._room)
+        self._evict(ahead=not problem)
 
     def _gone(self, record: RecordId) -> None:
         node = self._tree.get(record.key)
         if node is not None and node.disk.pop(record.kind, None) is not None:
+            node.lost = True
             if not node.records and not node.disk:
                 self._evictor.remember(node)
             self._tree.prune(node)
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _evict(self, *, ahead: bool = True) -> None:
+        if self._evictor.fit(self._room, self._saver, ahead=ahead):
+            self._version += 1
 
     def _parent(self, query: PrefixQuery, start: int) -> Node | None:
         """The block before [start, ...); None when it is no longer known, and what follows would never be found."""

@@ -27,9 +27,12 @@ class Evictor:
         self._counters = counters
         self.ghosts: OrderedDict[bytes, None] = OrderedDict()
 
-    def fit(self, limit: int, saver: Saver | None) -> bool:
-        """Evict until at most ``limit`` bytes are held, or only what has to be saved first. Whether anything went."""
-        if saver is not None and saver.policy is SavePolicy.EVICTED:
+    def fit(self, limit: int, saver: Saver | None, *, ahead: bool = True) -> bool:
+        """Evict until at most ``limit`` bytes are held, or only what has to be saved first. Whether anything went.
+
+        ``ahead``: not after a write that the disk has refused, which would be tried again at once, and for ever.
+        """
+        if ahead and saver is not None and saver.policy is SavePolicy.EVICTED:
             self._save_ahead(limit, saver)
         changed = False
         while self._memory.nbytes > limit:
@@ -55,8 +58,11 @@ class Evictor:
 
     def _save_ahead(self, limit: int, saver: Saver) -> None:
         if self._memory.nbytes > SAVE_AHEAD * limit and saver.under_way_bytes < UNDER_WAY_BYTES:
-            for node in self._memory.oldest(LOOK_AT):
-                saver.want(node, Kind)
+            oldest = self._memory.oldest(LOOK_AT)
+            # A disk that refuses is tried with one at a time, that will be there when it is asked for.
+            for node in oldest if saver.healthy else oldest[-1:]:
+                if not node.lost:  # a disk that is too small would let go of another one, and so on for ever
+                    saver.want(node, Kind)
 
     def _victim(self, excess: int, saver: Saver | None) -> Node | None:
         """The least recently used leaf, or one that is safe on disk if the policy wants that; None: none may go yet."""

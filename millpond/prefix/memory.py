@@ -41,6 +41,7 @@ class MemoryTier:
         if not node.records:
             self._enter(node)
         node.records[kind] = payload
+        node.lost = False
         self.nbytes += self._size(node)
         if kind is Kind.WINDOW:
             self._note_spare(node)
@@ -66,6 +67,7 @@ class MemoryTier:
     def touch(self, path: list[Node]) -> None:
         """A chain of nodes, root side first, is used now."""
         for node in reversed(path):
+            node.lost = False
             if node.records:
                 self._unlink(node)
                 self._link(node, self._ends)

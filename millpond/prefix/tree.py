@@ -26,6 +26,7 @@ class Node:
         "children",
         "disk",
         "key",
+        "lost",
         "memory_children",
         "newer",
         "older",
@@ -59,6 +60,8 @@ class Node:
         """Children that hold records in memory."""
         self.resume: float | None = None
         """When a prompt or an answer last ended here, seconds, monotonic: requests are likely to resume here."""
+        self.lost = False
+        """The disk has let go of some of it since it was last stored or used."""
         self.alive = True
         self.newer: Node | None = None
         self.older: Node | None = None

@@ -451,6 +451,52 @@ def test_what_waits_for_a_slow_disk_does_not_keep_memory() -> None:
     assert all(node.alive and node.records for node in pinned)
 
 
+class SmallDisk(MadeUpDisk):
+    """Room for three records: the oldest go, and it says so."""
+
+    def step(self, fails: bool) -> list[SsdEvent]:
+        gone = self.lose(list(self.store)[:1]) if len(self.store) >= 3 and self.jobs[0][0] == "write" else []
+        return [*([Gone(gone)] if gone else []), *super().step(fails)]
+
+
+@pytest.mark.parametrize(("disk", "fails"), [(MadeUpDisk(), True), (SmallDisk(), False)])
+def test_what_the_disk_does_not_keep_is_not_written_for_ever(disk: MadeUpDisk, fails: bool) -> None:
+    """Memory is nearly full, and no request comes: what is saved ahead, and refused or dropped, is not tried again
+    until one does (F7)."""
+    cache = new_cache(LAYOUTS["kv"], LIMIT)
+    cache.attach(disk, SavePolicy.EVICTED, lambda start, tokens: FOREVER)
+
+    def writes(fails: bool) -> int:
+        count = 0
+        for _ in range(1000):
+            cache.housekeep()
+            if not disk.jobs:
+                return count
+            count += disk.jobs[0][0] == "write"
+            for event in disk.step(fails):
+                cache.on_event(event)
+        raise AssertionError("it never ends")
+
+    prompt = 0
+
+    def stores() -> None:
+        nonlocal prompt
+        prompt += 1
+        query = cache.query([prompt] * (BLOCK + 1), "")
+        cache.keep(query, 0, BLOCK, {Kind.KV: fake("", [prompt], 0, Kind.KV)})
+
+    while not cache.saving:
+        stores()
+    assert 0 < writes(fails) <= 2 * LOOK_AT
+    for _ in range(5):
+        stores()
+        assert writes(fails) <= LOOK_AT
+    for _ in range(20):  # a disk that has recovered is given what is new
+        stores()
+        writes(fails=False)
+    assert len(disk.store) >= 3
+
+
 @pytest.mark.parametrize("selfcheck", [1, 2, 5])
 def test_one_hit_in_so_many_is_checked(selfcheck: int) -> None:
     """Not every one after the first that is."""

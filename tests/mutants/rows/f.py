@@ -56,6 +56,20 @@ BREAKS = [
         by=("test_a_disk_that_goes_on_failing_is_tried_for_ever",),
     ),
     Break(
+        name="F7-refused-is-tried-at-once",
+        file="millpond/prefix/cache.py",
+        old="self._evict(ahead=not problem)",
+        new="self._evict()",
+        by=("test_what_the_disk_does_not_keep_is_not_written_for_ever",),
+    ),
+    Break(
+        name="F7-dropped-is-written-again",
+        file="millpond/prefix/eviction.py",
+        old="if not node.lost:",
+        new="if True:",
+        by=("test_what_the_disk_does_not_keep_is_not_written_for_ever",),
+    ),
+    Break(
         name="F8-reading-always-pays",
         file="millpond/prefix/loader.py",
         old="return reading < self._prefill_seconds(start, end - start)",
