@@ -128,6 +128,7 @@ def test_both_processes_write_json(told: Server) -> None:
     with client_of(told) as client:
         client.get("/v1/models")
         told.wait_for_line("/v1/models")
+        told.wait_for_line("millpond.engine")
     lines = [json.loads(line) for line in told.lines]
     loggers = {line["logger"] for line in lines}
     assert loggers >= {"millpond.serve", "millpond.http"}

@@ -114,7 +114,7 @@ def test_a_draft_model_that_speaks_of_other_tokens_is_an_error_at_start(
     (stranger / "tokenizer.json").write_text(json.dumps(tokenizer))
     with launch(command(folder_of("llama"), "--draft-model", str(stranger)), ready=False) as server:
         assert server.process.wait(120) != 0
-        assert "draft_model: it cannot guess for this model, for token" in "".join(server.lines)
+        server.wait_for_line("draft_model: it cannot guess for this model, for token")
 
 
 def test_a_draft_model_that_cannot_be_batched_is_an_error_at_start(
@@ -122,7 +122,7 @@ def test_a_draft_model_that_cannot_be_batched_is_an_error_at_start(
 ) -> None:
     with launch(command(folder_of("llama"), "--draft-model", str(folder_of("mamba"))), ready=False) as server:
         assert server.process.wait(120) != 0
-        assert "draft_model: it cannot be run in a batch" in "".join(server.lines)
+        server.wait_for_line("draft_model: it cannot be run in a batch")
 
 
 def test_models_that_cannot_take_a_guess_back_say_so(folder_of: Callable[..., Path], launch: Launch) -> None:
@@ -131,5 +131,5 @@ def test_models_that_cannot_take_a_guess_back_say_so(folder_of: Callable[..., Pa
         info = told(server)
         assert info["speculation"] == []
         assert "slots cannot hold" in str(info["speculation_reason"])
-        assert "are not guessed ahead" in "".join(server.lines)
+        server.wait_for_line("are not guessed ahead")
         assert answers(server, "ngram") == answers(server, "off")
