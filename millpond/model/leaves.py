@@ -19,7 +19,8 @@ from millpond.prefix.records import Kind
 
 
 class Leaf:
-    """A cache of which nothing is known: models can run with it, and that is all."""
+    """A cache of which nothing is known: models can run with it, and that is all. What only a known one can do raises
+    TypeError."""
 
     kind: ClassVar[Kind | None] = None
     """Which records of the prefix cache it belongs to."""
@@ -41,7 +42,7 @@ class Leaf:
 
     def exact(self, form: KvFormat) -> int:
         """Positions from the start that a format that packs leaves as they are."""
-        raise NotImplementedError(f"a {self.name} is never packed")
+        raise TypeError(f"a {self.name} is never packed as {form}")
 
     def oldest(self, length: int) -> int:  # noqa: ARG002 - for windows
         """First position that a token behind ``length`` others may see."""
@@ -49,15 +50,15 @@ class Leaf:
 
     def span(self, start: int, end: int) -> Arrays:
         """What records hold of positions [start, end), as computed: lazy views. Raises ValueError when it has gone."""
-        raise NotImplementedError(f"a {self.name} cannot be cut")
+        raise TypeError(f"a {self.name} cannot be cut at {start} and {end}")
 
     def put(self, arrays: Sequence[mx.array], length: int) -> None:
         """Fill a fresh cache of ``length`` tokens with what ``span`` gave, in order, unused positions behind them."""
-        raise NotImplementedError(f"a {self.name} cannot be filled")
+        raise TypeError(f"a {self.name} cannot be filled with {len(arrays)} arrays of {length} tokens")
 
     def row(self) -> LeafRow:
         """All that a row adopts of a finished prompt."""
-        raise NotImplementedError(f"a {self.name} has no rows to adopt")
+        raise TypeError(f"a {self.name} has no rows to adopt")
 
     def clear(self) -> None:
         """Drop what has been adopted."""

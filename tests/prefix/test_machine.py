@@ -459,11 +459,11 @@ class SmallDisk(MadeUpDisk):
         return [*([Gone(gone)] if gone else []), *super().step(fails)]
 
 
-@pytest.mark.parametrize(("disk", "fails"), [(MadeUpDisk(), True), (SmallDisk(), False)])
-def test_what_the_disk_does_not_keep_is_not_written_for_ever(disk: MadeUpDisk, fails: bool) -> None:
+@pytest.mark.parametrize(("kind", "refuses"), [(MadeUpDisk, True), (SmallDisk, False)])
+def test_what_the_disk_does_not_keep_is_not_written_for_ever(kind: type[MadeUpDisk], refuses: bool) -> None:
     """Memory is nearly full, and no request comes: what is saved ahead, and refused or dropped, is not tried again
     until one does (F7)."""
-    cache = new_cache(LAYOUTS["kv"], LIMIT)
+    disk, cache = kind(), new_cache(LAYOUTS["kv"], LIMIT)
     cache.attach(disk, SavePolicy.EVICTED, lambda start, tokens: FOREVER)
 
     def writes(fails: bool) -> int:
@@ -487,10 +487,10 @@ def test_what_the_disk_does_not_keep_is_not_written_for_ever(disk: MadeUpDisk, f
 
     while not cache.saving:
         stores()
-    assert 0 < writes(fails) <= 2 * LOOK_AT
+    assert 0 < writes(refuses) <= 2 * LOOK_AT
     for _ in range(5):
         stores()
-        assert writes(fails) <= LOOK_AT
+        assert writes(refuses) <= LOOK_AT
     for _ in range(20):  # a disk that has recovered is given what is new
         stores()
         writes(fails=False)
