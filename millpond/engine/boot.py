@@ -48,7 +48,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     if ready.uncached:
         log.warning("prefixes of this model are not cached", extra=fields(reason=ready.uncached))
     if not capabilities.pipelined:
-        log.warning("cache writes are copied while a step is in flight; steps run one by one")
+        log.warning("steps in flight would copy the rows: each is launched once the one before it has been read")
     if not speculator.modes and start.spec.default.mode is not SpecMode.OFF:
         log.warning("tokens of this model are not guessed ahead", extra=fields(reason=capabilities.reason))
     link.send(

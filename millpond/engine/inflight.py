@@ -68,8 +68,9 @@ class InflightStep:
     """When the execution of its plan began; seconds, monotonic."""
     dispatched: float
     waiting: list[mx.array]
-    """What is to be evaluated; nothing once it has been launched, because whoever holds an array keeps the next step
-    from writing in place."""
+    """What is to be evaluated, nothing once it has been launched. The rows' own arrays are not in it, although the
+    forward writes them: MLX keeps what it is handed until the step's last operation is done, and the next step, built
+    by then, would copy what somebody keeps instead of writing in place. Its tokens come of all of them anyway."""
 
     def launch(self) -> None:
         """Start the computation. Raises what the model's code raises."""
@@ -160,7 +161,7 @@ class Steps:
         logits = decode(self._network, lane, tokens)
         picks = self._agreed(sampler(logits, [len(sequence.tokens) + unread for sequence in sequences]))
         cut = cuts(lane)
-        waiting = [*picks.arrays(), *lane.arrays(), *(array for one in cut for array in one.arrays())]
+        waiting = [*picks.arrays(), *(array for one in cut for array in one.arrays())]
         return InflightStep(lane.batch.names, (), picks, cut, context_tokens, begun, dispatched, waiting)
 
     def verifying(self, lane: Lane, sequences: Many[Sequence], drafts: Drafts, begun: float) -> InflightStep:
@@ -172,8 +173,7 @@ class Steps:
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft) + 1)]
         positions = [len(sequences[row].tokens) + place for row, place in places]
         picks = self._agreed(sampler(logits_of(logits, places), positions))
-        waiting = [*picks.arrays(), *lane.arrays()]
-        return InflightStep(lane.batch.names, drafts, picks, [], context_tokens, begun, dispatched, waiting)
+        return InflightStep(lane.batch.names, drafts, picks, [], context_tokens, begun, dispatched, picks.arrays())
 
     def _agreed(self, picks: Picks) -> Picks:
         return picks if self._agree is None else replace(picks, tokens=self._agree(picks.tokens))

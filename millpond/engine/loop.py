@@ -51,7 +51,9 @@ class Engine:
         outbox: Outbox,
     ) -> None:
         self._model = ready.model
-        self._capabilities = ready.capabilities
+        self._launches_ahead = ready.capabilities.pipelined and not ready.model.on_cpu
+        """A step is launched before the one ahead of it has been read. On a CPU both would want the same cores; where
+        it would copy what the rows hold, waiting is cheaper."""
         self._costs = ready.costs
         self._limit_bytes = ready.budget.limit_bytes
         self._scheduler = scheduler
@@ -168,11 +170,10 @@ class Engine:
         return plan
 
     def _can_follow(self, step: InflightStep, plan: StepPlan) -> bool:
-        """Whether ``plan`` may be dispatched while ``step`` is unread: same rows, none about to end, none that still
+        """Whether ``plan`` may be built while ``step`` is unread: same rows, none about to end, none that still
         waits for its first token, which would come a step later, and no draft tokens before or behind."""
         return (
-            self._capabilities.pipelined
-            and not step.drafts
+            not step.drafts
             and not plan.prefill
             and not plan.preempt
             and not self._executor.needs_history
@@ -216,7 +217,7 @@ class Engine:
         try:
             if batch:
                 self._inflight = executor.decode(drafts, begun)
-            if self._inflight is not None and not (ahead is not None and self._model.on_cpu):
+            if self._inflight is not None and (ahead is None or self._launches_ahead):
                 executor.launch(self._inflight)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, Recovery logs
             failure = error

@@ -111,7 +111,7 @@ def load(
         raise ModelError(f"cannot load the model in {str(folder)!r}: {_told(error)}") from error
     network, config = checkpoint.network, checkpoint.config
     context_length = _context(config, context_length)
-    on_cpu = mx.default_device() == mx.cpu
+    on_cpu = computes_on_cpu()
     if on_cpu:
         network = _in_float32(network)
         share_angles(network)
@@ -145,6 +145,11 @@ def load(
         reading=checkpoint.reading,
         blocks=blocks,
     )
+
+
+def computes_on_cpu() -> bool:
+    """Whether MLX's default device is a CPU, where weights are widened and attention is ours."""
+    return bool(mx.default_device() == mx.cpu)
 
 
 def _told(error: Exception) -> str:

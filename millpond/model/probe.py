@@ -15,6 +15,7 @@ import msgspec
 
 from millpond.kv.arena import NO_LIMIT
 from millpond.kv.format import KvFormat
+from millpond.kv.slots import RingSpec
 from millpond.model.blocks import BlockFormat, cut_prompt
 from millpond.model.forwards import decode, prefill
 from millpond.model.lanes import Lane, SoloLane
@@ -35,6 +36,15 @@ ROLLED_BACK = 2
 TOLERANCE = 0.05
 """Largest accepted difference of two logits, as a share of the row's spread; a wrong mask moves them far more."""
 CANARY_BYTES = 96 * 1024 * 1024
+"""Of the canary's long row, in all layers."""
+CANARY_SHORT = 64
+"""Of it, the part that the short row has."""
+CANARY_STEPS = 3
+CANARY_MARGIN = 2 * CANARY_STEPS + 2
+CANARY_LOGIT_BYTES = 16
+"""Of one logit, in all the forms in which a step has it at once."""
+COPIED = 0.4
+"""Of a layer, what is no copy yet: the scores of unfused attention grow with the row, too."""
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -44,7 +54,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     reason: str
     """Why slots cannot be used; empty when they can."""
     pipelined: bool
-    """Writes stay in place while a step is in flight; otherwise every step must be waited for."""
+    """Writes stay in place while a step is in flight; otherwise a step may be built, but not launched, before the one
+    ahead of it has been read."""
     uncached: str
     """Why prefixes of this model cannot be cached; empty when they can."""
     native: bool = False
@@ -164,23 +175,38 @@ def differs(ours: mx.array, reference: mx.array) -> bool:
 
 
 def donates(model: LoadedModel) -> bool:
-    """Whether pipelined decode steps write in place: the arena must not be copied, not even while one is in flight."""
-    before = mx.get_active_memory()
+    """Whether steps in flight write in place: none may copy what the rows hold, not even a part of one layer.
+
+    What steps over a long row take beyond those over a short one is copies: the rest is of the same size in both.
+    """
     assert not isinstance(model.specs, str)
     token_bytes = sum(spec.token_bytes for spec in model.specs)
-    length = min(model.context_length, max(64, CANARY_BYTES // token_bytes)) - 8
+    longest = min(model.context_length, max(CANARY_SHORT, CANARY_BYTES // token_bytes)) - CANARY_MARGIN
+    (short, least), (long, most) = (_in_flight(model, length) for length in (longest // CANARY_SHORT, longest))
+    growing = sum(not isinstance(spec, RingSpec) for spec in model.specs)
+    if long == short:  # rings are as large whatever they hold
+        least, short, growing = CANARY_STEPS * model.vocab_size * CANARY_LOGIT_BYTES, 0, len(model.specs)
+    return most - least < COPIED * (long - short) / growing
+
+
+def _in_flight(model: LoadedModel, length: int) -> tuple[int, int]:
+    """Bytes of a row of ``length`` tokens, and the most that steps in flight took beyond it."""
+    assert not isinstance(model.specs, str)
     lane = model.slots_lane()
     lane.adopt("canary", new_prompt(model.network, model.form))
     lane.advance([length])  # positions that were never written are zeros: the canary looks at memory, not at values
     tokens = mx.zeros((1,), dtype=mx.int32)
+    before = 0
     for warm in (True, False):
         flights = []
         if not warm:
             mx.eval(tokens, lane.arrays())
+            mx.synchronize()
+            before = mx.get_active_memory()
             mx.reset_peak_memory()
-        for _ in range(3):
+        for _ in range(CANARY_STEPS):
             tokens = mx.argmax(decode(model.network, lane, tokens), axis=-1).astype(mx.int32)
-            mx.async_eval(tokens, lane.arrays())
+            mx.async_eval(tokens)
             flights.append(tokens)
         mx.eval(flights)
-    return mx.get_peak_memory() - before < lane.nbytes * 1.5
+    return lane.nbytes, mx.get_peak_memory() - before
