@@ -46,7 +46,16 @@ MOST_TP_PORT = 65535 - 1024
 
 OF_THE_ENGINE = (
     *("context_length", "max_batch", "max_itl_ms", "prefill_chunk", "kv_memory_mb", "kv_bits", "kv_group_size"),
-    *("kv_quant_start", "cache_ram", "cache_selfcheck", "cache_ssd", "ssd_policy", "ssd_durability", "ssd_ttl"),
+    *(
+        "wired_memory_mb",
+        "kv_quant_start",
+        "cache_ram",
+        "cache_selfcheck",
+        "cache_ssd",
+        "ssd_policy",
+        "ssd_durability",
+        "ssd_ttl",
+    ),
     *("ssd_daily_writes", "ssd_min_free", "spec", "spec_tokens", "spec_adaptive", "spec_shared", "tp_silence"),
 )
 """What all ranks of a group go by. Folders may differ from machine to machine, and HTTP is rank 0's business."""
@@ -83,6 +92,13 @@ class ServeConfig(BaseModel):
         ge=0,
         le=MOST_COUNT,
         description="Most memory for keys and values, in MiB; 0: chosen from the machine's memory.",
+    )
+    wired_memory_mb: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_COUNT,
+        description="On Macs: memory that is never swapped out, in MiB; 0: none. Default: weights, keys and values "
+        "where the weights take more than 60 % of the machine's memory, else none.",
     )
     kv_bits: int = Field(
         0,
@@ -393,7 +409,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             dest=name,
             default=None,
             metavar=name.rsplit("_", 1)[-1].upper(),
-            help=f"{field.description}{shown}",
+            help=f"{field.description}{shown}".replace("%", "%%"),
         )
 
 

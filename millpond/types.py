@@ -374,6 +374,8 @@ class PrefillChunk(msgspec.Struct, frozen=True):
     start: int
     end: int
     last: bool
+    joins: bool = False
+    """Read in one forward with the chunk before it, which is another request's."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -393,3 +395,14 @@ class StepPlan(msgspec.Struct, frozen=True):
     @property
     def empty(self) -> bool:
         return not self.prefill and not self.rows
+
+    @property
+    def reads(self) -> list[tuple[PrefillChunk, ...]]:
+        """The prefill chunks of each forward, in order."""
+        found: list[list[PrefillChunk]] = []
+        for chunk in self.prefill:
+            if chunk.joins:
+                found[-1].append(chunk)
+            else:
+                found.append([chunk])
+        return list(map(tuple, found))

@@ -26,7 +26,7 @@ from millpond.types import (
     SpecSettings,
 )
 
-VERSION = 8
+VERSION = 9
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -51,6 +51,8 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Most prompt tokens in one forward; 0: chosen by device."""
     kv_memory_bytes: int = 0
     """0: chosen from the machine's memory."""
+    wired_bytes: int | None = None
+    """Kept from being swapped out; None: chosen."""
     packing: KvPacking = UNPACKED
     prefix: PrefixSettings = PrefixSettings()
     spec: SpecSettings = SpecSettings()

@@ -36,7 +36,8 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     speculator = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group
     )
-    scheduler = Scheduler(Limits(start.max_batch, start.max_itl_ms, budget.chunk), budget, ready.costs)
+    limits = Limits(start.max_batch, start.max_itl_ms, budget.chunk, together=capabilities.together)
+    scheduler = Scheduler(limits, budget, ready.costs)
     engine = Engine(ready, scheduler, Executor(ready, group), speculator, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = fields(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
@@ -47,7 +48,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
         log.warning("this model runs without a batched forward", extra=fields(reason=capabilities.reason))
     if ready.uncached:
         log.warning("prefixes of this model are not cached", extra=fields(reason=ready.uncached))
-    if not capabilities.pipelined:
+    if not capabilities.pipelined and not model.on_cpu:
         log.warning("steps in flight would copy the rows: each is launched once the one before it has been read")
     if not speculator.modes and start.spec.default.mode is not SpecMode.OFF:
         log.warning("tokens of this model are not guessed ahead", extra=fields(reason=capabilities.reason))

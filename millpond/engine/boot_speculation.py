@@ -20,6 +20,7 @@ from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities
 from millpond.model.prompt import new_prompt
 from millpond.model.remember import remembered
+from millpond.native import device
 from millpond.schedule.costs import CostModel
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MOST_ON_CPU, MOST_ON_GPU = 15, 7
 """Draft tokens per row and step unless told otherwise. Metal's fast attention ends at 8 columns."""
+FAST_QUERIES = 32
+"""It ends there, too: queries of a row that share a key head, all columns together. CUDA's has no such limit."""
 
 
 def open_draft(folder: Path, target: Path, content: str) -> OpenModel:
@@ -81,7 +84,16 @@ def open_speculator(
             pipelined=draft.capabilities.pipelined,
         )
         controller.shares[SpecMode.DRAFT] = draft.model.weight_bytes / max(1, model.weight_bytes)
-    return Speculator(settings, proposers, MOST_ON_CPU if model.on_cpu else MOST_ON_GPU, controller)
+    return Speculator(settings, proposers, most_drafts(model), controller)
+
+
+def most_drafts(model: LoadedModel) -> int:
+    """Draft tokens per row and step that this device verifies at the price of a plain step, or nearly."""
+    if model.on_cpu:
+        return MOST_ON_CPU
+    if not device.on_metal():
+        return MOST_ON_GPU
+    return max(1, min(MOST_ON_GPU, FAST_QUERIES // model.queries_per_head - 1))
 
 
 def _curve(model: LoadedModel, capabilities: Capabilities, group: Group) -> Curve:

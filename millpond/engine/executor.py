@@ -35,10 +35,10 @@ from millpond.engine.orders import (
 from millpond.engine.prepare import Prepared
 from millpond.engine.sequence import Sequence
 from millpond.kv.batch import Batch
-from millpond.model.forwards import prefill
+from millpond.model.forwards import prefill, prefill_together
 from millpond.model.shard import agreement
 from millpond.sample.state import SamplingState
-from millpond.types import Request
+from millpond.types import PrefillChunk, Request
 
 
 class Executor:
@@ -99,18 +99,30 @@ class Executor:
         sequence.read_into(self.prefixes.begin(sequence, position, alone=not len(self.batch)))
         return True
 
-    def prefill(self, name: str, start: int, end: int, last: bool) -> None:
-        """Read tokens [start, end) of a prompt and keep the blocks they fill; after the ``last`` it gets the next row.
-        Raises what the model's code raises."""
-        self.group.tell(Prefill(name, start, end, last))
-        sequence = self.sequences[name]
+    def read(self, chunks: Many[PrefillChunk]) -> None:
+        """Read chunks of different prompts in one forward. ``chunk_read`` goes on with each. Raises what the model's
+        code raises; what its prompts hold is of no use then."""
+        self.group.tell(Prefill(tuple(chunks)))
+        prompts, parts = [], []
+        for chunk in chunks:
+            sequence = self.sequences[chunk.id]
+            assert sequence.prompt is not None
+            prompts.append(sequence.prompt)
+            parts.append(sequence.tokens[chunk.start : chunk.end])
+        if len(prompts) == 1:
+            prefill(self._model.network, prompts[0], parts[0])
+        else:
+            prefill_together(self._model.network, prompts, parts)
+
+    def chunk_read(self, chunk: PrefillChunk) -> None:
+        """Keep the blocks that a chunk fills; after its last one a prompt gets the next row. Raises what MLX raises."""
+        sequence = self.sequences[chunk.id]
         assert sequence.prompt is not None
-        prefill(self._model.network, sequence.prompt, sequence.tokens[start:end])
-        self.prefixes.chunk_done(sequence, start, end)
-        self.lane.reserve(len(sequence.tokens) - 1, end / len(sequence.tokens))
-        if last:
-            self.prefixes.prompt_done(sequence, end)
-            self.lane.adopt(name, sequence.prompt)
+        self.prefixes.chunk_done(sequence, chunk.start, chunk.end)
+        self.lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
+        if chunk.last:
+            self.prefixes.prompt_done(sequence, chunk.end)
+            self.lane.adopt(chunk.id, sequence.prompt)
             sequence.joined()
 
     def set_aside(self, name: str) -> None:
@@ -223,8 +235,10 @@ class Executor:
         match order:
             case Arrive(request):
                 self.arrive(request)
-            case Prefill(name, start, end, last):
-                self.prefill(name, start, end, last)
+            case Prefill(chunks):
+                self.read(chunks)
+                for chunk in chunks:
+                    self.chunk_read(chunk)
             case SetAside(name, scrub):
                 if scrub:
                     self.sequences[name].not_finite(guessed=True)

@@ -1,7 +1,8 @@
 """The engine loop: take messages, plan a step, read prompts, draw tokens, tell the clients. One thread owns it all.
 
 A decode step is built before the one ahead of it has been read ("in flight"), which hides Python behind the device. A
-GPU gets it at once, too; a CPU, whose queue holds the caller up, only when the tokens ahead are out. Rows join and
+GPU gets it at once, too, if that copies nothing; a CPU, whose queue holds the caller up, only when the tokens ahead are
+out. Rows join and
 leave only when nothing is in flight; a step whose draw depends on earlier tokens (penalties, or draft tokens that go on
 from them) waits for them. Requests come and go in requests.py; what is done when something fails is in recovery.py.
 """
@@ -211,7 +212,10 @@ class Engine:
         if plan.prefill and executor.nbytes > self._limit_bytes * TRIM_SHARE:
             executor.trim()  # the scheduler counts what the rows need, not what the arena still has from before
         executor.fit(self._limit_bytes - max(executor.nbytes, self._scheduler.promised_bytes(plan)))
-        plan = replace(plan, prefill=tuple(chunk for chunk in plan.prefill if self._prefill(chunk)))
+        read = [chunk for chunks in plan.reads for chunk in self._prefill(chunks)]
+        # Of those that are to be read again, nothing is kept of earlier chunks either.
+        again = {chunk.id for chunk in read if self._sequences[chunk.id].status is Status.WAITING}
+        plan = replace(plan, prefill=tuple(chunk for chunk in read if chunk.id not in again))
         batch = executor.batch.names
         failure: Exception | None = None
         try:
@@ -271,22 +275,33 @@ class Engine:
         if begun:
             self._outbox.send(Deltas(begun))
 
-    def _prefill(self, chunk: PrefillChunk) -> bool:
-        """Run one chunk, adopting the prompt after its last. False: it failed, and the client has been told."""
-        sequence = self._sequences[chunk.id]
-        if sequence.status is not Status.READING:  # an earlier chunk of this very step failed, or it was not begun
-            return False
+    def _prefill(self, chunks: tuple[PrefillChunk, ...]) -> list[PrefillChunk]:
+        """Run the chunks of one forward, adopting prompts after their last. Returns those that were read: of others
+        the client has been told, or they are read again."""
+        # An earlier chunk of this very step has failed, or was not begun, where a prompt is not being read.
+        chunks = tuple(chunk for chunk in chunks if self._sequences[chunk.id].status is Status.READING)
+        if not chunks:
+            return []
         started = time.monotonic()
         try:
-            self._executor.prefill(chunk.id, chunk.start, chunk.end, chunk.last)
-            self._speculator.chunk_read(sequence, chunk.end - chunk.start)
+            self._executor.read(chunks)
+        except Exception as error:  # noqa: BLE001 - model code raises what it likes; Recovery logs it
+            self._recovery.read_failed([chunk.id for chunk in chunks], error)
+            return []
+        done = [chunk for chunk in chunks if self._chunk_read(chunk)]
+        elapsed = (time.monotonic() - started) * 1000
+        longest = max(chunk.end - chunk.start for chunk in chunks)
+        self._costs.observe_prefill(max(chunk.start for chunk in chunks), longest, elapsed, len(chunks))
+        return done
+
+    def _chunk_read(self, chunk: PrefillChunk) -> bool:
+        try:
+            self._executor.chunk_read(chunk)
+            self._speculator.chunk_read(self._sequences[chunk.id], chunk.end - chunk.start)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; Recovery logs it
             self._recovery.chunk_failed(chunk.id, error)
             return False
         self._stats.chunk(chunk)
-        if chunk.end > chunk.start:
-            elapsed = (time.monotonic() - started) * 1000
-            self._costs.observe_prefill(chunk.start, chunk.end - chunk.start, elapsed)
         return True
 
     # --- read -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from millpond.types import Request
+from millpond.types import PrefillChunk, Request
 
 
 class Arrive(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -26,12 +26,9 @@ class Begin(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Compute tokens [start, end) of a prompt; after the ``last`` chunk it gets the next row."""
+    """Compute chunks of prompts in one forward; after its last chunk a prompt gets the next row."""
 
-    name: str
-    start: int
-    end: int
-    last: bool
+    chunks: tuple[PrefillChunk, ...]
 
 
 class SetAside(msgspec.Struct, frozen=True, array_like=True, tag=True):

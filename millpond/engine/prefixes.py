@@ -21,10 +21,11 @@ from msgspec import structs
 
 from millpond.engine.group import ALONE, Group
 from millpond.engine.sequence import Sequence
+from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import KvFormat
 from millpond.memory.allocator import take_ahead
 from millpond.memory.budget import PREFILL_STEP, capacity_bucket
-from millpond.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, finite
+from millpond.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, evaluated, finite
 from millpond.model.lanes import Lane
 from millpond.model.prompt import Prompt, new_prompt
 from millpond.observe.log import fields
@@ -65,6 +66,18 @@ class Cut(NamedTuple):
 
     def arrays(self) -> list[mx.array]:
         return [self.sound, *(array for record in self.records.values() for array in record.arrays)]
+
+
+class Made(NamedTuple):
+    """The records of the block [begin, end), lazily."""
+
+    begin: int
+    end: int
+    records: dict[Kind, Stored]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.nbytes for record in self.records.values())
 
 
 class Events(Protocol):
@@ -266,15 +279,20 @@ class Prefixes:
         if cache is None or form is None or query is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += end - start
+        made: list[Made] = []
+        lasting = tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
         for begin, stop in block_grid(start, end):
-            kinds = cache.missing(
-                query, begin, stop, tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
-            )
+            kinds = cache.missing(query, begin, stop, lasting, behind_new=bool(made))
             records = {kind: cut_prompt(form, sequence.prompt, begin, stop, kind) for kind in kinds}
             if form.layout.state and stop == end and self._snapshot_due(sequence, end):
                 records[Kind.STATE] = cut_prompt(form, sequence.prompt, begin, stop, Kind.STATE)
                 sequence.snapshot_at = end
-            self._keep(sequence, begin, stop, records)
+            if records:
+                made.append(Made(begin, stop, records))
+            if sum(block.nbytes for block in made) > AT_ONCE_BYTES:
+                self._keep(sequence, made)
+                made = []
+        self._keep(sequence, made)
 
     def prompt_done(self, sequence: Sequence, end: int) -> None:
         """The prompt is about to be adopted: keep its tail, and a snapshot at its end."""
@@ -289,7 +307,7 @@ class Prefixes:
             # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
             kinds = cache.missing(query, begin, end, form.layout.kinds)
             records = {kind: cut_prompt(form, sequence.prompt, begin, end, kind) for kind in kinds}
-            self._keep(sequence, begin, end, records)
+            self._keep(sequence, [Made(begin, end, records)])
         cache.end_at(query, end, last=False)
 
     def _snapshot_due(self, sequence: Sequence, end: int) -> bool:
@@ -300,18 +318,17 @@ class Prefixes:
         apart = SNAPSHOT_SHARE * self._form.state_bytes // per_token if per_token else PURE_APART
         return end - sequence.snapshot_at >= min(apart, MOST_APART)
 
-    def _keep(
-        self, sequence: Sequence, begin: int, end: int, records: dict[Kind, Stored], sound: mx.array | None = None
-    ) -> None:
+    def _keep(self, sequence: Sequence, made: Many[Made], sound: Many[bool] = ()) -> None:
+        """Keep the blocks, in their order, of which everything is finite. ``sound``: whether, where it is known."""
         assert self._cache is not None
         assert sequence.query is not None
-        if not records:
+        made = [block for block in made if block.records]
+        if not made:
             return
-        sound = finite(records) if sound is None else sound
-        mx.eval(sound, [array for record in records.values() for array in record.arrays])
-        if sound.item():
-            sequence.query.match.chain.extend(sequence.processed)
-            self._cache.keep(sequence.query, begin, end, records)
+        sequence.query.match.chain.extend(sequence.processed)
+        for block, good in zip(made, sound or evaluated([block.records for block in made]), strict=True):
+            if good:
+                self._cache.keep(sequence.query, block.begin, block.end, block.records)
 
     # --- drawing tokens ---------------------------------------------------------------------------------------
 
@@ -349,10 +366,11 @@ class Prefixes:
             sequence = sequences[cut.name]
             if sequence.poisoned or len(sequence.processed) < cut.end:
                 continue
+            begin = cut.end - BLOCK
             if cut.records:
-                self._keep(sequence, cut.end - BLOCK, cut.end, cut.records, cut.sound)
+                self._keep(sequence, [Made(begin, cut.end, cut.records)], [bool(cut.sound.item())])
             else:
-                self._keep(sequence, cut.end - BLOCK, cut.end, self._cut_row(lane, cut.name, cut.end - BLOCK, cut.end))
+                self._keep(sequence, [Made(begin, cut.end, self._cut_row(lane, cut.name, begin, cut.end))])
 
     def answer_done(self, sequence: Sequence, lane: Lane) -> None:
         """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""
@@ -370,7 +388,8 @@ class Prefixes:
         records = self._cut_row(lane, name, begin, end) if Kind.KV in kinds or Kind.WINDOW in kinds else {}
         if Kind.STATE in kinds and length == end:
             records[Kind.STATE] = form.spans(lane.spans(name, begin, end, Kind.STATE), Kind.STATE)
-        self._keep(sequence, begin, end, {kind: record for kind, record in records.items() if kind in kinds})
+        records = {kind: record for kind, record in records.items() if kind in kinds}
+        self._keep(sequence, [Made(begin, end, records)])
         cache.end_at(query, end, last=True)
 
 

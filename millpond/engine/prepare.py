@@ -15,17 +15,19 @@ import mlx.core as mx
 from millpond.engine.boot_speculation import open_draft
 from millpond.engine.group import Group, RankReport
 from millpond.engine.prefixes import Prefixes
+from millpond.engine.warm_up import first_costs, warm_up, warm_up_all
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
 from millpond.hub.fingerprint import folder_fingerprint
 from millpond.hub.progress import SilentProgress
 from millpond.memory.budget import MemoryBudget
-from millpond.memory.machine import device_memory, total_memory
-from millpond.memory.shares import blocks_limit, draft_limit, kv_limit
+from millpond.memory.machine import total_memory
+from millpond.memory.shares import blocks_limit, draft_limit, kv_limit, scores_limit, wired_limit
 from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import OpenModel, open_model
-from millpond.model.probe import Capabilities, warm_up
+from millpond.model.probe import Capabilities
+from millpond.native import device
 from millpond.observe.log import fields
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened, SsdEvent
@@ -82,6 +84,7 @@ def prepare(
     Raises ModelError when the model cannot be served.
     """
     mx.set_cache_limit(BUFFER_CACHE_BYTES)
+    room = _device_room(group.neighbours)
     drafter = Path(start.spec.draft_path) if start.spec.draft_path and group.rank == 0 else None
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(_digest, folder)  # reads files only: runs beside the load
@@ -99,16 +102,25 @@ def prepare(
         )
         model, capabilities, content = opened.model, opened.capabilities, opened.content
         warm_up(model, capabilities)
+        costs = CostModel()
+        try:
+            warm_up_all(model, capabilities)
+            first_costs(model, costs)
+        except Exception:  # model code and kernels raise what they like, and most requests need none of it
+            if group.world > 1:
+                raise  # nobody knows how far the others have come
+            log.exception("not everything could be tried before the first request")
         draft = None
         if drafter is not None and draft_digest is not None and capabilities.slots:
             draft = open_draft(drafter, folder, draft_digest.result())
     chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
-    budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, group.neighbours)
+    budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, room, group.neighbours)
+    wired = None if start.wired_bytes is None else start.wired_bytes // group.neighbours
+    _wire(wired, model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0), budget)
     layers = tuple(model.blocks.layers) if isinstance(model.blocks, BlockFormat) else (repr(model.form), *model.kinds)
     found = group.settle(RankReport(capabilities=capabilities, limit_bytes=budget.limit_bytes, layers=layers))
     capabilities, budget = found.capabilities, replace(budget, limit_bytes=found.limit_bytes)
     model = _within_memory(model, budget, model.context_length if mlx_group is None else LONGEST_TOLD)
-    costs = CostModel()
     uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.cache_ram == 0 else "")
     prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
@@ -183,16 +195,38 @@ def _ssd_folder(settings: PrefixSettings) -> Path | None:
         return None
 
 
+def _device_room(neighbours: int) -> int | None:
+    """Bytes on the GPU for us, before anything is loaded; None on a CPU, and where that is not told. What other
+    programs hold is theirs, but of ``neighbours`` that load at the same time each would count the others' weights."""
+    found = device.memory()
+    if found is None or found.free is None or neighbours > 1:
+        return None if found is None else found.total
+    return min(found.total, found.free)
+
+
 def _budget(
-    model: LoadedModel, asked: int, chunk: int, draft: OpenModel | None, neighbours: int
+    model: LoadedModel, asked: int, chunk: int, draft: OpenModel | None, room: int | None, neighbours: int
 ) -> tuple[MemoryBudget, int]:
-    """That of the served model, and how many bytes the draft model may use besides. ``asked``, and the machine's
-    memory, are for so many ``neighbours`` together."""
-    device = None if model.on_cpu else device_memory(mx.device_info())
+    """That of the served model, and how many bytes the draft model may use besides. ``asked``, the ``room`` on the GPU
+    and the machine's memory are for so many ``neighbours`` together."""
     weights = model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0)
-    limit = kv_limit(asked, weights, device, total_memory(), neighbours)
+    limit = kv_limit(asked, weights, room, total_memory(), neighbours)
     draft_bytes = draft_limit(limit, model.sizes, draft.model.sizes) if draft is not None else 0
-    return MemoryBudget(model.sizes, limit - draft_bytes, chunk), draft_bytes
+    scores = scores_limit(room, total_memory(), neighbours)
+    return MemoryBudget(model.sizes, limit - draft_bytes, chunk, model.score_bytes, scores), draft_bytes
+
+
+def _wire(asked: int | None, weight_bytes: int, budget: MemoryBudget) -> None:
+    """Keep weights, keys and values from being swapped out, where a GPU's memory is the machine's. ``asked``: so many
+    bytes, None where it is for us to choose. Raises ModelError."""
+    most = device.wirable()
+    if asked and asked > most:
+        what = f"{most >> 20} MiB" if most else "none of a CPU's or a CUDA card's memory"
+        raise ModelError(f"wired_memory_mb: {asked >> 20} is more than can be wired: {what}")
+    wired = wired_limit(asked, weight_bytes, budget.limit_bytes, most, total_memory())
+    if wired:
+        mx.set_wired_limit(wired)
+        log.info("memory is wired", extra=fields(mb=wired >> 20))
 
 
 def _within_memory(model: LoadedModel, budget: MemoryBudget, most: int) -> LoadedModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import mlx.core as mx
@@ -20,6 +21,9 @@ from millpond.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
+MOST_COMMON_FAILURES = 3
+"""Forwards over several prompts that may fail; then it is them, not the prompts."""
+
 
 class Recovery:
     """What the engine loop calls when something has gone wrong that is not known to be about one request alone."""
@@ -29,6 +33,8 @@ class Recovery:
         self._executor = executor
         self._speculator = speculator
         self._requests = requests
+        self._common_failures = 0
+        """Forwards over several prompts that have raised."""
 
     def restore_failed(self, name: str, error: Exception) -> None:
         """Restoring the prefix of a prompt raised: only its request needs what failed. Raises GroupBroken as it is."""
@@ -44,6 +50,22 @@ class Recovery:
             raise GroupBroken(f"a forward failed on rank 0: {error}") from error
         log.error("prefill of request %s failed", name, exc_info=error)
         self._requests.end(name, error)
+
+    def read_failed(self, names: Sequence[str], error: Exception) -> None:
+        """A forward over chunks of these prompts raised: of several nobody knows which is to blame, and each is read
+        again, alone. Raises GroupBroken as above."""
+        if len(names) == 1 or self._executor.group.world > 1:
+            self.chunk_failed(names[0], error)
+            return
+        log.error("reading %d prompts together failed", len(names), exc_info=error)
+        self._common_failures += 1
+        if self._common_failures >= MOST_COMMON_FAILURES:
+            log.warning("prompts are read one by one from now on")
+            self._scheduler.together = False
+        now = time.monotonic()
+        for name in names:
+            self._executor.set_aside(name)
+            self._scheduler.requeue(name, len(self._executor.sequences[name].tokens), now, apart=True)
 
     def step_failed(self, error: Exception, *, guessed: bool) -> None:
         """A decode step raised: rebuild the batch, and find the row that is to blame.

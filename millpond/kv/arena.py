@@ -1,7 +1,7 @@
 """All layers' slots together: rows join (put), leave (release), and the arrays grow.
 
-Resizes and moves are evaluated at once, layer by layer, which bounds the transient memory to one layer and
-leaves no lazy reader behind that would keep the next write from happening in place. Engine thread only.
+Resizes and moves are evaluated at once, a few layers at a time: that bounds what is there twice meanwhile, and leaves
+no lazy reader behind that would keep the next write from happening in place. Engine thread only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,28 @@ from millpond.memory.budget import capacity_bucket, rows_allocated
 from millpond.prefix.records import Kind
 
 NO_LIMIT = 1 << 62
+AT_ONCE_BYTES = 64 * 1024 * 1024
+"""Of copies, what is waited for together: for a GPU a wait is as dear as many small copies."""
+
+
+class Copies:
+    """Arrays that are being filled, evaluated whenever they are many bytes."""
+
+    def __init__(self) -> None:
+        self._arrays: list[mx.array] = []
+        self._bytes = 0
+
+    def add(self, arrays: Sequence[mx.array], copied: int) -> None:
+        """``arrays`` are to be evaluated, which copies so many bytes."""
+        self._arrays += arrays
+        self._bytes += copied
+        if self._bytes >= AT_ONCE_BYTES:
+            self.wait()
+
+    def wait(self) -> None:
+        """For all that have been added."""
+        mx.eval(self._arrays)
+        self._arrays, self._bytes = [], 0
 
 
 class Arena:
@@ -62,18 +84,22 @@ class Arena:
             self.slots = self._first_row(leaves, length)
             return self.batch.join(name, length)
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
+        copies = Copies()
         for slot, leaf in zip(self.slots, leaves if length else self._nothing, strict=True):
             slot.put(row, leaf, length)
-            mx.eval(slot.arrays)
+            copies.add(slot.arrays, leaf.nbytes)
+        copies.wait()
         return self.batch.join(name, length)
 
     def _first_row(self, leaves: Iterable[LeafRow], length: int) -> list[Slot]:
         """Slots with one row that holds ``leaves``."""
         capacity = capacity_bucket(length + 1)
         slots: list[Slot] = []
+        copies = Copies()
         for spec, leaf in zip(self._specs, leaves if length else self._nothing, strict=True):
             slots.append(spec.slot(leaf, length, capacity))
-            mx.eval(slots[-1].arrays)
+            copies.add(slots[-1].arrays, slots[-1].nbytes)
+        copies.wait()
         return slots
 
     def release(self, name: str, scrub: bool = False) -> None:
@@ -83,14 +109,31 @@ class Arena:
         """
         row, last = self.batch.leave(name)
         if scrub:
-            for slot in self.slots:
-                slot.scrub(row)
+            self._scrub(row)
         if row != last:
-            for slot in self.slots:
-                slot.move(last, row, self.lengths[row])
-                if scrub:  # perhaps that one is to be scrubbed next
-                    slot.scrub(last)
-                mx.eval(slot.arrays)
+            self._move(last, row)
+            if scrub:  # perhaps that one is to be scrubbed next
+                self._scrub(last)
+
+    def _scrub(self, row: int) -> None:
+        copies = Copies()
+        for slot in self.slots:
+            slot.scrub(row)
+            copies.add(slot.arrays, slot.nbytes // slot.row_count)
+        copies.wait()
+
+    def _move(self, source: int, target: int) -> None:
+        """Copy what row ``source`` holds over row ``target``, which has its length."""
+        length = self.lengths[target]
+        row_bytes = sum(spec.row_bytes(capacity_bucket(length)) for spec in self._specs) // len(self._specs)
+        many = max(1, AT_ONCE_BYTES // row_bytes)
+        for first in range(0, len(self.slots), many):
+            some = self.slots[first : first + many]
+            lifted = [slot.lift(source, length) for slot in some]
+            mx.eval(lifted)
+            for slot, arrays in zip(some, lifted, strict=True):
+                slot.land(target, arrays)
+            mx.eval([slot.arrays for slot in some])
 
     def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
@@ -150,8 +193,11 @@ class Arena:
             longest = max([*(length + 1 for length in self.lengths), self._reserved[1]])
             capacity = capacity_bucket(longest)
             rows = self._row_target(max(len(self.lengths), self._reserved[0]), capacity)
+            copies = Copies()
             for slot in self.slots:
                 slot.shrink(rows, capacity)
+                copies.add(slot.arrays, slot.nbytes)
+            copies.wait()
 
     def _make_room(self, slots: Sequence[Slot], rows: int, longest: int) -> None:
         """Grow those slots that are too small, and then at once to what is reserved: everything is copied anyway."""
@@ -159,13 +205,16 @@ class Arena:
         if small := [slot for slot in slots if not slot.fits(rows, least_capacity)]:
             capacity = max(least_capacity, capacity_bucket(self._reserved[1]))
             target = self._row_target(max(rows, self._reserved[0]), capacity)
+            copies = Copies()
             for slot in small:
                 slot.resize(max(target, rows), capacity)
+                copies.add(slot.arrays, slot.nbytes)
+            copies.wait()
 
     def _row_target(self, rows: int, capacity: int) -> int:
         row_bytes = sum(spec.row_bytes(capacity) for spec in self._specs)
         return rows_allocated(rows, row_bytes, self._limit_bytes)
 
     def arrays(self) -> list[mx.array]:
-        """Every array a step must evaluate so that no lazy graph survives it."""
+        """All that the rows hold."""
         return [array for slot in self.slots for array in slot.arrays]

@@ -21,6 +21,10 @@ class KvFormat:
     native: bool = False
     """Attention over the running batch is computed in C, on a CPU; and so is packing, with scales of half precision."""
 
+    contiguous: bool = False
+    """Packed numbers are copied before they are multiplied: a device may take none with gaps, such as rows that have
+    room left."""
+
     @property
     def packs(self) -> bool:
         return self.packing.bits > 0

@@ -32,9 +32,13 @@ class LeafRow(NamedTuple):
         """The arrays without the unused positions."""
         return tuple(array[:, :, : -self.spare] for array in self.arrays) if self.spare else self.arrays
 
+    @property
+    def nbytes(self) -> int:
+        return sum(int(array.nbytes) for array in (*self.arrays, *self.exact))
+
 
 class Slot(Protocol):
-    """One leaf of all rows. Whatever changes a row here is evaluated by the caller, unless it says otherwise."""
+    """One leaf of all rows. Whatever is changed here is evaluated by the caller, for many leaves at once."""
 
     @property
     def kind(self) -> Kind: ...
@@ -64,8 +68,12 @@ class Slot(Protocol):
     def span(self, row: int, start: int, end: int) -> Arrays:
         """What records hold of positions [start, end) of a row, lazily."""
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row of ``length`` tokens over another one. Evaluates the copy."""
+    def lift(self, row: int, length: int) -> Sequence[Arrays]:
+        """A copy of a row of ``length`` tokens, lazily."""
+
+    def land(self, row: int, lifted: Sequence[Arrays]) -> None:
+        """Put such a copy over another row. It must have been evaluated: what is still read cannot be written in
+        place."""
 
     def scrub(self, row: int) -> None:
         """Zero a row that held non-finite numbers."""

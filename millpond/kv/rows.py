@@ -16,8 +16,8 @@ import mlx.core as mx
 class Forward:
     """The geometry of one forward of ``columns`` new tokens per row over rows of the given lengths.
 
-    Immutable. ``offset`` is int32 [n]; ``row`` int32 [n, 1]; positions are absolute, so a ring takes them modulo its
-    capacity.
+    Immutable. ``offset`` is int32 [n]; ``row`` uint32 [n, 1], as MLX's own indices are: others would be cast in each
+    layer.
     """
 
     def __init__(self, lengths: Sequence[int], columns: int) -> None:
@@ -27,6 +27,7 @@ class Forward:
         self.aligned = min(lengths) == self.longest
         self._lengths = list(lengths)
         self._masks: dict[tuple[int | None, int], mx.array | None] = {}
+        self._columns: dict[tuple[int, int | None], mx.array] = {}
 
     @cached_property
     def offset(self) -> mx.array:
@@ -34,12 +35,29 @@ class Forward:
 
     @cached_property
     def row(self) -> mx.array:
-        return mx.arange(self.n, dtype=mx.int32)[:, None]
+        return mx.array([[row] for row in range(self.n)], dtype=mx.uint32)
 
     @cached_property
     def positions(self) -> mx.array:
         """Absolute positions written by this forward, int32 [n, columns]."""
         return self.offset[:, None] + mx.arange(self.columns, dtype=mx.int32)[None]
+
+    def written(self, first: int, ring: int | None = None) -> mx.array:
+        """Columns that this forward writes where the first one is position ``first``, or in a ring of so many: uint32
+        [n, columns]."""
+        key = (first, ring)
+        if key not in self._columns:
+            self._columns[key] = mx.array(
+                [
+                    [
+                        length + place - first if ring is None else (length + place) % ring
+                        for place in range(self.columns)
+                    ]
+                    for length in self._lengths
+                ],
+                dtype=mx.uint32,
+            )
+        return self._columns[key]
 
     @cached_property
     def packed_lengths(self) -> bytes:
@@ -51,14 +69,14 @@ class Forward:
         return first <= min(self._lengths) and self.longest + self.columns <= end
 
     def places(self, first: int, end: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Of what this forward writes into [first, end): row, place among the new tokens, and column; int32 each."""
+        """Of what this forward writes into [first, end): row, place among the new tokens, and column; uint32 each."""
         found = [
             (row, place, length + place - first)
             for row, length in enumerate(self._lengths)
             for place in range(self.columns)
             if first <= length + place < end
         ]
-        row, place, column = (mx.array([one[i] for one in found], dtype=mx.int32) for i in range(3))
+        row, place, column = (mx.array([one[i] for one in found], dtype=mx.uint32) for i in range(3))
         return row, place, column
 
     def width(self, capacity: int) -> int:

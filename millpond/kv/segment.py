@@ -65,7 +65,7 @@ class KvSegment:
         if forward.aligned and self.first <= start and (end - self.first <= self.capacity):
             self._set(np.s_[: forward.n, :, start - self.first : end - self.first], parts)
         elif self.ring or forward.within(self.first, self.first + self.capacity):
-            column = forward.positions % self.capacity if self.ring else forward.positions - self.first
+            column = forward.written(self.first, self.capacity if self.ring else None)
             self._set((forward.row, slice(None), column), [part.swapaxes(1, 2) for part in parts])
         else:
             row, place, column = forward.places(self.first, self.first + self.capacity)
@@ -103,23 +103,25 @@ class KvSegment:
         column = mx.arange(start, end, dtype=mx.int32) % self.capacity
         return tuple(mx.take(array[row : row + 1], column, axis=2) for array in self.arrays)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy what a row of ``length`` positions holds over another row: same columns, no wrap."""
+    def lift(self, row: int, length: int) -> Arrays:
+        """A lazy copy of what a row of ``length`` positions holds, in its columns; nothing where that is nothing."""
+        held, index = self._held(length), mx.array([row], dtype=mx.uint32)
         # A gather, because a slice may share the buffer and block in-place writes.
-        index = mx.array([source], dtype=mx.int32)
-        lifted = [mx.take(array, index, axis=0)[:, :, : self._held(length)] for array in self.arrays]
-        mx.eval(lifted)
-        self._set(np.s_[target : target + 1, :, : self._held(length)], lifted)
+        return tuple(mx.take(array[:, :, :held], index, axis=0) for array in self.arrays) if held else ()
+
+    def land(self, row: int, lifted: Arrays) -> None:
+        """Write such a copy, which has been evaluated, into another row."""
+        if lifted:
+            self._set(np.s_[row : row + 1, :, : int(lifted[0].shape[2])], lifted)
 
     def scrub(self, row: int) -> None:
         """Zero a row that held non-finite numbers: a masked NaN still poisons 0 x V of the row's next owner."""
         self._set(np.s_[row : row + 1, :], [mx.zeros_like(array[row : row + 1]) for array in self.arrays])
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Reallocate to the given sizes, keeping what fits."""
+        """Reallocate to the given sizes, keeping what fits, lazily."""
         if (rows, capacity) != (self.row_count, self.capacity):
             self.arrays = [_resized(array, rows, capacity) for array in self.arrays]
-            mx.eval(self.arrays)
 
 
 def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:

@@ -202,6 +202,8 @@ class KvSlot:
         width, found = forward.width(self.capacity), []
         for segment in self.segments:
             arrays = segment.view(forward.n, max(0, width - segment.first))
+            if self.spec.format.contiguous and len(arrays) > 2:
+                arrays = tuple(map(mx.contiguous, arrays))
             found.append((arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
         return found
 
@@ -256,9 +258,12 @@ class KvSlot:
         """Positions [start, end) of a row, all in one segment; see KvSegment.span."""
         return self.segments[-1 if start >= self.segments[-1].first else 0].span(row, start, end)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        for segment in self.segments:
-            segment.move(source, target, length)
+    def lift(self, row: int, length: int) -> Sequence[Arrays]:
+        return [segment.lift(row, length) for segment in self.segments]
+
+    def land(self, row: int, lifted: Sequence[Arrays]) -> None:
+        for segment, arrays in zip(self.segments, lifted, strict=True):
+            segment.land(row, arrays)
 
     def scrub(self, row: int) -> None:
         for segment in self.segments:

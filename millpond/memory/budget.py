@@ -6,9 +6,12 @@ Pure functions, any thread.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SMALLEST_CAPACITY = 256
+UNLIMITED = 1 << 50
+"""Tokens, more than any prompt has."""
 PREFILL_STEP = 256
 """Tokens by which a request's own cache grows during prefill; it never holds this many unused positions."""
 
@@ -60,6 +63,10 @@ class MemoryBudget:
     limit_bytes: int
     chunk: int = 0
     """Most tokens of a prompt in one forward."""
+    score_bytes: int = 0
+    """Of a query over a key in all heads of a layer, where attention keeps all scores of a chunk at once; else 0."""
+    scores_limit: int = 0
+    """Bytes that those may take."""
 
     def arena_bytes(self, rows: int, longest: int) -> int:
         """Bytes of an arena that holds ``rows`` rows, the longest with ``longest`` tokens."""
@@ -75,6 +82,13 @@ class MemoryBudget:
         sizes = self.sizes
         fixed = sizes.row_bytes + sizes.chunk_token_bytes * self.chunk + sizes.exact_row_bytes
         return (tokens + PREFILL_STEP - 1) * (sizes.token_bytes + sizes.exact_token_bytes) + fixed
+
+    def chunk_after(self, start: int) -> int:
+        """Most tokens of a prompt in one forward behind ``start`` of them, by what attention keeps."""
+        if not self.score_bytes:
+            return UNLIMITED
+        # The root of n * (start + n) = scores.
+        return (math.isqrt(start * start + 4 * (self.scores_limit // self.score_bytes)) - start) // 2
 
     def alone_bytes(self, tokens: int) -> int:
         """Peak of a request of ``tokens`` with nothing beside it: recomputed whole, then adopted into a row."""

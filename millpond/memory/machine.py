@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from millpond.memory.cgroups import ControlGroups
@@ -25,9 +24,3 @@ def free_memory() -> int | None:
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     left = ControlGroups.own().memory_left()
     return min((amount for amount in (free, left) if amount is not None), default=None)
-
-
-def device_memory(told: Mapping[str, str | int]) -> int | None:
-    """Bytes that programs on a GPU may use, of what mlx tells of it (``mx.device_info``); None where it does not."""
-    size = told.get("max_recommended_working_set_size")
-    return size if isinstance(size, int) else None

@@ -71,6 +71,13 @@ def finite(records: Mapping[Kind, Stored]) -> mx.array:
     return mx.isfinite(mx.stack(sums)).all() if sums else mx.array(True)
 
 
+def evaluated(made: Sequence[Mapping[Kind, Stored]]) -> list[bool]:
+    """Wait for the records of some blocks, for all at once; of each block, whether every number is finite."""
+    sound = [finite(records) for records in made]
+    mx.eval(sound, [array for records in made for record in records.values() for array in record.arrays])
+    return [bool(one.item()) for one in sound]
+
+
 @dataclass(frozen=True)
 class BlockFormat:
     """How the leaves of one model map to records."""
@@ -108,7 +115,8 @@ class BlockFormat:
     # --- putting together -------------------------------------------------------------------------------------
 
     def restored(self, network: nn.Module, plan: RestorePlan, capacity: int, *, whole: bool = False) -> Prompt:
-        """A prompt that holds the tokens of the plan, with room for ``capacity`` of them in all; lazy.
+        """A prompt that holds the tokens of the plan, with room for ``capacity`` of them in all; lazy, but for what is
+        packed.
 
         ``whole``: no forward will read behind them, so what is packed need not be unpacked.
         """
@@ -135,6 +143,7 @@ class BlockFormat:
                 count = len(arrays) // (len(states) - number)
                 prompt.leaves[leaf].put(arrays[:count], plan.position)
                 arrays = arrays[count:]
+        mx.eval([piece.arrays for pieces in prompt.pieces for piece in pieces])
         return prompt
 
     def _window_pieces(self, plan: RestorePlan, group: int, place: int, size: int) -> list[Piece]:
@@ -159,7 +168,6 @@ class BlockFormat:
         packed = [piece for piece in pieces if piece.arrays[0].dtype == NUMBERS]
         if packed:
             together = Piece(packed[0].start, packed[-1].end, joined([piece.arrays for piece in packed]))
-            mx.eval(together.arrays)
             prompt.pieces[leaf] = [together]
             if not whole:
                 floats.append(self.form.unpack(together.arrays))

@@ -63,7 +63,7 @@ class Lane(Protocol):
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
 
     def arrays(self) -> list[mx.array]:
-        """What a step must evaluate besides its own results."""
+        """All that the rows hold, to be evaluated where no results are."""
 
 
 class SlotsLane(Arena):

@@ -80,6 +80,11 @@ class KvLeaf(Leaf):
     def exact(self, form: KvFormat) -> int:
         return form.packing.start
 
+    @property
+    def columns_before(self) -> int:
+        """What a forward of several tokens finds in the cache, and puts its own behind."""
+        return int(self.cache.offset)
+
     def in_order(self) -> tuple[mx.array, mx.array]:
         """Keys and values of all positions held, the newest last."""
         return self.cache.keys[:, :, : self.cache.offset], self.cache.values[:, :, : self.cache.offset]
@@ -115,6 +120,12 @@ class WindowLeaf(KvLeaf):
 
     def oldest(self, length: int) -> int:
         return max(0, length - self.window)
+
+    @property
+    def columns_before(self) -> int:
+        if self.cache.keys is None:
+            return 0
+        return min(int(self.in_order()[0].shape[2]), self.window - 1)
 
     def in_order(self) -> tuple[mx.array, mx.array]:
         # Between chunks the ring may be stored rotated; only its own method knows the order.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,15 +42,20 @@ from millpond.model.upstream import (
     load_weights,
     new_cache,
 )
-from millpond.native import decode
+from millpond.native import decode, device
+from millpond.prefix.records import Kind
 from millpond.types import GROUP_SIZES, UNPACKED, KvPacking
 
 CACHE_STEP = 256
 """Tokens by which mlx-lm's caches grow."""
 COMPILER = "g++"
 """What mx.compile calls at run time on a CPU."""
-
-
+BEYOND_FLOAT16 = "gemma"
+"""How model types begin whose activations exceed what float16 can hold; bfloat16 loses less than clipping does."""
+FUSED_DIMS = (64, 80, 128)
+"""Dimensions of keys and values in half precision for which Metal and CUDA keep no scores of a prompt's chunk."""
+SCORE_COPIES = 3
+"""Of those that they keep otherwise, at one time."""
 UNDERSTOOD = (SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, FileNotFoundError, ValueError)
 """Errors whose text speaks for itself."""
 
@@ -67,6 +73,10 @@ class LoadedModel:
     vocab_size: int
     dtype: str
     on_cpu: bool
+    queries_per_head: int
+    """Query heads that share a key head; 1 where config.json does not say."""
+    score_bytes: int
+    """What attention over a prompt's chunk keeps for each query and key, in all heads of a layer; 0: nothing."""
     kinds: list[str]
     """What each leaf is; see Leaf.name."""
     specs: list[LeafSpec] | str
@@ -111,10 +121,12 @@ def load(
         raise ModelError(f"cannot load the model in {str(folder)!r}: {_told(error)}") from error
     network, config = checkpoint.network, checkpoint.config
     context_length = _context(config, context_length)
-    on_cpu = computes_on_cpu()
+    on_cpu = device.on_cpu()
     if on_cpu:
         network = _in_float32(network)
         share_angles(network)
+    elif str(config.get("model_type")).startswith(BEYOND_FLOAT16):
+        _converted(network, mx.float16, mx.bfloat16)
     if group is not None:
         try:
             shard(network, config, group)
@@ -136,6 +148,8 @@ def load(
         vocab_size=int(logits.shape[-1]),
         dtype=str(logits.dtype).removeprefix("mlx.core."),
         on_cpu=on_cpu,
+        queries_per_head=_queries_per_head(config),
+        score_bytes=0 if on_cpu else _score_bytes(cache, config, 1 if group is None else group.size()),
         kinds=[leaf.name for leaf in leaves_of(cache)],
         specs=specs,
         form=form,
@@ -147,9 +161,36 @@ def load(
     )
 
 
-def computes_on_cpu() -> bool:
-    """Whether MLX's default device is a CPU, where weights are widened and attention is ours."""
-    return bool(mx.default_device() == mx.cpu)
+def _level(config: dict[str, object]) -> dict[str, object]:
+    """The part of config.json that is about the text model."""
+    text = config.get("text_config")
+    return cast(dict[str, object], text) if isinstance(text, dict) else config
+
+
+def _queries_per_head(config: dict[str, object]) -> int:
+    level = _level(config)
+    queries, keys = level.get("num_attention_heads"), level.get("num_key_value_heads")
+    if level.get("kv_lora_rank") or not isinstance(queries, int) or not isinstance(keys, int):
+        return 1
+    return max(1, queries // max(1, keys))
+
+
+def _score_bytes(cache: PromptCache, config: dict[str, object], ranks: int) -> int:
+    """``cache`` is filled. Latent keys and capped scores have no kernel of their own, whatever the dimension."""
+    level, kept = _level(config), [0]
+    latent, queries = bool(level.get("kv_lora_rank")), level.get("num_attention_heads")
+    for leaf in leaves_of(cache):
+        if leaf.kind not in {Kind.KV, Kind.WINDOW}:
+            continue
+        keys, values = leaf.span(0, 1)
+        dims = {int(keys.shape[3]), int(values.shape[3])}
+        fused = len(dims) == 1 and dims <= set(FUSED_DIMS) and keys.dtype != mx.float32
+        if not fused or latent or level.get("attn_logit_softcapping"):
+            heads = (
+                queries // ranks if latent and isinstance(queries, int) else keys.shape[1] * _queries_per_head(config)
+            )
+            kept.append(int(heads * keys.dtype.size) * SCORE_COPIES)
+    return max(kept)
 
 
 def _told(error: Exception) -> str:
@@ -163,13 +204,15 @@ def _told(error: Exception) -> str:
 def _in_float32(network: nn.Module) -> nn.Module:
     if not held_in_float32(float_bytes(network), total_memory()):
         return network  # packed weights run as they are
-    network.update(
-        tree_map(
-            lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array,
-            network.parameters(),
-        )
-    )
+    _converted(network, mx.floating, mx.float32)
     return dequantized(network)  # with float32 scales, so that no value is rounded to half precision on the way
+
+
+def _converted(network: nn.Module, kind: mx.Dtype | mx.DtypeCategory, dtype: mx.Dtype) -> None:
+    """Have the parameters of a ``kind`` in ``dtype``, lazily."""
+    network.update(
+        tree_map(lambda array: array.astype(dtype) if mx.issubdtype(array.dtype, kind) else array, network.parameters())
+    )
 
 
 def float_bytes(network: nn.Module) -> int:

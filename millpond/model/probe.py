@@ -7,8 +7,9 @@ mlx-lm, that breaks an assumption costs speed (solo lane) and never a wrong answ
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import msgspec
@@ -17,7 +18,7 @@ from millpond.kv.arena import NO_LIMIT
 from millpond.kv.format import KvFormat
 from millpond.kv.slots import RingSpec
 from millpond.model.blocks import BlockFormat, cut_prompt
-from millpond.model.forwards import decode, prefill
+from millpond.model.forwards import decode, prefill, prefill_together
 from millpond.model.lanes import Lane, SoloLane
 from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel, ModelError, kept_as
@@ -35,6 +36,9 @@ STEPS = 4
 ROLLED_BACK = 2
 TOLERANCE = 0.05
 """Largest accepted difference of two logits, as a share of the row's spread; a wrong mask moves them far more."""
+PACKED_TOLERANCE = 0.3
+"""The same between attention over packed numbers and over the same ones unpacked to half precision, which rounds them
+once more: up to 0.16 in models of random weights. What a neighbour does to a row is held to the other one even then."""
 CANARY_BYTES = 96 * 1024 * 1024
 """Of the canary's long row, in all layers."""
 CANARY_SHORT = 64
@@ -60,6 +64,10 @@ class Capabilities(msgspec.Struct, frozen=True):
     """Why prefixes of this model cannot be cached; empty when they can."""
     native: bool = False
     """Attention over its slots is computed in C."""
+    contiguous: bool = False
+    """Attention over packed slots wants copies without gaps."""
+    together: bool = False
+    """Several prompts can be read in one forward."""
 
     def lane(self, model: LoadedModel, limit_bytes: int = NO_LIMIT) -> Lane:
         """A fresh lane of the right kind, whose rows and prompts together may take so many bytes."""
@@ -72,7 +80,8 @@ class Capabilities(msgspec.Struct, frozen=True):
                 f"kv_bits: {model.form.packing.bits} cannot be used with this model: {self.reason}. "
                 "Leave kv_bits out to serve it"
             )
-        return model if self.native == model.form.native else kept_as(model, replace(model.form, native=self.native))
+        form = replace(model.form, native=self.native, contiguous=self.contiguous)
+        return model if form == model.form else kept_as(model, form)
 
 
 def probe(model: LoadedModel) -> Capabilities:
@@ -80,9 +89,15 @@ def probe(model: LoadedModel) -> Capabilities:
     reason = model.specs if isinstance(model.specs, str) else _attempt(lambda: _parity(model))
     if reason and model.form.native:
         return probe(kept_as(model, replace(model.form, native=False)))
+    if reason and model.form.packs and not model.form.contiguous and not isinstance(model.specs, str):
+        copied = probe(kept_as(model, replace(model.form, contiguous=True)))
+        if copied.slots:
+            return copied
     uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
     pipelined = bool(reason) or donates(model)
-    return Capabilities(not reason, reason, pipelined, uncached, model.form.native)
+    together = not reason and not _attempt(lambda: _reading_together(model))
+    form = model.form
+    return Capabilities(not reason, reason, pipelined, uncached, form.native, form.contiguous, together)
 
 
 def _attempt(check: Callable[[], str]) -> str:
@@ -92,24 +107,19 @@ def _attempt(check: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def warm_up(model: LoadedModel, capabilities: Capabilities) -> None:
-    """Run one token through the lane: what is compiled or paged in on first use happens before the first request."""
-    lane = capabilities.lane(model)
-    lane.adopt("warm-up", new_prompt(model.network, model.form))
-    mx.eval(decode(model.network, lane, mx.zeros((1,), dtype=mx.int32)), lane.arrays())
-
-
 def _parity(model: LoadedModel) -> str:
     """Compare slots with upstream caches over ragged rows, a departure and a rollback. Returns what differs, or ''."""
     chooser = random.Random(0)  # noqa: S311 - any tokens do
     prompts = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
     answers = [[chooser.randrange(model.vocab_size) for _ in range(STEPS)] for _ in prompts]
     expected = [_upstream(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    lane = model.slots_lane()
-    for row, tokens in enumerate(prompts):
-        prompt = new_prompt(model.network, model.form)
-        prefill(model.network, prompt, tokens)
-        lane.adopt(str(row), prompt)
+    if model.form.packs and model.dtype != "float32":
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            alone = _alone(model, prompt, answer)
+            if any(map(partial(differs, tolerance=PACKED_TOLERANCE), alone, expected[row])):
+                return f"logits over packed keys differ from those over unpacked ones (prompt of {len(prompt)})"
+            expected[row] = alone
+    lane = _rows(model, prompts)
     rows = list(range(len(prompts)))
 
     # A forward of several columns whose tokens are then all refused: what it wrote must never be seen again.
@@ -129,6 +139,25 @@ def _parity(model: LoadedModel) -> str:
     return ""
 
 
+def _rows(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Lane:
+    """A lane of slots with these prompts, named by their numbers."""
+    lane = model.slots_lane()
+    for row, tokens in enumerate(prompts):
+        prompt = new_prompt(model.network, model.form)
+        prefill(model.network, prompt, tokens)
+        lane.adopt(str(row), prompt)
+    return lane
+
+
+def _alone(model: LoadedModel, tokens: list[int], answer: list[int]) -> list[mx.array]:
+    """As ``_upstream``, in a row of its own."""
+    lane, logits = _rows(model, [tokens]), []
+    for token in answer:
+        logits.append(decode(model.network, lane, mx.array([token], dtype=mx.int32))[0])
+        mx.eval(logits[-1])
+    return logits
+
+
 def _upstream(model: LoadedModel, tokens: list[int], answer: list[int]) -> list[mx.array]:
     prompt, logits = Prompt(new_cache(model.network), KvFormat()), []
     prefill(model.network, prompt, tokens)
@@ -137,6 +166,24 @@ def _upstream(model: LoadedModel, tokens: list[int], answer: list[int]) -> list[
         logits.append(model.network(mx.array([[token]]), cache=caches)[0, -1])
         mx.eval(logits[-1])
     return logits
+
+
+def _reading_together(model: LoadedModel) -> str:
+    """Compare what follows prompts read in common forwards with what follows each alone. Returns what differs."""
+    chooser = random.Random(2)  # noqa: S311 - any tokens do
+    tokens = [[chooser.randrange(model.vocab_size) for _ in range(length)] for length in PROMPTS]
+    prompts = [new_prompt(model.network, model.form) for _ in tokens]
+    done = [0 for _ in tokens]
+    for share in (0.5, 1.0):  # behind nothing, then behind beginnings of different lengths
+        ends = [int(len(row) * share) for row in tokens]
+        prefill_together(model.network, prompts, [row[at:end] for row, at, end in zip(tokens, done, ends, strict=True)])
+        done = ends
+    for row, prompt in zip(tokens, prompts, strict=True):
+        (expected,) = _upstream(model, row, [0])
+        logits = model.network(mx.array([[0]]), cache=rounded(prompt.caches, model.form))[0, -1]
+        if differs(logits, expected):
+            return f"logits differ from those of prompts that are read alone (prompt of {len(row)})"
+    return ""
 
 
 def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
@@ -167,11 +214,11 @@ def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
     return ""
 
 
-def differs(ours: mx.array, reference: mx.array) -> bool:
+def differs(ours: mx.array, reference: mx.array, tolerance: float = TOLERANCE) -> bool:
     """True when two rows of logits [vocab] are further apart than kernels of different shapes may be."""
     ours, reference = ours.astype(mx.float32), reference.astype(mx.float32)
     spread = (reference.max() - reference.min()).item()
-    return not bool((mx.abs(ours - reference).max() <= TOLERANCE * spread).item())
+    return not bool((mx.abs(ours - reference).max() <= tolerance * spread).item())
 
 
 def donates(model: LoadedModel) -> bool:
@@ -186,7 +233,8 @@ def donates(model: LoadedModel) -> bool:
     growing = sum(not isinstance(spec, RingSpec) for spec in model.specs)
     if long == short:  # rings are as large whatever they hold
         least, short, growing = CANARY_STEPS * model.vocab_size * CANARY_LOGIT_BYTES, 0, len(model.specs)
-    return most - least < COPIED * (long - short) / growing
+    scores = model.score_bytes * (longest - longest // CANARY_SHORT)
+    return most - least < COPIED * (long - short) / growing + scores
 
 
 def _in_flight(model: LoadedModel, length: int) -> tuple[int, int]:

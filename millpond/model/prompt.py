@@ -54,14 +54,15 @@ class Prompt:
     def packed_after(self, start: int, count: int) -> None:
         """Pack the ``count`` positions from ``start`` on, which a forward has just added."""
         self.length = start + count
+        packed: list[Arrays] = []
         for leaf, pieces in zip(self.leaves, self.pieces, strict=bool(self.pieces)):
             first = max(start, leaf.exact(self.form))
             if first < self.length:
-                arrays = self.form.pack(*leaf.span(first, self.length))
-                mx.eval(arrays)
-                pieces.append(Piece(first, self.length, arrays))
+                packed.append(self.form.pack(*leaf.span(first, self.length)))
+                pieces.append(Piece(first, self.length, packed[-1]))
             # The cache itself holds what any token of the last chunk could see, and blocks are cut from that.
             pieces[:] = [piece for piece in pieces if piece.end > leaf.oldest(start)]
+        mx.eval(packed)
 
     def spans(self, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end), as they are kept, lazily, one entry per leaf; an empty one for leaves of other

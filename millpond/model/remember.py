@@ -47,5 +47,7 @@ def keep(found: msgspec.Struct, about: tuple[str, ...]) -> None:
 
 def _name(kind: type[msgspec.Struct], about: tuple[str, ...]) -> str:
     versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
-    identity = "|".join([kind.__name__, *about, __version__, *versions, str(mx.default_device())])
+    identity = "|".join(
+        [kind.__name__, *kind.__struct_fields__, *about, __version__, *versions, str(mx.default_device())]
+    )
     return f"probes/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from millpond.native import device
 from millpond.native.library import prepared
 
 PASSWORD_BYTES = 32
@@ -54,7 +55,7 @@ class Slots(ctypes.Structure):
 @functools.cache
 def available() -> bool:
     """Whether this process can do it: tried once, because it depends on how MLX computes a product."""
-    if prepared() is None or mx.default_device() != mx.cpu:
+    if prepared() is None or not device.on_cpu():
         return False
     keys, values = (mx.zeros((1, 1, 4, 8)) for _ in range(2))
     mx.eval(keys, values)

@@ -232,8 +232,9 @@ class Worker:
                 self._offered.pop(name, None)
         begun = time.monotonic()
         executor.obey(order)
-        if isinstance(order, Prefill) and order.end > order.start:
-            self._ready.costs.observe_prefill(order.start, order.end - order.start, (time.monotonic() - begun) * 1000)
+        if isinstance(order, Prefill):
+            start, longest = (max(by) for by in zip(*((c.start, c.end - c.start) for c in order.chunks), strict=True))
+            self._ready.costs.observe_prefill(start, longest, (time.monotonic() - begun) * 1000, len(order.chunks))
         if isinstance(order, Took):
             self._rank.say(Done(self._number))
 

@@ -375,8 +375,9 @@ def least_of(found: dict[int, RankReport]) -> RankReport:
             )
     uncached = next((each.capabilities.uncached for each in found.values() if each.capabilities.uncached), "")
     pipelined = all(each.capabilities.pipelined for each in found.values())
+    together = all(each.capabilities.together for each in found.values())
     return RankReport(
-        capabilities=replace(ours.capabilities, pipelined=pipelined, uncached=uncached),
+        capabilities=replace(ours.capabilities, pipelined=pipelined, uncached=uncached, together=together),
         limit_bytes=min(each.limit_bytes for each in found.values()),
         layers=ours.layers,
     )

@@ -171,10 +171,15 @@ class PrefixCache:
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
-    def missing(self, query: PrefixQuery, start: int, end: int, kinds: Iterable[Kind]) -> list[Kind]:
-        """Which of these records of the block [start, end) are worth making: not in memory yet, or to be compared."""
+    def missing(
+        self, query: PrefixQuery, start: int, end: int, kinds: Iterable[Kind], *, behind_new: bool = False
+    ) -> list[Kind]:
+        """Which of these records of the block [start, end) are worth making: not in memory yet, or to be compared.
+        ``behind_new``: the block before it is being made, and will be kept first."""
         node, parent = self._tree.get(query.match.chain.key(start, end)), self._parent(query, start)
-        if node is None and (parent is None or self._covered(parent, query.match.chain.tokens(start, end))):
+        if node is None and parent is None and not behind_new:
+            return []
+        if node is None and parent is not None and self._covered(parent, query.match.chain.tokens(start, end)):
             return []
         return [kind for kind in kinds if node is None or query.check or kind not in node.records]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from millpond.native import device
 from millpond.sample.edits import apply
 from millpond.sample.logprobs import Logprobs, measure, spread
 from millpond.sample.noise import words
@@ -153,7 +154,7 @@ class _Group:
 
     def _sort_width(self) -> int:
         """A GPU's partition is a sort, so halving first only pays on a CPU."""
-        return _CPU_SORT_WIDTH if mx.default_device().type == mx.DeviceType.cpu else self._keys.width
+        return _CPU_SORT_WIDTH if device.on_cpu() else self._keys.width
 
 
 def _rows_of(array: mx.array, rows: list[int]) -> mx.array:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 
+from millpond.memory.budget import UNLIMITED
+
 MEMORY = 0.95
 """Weight an observation keeps when the next one arrives."""
 STIFFNESS = 0.05
 """How strongly a coefficient stays where it was when the data cannot tell it from the leading one."""
 SLOW, SLOW_IN_A_ROW = 1.5, 3
 """One step this much slower than predicted is a pause; so many in a row mean that the machine has changed."""
-
-UNLIMITED = 1 << 50  # tokens, more than any prompt has
 
 
 class LinearFit:
@@ -90,20 +90,21 @@ class CostModel:
         self._prefill = LinearFit([0.0, 3.0, 0.0], leading=1)
         self._decode = LinearFit([50.0, 1.0, 0.0], leading=0)
 
-    def observe_prefill(self, start: int, tokens: int, ms: float) -> None:
-        """A chunk of ``tokens`` after ``start`` earlier ones took ``ms``, its adoption into a row included if any."""
+    def observe_prefill(self, start: int, tokens: int, ms: float, prompts: int = 1) -> None:
+        """A chunk of ``tokens`` after ``start`` earlier ones took ``ms``, its adoption into a row included if any; or
+        those of several ``prompts`` in one forward, filled up to the longest and behind the longest."""
         if tokens > 0:
-            self._prefill.observe((1.0, tokens, tokens * (start + tokens / 2)), ms)
+            self._prefill.observe((1.0, prompts * tokens, prompts * tokens * (start + tokens / 2)), ms)
 
     def observe_decode(self, rows: int, context_tokens: int, ms: float) -> None:
         """One decode of ``rows`` rows that hold ``context_tokens`` keys in all took ``ms``."""
         if rows > 0:
             self._decode.observe((1.0, rows, context_tokens), ms)
 
-    def prefill_ms(self, start: int, tokens: int) -> float:
-        """fixed + tokens * (a + b * (start + tokens / 2)); 0 for no tokens."""
+    def prefill_ms(self, start: int, tokens: int, prompts: int = 1) -> float:
+        """fixed + prompts * tokens * (a + b * (start + tokens / 2)); 0 for no tokens. As observed."""
         fixed, linear, attention = self._prefill.coefficients
-        return fixed + tokens * (linear + attention * (start + tokens / 2)) if tokens > 0 else 0.0
+        return fixed + prompts * tokens * (linear + attention * (start + tokens / 2)) if tokens > 0 else 0.0
 
     def decode_ms(self, rows: int, context_tokens: int) -> float:
         """c0 + c1 * rows + c2 * context_tokens; 0 for no rows."""

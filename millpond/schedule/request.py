@@ -37,6 +37,8 @@ class SchedulerRequest:
     preempted: int = 0
     """How often memory pressure has taken its row or its prefill."""
     probation: bool = False
+    apart: bool = False
+    """Its prompt is never read in one forward with others."""
     cached: int = 0
     wants: bytes | None = None
     held: bool = False

@@ -9,8 +9,9 @@ Pure state machine: no clock, no I/O, no randomness; the engine thread is its on
 The round of one step, and who may change what when:
 
 1. ``plan = scheduler.plan(now)``.
-2. Execute it. A request that holds no row may be removed meanwhile (its chunk failed, say): commit skips it. Nothing
-   else may change before the commit, except that preempted ones may be requeued, in the order of ``plan.preempt``.
+2. Execute it. A request that holds no row may be removed meanwhile (its chunk failed, say), or requeued and its chunks
+   taken out of the plan: commit skips it. Nothing else may change before the commit, except that preempted ones may be
+   requeued, in the order of ``plan.preempt``.
 3. ``scheduler.commit(plan)``, also when the decode failed. It moves preempted requests back to the queue itself, as
    long as their row was plus the token not yet in it; a ``requeue`` before or after only corrects that number.
 4. Only now ``remove`` the rows that finished, and ``requeue`` whatever else lost its KV.
@@ -56,6 +57,8 @@ class Limits:
     max_itl_ms: float
     max_chunk: int
     grid: int = GRID
+    together: bool = False
+    """Several prompts may be read in one forward."""
     age_weight: float = 0.5
     """Seconds of predicted prefill that one second of waiting makes up for."""
 
@@ -85,6 +88,8 @@ class Scheduler:
         self.slowdown = 1.0
         """How many times as long as a plain one the latest decode forward took, because of draft tokens; set by whoever
         reads steps."""
+        self.together = limits.together
+        """Several prompts may be read in one forward; whoever sees such forwards fail says no."""
         self._left: str | None = None
         """The client whose answer left a row last."""
 
@@ -120,11 +125,12 @@ class Scheduler:
             self._left = request.client
             del self._rows[name]
 
-    def requeue(self, name: str, tokens: int, now: float, probation: bool = False) -> None:
+    def requeue(self, name: str, tokens: int, now: float, probation: bool = False, apart: bool = False) -> None:
         """Its KV is lost, wherever it was: it waits again and is computed from its ``tokens`` (prompt and answer).
 
-        It keeps its arrival time. ``probation`` marks one that was in a failing step, until ``proven``; the mark of
-        an earlier failure stays otherwise. Raises KeyError for an unknown name, ValueError for an impossible size.
+        It keeps its arrival time. ``probation`` marks one that was in a failing step, until ``proven``, and ``apart``
+        one whose prompt was read in a failing forward with others; marks of earlier failures stay. Raises KeyError for
+        an unknown name, ValueError for an impossible size.
         """
         request = self._requests[name]
         if not 1 <= tokens <= request.total:
@@ -133,6 +139,7 @@ class Scheduler:
         request.back_to_waiting(tokens)
         request.arrival = min(request.arrival, now)
         request.probation = request.probation or probation
+        request.apart = request.apart or apart
 
     def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
         """What the prefix cache can do for a request without a row, told anew before each plan.
@@ -232,7 +239,7 @@ class Scheduler:
         return StepPlan(
             step=self._step,
             preempt=tuple(victim.id for victim in victims),
-            prefill=tuple(self._pack(rows, victims, now).chunks),
+            prefill=self._pack(rows, victims, now).chunks,
             rows=tuple(request.id for request in rows),
         )
 
@@ -312,11 +319,13 @@ class Scheduler:
         """Fill the step with prefill, best request first."""
         packer = Packer(
             self._costs,
+            self._budget,
             max_itl_ms=self._limits.max_itl_ms,
             max_chunk=self._limits.max_chunk,
             grid=self._limits.grid,
             lengths=[request.need for request in rows],
             slowdown=self.slowdown,
+            together=self.together,
         )
         started = [request for request in self._requests.values() if request.started and request not in victims]
         holders = rows + started

@@ -7,14 +7,15 @@ blocks have gone by then. Its few tokens are read again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
 
+from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import Arrays
 from millpond.memory.budget import PREFILL_STEP
-from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, finite, stored
+from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, evaluated, stored
 from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt, new_prompt
@@ -62,25 +63,36 @@ class DraftPrompts:
         if self._form is None or query is None:
             return
         query.match.chain.extend(tokens)
-        for begin, end in block_grid(start, prompt.length):
-            missing = self._cache.missing(query, begin, end, self._form.layout.kinds)
-            self._keep(query, begin, end, {kind: cut_prompt(self._form, prompt, begin, end, kind) for kind in missing})
+        form = self._form
+        self._keep_all(query, start, prompt.length, form.layout.kinds, lambda *span: cut_prompt(form, prompt, *span))
 
     def row_done(self, query: PrefixQuery | None, tokens: Sequence[int], lane: Lane, name: str, start: int) -> None:
         """Keep the blocks that a row about to be freed, which holds ``tokens``, has filled since ``start``."""
         if self._form is None or query is None or self._form.layout.window:
             return
         query.match.chain.extend(tokens)
-        for begin, end in block_grid(start, len(tokens)):
-            if self._cache.missing(query, begin, end, (Kind.KV,)):
-                record = self._form.spans(lane.spans(name, begin, end, Kind.KV), Kind.KV)
-                self._keep(query, begin, end, {Kind.KV: record})
+        form = self._form
+        self._keep_all(
+            query, start, len(tokens), (Kind.KV,), lambda *span: form.spans(lane.spans(name, *span), Kind.KV)
+        )
 
-    def _keep(self, query: PrefixQuery, begin: int, end: int, records: Mapping[Kind, Stored]) -> None:
-        sound = finite(records)
-        mx.eval(sound, [array for record in records.values() for array in record.arrays])
-        if sound.item():
-            self._cache.keep(query, begin, end, records)
+    def _keep_all(
+        self, query: PrefixQuery, start: int, end: int, kinds: Sequence[Kind], cut: Callable[[int, int, Kind], Stored]
+    ) -> None:
+        """Keep the blocks that [start, end) completes, many at a time."""
+        made: dict[tuple[int, int], dict[Kind, Stored]] = {}
+        for span in block_grid(start, end):
+            if missing := self._cache.missing(query, *span, kinds, behind_new=bool(made)):
+                made[span] = {kind: cut(*span, kind) for kind in missing}
+            if sum(record.nbytes for records in made.values() for record in records.values()) > AT_ONCE_BYTES:
+                self._keep(query, made)
+                made = {}
+        self._keep(query, made)
+
+    def _keep(self, query: PrefixQuery, made: Mapping[tuple[int, int], Mapping[Kind, Stored]]) -> None:
+        for (begin, end), sound in zip(made, evaluated(list(made.values())), strict=True):
+            if sound:
+                self._cache.keep(query, begin, end, made[begin, end])
 
 
 def prompt_of_row(model: LoadedModel, lane: Lane, name: str, length: int) -> Prompt:

@@ -45,6 +45,7 @@ GOOD = {
     "max_itl_ms": ("12.5", 12.5),
     "prefill_chunk": ("128", 128),
     "kv_memory_mb": ("77", 77),
+    "wired_memory_mb": ("1024", 1024),
     "kv_bits": ("8", 8),
     "kv_group_size": ("32", 32),
     "kv_quant_start": ("128", 128),

@@ -34,6 +34,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_engine_flags.py::test_little_kv_memory_means_a_shorter_context",
         "engine/test_process.py::test_no_memory_for_any_request_is_said_at_start",
     ),
+    "wired_memory_mb": (
+        "engine/test_prepare.py::test_what_is_wired",
+        "engine/test_process.py::test_memory_that_cannot_be_wired_is_refused_at_start",
+    ),
     "kv_bits": ("http/test_packed_server.py::test_bits_groups_and_exact_tokens",),
     "kv_group_size": (
         "http/test_packed_server.py::test_bits_groups_and_exact_tokens",

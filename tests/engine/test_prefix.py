@@ -100,8 +100,8 @@ class Watched:
 
     def __call__(self, tokens: mx.array, cache: object) -> mx.array:
         if tokens.shape[1] > 1:
-            self.read += tokens.shape[1]
-            self.chunks.append(tokens.shape[1])
+            self.read += tokens.size
+            self.chunks += [tokens.shape[1]] * tokens.shape[0]
         return self._network(tokens, cache=cache)  # type: ignore[operator,no-any-return]
 
 

@@ -206,6 +206,14 @@ def test_no_memory_for_any_request_is_said_at_start(folder: Path) -> None:
         assert "kv_memory_mb" in fatal.message
 
 
+def test_memory_that_cannot_be_wired_is_refused_at_start(folder: Path) -> None:
+    with engine() as (peer, _):
+        peer.send(start(folder, wired_bytes=1 << 30))
+        fatal = peer.until(wire.Fatal)
+        assert isinstance(fatal, wire.Fatal)
+        assert fatal.message.startswith("wired_memory_mb: 1024 is more than can be wired")
+
+
 def test_one_thread_alone_touches_mlx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real link's threads beside it, every evaluation happens on the engine's thread (A5, D9)."""
     threads: set[int] = set()

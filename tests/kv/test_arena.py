@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from millpond.kv import arena as arenas
 from millpond.kv.arena import Arena
 from millpond.kv.format import Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
@@ -284,11 +285,12 @@ def test_arrays_are_written_in_place() -> None:
     assert mx.get_peak_memory() - before < arena.nbytes // 4
 
 
-def test_joining_and_leaving_cost_one_row() -> None:
+def test_joining_and_leaving_cost_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever leaves in the middle is replaced by the last row; nobody else's numbers are copied (D1)."""
     spec = KvSpec(2, 64, 64, mx.float32)
     arena, names = Arena([spec] * 3), itertools.count()
     rows, row_bytes = 16, spec.row_bytes(256)
+    monkeypatch.setattr(arenas, "AT_ONCE_BYTES", row_bytes)
 
     def joining() -> None:
         arena.put(str(next(names)), [LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.memory.budget import CacheSizes, MemoryBudget, capacity_bucket, row_bucket
+from millpond.memory.budget import UNLIMITED, CacheSizes, MemoryBudget, capacity_bucket, row_bucket
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32)])
@@ -52,6 +52,17 @@ def test_conversations_that_fit(limit: int) -> None:
             count += 1
         counts[name] = count
     assert counts["int8"] >= 1.8 * counts["float16"], counts
+
+
+@given(st.integers(0, 200_000), st.integers(1, 1000), st.integers(0, 1 << 32))
+def test_a_chunk_keeps_as_many_scores_as_it_may(start: int, score_bytes: int, limit: int) -> None:
+    budget = MemoryBudget(CacheSizes(1), 1, score_bytes=score_bytes, scores_limit=limit)
+    tokens = budget.chunk_after(start)
+    assert tokens * (start + tokens) * score_bytes <= limit < (tokens + 1) * (start + tokens + 1) * score_bytes
+
+
+def test_where_no_scores_are_kept_chunks_are_as_long_as_they_like() -> None:
+    assert MemoryBudget(CacheSizes(1), 1).chunk_after(100_000) == UNLIMITED
 
 
 @given(st.integers(1, 300), st.integers(1, 200_000))

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from millpond.memory.budget import CacheSizes
-from millpond.memory.machine import device_memory
-from millpond.memory.shares import LEAST_KV_BYTES, blocks_limit, draft_limit, fitting_kv, held_in_float32, kv_limit
+from millpond.memory.shares import (
+    LEAST_KV_BYTES,
+    blocks_limit,
+    draft_limit,
+    fitting_kv,
+    held_in_float32,
+    kv_limit,
+    scores_limit,
+    wired_limit,
+)
 
 GIB = 2**30
 
@@ -33,9 +41,19 @@ def test_a_draft_model_has_room_for_as_many_tokens() -> None:
     assert draft_limit(1000, CacheSizes(0), CacheSizes(0)) == 0
 
 
-def test_what_is_known_of_a_device() -> None:
-    assert device_memory({"max_recommended_working_set_size": 5, "memory_size": 9}) == 5
-    assert device_memory({"architecture": "sm_90", "total_memory": 9}) is None
+def test_scores_have_a_part_of_what_is_left() -> None:
+    assert scores_limit(None, 100 * GIB) == scores_limit(100 * GIB, GIB) == 4 * GIB
+    assert scores_limit(100 * GIB, GIB, 2) == 2 * GIB
+
+
+def test_what_is_kept_from_being_swapped_out() -> None:
+    """Large weights and what goes with them, as far as there is memory for it; whatever is asked for."""
+    assert wired_limit(None, 59 * GIB, 10 * GIB, 75 * GIB, 100 * GIB) == 0
+    assert wired_limit(None, 61 * GIB, 10 * GIB, 75 * GIB, 100 * GIB) == 71 * GIB
+    assert wired_limit(None, 61 * GIB, 20 * GIB, 75 * GIB, 100 * GIB) == 75 * GIB
+    assert wired_limit(None, 61 * GIB, 20 * GIB, 0, 100 * GIB) == 0, "nothing is swapped there"
+    assert wired_limit(0, 61 * GIB, 20 * GIB, 75 * GIB, 100 * GIB) == 0
+    assert wired_limit(GIB, 1, 1, 75 * GIB, 100 * GIB) == GIB
 
 
 def test_what_fits() -> None:

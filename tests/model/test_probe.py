@@ -11,12 +11,12 @@ from tempfile import mkdtemp
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, assert_same_or_tied, reference, request
-from tiny_models import SLOT_KINDS, SOLO_KINDS, VOCAB, save
+from tiny_models import CONFIGS, SLOT_KINDS, SOLO_KINDS, VOCAB, save
 
 from millpond.kv.format import AS_COMPUTED
 from millpond.kv.slots import KvSlot
 from millpond.model.load import LoadedModel, kept_as, load
-from millpond.model.probe import probe
+from millpond.model.probe import donates, probe
 
 
 @cache
@@ -96,3 +96,19 @@ def test_the_canary_finds_a_kept_reference() -> None:
     found = probe(keeping)
     assert found.slots
     assert not found.pipelined
+
+
+class CopiesHalfALayer(Altered):
+    def alter(self, logits: mx.array, cache: list[object]) -> mx.array:
+        if isinstance(cache[0], KvSlot):
+            return logits + 0 * (cache[0].arrays[0] + 1).min()  # all keys of one layer: half of what that has
+        return logits
+
+
+def test_the_canary_finds_a_copy_of_half_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever copies a part of one layer in a step does so in all steps: they are not worth launching ahead."""
+    monkeypatch.setitem(CONFIGS, "llama", {**CONFIGS["llama"], "max_position_embeddings": 1 << 15})
+    plain = kept_as(load(save("llama", tmp_path), 0, lambda _: None), AS_COMPUTED)
+    copying = dataclasses.replace(plain, network=CopiesHalfALayer(plain.network))  # type: ignore[arg-type]
+    assert donates(plain)
+    assert not donates(copying)

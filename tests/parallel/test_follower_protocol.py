@@ -59,7 +59,7 @@ from millpond.parallel.messages import (
     decode_from_leader,
     encode,
 )
-from millpond.types import GroupSettings
+from millpond.types import GroupSettings, PrefillChunk
 from millpond.wire import Start
 
 
@@ -173,7 +173,9 @@ def orders(ready: Prepared) -> list[Order]:
     for name, tokens in (("a", [1, 2, 3, 4]), ("b", [9, 8, 7])):
         executor.arrive(request(name, tokens, 9))
         assert executor.begin(name, 0)
-        executor.prefill(name, 0, len(tokens) - 1, True)
+        chunk = PrefillChunk(name, 0, len(tokens) - 1, True)
+        executor.read([chunk])
+        executor.chunk_read(chunk)
     executor.fit(1 << 20)
     for drafts in ({}, {"a": [5], "b": [6, 7]}, {}):
         step = executor.decode(drafts, 0.0)
@@ -217,7 +219,15 @@ def test_a_rank_that_has_less_begins_nothing(ready: Prepared, orders: list[Order
     begin = first(orders, Begin)
     more = msgspec.structs.replace(orders[begin], position=64)
     asked = msgspec.structs.replace(orders[0], request=request("a", [1] * 100, 9))
-    told = [asked, more, SetAside("a"), orders[begin], Prefill("a", 0, 99, True), SetAside("a"), Depart("a")]
+    told = [
+        asked,
+        more,
+        SetAside("a"),
+        orders[begin],
+        Prefill((PrefillChunk("a", 0, 99, True),)),
+        SetAside("a"),
+        Depart("a"),
+    ]
     said = [message for message in obeyed(ready, numbered(told)) if isinstance(message, Done | Restorable)]
     assert said == [Restorable("a", 0), Restorable("a", 0)]
 
@@ -266,7 +276,7 @@ def test_another_state_or_other_tokens_are_noticed(ready: Prepared, orders: list
     "order",
     [
         Begin("nobody", 0),
-        Prefill("nobody", 0, 1, False),
+        Prefill((PrefillChunk("nobody", 0, 1, False),)),
         SetAside("nobody"),
         Depart("nobody"),
         Launch(),

@@ -385,3 +385,73 @@ def test_a_suspect_in_prefill_holds_back_the_others_and_frees_them_when_removed(
     assert {chunk.id for chunk in scheduler.plan(0.0).prefill} == {"a"}
     scheduler.remove("a")
     assert {chunk.id for chunk in scheduler.plan(0.0).prefill} == {"b"}
+
+
+def test_chunks_get_shorter_where_attention_keeps_scores() -> None:
+    """As the context grows, so that they fit the plan; never less than a block, and all is read."""
+    budget = MemoryBudget(CacheSizes(1), 1 << 40, score_bytes=1, scores_limit=512 * 512)
+    scheduler = make(budget=budget)
+    add(scheduler, "a", 6000)
+    chunks = []
+    while "a" not in scheduler.rows:
+        chunks += step(scheduler).prefill
+    assert [chunk.start for chunk in chunks[1:]] == [chunk.end for chunk in chunks[:-1]]
+    assert (chunks[0].end, chunks[-1].end) == (512, 5999)
+    sizes = [chunk.end - chunk.start for chunk in chunks]
+    assert all(size == 64 or size * chunk.end <= 512 * 512 for size, chunk in zip(sizes[:-1], chunks, strict=False))
+    assert max(sizes[5:]) < max(sizes[:2]), "the further, the shorter"
+
+
+def gpu_costs() -> CostModel:
+    """10 ms for a forward, and little for what is in it."""
+    costs = CostModel()
+    for tokens in (16, 64, 128, 256) * 3:
+        costs.observe_prefill(0, tokens, 10.0 + tokens / 1000)
+    return costs
+
+
+def together(*prompts: int, max_chunk: int = 512) -> Scheduler:
+    limits = Limits(max_batch=32, max_itl_ms=200.0, max_chunk=max_chunk, together=True)
+    scheduler = Scheduler(limits, PLENTY, gpu_costs())
+    for number, tokens in enumerate(prompts):
+        add(scheduler, f"p{number}", tokens)
+    return scheduler
+
+
+def reads(plan: StepPlan) -> list[list[str]]:
+    return [[chunk.id for chunk in chunks] for chunks in plan.reads]
+
+
+def test_short_prompts_are_read_together_block_by_block() -> None:
+    scheduler = together(100, 101, 80)
+    plan = step(scheduler)
+    assert sorted(map(sorted, reads(plan))) == [["p0", "p1", "p2"], ["p0", "p1", "p2"]]
+    assert {(chunk.start, chunk.end) for chunk in plan.reads[0]} == {(0, 64)}
+    assert all(chunk.last for chunk in plan.reads[1])
+
+
+def test_a_single_token_and_a_marked_request_are_read_alone() -> None:
+    scheduler = together(66, 100, 100)
+    scheduler.requeue("p2", 100, 0.0, apart=True)
+    alone = [names for names in reads(step(scheduler)) if len(names) == 1]
+    assert ["p0"] in alone, "one token goes to another place in a ring"
+    assert alone.count(["p2"]) == 2
+
+
+def test_the_end_of_a_long_conversation_is_read_alone() -> None:
+    """Beside it, every other prompt's keys and values would be copied as far as its own reach."""
+    scheduler = together(32_000, 60, 60, 60)
+    scheduler.offer("p0", 31_936, None)
+    assert sorted(map(sorted, reads(step(scheduler)))) == [["p0"], ["p1", "p2", "p3"]]
+
+
+def test_what_is_filled_up_counts() -> None:
+    """A forward has room for so many tokens, those that nobody reads among them."""
+    scheduler = together(*[60] * 20, max_chunk=512)
+    assert max(map(len, reads(step(scheduler)))) == 512 // 59
+
+
+def test_nothing_is_read_together_once_that_is_off() -> None:
+    scheduler = together(100, 100)
+    scheduler.together = False
+    assert all(len(names) == 1 for names in reads(step(scheduler)))

@@ -106,7 +106,8 @@ class Driver:
             proposers[SpecMode.DRAFT] = draft
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec, proposers, 7, self.controller)
-        self.scheduler = Scheduler(Limits(max_batch, 400, max_chunk), ready.budget, ready.costs)
+        limits = Limits(max_batch, 400, max_chunk, together=self.capabilities.together)
+        self.scheduler = Scheduler(limits, ready.budget, ready.costs)
         self.engine = Engine(ready, self.scheduler, Executor(ready), self.speculator, self.inbox, self)
 
     # the engine's Outbox

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+import tiny_models
+from engine_driver import upstream_math
+from mlx.utils import tree_flatten, tree_map
 
-from millpond.model import load as loading
-from millpond.native import decode
+from millpond.model.upstream import UPSTREAM_MATH
+from millpond.native import decode, device
+
+FORMATS: dict[str, dict[str, object] | None] = {
+    "bf16": None,
+    "q4": {"group_size": 32, "bits": 4, "mode": "affine"},
+    "q8": {"group_size": 32, "bits": 8, "mode": "affine"},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+}
+"""How weights are stored, and how nn.quantize makes them so."""
+TIE = 0.02
+"""Two logits this close, as a share of the row's spread, may swap: one in bfloat16 has a step of a 256th."""
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """For models that are loaded from now on, until the test ends."""
-    monkeypatch.setattr(loading, "computes_on_cpu", lambda: False)
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
     monkeypatch.setattr(decode, "available", lambda: False)
+    for name, module in list(sys.modules.items()):
+        for function, upstream in UPSTREAM_MATH.items():
+            if name.startswith("mlx_lm.models.") and function in vars(module):
+                monkeypatch.setattr(module, function, upstream)  # as a CPU's models have left it, for the next ones
 
 
 def in_half(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:
@@ -26,3 +48,34 @@ def in_half(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:
     mx.eval(halves)
     mx.save_safetensors(str(weights), halves, metadata={"format": "mlx"})
     return folder
+
+
+def save_as(kind: str, stored: str, folder: Path) -> Path:
+    """A tiny model of ``kind`` with its weights in one of FORMATS, everything else in bfloat16."""
+    network, config, how = tiny_models.build(kind), dict(tiny_models.config_of(kind)), FORMATS[stored]
+    network.update(tree_map(lambda array: array.astype(mx.bfloat16), network.parameters()))
+    if how is not None:
+        nn.quantize(network, **how, class_predicate=_packable)  # type: ignore[arg-type]
+        config["quantization"] = how
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _packable(_: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module["weight"].shape[-1] % 32 == 0
+
+
+def assert_same_or_near(network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int]) -> None:
+    """Token for token the same; where they part, in mlx-lm's own arithmetic the two are a tie, by bfloat16's steps."""
+    assert len(ours) == len(expected)
+    for index, (got, want) in enumerate(zip(ours, expected, strict=True)):
+        if got != want:
+            with upstream_math():
+                logits = network(mx.array([[*prompt, *expected[:index]]]))[0, -1].astype(mx.float32)
+            spread = (logits.max() - logits.min()).item()
+            gap = (logits.max() - mx.minimum(logits[want], logits[got])).item()
+            assert gap < TIE * spread, f"token {index}: {got} instead of {want}, {gap} apart of {spread}"
+            return

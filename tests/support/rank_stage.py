@@ -54,7 +54,7 @@ from millpond.parallel.messages import (
     decode_from_leader,
     encode,
 )
-from millpond.types import GroupSettings
+from millpond.types import GroupSettings, PrefillChunk
 from millpond.wire import Start
 
 FOREVER = 1000.0
@@ -74,7 +74,7 @@ def nested(depth: int) -> bytes:
 ORDERS: tuple[Order, ...] = (
     Arrive(request("name", [1, 2, 3], 4, logit_bias={3: 1.0})),
     Begin("name", 64),
-    Prefill("name", 0, 64, False),
+    Prefill((PrefillChunk("name", 0, 64, False),)),
     Decode(((1, 2), ()), True, 77),
     Took(((1, 2), (3,)), (2, 1), ("name",)),
     Fit(1 << 40),

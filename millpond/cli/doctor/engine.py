@@ -10,27 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from millpond.child import python
-from millpond.cli.doctor.finding import Finding, fail, ok, warn
+from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
 from millpond.cli.doctor.packages import PIP
 
 PROGRAM = """
 import ctypes, json
-from millpond.memory.machine import device_memory
 from millpond.model import blas
 from millpond.native.library import needed, prepared, shim_path
 found = {"needed": needed(), "built": shim_path().is_file()}
 print(json.dumps(found), flush=True)
 found["blas"] = blas.prepare()
 import mlx.core as mx
+from millpond.native import device
 mx.eval(mx.ones((8, 8)) @ mx.ones((8, 8)))
 found["device"] = str(mx.default_device())
-found["on_cpu"] = mx.default_device() == mx.cpu
+found["on_cpu"] = device.on_cpu()
 shim = prepared()
 if shim is not None:
     shim.millpond_rowblas_instructions.restype = ctypes.c_char_p
     found["instructions"] = shim.millpond_rowblas_instructions().decode()
-if not found["on_cpu"]:
-    found["memory"] = device_memory(mx.device_info()) or 0
+if (memory := device.memory()) is not None:
+    found["memory"], found["free"] = memory.total, memory.free
 print(json.dumps(found))
 """
 PROBE_SECONDS = 120
@@ -56,6 +56,8 @@ class Probe:
     """Of the C part, when it is in use."""
     memory: int = 0
     """Bytes that a GPU's programs may use; 0 on a CPU, or unknown."""
+    free: int | None = None
+    """Of them, what nobody used before we did; None where that is not told."""
 
 
 def probe() -> Probe:
@@ -91,7 +93,10 @@ def _device(probed: Probe) -> Finding:
     if probed.on_cpu and NVIDIA_DRIVER.exists():
         remedy = f"{PIP} 'mlx[cuda12]' or 'mlx[cuda13]', by the driver's version (nvidia-smi tells)"
         return warn("device", f"{probed.device}, although there is an NVIDIA GPU", remedy)
-    return ok("device", probed.device)
+    if not probed.memory:
+        return ok("device", probed.device)
+    free = "" if probed.free is None else f", {shown(probed.free)} of them free"
+    return ok("device", f"{probed.device}, {shown(probed.memory)} for programs on it{free}")
 
 
 def _native(probed: Probe) -> Finding:

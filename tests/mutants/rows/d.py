@@ -6,10 +6,24 @@ from mutants import Break
 
 BREAKS = [
     Break(
+        name="D4-a-prompt-sees-what-it-is-filled-up-with",
+        file="millpond/model/together.py",
+        old="seen = column <= place",
+        new="seen = column <= place + 1",
+        by=("test_prompts_of_different_lengths_behind_different_prefixes",),
+    ),
+    Break(
+        name="D6-the-first-of-those-read-together-is-to-blame",
+        file="millpond/engine/recovery.py",
+        old="if len(names) == 1 or self._executor",
+        new="if names or self._executor",
+        by=("test_one_that_fails_fails_alone",),
+    ),
+    Break(
         name="D1-leaving-copies-all",
         file="millpond/kv/segment.py",
-        old="mx.take(array, index, axis=0)[:, :, : self._held(length)]",
-        new="array[row : row + 1, :, : self._held(length)]",
+        old="mx.take(array[:, :, :held], index, axis=0)",
+        new="array[:, :, :held][row : row + 1]",
         by=("test_joining_and_leaving_cost_one_row",),
     ),
     Break(
