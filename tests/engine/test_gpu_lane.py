@@ -12,15 +12,19 @@ import mlx.core as mx
 import pytest
 from engine_driver import Driver, disk_cache, prefix_cache, reference, request, settle
 from gpu_lane import FORMATS, as_on_a_gpu, assert_same_or_near, save_as
-from tiny_models import CONFIGS_WIDE, SLOT_KINDS, VOCAB
+from tiny_models import CONFIGS_MIXED, CONFIGS_WIDE, SLOT_KINDS, VOCAB
 
 from millpond.model.opened import OpenModel, open_model
 from millpond.types import KvPacking, SpecMode, SpecSettings, Speculation
 
-SMALL = [("llama", "q4"), ("qwen3", "mxfp4"), ("gemma3_text", "bf16"), ("deepseek_v2", "bf16"), ("llama", "nvfp4")]
+SMALL = [
+    *(("llama", "q4"), ("qwen3", "mxfp4"), ("gemma3_text", "bf16"), ("deepseek_v2", "bf16"), ("llama", "nvfp4")),
+    ("qwen3_moe", "q4"),
+]
 CASES = [
     pytest.param((kind, stored), id=f"{kind}-{stored}", marks=[] if (kind, stored) in SMALL else pytest.mark.slow)
-    for kind, stored in itertools.product(SLOT_KINDS, FORMATS)
+    for kind, stored in itertools.product((*SLOT_KINDS, *CONFIGS_MIXED), FORMATS)
+    if kind not in CONFIGS_MIXED or stored != "bf16"  # MLX's gathered product knows float32 only, on a CPU
 ]
 LENGTHS = (5, 33, 70, 150, 200)
 ANSWER = 16

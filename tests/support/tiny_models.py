@@ -131,13 +131,28 @@ WIDE = {
 }
 """Heads as wide as real models have them, whose keys and values can be packed."""
 CONFIGS_WIDE = {f"wide_{kind}": {**CONFIGS[kind], **wide} for kind, wide in WIDE.items()}
+CONFIGS_MIXED = {
+    "qwen3_moe": {
+        **_COMMON,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    }
+}
+"""Mixtures of experts."""
 
 SLOT_KINDS = ("llama", "qwen3", "gemma3_text", "deepseek_v2")
 SOLO_KINDS = ("mamba", "lfm2", "qwen3_next")
 
 
 def config_of(kind: str) -> dict[str, object]:
-    return {**CONFIGS, **CONFIGS_WIDE}[kind]
+    return {**CONFIGS, **CONFIGS_WIDE, **CONFIGS_MIXED}[kind]
 
 
 def build(kind: str, seed: int = 0) -> nn.Module:
