@@ -139,13 +139,19 @@ def test_a_ragged_step_casts_no_indices(model: LoadedModel, tmp_path: Path) -> N
     assert ragged < aligned + LAYERS // 2
 
 
-def test_waits_of_a_step(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host waits for a step once, when it reads what was drawn."""
+def decoding(model: LoadedModel, most: int) -> Driver:
+    """An engine whose rows all draw tokens, ragged ones, at most so many each."""
     driven = Driver(model, max_batch=ROWS)
     for row, length in enumerate(lengths(ROWS)):
-        driven.submit(request(str(row), tiny_models.prompt(length, row), 40))
+        driven.submit(request(str(row), tiny_models.prompt(length, row), most))
     while not all(len(outcome.tokens) > 2 for outcome in driven.outcomes.values()):
         driven.engine.turn()
+    return driven
+
+
+def test_waits_of_a_step(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for a step once, when it reads what was drawn."""
+    driven = decoding(model, 40)
     waits = Counter[str]()
     for name in ("eval", "synchronize"):
         original = getattr(mx, name)
@@ -179,11 +185,7 @@ MOST_PYTHON = 0.5
 @pytest.mark.slow
 def test_python_around_a_step(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is neither MLX's nor the building of the graph."""
-    driven = Driver(model, max_batch=ROWS)
-    for row, length in enumerate(lengths(ROWS)):
-        driven.submit(request(str(row), tiny_models.prompt(length, row), 200))
-    while not all(len(outcome.tokens) > 2 for outcome in driven.outcomes.values()):
-        driven.engine.turn()
+    driven = decoding(model, 200)
     inside = 0.0
 
     def timed(function: Callable[..., object]) -> Callable[..., object]:
