@@ -56,7 +56,16 @@ OF_THE_ENGINE = (
         "ssd_durability",
         "ssd_ttl",
     ),
-    *("ssd_daily_writes", "ssd_min_free", "spec", "spec_tokens", "spec_adaptive", "spec_shared", "tp_silence"),
+    *(
+        "deterministic",
+        "ssd_daily_writes",
+        "ssd_min_free",
+        "spec",
+        "spec_tokens",
+        "spec_adaptive",
+        "spec_shared",
+        "tp_silence",
+    ),
 )
 """What all ranks of a group go by. Folders may differ from machine to machine, and HTTP is rank 0's business."""
 
@@ -115,6 +124,11 @@ class ServeConfig(BaseModel):
         ge=0,
         le=MOST_COUNT,
         description="With kv_bits: tokens from the start of a sequence that are kept as computed, a multiple of 64.",
+    )
+    deterministic: Literal["off", "on"] = Field(
+        "off",
+        description="on: an answer never depends on what else the server does, down to the last bit of its logprobs. "
+        "Costs speed, how much is said at start; no tokens are guessed ahead.",
     )
     cache_ram: Size | None = Field(
         None,
@@ -341,6 +355,8 @@ class ServeConfig(BaseModel):
     @field_validator("draft_model")
     @classmethod
     def _something_to_guess_with(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("deterministic") == "on":
+            raise ValueError("must be left out when deterministic is on, for nothing is guessed then")
         if not value.strip() and (value or info.data.get("spec") == SpecMode.DRAFT):
             raise ValueError(
                 "must name a model when spec is draft" if not value else "must be a model, named like MODEL"

@@ -357,6 +357,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Modes that requests may use besides off."""
     speculation_reason: str = ""
     """Why there are none; empty when there are."""
+    alike: list[list[int]] = []
+    """Numbers of rows that were tried at start, grouped: within a group, a row's logits are equal bit by bit."""
+    deterministic: str = ""
+    """What is done for answers that are the same whatever the load, and what it costs; empty where nothing is."""
     remarks: list[str] = []
     """What of the model's files is not used, or not as they say."""
 

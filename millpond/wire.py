@@ -26,7 +26,7 @@ from millpond.types import (
     SpecSettings,
 )
 
-VERSION = 9
+VERSION = 10
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 
@@ -54,6 +54,8 @@ class Start(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     wired_bytes: int | None = None
     """Kept from being swapped out; None: chosen."""
     packing: KvPacking = UNPACKED
+    deterministic: bool = False
+    """Answers are to be the same whatever the load."""
     prefix: PrefixSettings = PrefixSettings()
     spec: SpecSettings = SpecSettings()
     group: GroupSettings | None = None

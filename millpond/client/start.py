@@ -27,6 +27,7 @@ def start_message(config: ServeConfig, model_path: str, draft_path: str, label: 
         kv_memory_bytes=config.kv_memory_mb * 2**20,
         wired_bytes=None if config.wired_memory_mb is None else config.wired_memory_mb * 2**20,
         packing=config.packing,
+        deterministic=config.deterministic == "on",
         prefix=config.prefix_settings(label),
         spec=config.spec_settings(draft_path),
     )

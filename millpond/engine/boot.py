@@ -16,6 +16,7 @@ from millpond.engine.group import ALONE, Group
 from millpond.engine.link import FrontEndLink
 from millpond.engine.loop import Engine
 from millpond.engine.prepare import prepare
+from millpond.engine.steady import NO_GUESSES
 from millpond.observe.log import fields
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.types import ModelInfo, SpecMode
@@ -33,10 +34,13 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     folder = Path(start.model_path)
     ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
+    unguessed = NO_GUESSES if ready.steady else capabilities.reason
     speculator = open_speculator(
-        start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group
+        start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group, unguessed
     )
-    limits = Limits(start.max_batch, start.max_itl_ms, budget.chunk, together=capabilities.together)
+    limits = Limits(
+        start.max_batch, start.max_itl_ms, budget.chunk, together=capabilities.together, steady=ready.steady
+    )
     scheduler = Scheduler(limits, budget, ready.costs)
     engine = Engine(ready, scheduler, Executor(ready, group), speculator, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
@@ -51,7 +55,9 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     if not capabilities.pipelined and not model.on_cpu:
         log.warning("steps in flight would copy the rows: each is launched once the one before it has been read")
     if not speculator.modes and start.spec.default.mode is not SpecMode.OFF:
-        log.warning("tokens of this model are not guessed ahead", extra=fields(reason=capabilities.reason))
+        log.warning("tokens of this model are not guessed ahead", extra=fields(reason=unguessed))
+    if ready.steady:
+        log.info("answers are deterministic", extra=fields(costs=ready.steady_costs))
     link.send(
         Ready(
             ModelInfo(
@@ -72,7 +78,9 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
                 prefix_cache="" if ready.uncached else "+".join(ready.prefixes.kinds),
                 prefix_cache_reason=ready.uncached,
                 speculation=[mode.value for mode in speculator.modes],
-                speculation_reason="" if speculator.modes else capabilities.reason,
+                speculation_reason="" if speculator.modes else unguessed,
+                deterministic=ready.steady_costs,
+                alike=capabilities.alike,
                 ranks=group.world,
                 remarks=list(model.remarks),
             )

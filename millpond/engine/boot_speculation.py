@@ -63,18 +63,20 @@ def open_speculator(
     draft: OpenModel | None,
     draft_bytes: int,
     group: Group = ALONE,
+    unguessed: str = "",
 ) -> Speculator:
-    """With all proposers that this model can have. ``content``: digest of the served model's folder."""
+    """With all proposers that this model can have; none where ``unguessed`` says why. ``content``: digest of the served
+    model's folder."""
     curve = Curve()
-    if capabilities.slots and settings.default.mode is not SpecMode.OFF:
+    if not unguessed and settings.default.mode is not SpecMode.OFF:
         about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(group.world))
         curve = remembered(Curve, about, lambda: _curve(model, capabilities, group), lambda found: found != Curve())
         costs.observe_decode(1, 0, curve.at(1))
     controller = Controller(costs, Pace(curve))
     proposers: dict[SpecMode, Proposer] = {}
-    if capabilities.slots:  # elsewhere wrong tokens cannot be taken back
+    if not unguessed:
         proposers[SpecMode.NGRAM] = NgramProposer(model.vocab_size, shared=settings.shared)
-    if draft is not None:
+    if draft is not None and not unguessed:
         cache_bytes = int(draft_bytes * DRAFT_BLOCKS_SHARE)
         proposers[SpecMode.DRAFT] = Draft(
             draft.model,

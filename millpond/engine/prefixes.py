@@ -279,6 +279,8 @@ class Prefixes:
         if cache is None or form is None or query is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += end - start
+        if end % form.layout.step:
+            return  # read in a shorter forward than those that will look for it
         made: list[Made] = []
         lasting = tuple(kind for kind in form.layout.kinds if kind is not Kind.STATE)
         for begin, stop in block_grid(start, end):
@@ -300,10 +302,11 @@ class Prefixes:
         if cache is None or form is None or query is None or sequence.prompt is None:
             return
         cache.counters.computed_tokens += 1  # the last token, in the coming step
+        end -= end % form.layout.step
         if end == 0:
             return
         begin = (end - 1) // BLOCK * BLOCK
-        if form.layout.exact or self._ends[query.last_key] > 1:
+        if form.layout.step == 1 and (form.layout.exact or self._ends[query.last_key] > 1):
             # Otherwise the block that the answer fills, or its tail, will hold these tokens too.
             kinds = cache.missing(query, begin, end, form.layout.kinds)
             records = {kind: cut_prompt(form, sequence.prompt, begin, end, kind) for kind in kinds}
@@ -330,11 +333,16 @@ class Prefixes:
             if good:
                 self._cache.keep(sequence.query, block.begin, block.end, block.records)
 
+    @property
+    def _keeps_answers(self) -> bool:
+        """Not where what is restored must be what reading it again would give: drawing rounds in another way."""
+        return self._form is not None and self._form.layout.step == 1
+
     # --- drawing tokens ---------------------------------------------------------------------------------------
 
     def cuts(self, lane: Lane) -> list[Cut]:
         """Lazy copies of the blocks that the forward just dispatched fills."""
-        if self._form is None:
+        if not self._keeps_answers:
             return []
         made = []
         for name, length in zip(lane.batch.names, lane.batch.lengths, strict=True):
@@ -346,7 +354,7 @@ class Prefixes:
     def filled(self, before: Many[int], lane: Lane) -> list[Cut]:
         """The blocks that rows have filled since they had the lengths ``before``, at most one each; nothing may be in
         flight, and they are cut when ``step_read`` is told of them."""
-        if self._form is None:
+        if not self._keeps_answers:
             return []
         rows = zip(lane.batch.names, lane.batch.lengths, before, strict=True)
         grown = [(name, length // BLOCK * BLOCK, was) for name, length, was in rows]
@@ -375,7 +383,7 @@ class Prefixes:
     def answer_done(self, sequence: Sequence, lane: Lane) -> None:
         """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""
         cache, form, query = self._cache, self._form, sequence.query
-        if cache is None or form is None or query is None or sequence.poisoned:
+        if cache is None or form is None or query is None or sequence.poisoned or not self._keeps_answers:
             return
         name, processed = sequence.request.id, sequence.processed
         length = lane.batch.lengths[lane.batch.row(name)]

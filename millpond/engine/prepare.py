@@ -15,6 +15,8 @@ import mlx.core as mx
 from millpond.engine.boot_speculation import open_draft
 from millpond.engine.group import Group, RankReport
 from millpond.engine.prefixes import Prefixes
+from millpond.engine.steady import CHUNK as STEADY_CHUNK
+from millpond.engine.steady import check_chunk, steadied
 from millpond.engine.warm_up import first_costs, warm_up, warm_up_all
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
@@ -69,6 +71,10 @@ class Prepared:
     mlx_group: mx.distributed.Group | None = None
     draft: OpenModel | None = None
     draft_bytes: int = 0
+    steady: int = 0
+    """Tokens of each chunk of a prompt where answers are to be the same whatever the load; else 0."""
+    steady_costs: str = ""
+    """What is done for that and what it costs, for people."""
 
 
 def prepare(
@@ -100,6 +106,10 @@ def prepare(
             share=(group.rank, group.world),
             unanimous=group.unanimous,
         )
+        steady = min(start.prefill_chunk or STEADY_CHUNK, STEADY_CHUNK) if start.deterministic else 0
+        costs_of_it = ""
+        if steady:
+            opened, costs_of_it = steadied(opened, start.max_batch, steady, group.world)
         model, capabilities, content = opened.model, opened.capabilities, opened.content
         warm_up(model, capabilities)
         costs = CostModel()
@@ -121,6 +131,7 @@ def prepare(
     found = group.settle(RankReport(capabilities=capabilities, limit_bytes=budget.limit_bytes, layers=layers))
     capabilities, budget = found.capabilities, replace(budget, limit_bytes=found.limit_bytes)
     model = _within_memory(model, budget, model.context_length if mlx_group is None else LONGEST_TOLD)
+    check_chunk(steady, budget, model.context_length)
     uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.cache_ram == 0 else "")
     prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
@@ -136,6 +147,8 @@ def prepare(
         uncached=uncached,
         draft=draft,
         draft_bytes=draft_bytes,
+        steady=steady,
+        steady_costs=costs_of_it,
     )
 
 

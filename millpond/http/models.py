@@ -47,6 +47,8 @@ def _shown(model: ServedModel) -> dict[str, object]:
             "prefix_cache_reason": _told(info.prefix_cache_reason),
             "speculation": info.speculation,
             "speculation_reason": _told(info.speculation_reason),
+            "row_counts_alike": info.alike,
+            "deterministic": info.deterministic,
             "remarks": [_told(remark) for remark in info.remarks],
         }
     return shown

@@ -140,10 +140,11 @@ class Arena:
         row = self.batch.row(name)
         return [slot.span(row, start, end) if slot.kind is kind else () for slot in self.slots]
 
-    def begin(self, columns: int) -> Sequence[Slot]:
-        """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache."""
+    def begin(self, columns: int, filled_to: int = 0) -> Sequence[Slot]:
+        """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache.
+        ``filled_to``: see Forward."""
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
-        self._forward = Forward(self.lengths, columns)
+        self._forward = Forward(self.lengths, columns, filled_to)
         for slot in self.slots:
             slot.begin(self._forward)
         return self.slots  # one per layer: a layer of several leaves would be handed a tuple of them

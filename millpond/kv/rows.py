@@ -16,12 +16,16 @@ import mlx.core as mx
 class Forward:
     """The geometry of one forward of ``columns`` new tokens per row over rows of the given lengths.
 
-    Immutable. ``offset`` is int32 [n]; ``row`` uint32 [n, 1], as MLX's own indices are: others would be cast in each
+    Immutable. ``offset`` is int32 [rows]; ``row`` uint32 [n, 1], as MLX's own indices are: others would be cast in each
     layer.
     """
 
-    def __init__(self, lengths: Sequence[int], columns: int) -> None:
+    def __init__(self, lengths: Sequence[int], columns: int, filled_to: int = 0) -> None:
+        """``filled_to``: the forward has so many rows, of which those behind the live ones hold and leave nothing, and
+        each attends alone; 0: only live ones, which attend together."""
         self.n = len(lengths)
+        self.rows = max(self.n, filled_to)
+        self.apart = filled_to > 0
         self.columns = columns
         self.longest = max(lengths)
         self.aligned = min(lengths) == self.longest
@@ -31,7 +35,12 @@ class Forward:
 
     @cached_property
     def offset(self) -> mx.array:
-        return mx.array(self._lengths, dtype=mx.int32)
+        return mx.array(self._lengths + [0] * (self.rows - self.n), dtype=mx.int32)
+
+    @cached_property
+    def alone(self) -> list[Forward]:
+        """That of each live row, as if there were no other."""
+        return [Forward([length], self.columns) for length in self._lengths]
 
     @cached_property
     def row(self) -> mx.array:
@@ -39,7 +48,7 @@ class Forward:
 
     @cached_property
     def positions(self) -> mx.array:
-        """Absolute positions written by this forward, int32 [n, columns]."""
+        """Absolute positions written by this forward, int32 [rows, columns]."""
         return self.offset[:, None] + mx.arange(self.columns, dtype=mx.int32)[None]
 
     def written(self, first: int, ring: int | None = None) -> mx.array:
@@ -84,7 +93,7 @@ class Forward:
         return min(self.longest + self.columns, capacity)
 
     def mask(self, window: int | None, capacity: int) -> mx.array | None:
-        """Which column each query may see: bool [n, 1, columns, width], or None when every query sees all of them.
+        """Which column each query may see: bool [rows, 1, columns, width], or None when every query sees all of them.
 
         Column j of a row whose newest position is ``last`` holds position last - (last - j) mod capacity: true for a
         ring, and for a plain slot (never full) too, where unused columns come out negative or beyond the query.

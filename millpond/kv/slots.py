@@ -167,7 +167,7 @@ class KvSlot:
 
     @property
     def offset(self) -> mx.array:
-        """int32 [n]: absolute position of each row's first new token; constant during one forward."""
+        """int32 [rows]: absolute position of each row's first new token; constant during one forward."""
         return self.forward.offset
 
     def make_mask(
@@ -182,11 +182,13 @@ class KvSlot:
         return self.forward.mask(window_size or self.window, self.capacity)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | tuple[Arrays, Arrays]:
-        """Write [n, H, L, D] at each row's position; what is returned is for attention alone.
+        """Write [rows, H, L, D] at each live row's position; what is returned is for attention alone.
 
         That is views of everything written so far, [n, H, width, D], or the packed arrays; a native slot keeps the new
         ones until ``attend``.
         """
+        if self.forward.rows > self.forward.n:
+            keys, values = keys[: self.forward.n], values[: self.forward.n]
         if self.spec.format.native:
             self._new = (keys, values)
             return keys, values
@@ -206,6 +208,11 @@ class KvSlot:
                 arrays = tuple(map(mx.contiguous, arrays))
             found.append((arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
         return found
+
+    def held(self, row: int, alone: Forward) -> Arrays:
+        """All that a row, ``alone`` in its forward, may see, [1, H, width, x] each, lazily; for one segment."""
+        (segment,) = self.segments
+        return tuple(array[row : row + 1, :, : alone.width(self.capacity)] for array in segment.arrays)
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
         """Native slots only: write what is new and attend, all in C when MLX evaluates it. ``scale``: to the base of 2.

@@ -44,17 +44,38 @@ def over(arrays: Attention) -> Attention:
         mask: Mask,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if isinstance(cache, KvSlot) and (cache.spec.format.native or len(cache.segments) > 1):
+        if not isinstance(cache, KvSlot):
+            return arrays(queries, keys, values, cache, scale, mask, sinks)
+        live = queries[: cache.forward.n] if cache.forward.rows > cache.forward.n else queries
+        if cache.spec.format.native or len(cache.segments) > 1:
             if sinks is not None:
                 raise ValueError("slots of this kind know no attention sinks")
             if not cache.spec.format.native:
-                return split_attention(queries, cache, scale, mask)
-            if mask is not None:
+                mixed = split_attention(live, cache, scale, mask)
+            elif mask is not None:
                 raise ValueError("attention over slots in C knows no masks")
-            return cache.attend(queries, scale * cpu_math.LOG2_E)
-        return arrays(queries, keys, values, cache, scale, mask, sinks)
+            else:
+                mixed = cache.attend(live, scale * cpu_math.LOG2_E)
+        elif cache.forward.apart:
+            mixed = row_by_row(arrays, live, cache, scale, sinks)
+        else:
+            return arrays(queries, keys, values, cache, scale, mask, sinks)
+        rest = queries.shape[0] - live.shape[0]
+        return mx.concatenate([mixed, mx.zeros((rest, *mixed.shape[1:]), mixed.dtype)]) if rest else mixed
 
     return attention
+
+
+def row_by_row(arrays: Attention, queries: mx.array, slot: KvSlot, scale: float, sinks: mx.array | None) -> mx.array:
+    """Attention of [n, H, L, D] in which a row's shapes, and with them its rounding, know nothing of its neighbours."""
+    if slot.spec.format.packs:
+        raise ValueError("packed keys and values are not attended to row by row")
+    mixed = []
+    for row, alone in enumerate(slot.forward.alone):
+        keys, values = slot.held(row, alone)
+        mask = alone.mask(slot.window, slot.capacity)
+        mixed.append(arrays(queries[row : row + 1], keys, values, None, scale, mask, sinks))
+    return mx.concatenate(mixed)
 
 
 def split_attention(queries: mx.array, slot: KvSlot, scale: float, mask: Mask) -> mx.array:

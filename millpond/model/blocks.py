@@ -97,7 +97,8 @@ class BlockFormat:
     @property
     def kept_as(self) -> str:
         """For the namespace: what a record of this format cannot be mistaken for."""
-        return f"{self.dtype} {self.form.packing.described('')}".strip()
+        steps = f"in steps of {self.layout.step}" if self.layout.step > 1 else ""
+        return " ".join(filter(None, (self.dtype, self.form.packing.described(""), steps)))
 
     # --- cutting ----------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class BlockFormat:
         """
         prompt = new_prompt(network, self.form)
         prompt.length = plan.position
-        room = 0 if whole else max(0, capacity - plan.position)
+        room = max(0, capacity - plan.position)
         groups, states = self.groups[Kind.KV], self.groups[Kind.STATE]
         for number, group in enumerate(groups):
             for place, leaf in enumerate(group):

@@ -12,9 +12,10 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from millpond.kv.arena import Arena
+from millpond.kv.arena import NO_LIMIT, Arena
 from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
+from millpond.kv.slots import LeafSpec
 from millpond.model.prompt import Prompt
 from millpond.model.upstream import cache_arrays
 from millpond.prefix.records import Kind
@@ -69,12 +70,21 @@ class Lane(Protocol):
 class SlotsLane(Arena):
     """All rows in one batched forward."""
 
+    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT, steady: Sequence[int] = ()) -> None:
+        """``steady``: numbers of rows that forwards are filled up to, ascending, where each row attends alone."""
+        super().__init__(specs, limit_bytes)
+        self._steady = steady
+
     def adopt(self, name: str, prompt: Prompt) -> None:
         self.put(name, prompt.rows() if prompt.length else (), prompt.length)
 
     def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        logits: mx.array = model(tokens, cache=self.begin(tokens.shape[1]))
-        return logits
+        live, columns = tokens.shape
+        filled_to = next((rows for rows in self._steady if rows >= live), 0)
+        if filled_to > live:
+            tokens = mx.concatenate([tokens, mx.zeros((filled_to - live, columns), tokens.dtype)])
+        logits: mx.array = model(tokens, cache=self.begin(columns, filled_to))
+        return logits[:live] if filled_to > live else logits
 
 
 class SoloLane:

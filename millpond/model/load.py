@@ -92,11 +92,14 @@ class LoadedModel:
     """What was done to the files' content on the way; empty for those that mlx-lm reads as they are."""
     blocks: BlockFormat | str
     """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
+    steady: tuple[int, ...] = ()
+    """Numbers of rows that decode forwards are filled up to, so that a row's numbers are the same whoever is beside it;
+    none where that is not asked for."""
 
     def slots_lane(self, limit_bytes: int = NO_LIMIT) -> SlotsLane:
         """A lane without rows yet, which may take so many bytes. Only for a model that slots can hold."""
         assert not isinstance(self.specs, str), self.specs
-        return SlotsLane(self.specs, limit_bytes)
+        return SlotsLane(self.specs, limit_bytes, self.steady)
 
     def identity(self, content: str) -> str:
         """What tells this model from others, hex: the digest of its files and, if they were changed on the way, how."""

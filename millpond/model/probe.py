@@ -23,6 +23,7 @@ from millpond.model.lanes import Lane, SoloLane
 from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel, ModelError, kept_as
 from millpond.model.prompt import Prompt, new_prompt
+from millpond.model.rounding import alike
 from millpond.model.upstream import cache_arrays, new_cache
 from millpond.prefix.keys import pack
 from millpond.prefix.match import Part, RestorePlan
@@ -68,6 +69,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     """Attention over packed slots wants copies without gaps."""
     together: bool = False
     """Several prompts can be read in one forward."""
+    alike: list[list[int]] = []
+    """Numbers of rows that were tried, grouped by the bits that a row gets in forwards of so many; see rounding."""
 
     def lane(self, model: LoadedModel, limit_bytes: int = NO_LIMIT) -> Lane:
         """A fresh lane of the right kind, whose rows and prompts together may take so many bytes."""
@@ -97,7 +100,16 @@ def probe(model: LoadedModel) -> Capabilities:
     pipelined = bool(reason) or donates(model)
     together = not reason and not _attempt(lambda: _reading_together(model))
     form = model.form
-    return Capabilities(not reason, reason, pipelined, uncached, form.native, form.contiguous, together)
+    return Capabilities(
+        slots=not reason,
+        reason=reason,
+        pipelined=pipelined,
+        uncached=uncached,
+        native=form.native,
+        contiguous=form.contiguous,
+        together=together,
+        alike=[] if reason else alike(model),
+    )
 
 
 def _attempt(check: Callable[[], str]) -> str:

@@ -101,7 +101,14 @@ class Match:
 
     def plan(self, disk: bool) -> RestorePlan:
         """The best position to resume with what is in memory, or with what is on disk as well."""
-        most = min(self.limit, self.ceiling)
+        most, step = min(self.limit, self.ceiling), self._layout.step
+        while True:
+            plan = self._up_to(most // step * step, disk)
+            if plan.position % step == 0:
+                return plan
+            most = plan.position
+
+    def _up_to(self, most: int, disk: bool) -> RestorePlan:
         path = self.follow()[: most // BLOCK]
         parts = [Part(node, BLOCK) for node in path]
         links = [self._link(part, disk) for part in parts]

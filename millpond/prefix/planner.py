@@ -21,6 +21,8 @@ class Layout:
     """The largest sliding window in tokens; 0 for none."""
     state: bool
     """Some layer is recurrent."""
+    step: int = 1
+    """Positions that are resumed are multiples of so many tokens, and so are the ends of blocks that are kept."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

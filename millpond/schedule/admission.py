@@ -24,7 +24,7 @@ class MemoryReservation:
 
     def add(self, request: SchedulerRequest) -> None:
         self.count += 1
-        self._need = max(self._need, request.need)
+        self._need = max(self._need, request.promised)
         self._total = max(self._total, request.total)
         self._preempted = max(self._preempted, request.preempted)
         if not request.in_row:
@@ -55,7 +55,7 @@ class MemoryReservation:
             return True
         preempted = max(self._preempted, request.preempted)
         room = grid * 4 ** min(preempted, 16)
-        need = max(self._need, request.need)
+        need = max(self._need, request.promised)
         longest = max(need, min(max(self._total, request.total), need + room))
         arena = self._budget.arena_bytes(self.count + 1, longest)
         prefill = self._prefill_bytes + self._budget.prefill_bytes(request.prefill)

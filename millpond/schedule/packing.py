@@ -50,10 +50,11 @@ class Packer:
         lengths: list[int],
         slowdown: float = 1.0,
         together: bool = False,
+        steady: int = 0,
     ) -> None:
         """``budget`` says how long a chunk may be where. ``lengths``: tokens held by each decoding row. ``max_chunk``:
         most prompt tokens in the step. ``slowdown``: how many times as long as a plain one its decode forward takes.
-        ``together``: several prompts may be read in one forward."""
+        ``together``: several prompts may be read in one forward. ``steady``: chunks have so many tokens, see Limits."""
         self.full = False
         self._reads: list[Read] = []
         self._costs = costs
@@ -65,7 +66,8 @@ class Packer:
         self._rows = len(lengths)
         self._context = sum(lengths)
         self._slowdown = slowdown
-        self._together = together
+        self._together = together and not steady
+        self._steady = steady
         self._spent_ms = 0.0
 
     @property
@@ -132,6 +134,8 @@ class Packer:
     def _next(self, request: SchedulerRequest, start: int, behind: int) -> tuple[int | None, int | None]:
         """Where the next piece from ``start`` ends, None when it has to wait for another step; and which forward, from
         number ``behind`` on, it joins, None for one of its own."""
+        if self._steady:
+            return self._steadily(request, start), None
         aligned = request.prefill // self._grid * self._grid
         target = aligned if start < aligned else request.prefill
         if start < request.stop < target:
@@ -152,6 +156,13 @@ class Packer:
         if end <= start and not self._reads:
             end = (start // self._grid + 1) * self._grid
         return (end if end > start else None), None
+
+    def _steadily(self, request: SchedulerRequest, start: int) -> int | None:
+        """The same for chunks that never depend on what else there is to do."""
+        end = min((start // self._steady + 1) * self._steady, request.prefill)
+        time_left = self._time_left_ms(request if end == request.prefill else None)
+        fits = end - start <= self._tokens_left and self._costs.prefill_ms(start, end - start) <= time_left
+        return end if fits or not self._reads else None
 
     def _time_left_ms(self, adopting: SchedulerRequest | None) -> float:
         """Prefill time this step can still spend. Unlimited while there is no row that waits for its next token."""

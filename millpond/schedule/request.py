@@ -29,6 +29,8 @@ class SchedulerRequest:
     """Order of arrival, decides ties."""
     prompt: int
     """Tokens that the client sent."""
+    whole: bool = False
+    """It is promised room for its whole answer when it begins."""
     done: int = 0
     """Tokens in its own prefill cache."""
     in_row: bool = False
@@ -66,6 +68,11 @@ class SchedulerRequest:
     def need(self) -> int:
         """Positions its row has to offer in the step in which it decodes next."""
         return self.length + 1 if self.in_row else self.tokens
+
+    @property
+    def promised(self) -> int:
+        """Positions for which there has to be room from now on."""
+        return self.total if self.whole else self.need
 
     def back_to_waiting(self, tokens: int) -> None:
         """Forget everything computed; ``tokens`` have to be computed again."""

@@ -59,6 +59,9 @@ class Limits:
     grid: int = GRID
     together: bool = False
     """Several prompts may be read in one forward."""
+    steady: int = 0
+    """What a prompt's chunks are, whatever else there is to do: so many tokens each, but for the last, and nobody is
+    preempted, for rows are promised all that they can come to need. 0: as it pays."""
     age_weight: float = 0.5
     """Seconds of predicted prefill that one second of waiting makes up for."""
 
@@ -69,6 +72,8 @@ class Limits:
             raise ValueError(f"grid is {self.grid}, must be at least 1")
         if self.max_chunk < self.grid:
             raise ValueError(f"max_chunk is {self.max_chunk}, must be at least the grid of {self.grid}")
+        if self.steady % self.grid or not 0 <= self.steady <= self.max_chunk:
+            raise ValueError(f"steady is {self.steady}, must be a multiple of {self.grid} up to {self.max_chunk}")
 
 
 class Scheduler:
@@ -113,7 +118,7 @@ class Scheduler:
                 f"the limit is {self._budget.limit_bytes} bytes"
             )
         self._requests[name] = SchedulerRequest(
-            name, prompt_tokens, total, priority, client, now, self._added, prompt_tokens
+            name, prompt_tokens, total, priority, client, now, self._added, prompt_tokens, whole=self._limits.steady > 0
         )
         self._added += 1
 
@@ -326,6 +331,7 @@ class Scheduler:
             lengths=[request.need for request in rows],
             slowdown=self.slowdown,
             together=self.together,
+            steady=self._limits.steady,
         )
         started = [request for request in self._requests.values() if request.started and request not in victims]
         holders = rows + started

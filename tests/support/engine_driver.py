@@ -82,6 +82,7 @@ class Driver:
         inbox: Inbox | None = None,
         spec: SpecSettings | None = None,
         draft: Proposer | None = None,
+        steady: int = 0,
     ) -> None:
         """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``. Without ``spec``, no guesses."""
         self.inbox: Inbox = inbox or queue.SimpleQueue()
@@ -106,7 +107,7 @@ class Driver:
             proposers[SpecMode.DRAFT] = draft
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec, proposers, 7, self.controller)
-        limits = Limits(max_batch, 400, max_chunk, together=self.capabilities.together)
+        limits = Limits(max_batch, 400, max_chunk, together=self.capabilities.together, steady=steady)
         self.scheduler = Scheduler(limits, ready.budget, ready.costs)
         self.engine = Engine(ready, self.scheduler, Executor(ready), self.speculator, self.inbox, self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,6 +37,30 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         for function, upstream in UPSTREAM_MATH.items():
             if name.startswith("mlx_lm.models.") and function in vars(module):
                 monkeypatch.setattr(module, function, upstream)  # as a CPU's models have left it, for the next ones
+
+
+def rounding_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and attention that round in other ways for other numbers of rows, as kernels of a GPU do; attention also
+    by how many keys there are. What they give differs by some of the last bits that bfloat16 has."""
+
+    def nudged(result: mx.array, rows: int) -> mx.array:
+        last_bit = mx.arange(result.shape[-1]) % 64 == rows % 5
+        return result * mx.where(last_bit, 1 + 1 / 128, 1.0).astype(result.dtype)
+
+    for layer in (nn.Linear, nn.QuantizedLinear):
+        product = layer.__call__
+
+        def call(self: nn.Module, x: mx.array, product: Callable[..., mx.array] = product) -> mx.array:
+            return nudged(product(self, x), x.size // x.shape[-1])
+
+        monkeypatch.setattr(layer, "__call__", call)
+    attention = mx.fast.scaled_dot_product_attention
+
+    def attend(queries: mx.array, keys: mx.array, *rest: object, **named: object) -> mx.array:
+        mixed = attention(queries, keys, *rest, **named)  # type: ignore[call-overload]
+        return nudged(mixed, queries.shape[0] + keys.shape[2])
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
 
 
 def in_half(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:

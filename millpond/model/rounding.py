@@ -1,0 +1,113 @@
+"""How a row's numbers depend on how many rows its forward has: kernels, and with them rounding, differ by that.
+
+Differences are as small as rounding is, and now and then one of them makes another token the likeliest. Engine thread
+only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from millpond.kv.arena import NO_LIMIT
+from millpond.memory.budget import capacity_bucket
+from millpond.model.forwards import decode
+from millpond.model.lanes import SlotsLane
+from millpond.model.load import LoadedModel
+from millpond.model.prompt import new_prompt
+
+TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 32)
+"""Numbers of rows that are compared: kernels change within the first few, and where matrices begin to pay."""
+CONTEXT = 16
+"""Tokens of a row that is compared. They are zeros: rounding is about shapes."""
+NEIGHBOURS = (3, 40, 300)
+"""The same of rows beside it, in turn: shorter, longer, and beyond what a row has room for at first."""
+MOST_BYTES = 1 << 30
+"""Of the rows that are tried."""
+TIMED = 3
+
+
+def alike(model: LoadedModel, tried: Iterable[int] = TRIED) -> list[list[int]]:
+    """Numbers of rows, of those ``tried``, grouped by what a row's forward gives: the same bits within a group, other
+    ones elsewhere. Left out are those whose rows would take too much memory."""
+    groups: list[tuple[mx.array, list[int]]] = []
+    for rows in tried:
+        if rows > 1 and rows * _row_bytes(model) > MOST_BYTES:
+            continue
+        logits = _logits(model.slots_lane(), model, [CONTEXT] * rows)
+        for known, members in groups:
+            if same(known, logits):
+                members.append(rows)
+                break
+        else:
+            groups.append((logits, [rows]))
+    return [members for _, members in groups]
+
+
+def steady_rows(model: LoadedModel, max_batch: int) -> tuple[int, ...] | str:
+    """Numbers of rows, ascending, the last one ``max_batch``: filled up to one of them, with each row attending alone,
+    a decode forward gives a row the same bits whoever is beside it. Or why that cannot be had."""
+    target = _filled(model, max_batch)
+    smaller = [rows for rows in TRIED if rows < max_batch and same(_filled(model, rows), target)]
+    widths = (*smaller, max_batch)
+    for rows in dict.fromkeys((1, 2, min(5, max_batch), max_batch)):
+        if rows > 2 and rows * _row_bytes(model) > MOST_BYTES:
+            continue
+        lengths = [NEIGHBOURS[place % len(NEIGHBOURS)] for place in range(rows - 1)]
+        longest = max(1, model.context_length - 2)
+        crowd = [CONTEXT, *(min(length, longest) for length in lengths)]
+        if not same(_logits(_steady(model, widths), model, crowd), target):
+            return f"what is computed for a row depends on the {rows - 1} beside it even where all forwards are alike"
+    return widths
+
+
+def slower(model: LoadedModel, widths: Sequence[int]) -> float:
+    """How many times as long a step of one row takes in forwards that are filled up."""
+    usual, filled = (_seconds(model.slots_lane(), model), _seconds(_steady(model, widths), model))
+    return filled / usual
+
+
+def same(one: mx.array, other: mx.array) -> bool:
+    """Whether two rows of logits are equal, bit by bit but for the sign of zeros."""
+    return bool(mx.array_equal(one, other, equal_nan=True).item())
+
+
+def _row_bytes(model: LoadedModel) -> int:
+    assert not isinstance(model.specs, str)
+    return sum(spec.row_bytes(capacity_bucket(CONTEXT + 1)) for spec in model.specs)
+
+
+def _steady(model: LoadedModel, widths: Sequence[int]) -> SlotsLane:
+    return replace(model, steady=tuple(widths)).slots_lane(NO_LIMIT)
+
+
+def _filled(model: LoadedModel, rows: int) -> mx.array:
+    """Logits of a single row whose forward has so many."""
+    return _logits(_steady(model, (rows,)), model, [CONTEXT])
+
+
+def _logits(lane: SlotsLane, model: LoadedModel, lengths: Sequence[int]) -> mx.array:
+    """Those of the first of rows of these lengths, [vocab]. Its neighbours have other tokens."""
+    for row in range(len(lengths)):
+        lane.adopt(str(row), new_prompt(model.network, model.form))
+    lane.advance(lengths)
+    logits = decode(model.network, lane, _tokens(model, len(lengths)))[0]
+    mx.eval(logits)
+    return logits
+
+
+def _tokens(model: LoadedModel, rows: int) -> mx.array:
+    return (mx.arange(1, rows + 1, dtype=mx.int32) * 7919) % model.vocab_size
+
+
+def _seconds(lane: SlotsLane, model: LoadedModel) -> float:
+    lane.adopt("timed", new_prompt(model.network, model.form))
+    times = []
+    for _ in range(1 + TIMED):
+        begun = time.monotonic()
+        mx.eval(mx.argmax(decode(model.network, lane, _tokens(model, 1)), axis=-1))
+        times.append(time.monotonic() - begun)
+    return min(times[1:])
