@@ -133,7 +133,7 @@ class ServeConfig(BaseModel):
     cache_ram: Size | None = Field(
         None,
         description="Most memory for cached prefixes, such as 8GB; 0 turns the prefix cache off. "
-        "Default: half of the memory for keys and values.",
+        "Default: half of the memory for keys and values, or half of what other programs leave, if that is less.",
     )
     share_prefixes: Literal["off", "on"] = Field(
         "off",

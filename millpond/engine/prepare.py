@@ -23,7 +23,7 @@ from millpond.hub.errors import SourceError
 from millpond.hub.fingerprint import folder_fingerprint
 from millpond.hub.progress import SilentProgress
 from millpond.memory.budget import MemoryBudget
-from millpond.memory.machine import total_memory
+from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import blocks_limit, draft_limit, kv_limit, scores_limit, wired_limit
 from millpond.model.blocks import BlockFormat, agree, stored
 from millpond.model.load import LoadedModel, ModelError
@@ -135,7 +135,8 @@ def prepare(
     uncached = capabilities.uncached or ("cache_ram: 0 bytes" if start.prefix.cache_ram == 0 else "")
     prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
-        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, group)
+        free = None if start.kv_memory_bytes else _free()
+        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, group, free)
     return Prepared(
         model=model,
         capabilities=capabilities,
@@ -168,11 +169,12 @@ def _prefixes(
     costs: CostModel,
     deliver: Callable[[SsdEvent], None],
     group: Group,
+    free: int | None,
 ) -> Prefixes:
     namespace = Namespace(
         weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=group.rank, world=group.world
     ).digest
-    limit = blocks_limit(settings.cache_ram, budget.limit_bytes, group.neighbours)
+    limit = blocks_limit(settings.cache_ram, budget.limit_bytes, group.neighbours, free)
     selfcheck = settings.cache_selfcheck if group.rank == 0 else 0
     cache = PrefixCache(namespace, blocks.layout, limit, stored, partial(agree, blocks.form), selfcheck)
     folder = _ssd_folder(settings) if settings.cache_ssd else None
@@ -215,6 +217,14 @@ def _device_room(neighbours: int) -> int | None:
     if found is None or found.free is None or neighbours > 1:
         return None if found is None else found.total
     return min(found.total, found.free)
+
+
+def _free() -> int | None:
+    """Bytes that nobody uses now, where keys and values go; None where that is not told (Macs)."""
+    if device.on_cpu():
+        return free_memory()
+    found = device.memory()
+    return None if found is None else found.free
 
 
 def _budget(

@@ -47,8 +47,10 @@ class Copies:
 class Arena:
     """The running batch's keys and values."""
 
-    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT) -> None:
+    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT, width_step: int = 1) -> None:
+        """``width_step``: see Forward."""
         self._limit_bytes = limit_bytes
+        self._width_step = width_step
         self.batch = Batch()
         self.slots: list[Slot] = []
         self._specs = specs
@@ -144,7 +146,7 @@ class Arena:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache.
         ``filled_to``: see Forward."""
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
-        self._forward = Forward(self.lengths, columns, filled_to)
+        self._forward = Forward(self.lengths, columns, filled_to, self._width_step)
         for slot in self.slots:
             slot.begin(self._forward)
         return self.slots  # one per layer: a layer of several leaves would be handed a tuple of them

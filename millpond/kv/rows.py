@@ -20,9 +20,10 @@ class Forward:
     layer.
     """
 
-    def __init__(self, lengths: Sequence[int], columns: int, filled_to: int = 0) -> None:
+    def __init__(self, lengths: Sequence[int], columns: int, filled_to: int = 0, width_step: int = 1) -> None:
         """``filled_to``: the forward has so many rows, of which those behind the live ones hold and leave nothing, and
-        each attends alone; 0: only live ones, which attend together."""
+        each attends alone; 0: only live ones, which attend together. ``width_step``: where there is a mask, attention
+        sees a multiple of so many columns, as far as slots have them."""
         self.n = len(lengths)
         self.rows = max(self.n, filled_to)
         self.apart = filled_to > 0
@@ -30,6 +31,7 @@ class Forward:
         self.longest = max(lengths)
         self.aligned = min(lengths) == self.longest
         self._lengths = list(lengths)
+        self._width_step = 1 if self.aligned and columns == 1 else width_step
         self._masks: dict[tuple[int | None, int], mx.array | None] = {}
         self._columns: dict[tuple[int, int | None], mx.array] = {}
 
@@ -89,8 +91,8 @@ class Forward:
         return row, place, column
 
     def width(self, capacity: int) -> int:
-        """Columns of a slot that can hold anything a query of this forward may see."""
-        return min(self.longest + self.columns, capacity)
+        """Columns of a slot that can hold anything a query of this forward may see, and perhaps some unused ones."""
+        return min(-(-(self.longest + self.columns) // self._width_step) * self._width_step, capacity)
 
     def mask(self, window: int | None, capacity: int) -> mx.array | None:
         """Which column each query may see: bool [rows, 1, columns, width], or None when every query sees all of them.

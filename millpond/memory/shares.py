@@ -43,9 +43,13 @@ def scores_limit(device: int | None, total: int, processes: int = 1) -> int:
     return int((total if device is None else device) * SCORES_SHARE) // processes
 
 
-def blocks_limit(asked: int | None, limit: int, processes: int = 1) -> int:
-    """Of a process's ``limit`` for keys and values, most for cached blocks. ``asked`` as above; None: half of it."""
-    return limit // 2 if asked is None else min(asked // processes, limit)
+def blocks_limit(asked: int | None, limit: int, processes: int = 1, free: int | None = None) -> int:
+    """Of a process's ``limit`` for keys and values, most for cached blocks. ``asked`` as above; None: half of it, or
+    half of what is ``free`` now that the weights are loaded, where that is told and is less: the other half is for
+    rows, and what other programs hold is theirs."""
+    if asked is not None:
+        return min(asked // processes, limit)
+    return limit // 2 if free is None else min(limit // 2, max(free // processes, LEAST_KV_BYTES) // 2)
 
 
 def draft_limit(limit: int, served: CacheSizes, draft: CacheSizes) -> int:

@@ -70,9 +70,16 @@ class Lane(Protocol):
 class SlotsLane(Arena):
     """All rows in one batched forward."""
 
-    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT, steady: Sequence[int] = ()) -> None:
-        """``steady``: numbers of rows that forwards are filled up to, ascending, where each row attends alone."""
-        super().__init__(specs, limit_bytes)
+    def __init__(
+        self,
+        specs: Sequence[LeafSpec],
+        limit_bytes: int = NO_LIMIT,
+        steady: Sequence[int] = (),
+        width_step: int = 1,
+    ) -> None:
+        """``steady``: numbers of rows that forwards are filled up to, ascending, where each row attends alone.
+        ``width_step``: see Forward."""
+        super().__init__(specs, limit_bytes, width_step)
         self._steady = steady
 
     def adopt(self, name: str, prompt: Prompt) -> None:

@@ -54,6 +54,8 @@ BEYOND_FLOAT16 = "gemma"
 """How model types begin whose activations exceed what float16 can hold; bfloat16 loses less than clipping does."""
 FUSED_DIMS = (64, 80, 128)
 """Dimensions of keys and values in half precision for which Metal and CUDA keep no scores of a prompt's chunk."""
+WIDTH_STEP = 256
+"""Columns by which masked attention over rows gets wider on CUDA, which compiles a graph for each width."""
 SCORE_COPIES = 3
 """Of those that they keep otherwise, at one time."""
 UNDERSTOOD = (SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, FileNotFoundError, ValueError)
@@ -99,7 +101,7 @@ class LoadedModel:
     def slots_lane(self, limit_bytes: int = NO_LIMIT) -> SlotsLane:
         """A lane without rows yet, which may take so many bytes. Only for a model that slots can hold."""
         assert not isinstance(self.specs, str), self.specs
-        return SlotsLane(self.specs, limit_bytes, self.steady)
+        return SlotsLane(self.specs, limit_bytes, self.steady, WIDTH_STEP if device.on_cuda() else 1)
 
     def identity(self, content: str) -> str:
         """What tells this model from others, hex: the digest of its files and, if they were changed on the way, how."""

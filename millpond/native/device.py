@@ -28,6 +28,11 @@ def on_metal() -> bool:
     return not on_cpu() and mx.metal.is_available()
 
 
+def on_cuda() -> bool:
+    """Whether it is an NVIDIA GPU."""
+    return not on_cpu() and not on_metal()
+
+
 def memory() -> DeviceMemory | None:
     """Of the GPU that MLX computes on; None on a CPU, and where MLX does not tell."""
     return None if on_cpu() else memory_told(mx.device_info())

@@ -1,4 +1,4 @@
-"""(R5) The same answer whatever the load, where a device rounds in other ways for other numbers of rows."""
+"""(D4) The same answer whatever the load, where a device rounds in other ways for other numbers of rows."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_model_that_cannot_is_refused_by_name(monkeypatch: pytest.MonkeyPatch,
     as_on_a_gpu(monkeypatch)
     opened = open_model(folder, packing=KvPacking(bits=8, group_size=64))
     assert opened.capabilities.slots
-    with pytest.raises(ModelError, match="deterministic: not with this model on this device: .* row by row"):
+    with pytest.raises(ModelError, match=r"deterministic: not with this model on this device: .* row by row"):
         steadied(opened, ROWS, CHUNK, 1)
 
 

@@ -15,6 +15,7 @@ from gpu_lane import FORMATS, as_on_a_gpu, assert_same_or_near, save_as
 from tiny_models import CONFIGS_MIXED, CONFIGS_WIDE, SLOT_KINDS, VOCAB
 
 from millpond.model.opened import OpenModel, open_model
+from millpond.native import device
 from millpond.types import KvPacking, SpecMode, SpecSettings, Speculation
 
 SMALL = [
@@ -114,6 +115,31 @@ def test_preempted_requests_go_on_where_they_were(opened: OpenModel) -> None:
     tight = answers(opened, prompts, 230, limit_bytes=limit, max_chunk=64)
     assert tight.beat.counters.preemptions > 0
     assert_near(opened, prompts, tight, answers(opened, prompts, 230))
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_widths_that_a_graph_is_compiled_for(cuda: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On CUDA masked attention over rows of different lengths has few widths, and on Metal no column too many."""
+    folder = save_as("llama", "bf16", tmp_path / "model")
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(device, "on_metal", lambda: not cuda)
+    opened = open_model(folder)
+    attention, widths = mx.fast.scaled_dot_product_attention, set()
+
+    def attend(queries: mx.array, keys: mx.array, *rest: object, **named: object) -> mx.array:
+        if isinstance(named["mask"], mx.array):
+            widths.add(int(keys.shape[2]))
+        return attention(queries, keys, *rest, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    prompts = {name: tokens for name, tokens in crowd().items() if len(tokens) > 100}
+    found = answers(opened, prompts, 80)
+    assert (widths <= {256, 512}) == cuda
+    assert len(widths) >= (1 if cuda else 70)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    for name, tokens in prompts.items():
+        expected = reference(opened.model.network, tokens, 80)
+        assert_same_or_near(opened.model.network, tokens, found.outcomes[name].tokens, expected)
 
 
 PACKED = [pytest.param((kind, "bf16"), bits, id=f"{kind}-int{bits}") for kind in CONFIGS_WIDE for bits in (8, 4)]

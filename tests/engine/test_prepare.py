@@ -44,6 +44,26 @@ def test_keys_and_values_have_what_the_gpu_has(
     assert ready.budget.limit_bytes == allowed - ready.model.weight_bytes
 
 
+@pytest.mark.parametrize(
+    ("memory", "asked", "most"),
+    [
+        (DeviceMemory(80 * GIB, 10 * GIB), 0, 5 * GIB),
+        (DeviceMemory(80 * GIB, None), 0, None),
+        (DeviceMemory(80 * GIB, 10 * GIB), 30 * GIB, 15 * GIB),
+    ],
+)
+def test_cached_blocks_have_what_nobody_else_uses(
+    memory: DeviceMemory, asked: int, most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless somebody has said how much memory there is to be had."""
+    folder = in_half(tiny_models.save("llama", tmp_path))
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(device, "memory", lambda: memory)
+    monkeypatch.setattr(preparing, "_device_room", lambda _: 80 * GIB)
+    ready = started(folder, kv_memory_bytes=asked)
+    assert ready.prefixes.load().ram_limit == (ready.budget.limit_bytes // 2 if most is None else most)
+
+
 def test_processes_that_load_together_do_not_count_each_others_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "memory", lambda: DeviceMemory(80 * GIB, 10 * GIB))
     assert preparing._device_room(1) == 10 * GIB

@@ -36,6 +36,15 @@ def test_blocks_are_a_part_of_keys_and_values() -> None:
     assert [blocks_limit(asked, 1000) for asked in (None, 0, 300, 5000)] == [500, 0, 300, 1000]
 
 
+def test_cached_blocks_leave_other_programs_their_memory() -> None:
+    """Half of what is free, where that is less than half of what keys and values may take, unless more is asked for."""
+    assert blocks_limit(None, 10 * GIB, free=30 * GIB) == 5 * GIB
+    assert blocks_limit(None, 10 * GIB, free=4 * GIB) == 2 * GIB
+    assert blocks_limit(None, 10 * GIB, 2, free=4 * GIB) == GIB
+    assert blocks_limit(None, 10 * GIB, free=0) == LEAST_KV_BYTES // 2
+    assert blocks_limit(3 * GIB, 10 * GIB, free=0) == 3 * GIB
+
+
 def test_a_draft_model_has_room_for_as_many_tokens() -> None:
     assert draft_limit(1000, CacheSizes(30), CacheSizes(10)) == 250
     assert draft_limit(1000, CacheSizes(0), CacheSizes(0)) == 0

@@ -63,7 +63,7 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         yield warn("files", remark, REMARKED)
     yield _room(info, free if info.device.startswith("cpu") else None)
     if info.lane == "slots":
-        yield ok("batching", "requests share one forward")
+        yield ok("batching", f"requests share one forward; {_rounding(info.alike)}")
     else:
         text = f"one request at a time in turn: {info.lane_reason}"
         yield warn("batching", text, "nothing to do but to take another model, if many requests come at once")
@@ -75,6 +75,14 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
             "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
         )
     yield _speculation(info, config)
+
+
+def _rounding(alike: list[list[int]]) -> str:
+    """Whether the number of rows shows in a row's last bits."""
+    if len(alike) <= 1:
+        return "how many are there changes no bit of an answer" if alike else "rounding by number was not compared"
+    groups = "; ".join(", ".join(map(str, group)) for group in alike)
+    return f"they round alike among {groups} (--deterministic on hides that)"
 
 
 def _weight_bytes(folder: Path, on_cpu: bool, total: int) -> int:
