@@ -97,8 +97,13 @@ class PrefixCache:
 
     def offer(self, query: PrefixQuery, now: float) -> Offer:
         """What can be restored for a request that has not begun; starts reading from disk what is worth it."""
-        if query.seen is not None and query.seen[0] == self._version and not query.seen[1].held:
-            return query.seen[1]
+        if query.seen is not None:
+            version, offer = query.seen
+            # One that waits for the disk is planned for again when all has come, not with each of a thousand blocks.
+            if offer.held and query.load is not None and query.load.waits(now):
+                return offer
+            if version == self._version and not offer.held:
+                return offer
         plan = self.plan(query, disk=False)
         held = self._fetch(query, plan, now)
         if plan.position and not held and not query.asked:
@@ -282,7 +287,7 @@ class PrefixCache:
         if self._loader is None or query.refused is not None:
             return False
         if query.load is not None:
-            if query.load.waiting and now < query.load.deadline:
+            if query.load.waits(now):
                 return True
             if query.load.waiting or query.load.failed:
                 query.refused = End.DAMAGED if query.load.failed else End.SLOWER

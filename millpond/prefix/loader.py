@@ -33,6 +33,10 @@ class Load:
     """Seconds, monotonic: computing would be done by then."""
     failed: bool = False
 
+    def waits(self, now: float) -> bool:
+        """Whether something is still to come, and worth waiting for."""
+        return bool(self.waiting) and now < self.deadline
+
 
 class Loader:
     """``prefill_seconds(start, tokens)`` predicts computing."""

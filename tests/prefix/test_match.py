@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -107,6 +108,26 @@ def test_a_claim_is_backed_by_records(situation: tuple[Layout, list[list[int]], 
         else:
             assert (plan.parts, plan.needs) == ((), ())
     assert Match(tree.root("other"), query, layout).plan(disk=True).position == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(situations(), st.sampled_from([64, 128]))
+def test_in_steps_the_last_whole_one_that_can_be_resumed(
+    situation: tuple[Layout, list[list[int]], Held, list[int]], step: int
+) -> None:
+    """Neither one beyond it nor one too few: of all multiples, the largest that a plan up to it reaches."""
+    layout, _, held, query = situation
+    tree = planted(layout, held)
+    for disk in (False, True):
+        reached = [0]
+        for ceiling in range(step, len(query), step):
+            match = Match(tree.root(""), query, layout)
+            match.ceiling = ceiling
+            reached += [ceiling] if match.plan(disk).position == ceiling else []
+        plan = Match(tree.root(""), query, replace(layout, step=step)).plan(disk)
+        assert plan.position == max(reached)
+        if plan.position:
+            backed(plan, layout, query, held, disk)
 
 
 @settings(max_examples=100, deadline=None)

@@ -241,8 +241,9 @@ def test_unused_records_expire(tmp_path: Path) -> None:
         tier.tier.touch([heads[0].id])
         tier.save(*chain(1, salt=1))
         time_.advance(200)
-        tier.listener.wait(lambda: tier.tier.stats.expired == 2)
+        tier.listener.wait(lambda: len(tier.listener.gone()) == 2)
         assert tier.listener.gone() == {heads[1].id, heads[2].id}
+        assert tier.tier.stats.expired == 2
     time_.advance(2000)
     with running(tmp_path, limits, clock=time_.clock()) as tier:
         assert tier.opened.entries == []
