@@ -89,4 +89,18 @@ BREAKS = [
         new="    return min(most, weight",
         by=("test_what_is_wired",),
     ),
+    Break(
+        name="R1-a-graph-for-each-width",
+        file="millpond/model/load.py",
+        old="WIDTH_STEP if device.on_cuda() else 1",
+        new="1",
+        by=("test_widths_that_a_graph_is_compiled_for",),
+    ),
+    Break(
+        name="R3-blocks-take-what-others-have",
+        file="millpond/engine/prepare.py",
+        old="free = None if start.kv_memory_bytes else _free()",
+        new="free = None",
+        by=("test_cached_blocks_have_what_nobody_else_uses",),
+    ),
 ]
