@@ -16,7 +16,7 @@ from millpond.memory.budget import MemoryBudget
 from millpond.model.blocks import BlockFormat
 from millpond.model.load import ModelError
 from millpond.model.opened import OpenModel
-from millpond.model.rounding import slower, steady_rows
+from millpond.model.rounding import fitting, slower, steady_rows
 
 CHUNK = 256
 """Tokens of a prompt in one forward. Longer ones are read faster on a GPU; restored prefixes end at multiples."""
@@ -37,7 +37,11 @@ def steadied(opened: OpenModel, max_batch: int, chunk: int, world: int) -> tuple
             raise ModelError(f"deterministic: not with this model on this device: {widths}. Leave it out to serve it")
         if world > 1:
             widths = widths[-1:]  # the same on all ranks, whatever they compute on
-        told = f"{_rows(widths)}; a step of one row takes {slower(model, widths):.2f} times as long"
+        most = fitting(model, max_batch)
+        told = (
+            f"forwards have {' or '.join(map(str, widths))} rows; a step of one takes {slower(model, widths, 1):.2f} "
+            f"times as long as usual, one of {most} takes {slower(model, widths, most):.2f} times"
+        )
         model = replace(model, steady=widths)
     if isinstance(model.blocks, BlockFormat):
         blocks = replace(model.blocks, layout=replace(model.blocks.layout, step=chunk))
@@ -52,7 +56,3 @@ def check_chunk(chunk: int, budget: MemoryBudget, context_length: int) -> None:
             f"deterministic: reading {chunk} tokens of a prompt behind {context_length} others takes too much memory; "
             "allow fewer with context_length"
         )
-
-
-def _rows(widths: tuple[int, ...]) -> str:
-    return f"forwards have {' or '.join(map(str, widths))} rows"

@@ -35,7 +35,7 @@ def alike(model: LoadedModel, tried: Iterable[int] = TRIED) -> list[list[int]]:
     ones elsewhere. Left out are those whose rows would take too much memory."""
     groups: list[tuple[mx.array, list[int]]] = []
     for rows in tried:
-        if rows > 1 and rows * _row_bytes(model) > MOST_BYTES:
+        if rows > fitting(model, rows):
             continue
         logits = _logits(model.slots_lane(), model, [CONTEXT] * rows)
         for known, members in groups:
@@ -53,9 +53,7 @@ def steady_rows(model: LoadedModel, max_batch: int) -> tuple[int, ...] | str:
     target = _filled(model, max_batch)
     smaller = [rows for rows in TRIED if rows < max_batch and same(_filled(model, rows), target)]
     widths = (*smaller, max_batch)
-    for rows in dict.fromkeys((1, 2, min(5, max_batch), max_batch)):
-        if rows > 2 and rows * _row_bytes(model) > MOST_BYTES:
-            continue
+    for rows in dict.fromkeys((1, min(2, max_batch), min(5, max_batch), fitting(model, max_batch))):
         lengths = [NEIGHBOURS[place % len(NEIGHBOURS)] for place in range(rows - 1)]
         longest = max(1, model.context_length - 2)
         crowd = [CONTEXT, *(min(length, longest) for length in lengths)]
@@ -64,10 +62,15 @@ def steady_rows(model: LoadedModel, max_batch: int) -> tuple[int, ...] | str:
     return widths
 
 
-def slower(model: LoadedModel, widths: Sequence[int]) -> float:
-    """How many times as long a step of one row takes in forwards that are filled up."""
-    usual, filled = (_seconds(model.slots_lane(), model), _seconds(_steady(model, widths), model))
-    return filled / usual
+def slower(model: LoadedModel, widths: Sequence[int], rows: int) -> float:
+    """How many times as long a step of so many rows takes where forwards are filled up and rows attend alone."""
+    usual, steady = (_seconds(lane, model, rows) for lane in (model.slots_lane(), _steady(model, widths)))
+    return steady / usual
+
+
+def fitting(model: LoadedModel, rows: int) -> int:
+    """So many rows, or fewer where they would take too much memory."""
+    return max(1, min(rows, MOST_BYTES // _row_bytes(model)))
 
 
 def same(one: mx.array, other: mx.array) -> bool:
@@ -103,11 +106,13 @@ def _tokens(model: LoadedModel, rows: int) -> mx.array:
     return (mx.arange(1, rows + 1, dtype=mx.int32) * 7919) % model.vocab_size
 
 
-def _seconds(lane: SlotsLane, model: LoadedModel) -> float:
-    lane.adopt("timed", new_prompt(model.network, model.form))
+def _seconds(lane: SlotsLane, model: LoadedModel, rows: int) -> float:
+    for row in range(rows):
+        lane.adopt(str(row), new_prompt(model.network, model.form))
+    lane.advance([CONTEXT + row for row in range(rows)])
     times = []
     for _ in range(1 + TIMED):
         begun = time.monotonic()
-        mx.eval(mx.argmax(decode(model.network, lane, _tokens(model, 1)), axis=-1))
+        mx.eval(mx.argmax(decode(model.network, lane, _tokens(model, rows)), axis=-1))
         times.append(time.monotonic() - begun)
     return min(times[1:])

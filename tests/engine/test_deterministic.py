@@ -12,14 +12,17 @@ from gpu_lane import as_on_a_gpu, rounding_by_rows, save_as
 from tiny_models import VOCAB, save
 
 from millpond.engine.steady import steadied
+from millpond.model.forwards import decode, prefill, prefill_together
 from millpond.model.load import ModelError
 from millpond.model.opened import OpenModel, open_model
+from millpond.model.prompt import new_prompt
 from millpond.model.rounding import alike
 from millpond.types import KvPacking
 
 KINDS = (("llama", "q4"), ("qwen3", "bf16"), ("gemma3_text", "bf16"))
 ROWS = 6
-CHUNK = 64
+CHUNK = 128
+"""More than a block: the last one of a prompt may hold whole blocks, too."""
 ANSWER = 24
 LENGTHS = (5, 63, 70, 150, 200, 260)
 
@@ -93,6 +96,7 @@ def test_answers_are_the_same_whatever_the_load(steady: OpenModel) -> None:
 def test_a_hit_is_a_miss_down_to_the_last_bit(steady: OpenModel, tmp_path: Path) -> None:
     """From memory, from the SSD, and behind another prompt that begins alike."""
     wanted = prompts()
+    wanted["r260"] = [*wanted["r200"], *wanted["r260"][200:]]
     expected = alone(steady, wanted, steady=CHUNK)
     cache, ssd, inbox = disk_cache(steady.model, tmp_path / "ssd")
     longest = wanted[f"r{LENGTHS[-1]}"]
@@ -120,7 +124,7 @@ def test_an_answer_goes_on_in_the_next_prompt(steady: OpenModel) -> None:
     wanted, cache = prompts(), prefix_cache(steady.model)
     first = answered(steady, wanted, steady=CHUNK, cache=cache)
     longer = {name: [*tokens, *first[name].tokens, 3, 4, 5] for name, tokens in wanted.items()}
-    longer = {name: tokens for name, tokens in longer.items() if len(tokens) > CHUNK}
+    longer = {name: tokens for name, tokens in longer.items() if len(tokens) > 64}
     assert_equal(answered(steady, longer, steady=CHUNK, cache=cache), alone(steady, longer, steady=CHUNK))
 
 
@@ -138,21 +142,30 @@ def test_nobody_is_preempted(steady: OpenModel) -> None:
     assert driver.beat.counters.preemptions == 0
 
 
-def test_a_neighbours_content_changes_nothing(opened: OpenModel) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_neighbours_content_changes_nothing(together: bool, opened: OpenModel) -> None:
     """As usual, not only where answers are deterministic: at equal shapes, rows get equal bits."""
-    lengths = (33, 70, 150)
-    for name in ("r63", "r200"):
-        mine, ours = prompts()[name], []
-        for seed in (1, 2):
-            chooser = random.Random(seed)
-            driver = Driver(opened.model, capabilities=opened.capabilities)
-            driver.submit(request("mine", mine, ANSWER, logprobs=3))
-            for length in lengths:
-                tokens = [chooser.randrange(VOCAB) for _ in range(length)]
-                driver.submit(request(f"other{length}", tokens, ANSWER))
-            driver.run()
-            ours.append(seen(driver.outcomes["mine"]))
-        assert ours[0] == ours[1]
+    model, lengths = opened.model, (33, 63, 150)
+    found: list[list[mx.array]] = []
+    for seed in (1, 2):
+        chooser = random.Random(seed)
+        rows = [[chooser.randrange(VOCAB) for _ in range(length)] for length in lengths]
+        rows[1] = prompts()["r63"]
+        read = [new_prompt(model.network, model.form) for _ in rows]
+        if together:
+            prefill_together(model.network, read, rows)
+        lane = model.slots_lane()
+        for number, (prompt, tokens) in enumerate(zip(read, rows, strict=True)):
+            if not together:
+                prefill(model.network, prompt, tokens)
+            lane.adopt(str(number), prompt)
+        found.append([])
+        for step in range(4):
+            newest = [chooser.randrange(VOCAB), step, chooser.randrange(VOCAB)]
+            found[-1].append(decode(model.network, lane, mx.array(newest, dtype=mx.int32))[1])
+            mx.eval(found[-1])
+    for one, other in zip(*found, strict=True):
+        assert mx.array_equal(one, other)
 
 
 def test_a_model_that_cannot_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
