@@ -15,9 +15,6 @@ from collections.abc import Mapping
 SECRETS = ("MILLPOND_API_KEY", "MILLPOND_TP_SECRET")
 """Engines and ranks have no business with them, and whoever may read their environment neither."""
 
-TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-"""glibc reads the first when a process begins; the second, at 1, has it ask the kernel for pages of 2 MiB."""
-
 
 def python(*arguments: str, program: str = sys.executable) -> tuple[str, ...]:
     """The command that runs Python with ``arguments``. Every child of ours is started with it."""
@@ -25,16 +22,8 @@ def python(*arguments: str, program: str = sys.executable) -> tuple[str, ...]:
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without its secrets, for a process that computes, and ``environment`` on top."""
-    ours = {name: os.environ[name] for name in os.environ if name not in SECRETS}
-    return {**ours, **search_path(), **huge_pages(), **environment}
-
-
-def huge_pages() -> dict[str, str]:
-    """What asks glibc for large pages, unless the user has a word on them. Fresh memory comes several times faster in
-    those, and a restored prefix is all fresh memory. Elsewhere nobody reads it."""
-    given = os.environ.get(TUNABLES, "")
-    return {} if HUGE_PAGES in given else {TUNABLES: ":".join(filter(None, (given, f"{HUGE_PAGES}=1")))}
+    """Our environment without its secrets, and ``environment`` on top."""
+    return {**{name: os.environ[name] for name in os.environ if name not in SECRETS}, **search_path(), **environment}
 
 
 def search_path() -> dict[str, str]:

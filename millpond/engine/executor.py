@@ -65,7 +65,8 @@ class Executor:
     def nbytes(self) -> int:
         """Bytes of keys, values and states of rows and prompts."""
         prompts = (sequence.prompt for sequence in self.sequences.values())
-        return self.lane.nbytes + sum(prompt.nbytes for prompt in prompts if prompt is not None)
+        held = sum(prompt.nbytes for prompt in prompts if prompt is not None)
+        return self.lane.nbytes + held + self.prefixes.assembling_bytes
 
     @property
     def state(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -25,12 +25,14 @@ from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import KvFormat
 from millpond.memory.allocator import take_ahead
 from millpond.memory.budget import PREFILL_STEP, capacity_bucket
+from millpond.model.assembly import Assembly
 from millpond.model.blocks import BlockFormat, Stored, block_grid, cut_prompt, evaluated, finite
 from millpond.model.lanes import Lane
 from millpond.model.prompt import Prompt, new_prompt
 from millpond.observe.log import fields
 from millpond.prefix.cache import PrefixCache
-from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
+from millpond.prefix.disk.events import Opened, SsdEvent
+from millpond.prefix.match import Part
 from millpond.prefix.query import Offer, PrefixQuery
 from millpond.prefix.records import BLOCK, Kind
 from millpond.types import PrefixLoad, PrefixReport
@@ -80,6 +82,22 @@ class Made(NamedTuple):
         return sum(record.nbytes for record in self.records.values())
 
 
+class _Assembling:
+    """What the disk has given of the prefix of a request that waits for more, with nobody else there."""
+
+    def __init__(self, name: str, parts: Many[Part], assembly: Assembly) -> None:
+        self.name = name
+        self.assembly = assembly
+        self._parts = deque(parts)
+
+    def go_on(self) -> None:
+        """Put into place what has come, in order, but no more than a step may take."""
+        room = AT_ONCE_BYTES
+        while self._parts and room > 0 and (record := self._parts[0].node.records.get(Kind.KV)) is not None:
+            self.assembly.put(self._parts.popleft())
+            room -= record.nbytes
+
+
 class Events(Protocol):
     """A queue in which the SSD tier's events come, and perhaps other things."""
 
@@ -116,8 +134,14 @@ class Prefixes:
         self._ssd = ssd
         self._ends: Counter[bytes] = Counter()
         """Keys of the blocks with which the prompts of waiting requests end, and how many of them."""
+        self._assembly: _Assembling | None = None
         self._patient_until: float | None = None
         """Moment of the monotonic clock at which the first of those told to wait for the disk goes on without it."""
+
+    @property
+    def assembling_bytes(self) -> int:
+        """Held for a request that has no row and no prompt yet."""
+        return 0 if self._assembly is None else self._assembly.assembly.nbytes
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -157,8 +181,6 @@ class Prefixes:
             self._cache.on_event(event)
         if isinstance(event, Opened):
             take_ahead(READ_COPIES * sum(entry.nbytes for entry in event.entries))
-        if isinstance(event, Loaded) and self._ssd is not None:
-            self._ssd.release(event)
 
     def patience(self, now: float) -> float | None:
         """Seconds after which a request that waits for the disk goes on without it; None: nobody waits."""
@@ -210,8 +232,11 @@ class Prefixes:
         sequence.query.check = check
         return self._cache.plan(sequence.query, disk=False).position if most else 0
 
-    def offer(self, waiting: Waiting, sequences: dict[str, Sequence], now: float, group: Group = ALONE) -> None:
-        """Tell the scheduler what can be restored for whom, by the whole ``group``. Call it right before each plan."""
+    def offer(
+        self, waiting: Waiting, sequences: dict[str, Sequence], now: float, group: Group = ALONE, *, idle: bool = False
+    ) -> None:
+        """Tell the scheduler what can be restored for whom, by the whole ``group``. Call it right before each plan.
+        ``idle``: nobody has a row."""
         if self._cache is None or self._form is None:
             return
         self._cache.housekeep()
@@ -227,8 +252,27 @@ class Prefixes:
                 sequences[name].branch = query.match.depth if self._form.layout.state else 0
                 waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
+        self._assemble(waiting, sequences, idle=idle and group.world == 1)
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
+
+    def _assemble(self, waiting: Waiting, sequences: dict[str, Sequence], *, idle: bool) -> None:
+        """Put what a lone request waits for into place while the disk reads on."""
+        assert self._cache is not None
+        assert self._form is not None
+        queue = list(waiting.queue)
+        if not idle or len(queue) != 1 or (self._assembly is not None and self._assembly.name != queue[0][0]):
+            self._assembly = None
+        if not idle or len(queue) != 1:
+            return
+        sequence = sequences[queue[0][0]]
+        if self._assembly is None and sequence.query is not None and sequence.query.load is not None:
+            plan = self._cache.plan(sequence.query, disk=True)
+            room = _room(len(sequence.tokens) - 1, plan.position, alone=True)
+            assembly = Assembly(self._form, plan.position, room)
+            self._assembly = _Assembling(sequence.request.id, plan.parts, assembly)
+        if self._assembly is not None:
+            self._assembly.go_on()
 
     def _offer_by_all(self, name: str, query: PrefixQuery, now: float, group: Group) -> Offer:
         """What all ranks can restore: no more than the one that has least, which may still be reading."""
@@ -262,11 +306,14 @@ class Prefixes:
         if position == 0:
             return new_prompt(self._network, self._kept_as)
         total = len(sequence.tokens) - 1
-        if position < total:
-            capacity = -(-total // PREFILL_STEP) * PREFILL_STEP
+        found, self._assembly = self._assembly, None
+        if found is not None and (found.name, found.assembly.position, alone) == (sequence.request.id, position, True):
+            assembly = found.assembly
         else:
-            capacity = capacity_bucket(total + 1) if alone else 0  # becomes the arena as it is, or is copied into it
-        return self._form.restored(self._network, plan, capacity, whole=position == total)
+            assembly = Assembly(self._form, position, _room(total, position, alone=alone))
+        for part in plan.parts:
+            assembly.put(part)
+        return assembly.finished(self._network, plan, whole=position == total)
 
     def fit(self, room_bytes: int) -> None:
         """Keep at most this many bytes of blocks: rows and prompts come first."""
@@ -399,6 +446,13 @@ class Prefixes:
         records = {kind: record for kind, record in records.items() if kind in kinds}
         self._keep(sequence, [Made(begin, end, records)])
         cache.end_at(query, end, last=True)
+
+
+def _room(total: int, position: int, *, alone: bool) -> int:
+    """Columns of a prompt of which ``position`` of ``total`` tokens are restored."""
+    if position < total:
+        return -(-total // PREFILL_STEP) * PREFILL_STEP
+    return capacity_bucket(total + 1) if alone else 0  # becomes the arena as it is, or is copied into it
 
 
 def _figures(stats: SsdStats) -> dict[str, int]:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from millpond.kv.format import Arrays, KvFormat
 from millpond.model.leaves import leaves_of
-from millpond.model.prompt import Piece, Prompt, joined, new_prompt
+from millpond.model.prompt import Piece, Prompt, joined
 from millpond.model.upstream import PromptCache
 from millpond.prefix.match import RestorePlan
 from millpond.prefix.planner import Layout
@@ -51,18 +50,38 @@ class Stored:
         return b"".join(np.asarray(array.reshape(-1).view(mx.uint8)).tobytes() for array in self.arrays)
 
 
-def stored(tensors: Sequence[Tensor], payload: memoryview) -> Stored:
-    """Arrays from the bytes of a file, copied. Raises ValueError for an element type that mlx does not have."""
-    arrays, offset = [], 0
-    for tensor in tensors:
-        dtype = getattr(mx, tensor.dtype, None)
-        if not isinstance(dtype, mx.Dtype):
-            raise ValueError(f"{tensor.dtype!r} is not an element type")
-        raw = mx.array(np.frombuffer(payload[offset : offset + tensor.nbytes], dtype=np.uint8))
-        arrays.append(raw.view(dtype).reshape(tensor.shape))
-        offset += tensor.nbytes
-    mx.eval(arrays)
-    return Stored(arrays)
+class Read:
+    """A record as it was read: bytes in memory, of which arrays are made when somebody needs them."""
+
+    def __init__(self, tensors: Sequence[Tensor], payload: memoryview) -> None:
+        """Raises ValueError for an element type that mlx does not have."""
+        self.tensors = tuple(tensors)
+        self._payload = payload
+        self._dtypes = [_dtype(tensor.dtype) for tensor in tensors]
+
+    @property
+    def nbytes(self) -> int:
+        """Those of the whole buffer, of which the payload is nearly all."""
+        return memoryview(self._payload.obj).nbytes
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """Copies, evaluated as soon as they are made of the bytes."""
+        arrays, offset = [], 0
+        for tensor, dtype in zip(self.tensors, self._dtypes, strict=True):
+            raw = mx.array(np.frombuffer(self._payload[offset : offset + tensor.nbytes], dtype=np.uint8))
+            arrays.append(raw.view(dtype).reshape(tensor.shape))
+            offset += tensor.nbytes
+        return tuple(arrays)
+
+    def dump(self) -> bytes:
+        return bytes(self._payload)
+
+
+def record(payload: Payload) -> Stored | Read:
+    """What the prefix cache holds, as what it is."""
+    assert isinstance(payload, Stored | Read)
+    return payload
 
 
 def finite(records: Mapping[Kind, Stored]) -> mx.array:
@@ -115,37 +134,26 @@ class BlockFormat:
 
     # --- putting together -------------------------------------------------------------------------------------
 
-    def restored(self, network: nn.Module, plan: RestorePlan, capacity: int, *, whole: bool = False) -> Prompt:
-        """A prompt that holds the tokens of the plan, with room for ``capacity`` of them in all; lazy, but for what is
-        packed.
-
-        ``whole``: no forward will read behind them, so what is packed need not be unpacked.
-        """
-        prompt = new_prompt(network, self.form)
-        prompt.length = plan.position
-        room = max(0, capacity - plan.position)
-        groups, states = self.groups[Kind.KV], self.groups[Kind.STATE]
-        for number, group in enumerate(groups):
-            for place, leaf in enumerate(group):
-                pieces = [
-                    Piece(part.node.start, part.end, _layer(part.node, Kind.KV, len(groups), number, place, part.used))
-                    for part in plan.parts
-                ]
-                self._fill(prompt, leaf, pieces, (0, room), whole=whole)
+    def put_windows(self, prompt: Prompt, plan: RestorePlan, *, whole: bool) -> None:
+        """Fill the sliding layers of a prompt that holds the tokens of the plan; lazily, but for what is packed.
+        ``whole``: no forward will read behind them."""
         for number, group in enumerate(self.groups[Kind.WINDOW]):
             size = min(prompt.leaves[group[0]].window, plan.position)
             for place, leaf in enumerate(group):
                 pieces = self._window_pieces(plan, number, place, size)
                 # The oldest of a full window is dropped before anybody looks at it; it may be missing here.
-                self._fill(prompt, leaf, pieces, (size - (plan.position - pieces[0].start), 0), whole=whole)
+                self._fill(prompt, leaf, pieces, size - (plan.position - pieces[0].start), whole=whole)
+        mx.eval([piece.arrays for pieces in prompt.pieces for piece in pieces])
+
+    def put_states(self, prompt: Prompt, plan: RestorePlan) -> None:
+        """The same of the recurrent layers."""
+        states = self.groups[Kind.STATE]
         if states:
-            arrays = list(_stored(plan.parts[-1].node.records[Kind.STATE]).arrays)
+            arrays = list(record(plan.parts[-1].node.records[Kind.STATE]).arrays)
             for number, (leaf,) in enumerate(states):
                 count = len(arrays) // (len(states) - number)
                 prompt.leaves[leaf].put(arrays[:count], plan.position)
                 arrays = arrays[count:]
-        mx.eval([piece.arrays for pieces in prompt.pieces for piece in pieces])
-        return prompt
 
     def _window_pieces(self, plan: RestorePlan, group: int, place: int, size: int) -> list[Piece]:
         """What the window records hold of the last ``size`` tokens."""
@@ -163,8 +171,8 @@ class BlockFormat:
                 break
         return pieces
 
-    def _fill(self, prompt: Prompt, leaf: int, pieces: list[Piece], around: tuple[int, int], *, whole: bool) -> None:
-        """Put pieces into one layer of a prompt, with unused positions before and behind them."""
+    def _fill(self, prompt: Prompt, leaf: int, pieces: list[Piece], before: int, *, whole: bool) -> None:
+        """Put pieces into one layer of a prompt, with unused positions before them."""
         floats = [piece.arrays for piece in pieces if piece.arrays[0].dtype != NUMBERS]
         packed = [piece for piece in pieces if piece.arrays[0].dtype == NUMBERS]
         if packed:
@@ -173,13 +181,13 @@ class BlockFormat:
             if not whole:
                 floats.append(self.form.unpack(together.arrays))
         if floats:
-            keys, values = (_spaced([arrays[side] for arrays in floats], *around) for side in (0, 1))
+            keys, values = (_spaced([arrays[side] for arrays in floats], before) for side in (0, 1))
             prompt.leaves[leaf].put((keys, values), prompt.length)
 
 
 def agree(form: KvFormat, held: Payload, computed: Payload) -> bool:
     """Whether two records of the same block hold the same numbers, but for rounding."""
-    left, right = _stored(held).arrays, _stored(computed).arrays
+    left, right = record(held).arrays, record(computed).arrays
     if [(a.shape, a.dtype) for a in left] != [(b.shape, b.dtype) for b in right]:
         return False
     if left and left[0].dtype == NUMBERS:
@@ -203,7 +211,7 @@ def _close(a: mx.array, b: mx.array, steps: float) -> bool:
 
 def _layer(node: Node, kind: Kind, groups: int, group: int, place: int, end: int, start: int = 0) -> Arrays:
     """Positions [start, end) of one layer of a record, counted from the record's first; lazy views [1, heads, n, x]."""
-    arrays = _stored(node.records[kind]).arrays
+    arrays = record(node.records[kind]).arrays
     count = len(arrays) // groups
     return tuple(array[place : place + 1, :, start:end] for array in arrays[group * count : (group + 1) * count])
 
@@ -265,19 +273,19 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
     return mx.concatenate(arrays, axis=0)
 
 
-def _spaced(pieces: list[mx.array], front: int, back: int) -> mx.array:
-    """[1, heads, n, dim] pieces one after the other, with unused positions before or behind them. Always a copy."""
+def _spaced(pieces: list[mx.array], front: int) -> mx.array:
+    """[1, heads, n, dim] pieces one after the other behind so many unused positions. Always a copy."""
     heads, dim, dtype = pieces[0].shape[1], pieces[0].shape[3], pieces[0].dtype
-    before = [mx.zeros((1, heads, front, dim), dtype=dtype)] if front else []
-    behind = [mx.zeros((1, heads, back, dim), dtype=dtype)] if back else []
-    pieces = [*before, *pieces, *behind]
+    pieces = [*([mx.zeros((1, heads, front, dim), dtype=dtype)] if front else []), *pieces]
     # The cache is written in place later: it must not share a single block's buffer.
     return mx.concatenate(pieces, axis=2) if len(pieces) > 1 else mx.take(pieces[0], mx.array([0]), axis=0)
 
 
-def _stored(payload: Payload) -> Stored:
-    assert isinstance(payload, Stored)
-    return payload
+def _dtype(name: str) -> mx.Dtype:
+    dtype = getattr(mx, name, None)
+    if not isinstance(dtype, mx.Dtype):
+        raise ValueError(f"{name!r} is not an element type")
+    return dtype
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -15,7 +15,8 @@ import mlx.core as mx
 from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import Arrays
 from millpond.memory.budget import PREFILL_STEP
-from millpond.model.blocks import BlockFormat, Stored, agree, block_grid, cut_prompt, evaluated, stored
+from millpond.model.assembly import assembled
+from millpond.model.blocks import BlockFormat, Read, Stored, agree, block_grid, cut_prompt, evaluated
 from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt, new_prompt
@@ -37,7 +38,7 @@ class DraftPrompts:
         if limit_bytes > 0 and isinstance(model.blocks, BlockFormat):
             self._form = model.blocks
             same = partial(agree, model.form)
-            self._cache = PrefixCache(NAMESPACE, model.blocks.layout, limit_bytes, stored, same)
+            self._cache = PrefixCache(NAMESPACE, model.blocks.layout, limit_bytes, Read, same)
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +57,7 @@ class DraftPrompts:
         if not plan.position:
             return new_prompt(self._model.network, self._model.form)
         capacity = -(-(len(tokens) - 1) // PREFILL_STEP) * PREFILL_STEP
-        return self._form.restored(self._model.network, plan, capacity)
+        return assembled(self._form, self._model.network, plan, capacity, whole=False)
 
     def chunk_done(self, query: PrefixQuery | None, tokens: Sequence[int], prompt: Prompt, start: int) -> None:
         """Keep the blocks that the chunk from ``start`` on has completed."""

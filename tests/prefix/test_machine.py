@@ -331,8 +331,6 @@ class RealMachine(Machine):
         except queue.Empty:
             return False
         self.cache.on_event(event)
-        if isinstance(event, Loaded):
-            self.real.tier.release(event)
         return True
 
     @rule(steps=st.integers(1, 12))

@@ -1,4 +1,8 @@
-"""Reading records: a few threads, a bounded set of buffers, and every check before a payload is handed out."""
+"""Reading records: a few threads, and every check before a payload is handed out.
+
+What is read stays where it was read to. Fresh memory comes page by page, which takes longer than any copy; here that is
+in several threads, while the disk is waited for.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from typing import NamedTuple
+
+import numpy as np
 
 from millpond.prefix.disk.block_file import PREFIX_BYTES, Damage, DamagedRecord, decode, layout
 from millpond.prefix.disk.events import Loaded
@@ -21,8 +27,6 @@ from millpond.prefix.records import Expected, RecordHead, RecordId
 _log = logging.getLogger("millpond.prefix.disk.tier")
 
 READERS = 2
-BUFFERS = 8
-"""Buffers are kept and used again: the page faults of a fresh one take ten times longer than the copy into it."""
 
 
 class Fault(NamedTuple):
@@ -33,44 +37,6 @@ class Fault(NamedTuple):
     """Its file is to be set aside."""
     missing: bool = False
     """Its file was not there; otherwise it is not wanted, or cannot be read."""
-
-
-class BufferPool:
-    """Buffers for payloads: any thread takes and gives back. Each grows to the largest record it has held."""
-
-    def __init__(self, count: int) -> None:
-        self._free: SimpleQueue[bytearray | None] = SimpleQueue()
-        self._lent: set[int] = set()
-        self._lock = Lock()
-        for _ in range(count):
-            self._free.put(bytearray())
-
-    def take(self) -> bytearray | None:
-        """A free buffer, waiting for one; None once the pool is closed."""
-        return self._free.get()
-
-    def close(self, waiting: int) -> None:
-        """Wake as many threads as may be waiting."""
-        for _ in range(waiting):
-            self._free.put(None)
-
-    def lend(self, buffer: bytearray) -> None:
-        """A view of this buffer leaves; it comes back through ``give_back``."""
-        with self._lock:
-            self._lent.add(id(buffer))
-
-    def give_back(self, payload: memoryview) -> None:
-        """Take back what ``payload`` is a view of. Doing it twice does no harm."""
-        buffer = payload.obj
-        with self._lock:
-            known = id(buffer) in self._lent
-            self._lent.discard(id(buffer))
-        if known and isinstance(buffer, bytearray):
-            self._free.put(buffer)
-
-    def put(self, buffer: bytearray) -> None:
-        """Take back a buffer of which no view has left."""
-        self._free.put(buffer)
 
 
 class _ReadJob(NamedTuple):
@@ -97,7 +63,6 @@ class DiskReader:
         self._tell = tell
         self._report = report
         self._jobs: SimpleQueue[_ReadJob | None] = SimpleQueue()
-        self._buffers = BufferPool(BUFFERS)
         self._ready = Event()
         self._closing = Event()
         self._threads = [Thread(target=self._run, name=f"ssd-read-{i}", daemon=True) for i in range(READERS)]
@@ -113,16 +78,11 @@ class DiskReader:
     def read(self, expected: Expected, ticket: int) -> None:
         self._jobs.put(_ReadJob(expected, ticket))
 
-    def release(self, event: Loaded) -> None:
-        if event.payload is not None:
-            self._buffers.give_back(event.payload)
-
     def close(self) -> None:
         """Answer what is queued with a problem and end; a read that is under way is finished."""
         self._closing.set()
         for _ in self._threads:
             self._jobs.put(None)
-        self._buffers.close(len(self._threads))
         self._ready.set()
 
     def join(self, deadline: float) -> bool:
@@ -135,23 +95,21 @@ class DiskReader:
     def _run(self) -> None:
         self._ready.wait()
         while (job := self._jobs.get()) is not None:
-            buffer = None if self._closing.is_set() else self._buffers.take()
-            if buffer is None:
+            if self._closing.is_set():
                 self._fail(job, "the tier is closing")
                 continue
             try:
-                self._answer(job, buffer)
+                self._answer(job)
             except Exception:  # noqa: BLE001 - a fault of ours costs this read, not all later ones
                 _log.exception("a read failed")
-                self._buffers.put(bytearray())
                 self._fail(job, "internal error")
 
-    def _answer(self, job: _ReadJob, buffer: bytearray) -> None:
+    def _answer(self, job: _ReadJob) -> None:
         expected = job.expected
         record = RecordId(expected.key, expected.kind)
         began = time.monotonic()
         try:
-            buffer, head, payload = self._load(record_path(self._folder, self._namespace, record), expected, buffer)
+            head, payload = self._load(record_path(self._folder, self._namespace, record), expected)
         except FileNotFoundError:
             self._tally.add(missing=1)
             self._report(Fault(record, missing=True))
@@ -171,35 +129,27 @@ class DiskReader:
             problem = "no memory for it"
         else:
             self._tally.add(reads=1, read_bytes=payload.nbytes)
-            self._buffers.lend(buffer)
             seconds = time.monotonic() - began
             self._tell(Loaded(job.ticket, record, head.tensors, payload, seconds))
             return
-        self._buffers.put(buffer)
         self._fail(job, problem)
 
-    def _load(self, path: Path, expected: Expected, buffer: bytearray) -> tuple[bytearray, RecordHead, memoryview]:
-        """Read and verify a file into the buffer, or into a larger one in its place."""
+    def _load(self, path: Path, expected: Expected) -> tuple[RecordHead, memoryview]:
+        """Read and verify a file, into memory of its own: what comes of it is kept as it is."""
         descriptor = self._files.open(path)
         try:
             size = self._files.size(descriptor)
-            if len(buffer) < size:
-                # A damaged length must not ask for gigabytes, so the file has to agree with itself first.
-                prefix = bytearray(PREFIX_BYTES)
-                found = self._files.fill(descriptor, memoryview(prefix))
-                if layout(prefix[:found]).file_bytes != size:
-                    raise DamagedRecord(Damage.LENGTH, f"{size} bytes are not what the file says")
-                buffer = bytearray(size)
-                buffer[:PREFIX_BYTES] = prefix
-                start = PREFIX_BYTES
-            else:
-                start = 0
-            view = memoryview(buffer)[:size]
-            count = start + self._files.fill(descriptor, view[start:])
+            # A damaged length must not ask for gigabytes, so the file has to agree with itself first.
+            prefix = bytearray(PREFIX_BYTES)
+            found = self._files.fill(descriptor, memoryview(prefix))
+            if layout(prefix[:found]).file_bytes != size:
+                raise DamagedRecord(Damage.LENGTH, f"{size} bytes are not what the file says")
+            view = np.empty(size, dtype=np.uint8).data
+            view[:PREFIX_BYTES] = prefix
+            count = PREFIX_BYTES + self._files.fill(descriptor, view[PREFIX_BYTES:])
         finally:
             self._files.close(descriptor)
-        head, payload = decode(view[:count], self._namespace, expected)
-        return buffer, head, payload
+        return decode(view[:count], self._namespace, expected)
 
     def _fail(self, job: _ReadJob, problem: str) -> None:
         self._tell(Loaded(job.ticket, RecordId(job.expected.key, job.expected.kind), problem=problem))

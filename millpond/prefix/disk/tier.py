@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from millpond.prefix.disk.age_clock import AgeClock
-from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
+from millpond.prefix.disk.events import Opened, SsdEvent
 from millpond.prefix.disk.files import Files
 from millpond.prefix.disk.inbox import Inbox, WriteJob
 from millpond.prefix.disk.pool import DiskPool
@@ -69,10 +69,6 @@ class SsdTier:
     def read(self, expected: Expected, ticket: int) -> None:
         """Ask for a record; ``Loaded`` with this ticket follows. Not after ``close``."""
         self._reader.read(expected, ticket)
-
-    def release(self, event: Loaded) -> None:
-        """Give the buffer of a payload back; nothing may look at the payload any more."""
-        self._reader.release(event)
 
     def write(self, head: RecordHead, payload: bytes) -> bool:
         """Queue a record; ``Saved`` follows. False, and no event, once the tier is closing.
