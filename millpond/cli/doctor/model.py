@@ -16,7 +16,7 @@ from millpond.client.start import start_message
 from millpond.config import ServeConfig
 from millpond.hub.errors import SourceError
 from millpond.hub.progress import SilentProgress, TerminalProgress
-from millpond.hub.source import resolve
+from millpond.hub.source import ResolvedModel, resolve
 from millpond.hub.weight_sizes import weight_sizes
 from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import fitting_kv, held_in_float32
@@ -39,17 +39,9 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
     except SourceError as error:
         yield fail("draft", f"draft_model: {error}", "give one of these, or another --spec and no --draft-model")
         return
-    free, total = free_memory(), probed.memory or total_memory()
-    try:
-        weights = sum(_weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
-    except SourceError as error:
-        yield fail("model", str(error), "correct what it says, or fetch the model again")
-        return
-    room = free if probed.on_cpu and free is not None else total
-    if weights > room:
-        whose = "its weights" if draft is None else "its weights and the draft model's"
-        text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
-        yield fail("model", text, f"{SMALLER}, or close other programs")
+    free = free_memory()
+    if wrong := cannot_be_loaded(source, draft, probed):
+        yield wrong
         return
     try:
         start = start_message(config, str(source.path), str(draft or ""), source.name)
@@ -75,6 +67,21 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
             "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
         )
     yield _speculation(info, config)
+
+
+def cannot_be_loaded(source: ResolvedModel, draft: Path | None, probed: Probe) -> Finding | None:
+    """Why the weights, with those of a draft model in folder ``draft``, are not worth the try; None when they are."""
+    free, total = free_memory(), probed.memory or total_memory()
+    try:
+        weights = sum(_weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
+    except SourceError as error:
+        return fail("model", str(error), "correct what it says, or fetch the model again")
+    room = free if probed.on_cpu and free is not None else total
+    if weights <= room:
+        return None
+    whose = "its weights" if draft is None else "its weights and the draft model's"
+    text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
+    return fail("model", text, f"{SMALLER}, or close other programs")
 
 
 def _weight_bytes(folder: Path, on_cpu: bool, total: int) -> int:
