@@ -31,7 +31,7 @@ from millpond.client.start import start_message
 from millpond.config import ServeConfig, read_config
 from millpond.engine.group import ALONE
 from millpond.engine.prepare import prepare
-from millpond.model.blocks import BlockFormat, Read, agree, cut_prompt
+from millpond.model.blocks import BlockFormat, ReadRecord, agree, cut_prompt
 from millpond.model.forwards import prefill
 from millpond.model.prompt import new_prompt
 from millpond.prefix.cache import PrefixCache
@@ -86,7 +86,7 @@ def fill(config: ServeConfig, folder: Path, cache_dir: Path, tokens: list[int]) 
     assert isinstance(blocks, BlockFormat)
     space = Namespace(weights=ready.content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=0, world=1)
     inbox: queue.SimpleQueue[SsdEvent] = queue.SimpleQueue()
-    cache = PrefixCache(space.digest, blocks.layout, 1 << 60, Read, partial(agree, blocks.form))
+    cache = PrefixCache(space.digest, blocks.layout, 1 << 60, ReadRecord, partial(agree, blocks.form))
     ssd = SsdTier(cache_dir, space.digest, config.prefix_settings("restores"), inbox.put)
     cache.attach(ssd, SavePolicy.ALL, lambda _start, count: count * 1.0)
     ssd.start()

@@ -12,7 +12,8 @@ from typing import Literal, NewType
 import msgspec
 
 Salt = NewType("Salt", str)
-"""What keeps the cached prefixes of some requests apart from those of others; only http/tenants.py makes one."""
+"""What keeps the cached prefixes of some requests apart from those of others. For clients only http/tenants.py makes
+one."""
 GRID = 64
 """Chunks of a prompt end at multiples of this many tokens, whoever reads it and whatever was read before."""
 
@@ -340,6 +341,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     """Of keys and values in a row, in a cached block and on the SSD, in layers whose cache grows with the context."""
     max_batch: int
+    pipelined: bool = False
+    """What a step writes into rows stays in place while another is in flight; else a GPU gets each step once the one
+    before it has been read."""
     ranks: int = 1
     """Processes that run it together; bytes are of each."""
     fingerprint: str

@@ -25,7 +25,7 @@ ROWS_PER_SECTION = {
     "J": 2,
     "K": 3,
     "L": 31,
-    "R": 4,
+    "R": 5,
 }
 IDS = [f"{section}{number}" for section, count in ROWS_PER_SECTION.items() for number in range(1, count + 1)]
 PROOF = re.compile(r"`(tests/[\w/]+\.py)::((?:\w+::)?\w+)`")

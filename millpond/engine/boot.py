@@ -71,6 +71,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
                 blas=blas if model.on_cpu else "",
                 kv_bytes_per_token=model.sizes.token_bytes,
                 max_batch=start.max_batch,
+                pipelined=capabilities.pipelined,
                 fingerprint=ready.content,
                 weight_bytes=model.weight_bytes,
                 kv_limit_bytes=budget.limit_bytes,

@@ -25,7 +25,7 @@ from millpond.hub.progress import SilentProgress
 from millpond.memory.budget import MemoryBudget
 from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import blocks_limit, draft_limit, kv_limit, scores_limit, wired_limit
-from millpond.model.blocks import BlockFormat, Read, agree
+from millpond.model.blocks import BlockFormat, ReadRecord, agree
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities
@@ -176,7 +176,7 @@ def _prefixes(
     ).digest
     limit = blocks_limit(settings.cache_ram, budget.limit_bytes, group.neighbours, free)
     selfcheck = settings.cache_selfcheck if group.rank == 0 else 0
-    cache = PrefixCache(namespace, blocks.layout, limit, Read, partial(agree, blocks.form), selfcheck)
+    cache = PrefixCache(namespace, blocks.layout, limit, ReadRecord, partial(agree, blocks.form), selfcheck)
     folder = _ssd_folder(settings) if settings.cache_ssd else None
     if folder is None:
         return Prefixes(model.network, model.form, blocks, cache)

@@ -1,7 +1,8 @@
 """Whose cached prefixes a request may find: the salt under which the engine knows it.
 
 With several owners of keys each has prefixes of its own, and ``cache_salt`` separates further within them. The salt is
-all that keeps prefixes, what is explained of them, and past answers apart, so this is the one place that makes one.
+all that keeps prefixes, what is explained of them, and past answers apart, so this is the one place that makes one for
+a client. ``millpond doctor`` makes some for an engine of its own, to find nothing in the cache.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class EngineGroup:
     async def end(self, fatal: str = "") -> str:
         """See everybody out; returns the reason. ``fatal`` is what rank 0 said to it."""
         if self._followers is None:
-            return fatal or f"the engine process {await self._process.end(CRASH_PATIENCE)}"
+            ending = await self._process.end(CRASH_PATIENCE)
+            return fatal or f"the engine process {ending}"
         if self._stopping:
             reason = f"rank 0 {await self._process.end(CRASH_PATIENCE)}"
             await self._followers.end(FAREWELL)

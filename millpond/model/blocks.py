@@ -50,7 +50,7 @@ class Stored:
         return b"".join(np.asarray(array.reshape(-1).view(mx.uint8)).tobytes() for array in self.arrays)
 
 
-class Read:
+class ReadRecord:
     """A record as it was read: bytes in memory, of which arrays are made when somebody needs them."""
 
     def __init__(self, tensors: Sequence[Tensor], payload: memoryview) -> None:
@@ -78,9 +78,9 @@ class Read:
         return bytes(self._payload)
 
 
-def record(payload: Payload) -> Stored | Read:
+def record(payload: Payload) -> Stored | ReadRecord:
     """What the prefix cache holds, as what it is."""
-    assert isinstance(payload, Stored | Read)
+    assert isinstance(payload, Stored | ReadRecord)
     return payload
 
 

@@ -38,6 +38,11 @@ def memory() -> DeviceMemory | None:
     return None if on_cpu() else memory_told(mx.device_info())
 
 
+def name() -> str:
+    """What the maker of the GPU that MLX computes on calls it; empty on a CPU, and where MLX does not tell."""
+    return "" if on_cpu() else str(mx.device_info().get("device_name", ""))
+
+
 def wirable() -> int:
     """Bytes that can be kept from being swapped out; 0 where nothing is swapped, or not by us (a CPU, CUDA)."""
     size = 0 if on_cpu() else mx.device_info().get("max_recommended_working_set_size", 0)

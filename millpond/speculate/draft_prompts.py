@@ -16,7 +16,7 @@ from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import Arrays
 from millpond.memory.budget import PREFILL_STEP
 from millpond.model.assembly import assembled
-from millpond.model.blocks import BlockFormat, Read, Stored, agree, block_grid, cut_prompt, evaluated
+from millpond.model.blocks import BlockFormat, ReadRecord, Stored, agree, block_grid, cut_prompt, evaluated
 from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel
 from millpond.model.prompt import Prompt, new_prompt
@@ -38,7 +38,7 @@ class DraftPrompts:
         if limit_bytes > 0 and isinstance(model.blocks, BlockFormat):
             self._form = model.blocks
             same = partial(agree, model.form)
-            self._cache = PrefixCache(NAMESPACE, model.blocks.layout, limit_bytes, Read, same)
+            self._cache = PrefixCache(NAMESPACE, model.blocks.layout, limit_bytes, ReadRecord, same)
 
     @property
     def nbytes(self) -> int:

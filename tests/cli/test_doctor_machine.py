@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -75,6 +76,16 @@ def test_no_c_part(tmp_path: Path) -> None:
     assert "compiler" in report.remedy["C part"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert not (tmp_path / "millpond" / "native" / f"_rowblas{suffix}").exists()
+
+
+def test_a_processor_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maker's, or else at least an architecture."""
+    assert machine.processor()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(machine, "CPUS", tmp_path / "cpuinfo")
+    assert machine.processor() == platform.machine()
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Fast One @ 3GHz\n\nprocessor\t: 1\n")
+    assert machine.processor() == "A Fast One @ 3GHz"
 
 
 # --- models -----------------------------------------------------------------------------------------------------

@@ -178,8 +178,11 @@ def test_fatal_before_ready_is_final_and_says_why() -> None:
     async def test() -> None:
         client = client_for("fatal")
         await client.start()
+        pid = client.pid
+        assert pid is not None
         with pytest.raises(EngineUnavailable, match=r"model_type 'nonsense'"):
             await client.settled()
+        assert not alive(pid)  # it was seen out
         assert client.state is EngineState.FAILED
         assert client.counts.restarts == 0
         await client.gone()

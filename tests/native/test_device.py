@@ -27,13 +27,15 @@ def test_a_cpu_has_no_memory_of_its_own() -> None:
     assert device.on_cpu()
     assert device.memory() is None
     assert device.wirable() == 0
+    assert device.name() == ""
 
 
 def test_of_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "on_cpu", lambda: False)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5})
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5, "device_name": "M9"})
     assert device.memory() == DeviceMemory(5, None)
     assert device.wirable() == 5
+    assert device.name() == "M9"
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 9, "free_memory": 7})
     assert device.memory() == DeviceMemory(9, 7)
     assert device.wirable() == 0

@@ -22,7 +22,7 @@ from millpond.engine.prepare import Prepared
 from millpond.engine.speculation import Speculator
 from millpond.kv.format import KvFormat
 from millpond.memory.budget import MemoryBudget
-from millpond.model.blocks import BlockFormat, Read, agree
+from millpond.model.blocks import BlockFormat, ReadRecord, agree
 from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities, probe
@@ -186,7 +186,7 @@ def prefix_cache(
 ) -> PrefixCache:
     """A cache for one model, memory only."""
     assert isinstance(model.blocks, BlockFormat), model.blocks
-    return PrefixCache(namespace, model.blocks.layout, limit_bytes, Read, partial(agree, model.form), selfcheck)
+    return PrefixCache(namespace, model.blocks.layout, limit_bytes, ReadRecord, partial(agree, model.form), selfcheck)
 
 
 def disk_cache(

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 
 from millpond import __version__
-from millpond.cli.doctor import address, disk, engine, machine, model, packages, settings, tls
+from millpond.cli.doctor import address, device, disk, engine, machine, model, packages, settings, tls
 from millpond.cli.doctor.finding import Finding
 from millpond.config import ServeConfig, add_flags, read_config
 
@@ -23,18 +23,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("doctor", help="look at this machine and the installation", description=__doc__)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="load this model too, and say how it would be served")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--device",
+        action="store_true",
+        help="measure this device for two minutes with MODEL (or the demo model), and print a table for an issue",
+    )
     add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; returns 1 when one of them is a failure."""
+    """Print the findings, or what the self-test of the device has measured; returns 1 when there is a failure."""
+    if args.device:
+        return device.run(args)
     found = []
     for finding in findings(args):
         found.append(finding)
         if not args.json:
-            print(f"{finding.state:4}  {finding.subject:9} {finding.text}", flush=True)
-            if finding.remedy:
-                print(f"                -> {finding.remedy}", flush=True)
+            print(finding.lines, flush=True)
     failed = any(finding.state == "fail" for finding in found)
     if args.json:
         listed = [dataclasses.asdict(finding) for finding in found]

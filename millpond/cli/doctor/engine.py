@@ -31,6 +31,7 @@ if shim is not None:
     found["instructions"] = shim.millpond_rowblas_instructions().decode()
 if (memory := device.memory()) is not None:
     found["memory"], found["free"] = memory.total, memory.free
+found["name"] = device.name()
 print(json.dumps(found))
 """
 PROBE_SECONDS = 120
@@ -50,6 +51,8 @@ class Probe:
     """Whether mlx computes on a Linux CPU, and so wants a fast BLAS and Millpond's C part."""
     built: bool = False
     device: str = ""
+    name: str = ""
+    """Of the GPU, as its maker calls it; empty on a CPU, or unknown."""
     on_cpu: bool = True
     blas: str = ""
     instructions: str = ""

@@ -15,6 +15,12 @@ class Finding:
     text: str
     remedy: str = ""
 
+    @property
+    def lines(self) -> str:
+        """For people, with what to do below."""
+        line = f"{self.state:4}  {self.subject:9} {self.text}"
+        return f"{line}\n                -> {self.remedy}" if self.remedy else line
+
 
 def ok(subject: str, text: str) -> Finding:
     return Finding("ok", subject, text)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 from millpond.cli.doctor.finding import Finding, ok, shown, warn
 from millpond.config import ServeConfig
 from millpond.memory.machine import free_memory, total_memory
 
 LEAST_FREE_BYTES = 2 * 2**30
+CPUS = Path("/proc/cpuinfo")
 SPARE_FILES = 128
 """Open files of the server beyond one for each connection."""
 
@@ -34,3 +40,17 @@ def open_files(config: ServeConfig) -> Finding:
     text = f"only {hard} may be open, {needed} are needed for {config.max_connections} connections"
     remedy = f"raise the hard limit ({hard}) in /etc/security/limits.conf or with LimitNOFILE, or a smaller "
     return warn("files", text, remedy + "--max-connections")
+
+
+def processor() -> str:
+    """The CPU as its maker calls it; the architecture where that is not told."""
+    try:
+        if sys.platform == "darwin":
+            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        else:
+            found = re.search(r"^model name\s*: (.+)$", CPUS.read_text(errors="replace"), re.MULTILINE)
+            told = found[1].strip() if found else ""
+    except OSError:
+        told = ""
+    return told or platform.machine()

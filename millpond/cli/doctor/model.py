@@ -11,12 +11,13 @@ from msgspec.structs import replace
 from millpond import wire
 from millpond.cli.doctor.engine import Probe
 from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
+from millpond.cli.doctor.results import rounding
 from millpond.client import EngineClient, EngineUnavailable
 from millpond.client.start import start_message
 from millpond.config import ServeConfig
 from millpond.hub.errors import SourceError
 from millpond.hub.progress import SilentProgress, TerminalProgress
-from millpond.hub.source import resolve
+from millpond.hub.source import ResolvedModel, resolve
 from millpond.hub.weight_sizes import weight_sizes
 from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import fitting_kv, held_in_float32
@@ -39,17 +40,9 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
     except SourceError as error:
         yield fail("draft", f"draft_model: {error}", "give one of these, or another --spec and no --draft-model")
         return
-    free, total = free_memory(), probed.memory or total_memory()
-    try:
-        weights = sum(_weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
-    except SourceError as error:
-        yield fail("model", str(error), "correct what it says, or fetch the model again")
-        return
-    room = free if probed.on_cpu and free is not None else total
-    if weights > room:
-        whose = "its weights" if draft is None else "its weights and the draft model's"
-        text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
-        yield fail("model", text, f"{SMALLER}, or close other programs")
+    free = free_memory()
+    if wrong := cannot_be_loaded(source, draft, probed):
+        yield wrong
         return
     try:
         start = start_message(config, str(source.path), str(draft or ""), source.name)
@@ -63,7 +56,7 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
         yield warn("files", remark, REMARKED)
     yield _room(info, free if info.device.startswith("cpu") else None)
     if info.lane == "slots":
-        yield ok("batching", f"requests share one forward; {_rounding(info.alike)}")
+        yield ok("batching", "; ".join(filter(None, ("requests share one forward", rounding(info.alike)))))
     else:
         text = f"one request at a time in turn: {info.lane_reason}"
         yield warn("batching", text, "nothing to do but to take another model, if many requests come at once")
@@ -77,12 +70,19 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
     yield _speculation(info, config)
 
 
-def _rounding(alike: list[list[int]]) -> str:
-    """Whether the number of rows shows in a row's last bits."""
-    if len(alike) <= 1:
-        return "how many are there changes no bit of an answer" if alike else "rounding by number was not compared"
-    groups = "; ".join(", ".join(map(str, group)) for group in alike)
-    return f"they round alike among {groups} (--deterministic on hides that)"
+def cannot_be_loaded(source: ResolvedModel, draft: Path | None, probed: Probe) -> Finding | None:
+    """Why the weights, with those of a draft model in folder ``draft``, are not worth the try; None when they are."""
+    free, total = free_memory(), probed.memory or total_memory()
+    try:
+        weights = sum(_weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
+    except SourceError as error:
+        return fail("model", str(error), "correct what it says, or fetch the model again")
+    room = free if probed.on_cpu and free is not None else total
+    if weights <= room:
+        return None
+    whose = "its weights" if draft is None else "its weights and the draft model's"
+    text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
+    return fail("model", text, f"{SMALLER}, or close other programs")
 
 
 def _weight_bytes(folder: Path, on_cpu: bool, total: int) -> int:
