@@ -43,8 +43,8 @@ from millpond.settings import PrefixSettings, SavePolicy
 from millpond.types import PrefixReport, Request, SamplingParams
 
 VOCAB = 1024
-ROOM = 3 * 1024**3
 PIECE = 8 * 1024 * 1024
+MOST_TOUCHED = 4 * 1024**3
 
 
 def make_model(folder: Path, layers: int, heads: int, dim: int, context: int) -> None:
@@ -127,6 +127,7 @@ def forget(files: list[Path]) -> None:
 def touch(nbytes: int) -> None:
     """Use so much memory and give it back. A virtual machine's own host may have to find it first, which takes longer
     than any disk, and is neither the engine's fault nor the disk's."""
+    nbytes = min(nbytes, MOST_TOUCHED)
     with mmap.mmap(-1, nbytes) as memory:
         for start in range(0, nbytes, PIECE):
             memory[start : start + PIECE] = bytes(min(PIECE, nbytes - start))
