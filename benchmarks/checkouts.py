@@ -24,7 +24,7 @@ from servers import Running, Server, running
 from millpond.bench.prompts import story
 
 TOKENS = 64
-CACHE = "--cache-dir {folder} --cache-ssd 4 --ssd-policy all"
+CACHE = "--cache-dir {folder} --cache-ssd 4GB --ssd-policy all"
 
 
 def server(command: str, model: str, folder: Path) -> Server:

@@ -32,7 +32,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     """
     began = time.monotonic()
     folder = Path(start.model_path)
-    ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group)
+    ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group, blas)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
     unguessed = NO_GUESSES if ready.steady else capabilities.reason
     speculator = open_speculator(

@@ -165,8 +165,8 @@ class Engine:
     def _plan(self) -> StepPlan:
         """What to do next."""
         now = time.monotonic()
-        idle = not self._scheduler.running
-        self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.group, idle=idle)
+        room = 0 if self._scheduler.running else self._limit_bytes
+        self._prefixes.offer(self._scheduler, self._sequences, now, self._executor.group, room)
         plan = self._scheduler.plan(now)
         self._stalled = plan.empty and self._inflight is None
         return plan

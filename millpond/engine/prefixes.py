@@ -31,7 +31,7 @@ from millpond.model.lanes import Lane
 from millpond.model.prompt import Prompt, new_prompt
 from millpond.observe.log import fields
 from millpond.prefix.cache import PrefixCache
-from millpond.prefix.disk.events import Opened, SsdEvent
+from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
 from millpond.prefix.match import Part
 from millpond.prefix.query import Offer, PrefixQuery
 from millpond.prefix.records import BLOCK, Kind
@@ -135,6 +135,8 @@ class Prefixes:
         self._ends: Counter[bytes] = Counter()
         """Keys of the blocks with which the prompts of waiting requests end, and how many of them."""
         self._assembly: _Assembling | None = None
+        self._not_assembled = ""
+        """A request for which that has failed."""
         self._patient_until: float | None = None
         """Moment of the monotonic clock at which the first of those told to wait for the disk goes on without it."""
 
@@ -179,6 +181,8 @@ class Prefixes:
         """The SSD tier has something to say."""
         if self._cache is not None:
             self._cache.on_event(event)
+        if isinstance(event, Loaded) and self._ssd is not None:
+            self._ssd.taken()
         if isinstance(event, Opened):
             take_ahead(READ_COPIES * sum(entry.nbytes for entry in event.entries))
 
@@ -233,10 +237,10 @@ class Prefixes:
         return self._cache.plan(sequence.query, disk=False).position if most else 0
 
     def offer(
-        self, waiting: Waiting, sequences: dict[str, Sequence], now: float, group: Group = ALONE, *, idle: bool = False
+        self, waiting: Waiting, sequences: dict[str, Sequence], now: float, group: Group = ALONE, room_bytes: int = 0
     ) -> None:
         """Tell the scheduler what can be restored for whom, by the whole ``group``. Call it right before each plan.
-        ``idle``: nobody has a row."""
+        ``room_bytes``: memory for keys and values where nobody has a row; else 0."""
         if self._cache is None or self._form is None:
             return
         self._cache.housekeep()
@@ -249,30 +253,40 @@ class Prefixes:
                 waiting.offer(name, 0, self._cache.wants(query, done), stop=sequences[name].branch)
             else:
                 offer = self._offer_by_all(name, query, now, group)
-                sequences[name].branch = query.match.depth if self._form.layout.state else 0
+                step = self._form.layout.step
+                sequences[name].branch = query.match.depth // step * step if self._form.layout.state else 0
                 waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
-        self._assemble(waiting, sequences, idle=idle and group.world == 1)
+        self._assemble(waiting, sequences, room_bytes if group.world == 1 else 0)
         patience = self._cache.patience(now)
         self._patient_until = None if patience is None else now + patience
 
-    def _assemble(self, waiting: Waiting, sequences: dict[str, Sequence], *, idle: bool) -> None:
-        """Put what a lone request waits for into place while the disk reads on."""
-        assert self._cache is not None
-        assert self._form is not None
+    def _assemble(self, waiting: Waiting, sequences: dict[str, Sequence], room_bytes: int) -> None:
+        """Put what a lone request waits for into place while the disk reads on, if there is memory for it."""
+        found, self._assembly = self._assembly, None
         queue = list(waiting.queue)
-        if not idle or len(queue) != 1 or (self._assembly is not None and self._assembly.name != queue[0][0]):
-            self._assembly = None
-        if not idle or len(queue) != 1:
+        if not room_bytes or len(queue) != 1 or queue[0][1] or queue[0][0] == self._not_assembled:
             return
-        sequence = sequences[queue[0][0]]
-        if self._assembly is None and sequence.query is not None and sequence.query.load is not None:
-            plan = self._cache.plan(sequence.query, disk=True)
-            room = _room(len(sequence.tokens) - 1, plan.position, alone=True)
-            assembly = Assembly(self._form, plan.position, room)
-            self._assembly = _Assembling(sequence.request.id, plan.parts, assembly)
-        if self._assembly is not None:
-            self._assembly.go_on()
+        try:
+            if found is None or found.name != queue[0][0]:
+                found = self._assembling(sequences[queue[0][0]], room_bytes)
+            if found is not None:
+                found.go_on()
+        except Exception:  # it is put together when it begins, and what goes wrong there is its own affair
+            log.exception("a prefix could not be put together ahead of its request")
+            self._not_assembled, found = queue[0][0], None
+        self._assembly = found
+
+    def _assembling(self, sequence: Sequence, room_bytes: int) -> _Assembling | None:
+        """What a request that waits for the disk can be put together in; None where there is no such, or no room."""
+        cache, form, query = self._cache, self._form, sequence.query
+        if cache is None or form is None or query is None or query.load is None:
+            return None
+        plan = cache.plan(query, disk=True)
+        columns = max(plan.position, _room(len(sequence.tokens) - 1, plan.position, alone=True))
+        if columns * form.token_bytes + cache.nbytes + query.fetched_bytes > room_bytes:
+            return None
+        return _Assembling(sequence.request.id, plan.parts, Assembly(form, plan.position, columns))
 
     def _offer_by_all(self, name: str, query: PrefixQuery, now: float, group: Group) -> Offer:
         """What all ranks can restore: no more than the one that has least, which may still be reading."""
@@ -293,7 +307,8 @@ class Prefixes:
     # --- reading a prompt -------------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, position: int, alone: bool) -> Prompt:
-        """The prompt to go on with, ``position`` of its tokens restored, lazily. ``alone``: there is no row."""
+        """The prompt to go on with, ``position`` of its tokens restored. ``alone``: there is no row."""
+        found, self._assembly = self._assembly, None
         if self._cache is None or self._form is None or sequence.query is None:
             sequence.report = sequence.report or PrefixReport()
             return new_prompt(self._network, self._kept_as)
@@ -306,7 +321,6 @@ class Prefixes:
         if position == 0:
             return new_prompt(self._network, self._kept_as)
         total = len(sequence.tokens) - 1
-        found, self._assembly = self._assembly, None
         if found is not None and (found.name, found.assembly.position, alone) == (sequence.request.id, position, True):
             assembly = found.assembly
         else:

@@ -16,7 +16,7 @@ from millpond.engine.boot_speculation import open_draft
 from millpond.engine.group import Group, RankReport
 from millpond.engine.prefixes import Prefixes
 from millpond.engine.steady import CHUNK as STEADY_CHUNK
-from millpond.engine.steady import check_chunk, steadied
+from millpond.engine.steady import check_chunk, made_by, steadied
 from millpond.engine.warm_up import first_costs, warm_up, warm_up_all
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
@@ -83,9 +83,10 @@ def prepare(
     progress: Callable[[str, float], None],
     deliver: Callable[[SsdEvent], None],
     group: Group,
+    blas: str = "",
 ) -> Prepared:
     """Load the model, or this rank's share of it, and run a forward. ``progress`` gets a stage and how far it has come,
-    in [0, 1]; ``deliver`` gets what the SSD tier has to say, on its threads.
+    in [0, 1]; ``deliver`` gets what the SSD tier has to say, on its threads. ``blas``: what a CPU multiplies with.
 
     Raises ModelError when the model cannot be served.
     """
@@ -136,7 +137,8 @@ def prepare(
     prefixes = Prefixes(model.network, model.form, None, None)
     if not uncached and isinstance(model.blocks, BlockFormat):
         free = None if start.kv_memory_bytes else _free()
-        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, costs, deliver, group, free)
+        kept_as = f"{model.blocks.kept_as} by {made_by(blas)}" if steady else model.blocks.kept_as
+        prefixes = _prefixes(start.prefix, model, model.blocks, budget, content, kept_as, costs, deliver, group, free)
     return Prepared(
         model=model,
         capabilities=capabilities,
@@ -166,13 +168,14 @@ def _prefixes(
     blocks: BlockFormat,
     budget: MemoryBudget,
     content: str,
+    kept_as: str,
     costs: CostModel,
     deliver: Callable[[SsdEvent], None],
     group: Group,
     free: int | None,
 ) -> Prefixes:
     namespace = Namespace(
-        weights=content, kv_format=blocks.kept_as, layers=list(blocks.layers), rank=group.rank, world=group.world
+        weights=content, kv_format=kept_as, layers=list(blocks.layers), rank=group.rank, world=group.world
     ).digest
     limit = blocks_limit(settings.cache_ram, budget.limit_bytes, group.neighbours, free)
     selfcheck = settings.cache_selfcheck if group.rank == 0 else 0
@@ -220,11 +223,10 @@ def _device_room(neighbours: int) -> int | None:
 
 
 def _free() -> int | None:
-    """Bytes that nobody uses now, where keys and values go; None where that is not told (Macs)."""
-    if device.on_cpu():
-        return free_memory()
+    """Bytes that nobody uses now, of the machine and of the GPU; None where neither is told (Macs)."""
     found = device.memory()
-    return None if found is None else found.free
+    told = free_memory(), None if found is None else found.free  # what was read from disk is in the machine's
+    return min((free for free in told if free is not None), default=None)
 
 
 def _budget(

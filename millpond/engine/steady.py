@@ -9,14 +9,18 @@ is restored but what such chunks have computed, nobody is preempted, and no toke
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 
+import mlx.core as mx
 from msgspec.structs import replace as with_fields
 
+from millpond import __version__
 from millpond.memory.budget import MemoryBudget
 from millpond.model.blocks import BlockFormat
 from millpond.model.load import ModelError
 from millpond.model.opened import OpenModel
 from millpond.model.rounding import fitting, slower, steady_rows
+from millpond.native import device
 
 CHUNK = 256
 """Tokens of a prompt in one forward. Longer ones are read faster on a GPU; restored prefixes end at multiples."""
@@ -27,6 +31,11 @@ def steadied(opened: OpenModel, max_batch: int, chunk: int, world: int) -> tuple
     """The model as it is to be run, with ``chunk`` tokens of a prompt in each forward, and what that costs, for people.
     Raises ModelError where it cannot be had."""
     model, capabilities = opened.model, opened.capabilities
+    if model.form.packs:
+        raise ModelError(
+            f"deterministic: not with kv_bits: {model.form.packing.bits}: what is restored was rounded when it was "
+            "packed, and what is computed was not yet. Leave one of them out"
+        )
     told = "each row is computed in a forward of its own"
     if capabilities.slots:
         try:
@@ -47,6 +56,13 @@ def steadied(opened: OpenModel, max_batch: int, chunk: int, world: int) -> tuple
         blocks = replace(model.blocks, layout=replace(model.blocks.layout, step=chunk))
         model = replace(model, blocks=blocks)
     return replace(opened, model=model, capabilities=with_fields(capabilities, together=False)), told
+
+
+def made_by(blas: str) -> str:
+    """What rounds: blocks that others have computed are not what computing them here would give. ``blas``: what a CPU
+    multiplies with, in words."""
+    mlx = metadata.version("mlx")
+    return f"millpond {__version__}, mlx {mlx}, {mx.default_device()}, {device.name()}, {blas}"
 
 
 def check_chunk(chunk: int, budget: MemoryBudget, context_length: int) -> None:

@@ -16,6 +16,7 @@ from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import Arrays
 from millpond.model.blocks import NUMBERS, BlockFormat, record
 from millpond.model.prompt import Piece, Prompt, new_prompt
+from millpond.model.upstream import cache_arrays
 from millpond.prefix.match import Part, RestorePlan
 from millpond.prefix.records import Kind
 
@@ -94,6 +95,7 @@ class Assembly:
                 prompt.leaves[leaf].put(self._spaced(floats), prompt.length)
         self._blocks.put_windows(prompt, plan, whole=whole)
         self._blocks.put_states(prompt, plan)
+        mx.eval(cache_arrays(prompt.caches), [piece.arrays for pieces in prompt.pieces for piece in pieces])
         return prompt
 
     def _spaced(self, floats: Sequence[Arrays]) -> Arrays:

@@ -137,13 +137,18 @@ class BlockFormat:
     def put_windows(self, prompt: Prompt, plan: RestorePlan, *, whole: bool) -> None:
         """Fill the sliding layers of a prompt that holds the tokens of the plan; lazily, but for what is packed.
         ``whole``: no forward will read behind them."""
+        held: dict[Node, Arrays] = {}
+        """Each record's arrays, made once for all leaves."""
+        for part in reversed(plan.parts if self.groups[Kind.WINDOW] else ()):
+            if Kind.WINDOW not in part.node.records or part.end <= plan.position - self.layout.window:
+                break
+            held[part.node] = record(part.node.records[Kind.WINDOW]).arrays
         for number, group in enumerate(self.groups[Kind.WINDOW]):
             size = min(prompt.leaves[group[0]].window, plan.position)
             for place, leaf in enumerate(group):
-                pieces = self._window_pieces(plan, number, place, size)
+                pieces = self._window_pieces(plan, held, (number, place), size)
                 # The oldest of a full window is dropped before anybody looks at it; it may be missing here.
                 self._fill(prompt, leaf, pieces, size - (plan.position - pieces[0].start), whole=whole)
-        mx.eval([piece.arrays for pieces in prompt.pieces for piece in pieces])
 
     def put_states(self, prompt: Prompt, plan: RestorePlan) -> None:
         """The same of the recurrent layers."""
@@ -155,17 +160,20 @@ class BlockFormat:
                 prompt.leaves[leaf].put(arrays[:count], plan.position)
                 arrays = arrays[count:]
 
-    def _window_pieces(self, plan: RestorePlan, group: int, place: int, size: int) -> list[Piece]:
-        """What the window records hold of the last ``size`` tokens."""
+    def _window_pieces(
+        self, plan: RestorePlan, held: Mapping[Node, Arrays], where: tuple[int, int], size: int
+    ) -> list[Piece]:
+        """What the window records hold of the last ``size`` tokens of one layer. ``where``: its group, and its place
+        there."""
         pieces: list[Piece] = []
         begins = plan.position
         for part in reversed(plan.parts):
-            if Kind.WINDOW not in part.node.records or begins <= plan.position - size:
+            if part.node not in held or begins <= plan.position - size:
                 break
             held_from = self.window_start(part.node.start, part.node.end)
             begins = max(held_from, plan.position - size)
             span, groups = (part.end - held_from, begins - held_from), len(self.groups[Kind.WINDOW])
-            arrays = _layer(part.node, Kind.WINDOW, groups, group, place, *span)
+            arrays = _layer(held[part.node], groups, where, *span)
             pieces.insert(0, Piece(begins, part.end, arrays))
             if held_from > part.node.start:
                 break
@@ -209,10 +217,9 @@ def _close(a: mx.array, b: mx.array, steps: float) -> bool:
     return bool((mx.abs(a - b).max() <= (AGREEMENT + steps) * mx.abs(b).max()).item())
 
 
-def _layer(node: Node, kind: Kind, groups: int, group: int, place: int, end: int, start: int = 0) -> Arrays:
+def _layer(arrays: Arrays, groups: int, where: tuple[int, int], end: int, start: int) -> Arrays:
     """Positions [start, end) of one layer of a record, counted from the record's first; lazy views [1, heads, n, x]."""
-    arrays = record(node.records[kind]).arrays
-    count = len(arrays) // groups
+    (group, place), count = where, len(arrays) // groups
     return tuple(array[place : place + 1, :, start:end] for array in arrays[group * count : (group + 1) * count])
 
 

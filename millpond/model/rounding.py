@@ -27,6 +27,10 @@ NEIGHBOURS = (3, 40, 300)
 """The same of rows beside it, in turn: shorter, longer, and beyond what a row has room for at first."""
 MOST_BYTES = 1 << 30
 """Of the rows that are tried."""
+TOKENS = (7919, 104_729)
+"""Behind which logits are compared."""
+NEAR = 0.05
+"""Largest difference of two logits that is rounding, as a share of the row's spread."""
 TIMED = 3
 
 
@@ -37,7 +41,7 @@ def alike(model: LoadedModel, tried: Iterable[int] = TRIED) -> list[list[int]]:
     for rows in tried:
         if rows > fitting(model, rows):
             continue
-        logits = _logits(model.slots_lane(), model, [CONTEXT] * rows)
+        logits = _logits(model.slots_lane(), model, [CONTEXT] * rows, 0, TOKENS[0])
         for known, members in groups:
             if same(known, logits):
                 members.append(rows)
@@ -50,15 +54,20 @@ def alike(model: LoadedModel, tried: Iterable[int] = TRIED) -> list[list[int]]:
 def steady_rows(model: LoadedModel, max_batch: int) -> tuple[int, ...] | str:
     """Numbers of rows, ascending, the last one ``max_batch``: filled up to one of them, with each row attending alone,
     a decode forward gives a row the same bits whoever is beside it. Or why that cannot be had."""
+    usual = [_logits(model.slots_lane(), model, [CONTEXT], 0, token) for token in TOKENS]
     target = _filled(model, max_batch)
-    smaller = [rows for rows in TRIED if rows < max_batch and same(_filled(model, rows), target)]
+    if not all(map(_near, target, usual)):
+        return "rows that attend on their own get other numbers than usual"
+    smaller = [rows for rows in TRIED if rows < max_batch and all(map(same, _filled(model, rows), target))]
     widths = (*smaller, max_batch)
-    for rows in dict.fromkeys((1, min(2, max_batch), min(5, max_batch), fitting(model, max_batch))):
-        lengths = [NEIGHBOURS[place % len(NEIGHBOURS)] for place in range(rows - 1)]
-        longest = max(1, model.context_length - 2)
-        crowd = [CONTEXT, *(min(length, longest) for length in lengths)]
-        if not same(_logits(_steady(model, widths), model, crowd), target):
-            return f"what is computed for a row depends on the {rows - 1} beside it even where all forwards are alike"
+    for rows in dict.fromkeys((min(2, max_batch), min(5, max_batch), fitting(model, max_batch))):
+        lengths = [NEIGHBOURS[number % len(NEIGHBOURS)] for number in range(rows - 1)]
+        beside = [min(length, max(1, model.context_length - 2)) for length in lengths]
+        for place in sorted({0, rows // 2, rows - 1}):
+            crowd = [*beside[:place], CONTEXT, *beside[place:]]
+            found = [_logits(_steady(model, widths), model, crowd, place, token) for token in TOKENS]
+            if not all(map(same, found, target)):
+                return f"what a row gets depends on the {rows - 1} beside it even where all forwards are alike"
     return widths
 
 
@@ -78,26 +87,33 @@ def same(one: mx.array, other: mx.array) -> bool:
     return bool(mx.array_equal(one, other, equal_nan=True).item())
 
 
+def _near(one: mx.array, other: mx.array) -> bool:
+    """Whether nothing but rounding parts two rows of logits."""
+    one, other = one.astype(mx.float32), other.astype(mx.float32)
+    return bool((mx.abs(one - other).max() <= NEAR * (other.max() - other.min())).item())
+
+
 def _row_bytes(model: LoadedModel) -> int:
     assert not isinstance(model.specs, str)
-    return sum(spec.row_bytes(capacity_bucket(CONTEXT + 1)) for spec in model.specs)
+    return sum(spec.row_bytes(capacity_bucket(max(NEIGHBOURS) + 1)) for spec in model.specs)
 
 
 def _steady(model: LoadedModel, widths: Sequence[int]) -> SlotsLane:
     return replace(model, steady=tuple(widths)).slots_lane(NO_LIMIT)
 
 
-def _filled(model: LoadedModel, rows: int) -> mx.array:
-    """Logits of a single row whose forward has so many."""
-    return _logits(_steady(model, (rows,)), model, [CONTEXT])
+def _filled(model: LoadedModel, rows: int) -> list[mx.array]:
+    """Logits of a single row whose forward has so many, of each of TOKENS."""
+    return [_logits(_steady(model, (rows,)), model, [CONTEXT], 0, token) for token in TOKENS]
 
 
-def _logits(lane: SlotsLane, model: LoadedModel, lengths: Sequence[int]) -> mx.array:
-    """Those of the first of rows of these lengths, [vocab]. Its neighbours have other tokens."""
+def _logits(lane: SlotsLane, model: LoadedModel, lengths: Sequence[int], place: int, token: int) -> mx.array:
+    """Of rows of these lengths, those of the one at ``place`` behind a token, [vocab]. Its neighbours have others."""
     for row in range(len(lengths)):
         lane.adopt(str(row), new_prompt(model.network, model.form))
     lane.advance(lengths)
-    logits = decode(model.network, lane, _tokens(model, len(lengths)))[0]
+    tokens = [token if row == place else token + 1 + row for row in range(len(lengths))]
+    logits = decode(model.network, lane, mx.array(tokens, dtype=mx.int32) % model.vocab_size)[place]
     mx.eval(logits)
     return logits
 

@@ -125,7 +125,7 @@ class PrefixCache:
 
     def wants(self, query: PrefixQuery, position: int) -> bytes | None:
         """Key of the block that a request at ``position`` computes next; None when only its last token is left."""
-        limit = query.match.limit
+        limit = query.match.limit // self.layout.step * self.layout.step
         start = position // BLOCK * BLOCK
         return query.match.chain.key(start, min(start + BLOCK, limit)) if position < limit else None
 

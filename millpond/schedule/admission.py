@@ -18,13 +18,14 @@ class MemoryReservation:
     def __init__(self, budget: MemoryBudget, holders: Iterable[SchedulerRequest] = ()) -> None:
         self._budget = budget
         self.count = 0
-        self._need = self._total = self._preempted = self._prefill_bytes = 0
+        self._need = self._promised = self._total = self._preempted = self._prefill_bytes = 0
         for request in holders:
             self.add(request)
 
     def add(self, request: SchedulerRequest) -> None:
         self.count += 1
-        self._need = max(self._need, request.promised)
+        self._need = max(self._need, request.need)
+        self._promised = max(self._promised, request.promised)
         self._total = max(self._total, request.total)
         self._preempted = max(self._preempted, request.preempted)
         if not request.in_row:
@@ -55,7 +56,7 @@ class MemoryReservation:
             return True
         preempted = max(self._preempted, request.preempted)
         room = grid * 4 ** min(preempted, 16)
-        need = max(self._need, request.promised)
+        need = max(self._promised, request.promised)
         longest = max(need, min(max(self._total, request.total), need + room))
         arena = self._budget.arena_bytes(self.count + 1, longest)
         prefill = self._prefill_bytes + self._budget.prefill_bytes(request.prefill)

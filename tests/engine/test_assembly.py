@@ -5,12 +5,16 @@ from __future__ import annotations
 import queue
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from engine_driver import Driver, disk_cache, prefix_cache, request, settle
 from tiny_models import opened, prompt
 
 from millpond.model.assembly import Assembly
+from millpond.model.blocks import ReadRecord
 from millpond.model.opened import OpenModel
+from millpond.prefix.cache import PrefixCache
+from millpond.prefix.disk import reader
 from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.match import Part
@@ -33,9 +37,9 @@ PATIENCE = 30.0
 class SlowStart:
     """A server that has begun anew on a folder where a prompt is cached, and whose disk answers when it is told to."""
 
-    def __init__(self, made: OpenModel, folder: Path) -> None:
+    def __init__(self, made: OpenModel, folder: Path, selfcheck: int = 0) -> None:
         self._told: queue.SimpleQueue[SsdEvent] = queue.SimpleQueue()
-        cache = prefix_cache(made.model)
+        cache = prefix_cache(made.model, selfcheck=selfcheck)
         self.ssd = SsdTier(
             folder, "0" * 64, PrefixSettings(cache_ssd=1 << 32, ssd_policy=SavePolicy.ALL), self._told.put
         )
@@ -68,6 +72,12 @@ class SlowStart:
             self.driver.engine.turn()
         self.driver.run(pump)
         self.ssd.close(PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readers may overtake each other."""
+    monkeypatch.setattr(reader, "READERS", 1)
 
 
 @pytest.fixture(params=list(KINDS))
@@ -155,3 +165,81 @@ def test_who_comes_is_served(made: OpenModel, tmp_path: Path) -> None:
     assert slow.driver.prefixes.assembling_bytes == 0, "rows come first"
     slow.finish()
     assert slow.driver.outcomes["x"].tokens == answer
+
+
+def test_what_cannot_be_put_together_ahead_is_when_it_begins(
+    made: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure beside the disk is nobody's."""
+    tokens = prompt(LENGTH)
+    answer = stored(made, tmp_path, tokens)
+    put, calls = Assembly.put, 0
+
+    def failing(self: Assembly, part: Part) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no memory for that")
+        put(self, part)
+
+    monkeypatch.setattr(Assembly, "put", failing)
+    slow = SlowStart(made, tmp_path)
+    slow.driver.submit(request("x", tokens, ANSWER))
+    slow.driver.engine.turn()
+    slow.answer(5)
+    assert calls >= 2
+    assert slow.driver.prefixes.assembling_bytes == 0
+    slow.finish()
+    assert slow.driver.outcomes["x"].tokens == answer
+
+
+def test_what_is_computed_afresh_leaves_nothing(made: OpenModel, tmp_path: Path) -> None:
+    """A request that is to be compared with what is cached begins at its beginning."""
+    tokens = prompt(LENGTH)
+    stored(made, tmp_path, tokens)
+    slow = SlowStart(made, tmp_path, selfcheck=1)
+    slow.driver.submit(request("x", tokens, ANSWER))
+    slow.driver.engine.turn()
+    slow.finish()
+    assert slow.driver.prefixes.assembling_bytes == 0
+    found = slow.driver.outcomes["x"].prefix
+    assert found is not None
+    assert found.disk == 0
+
+
+def test_nothing_is_put_together_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what cached blocks take already."""
+    made = opened("llama")
+    tokens = prompt(LENGTH)
+    answer = stored(made, tmp_path, tokens)
+    monkeypatch.setattr(PrefixCache, "nbytes", property(lambda _: 1 << 30))
+    slow = SlowStart(made, tmp_path)
+    slow.driver.submit(request("x", tokens, ANSWER))
+    slow.driver.engine.turn()
+    slow.answer(5)
+    assert slow.driver.prefixes.assembling_bytes == 0
+    slow.finish()
+    assert slow.driver.outcomes["x"].tokens == answer
+
+
+def test_arrays_are_made_once_of_each_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each layer that looks into it."""
+    made = opened("gemma3_text")
+    tokens = prompt(LENGTH)
+    answer = stored(made, tmp_path, tokens)
+    copied: list[int] = []
+    arrays = ReadRecord.arrays.fget
+    assert arrays is not None
+
+    def counted(self: ReadRecord) -> tuple[mx.array, ...]:
+        copied.append(id(self))
+        return arrays(self)
+
+    monkeypatch.setattr(ReadRecord, "arrays", property(counted))
+    slow = SlowStart(made, tmp_path)
+    slow.driver.submit(request("x", tokens, ANSWER))
+    slow.driver.engine.turn()
+    slow.finish()
+    assert slow.driver.outcomes["x"].tokens == answer
+    assert copied
+    assert len(copied) == len(set(copied))

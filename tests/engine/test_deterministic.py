@@ -12,6 +12,7 @@ from gpu_lane import as_on_a_gpu, rounding_by_rows, save_as
 from tiny_models import VOCAB, save
 
 from millpond.engine.steady import steadied
+from millpond.model import attention
 from millpond.model.forwards import decode, prefill, prefill_together
 from millpond.model.load import ModelError
 from millpond.model.opened import OpenModel, open_model
@@ -168,12 +169,12 @@ def test_a_neighbours_content_changes_nothing(together: bool, opened: OpenModel)
         assert mx.array_equal(one, other)
 
 
-def test_a_model_that_cannot_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packed_keys_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = save_as("wide_llama", "bf16", tmp_path / "model")
     as_on_a_gpu(monkeypatch)
     opened = open_model(folder, packing=KvPacking(bits=8, group_size=64))
     assert opened.capabilities.slots
-    with pytest.raises(ModelError, match=r"deterministic: not with this model on this device: .* row by row"):
+    with pytest.raises(ModelError, match="deterministic: not with kv_bits: 8: "):
         steadied(opened, ROWS, CHUNK, 1)
 
 
@@ -201,6 +202,17 @@ def test_numbers_of_rows_that_round_alike(spoil: str, monkeypatch: pytest.Monkey
     if spoil == "rows":
         assert [1, 6] in groups
         assert len(groups) == 5
+
+
+def test_a_model_whose_attention_is_its_own_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where rows that attend on their own would be answered wrongly, if always in the same way."""
+    opened = open_model(save_as("llama", "bf16", tmp_path / "model"))
+    as_on_a_gpu(monkeypatch)
+    opened = open_model(tmp_path / "model")
+    apart = attention.row_by_row
+    monkeypatch.setattr(attention, "row_by_row", lambda *given: 2 * apart(*given))
+    with pytest.raises(ModelError, match="rows that attend on their own get other numbers than usual"):
+        steadied(opened, ROWS, CHUNK, 1)
 
 
 def test_on_a_cpu(tmp_path: Path) -> None:

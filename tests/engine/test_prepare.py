@@ -45,21 +45,28 @@ def test_keys_and_values_have_what_the_gpu_has(
 
 
 @pytest.mark.parametrize(
-    ("memory", "asked", "most"),
+    ("memory", "free", "asked", "most"),
     [
-        (DeviceMemory(80 * GIB, 10 * GIB), 0, 5 * GIB),
-        (DeviceMemory(80 * GIB, None), 0, None),
-        (DeviceMemory(80 * GIB, 10 * GIB), 30 * GIB, 15 * GIB),
+        (DeviceMemory(80 * GIB, 10 * GIB), 100 * GIB, 0, 5 * GIB),
+        (DeviceMemory(80 * GIB, 50 * GIB), 10 * GIB, 0, 5 * GIB),
+        (DeviceMemory(80 * GIB, None), None, 0, None),
+        (DeviceMemory(80 * GIB, 10 * GIB), 100 * GIB, 30 * GIB, 15 * GIB),
     ],
 )
 def test_cached_blocks_have_what_nobody_else_uses(
-    memory: DeviceMemory, asked: int, most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: DeviceMemory,
+    free: int | None,
+    asked: int,
+    most: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unless somebody has said how much memory there is to be had."""
     folder = in_half(tiny_models.save("llama", tmp_path))
     as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(device, "memory", lambda: memory)
     monkeypatch.setattr(preparing, "_device_room", lambda _: 80 * GIB)
+    monkeypatch.setattr(preparing, "free_memory", lambda: free)
     ready = started(folder, kv_memory_bytes=asked)
     assert ready.prefixes.load().ram_limit == (ready.budget.limit_bytes // 2 if most is None else most)
 

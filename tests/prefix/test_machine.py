@@ -331,6 +331,8 @@ class RealMachine(Machine):
         except queue.Empty:
             return False
         self.cache.on_event(event)
+        if isinstance(event, Loaded):
+            self.real.tier.taken()
         return True
 
     @rule(steps=st.integers(1, 12))

@@ -33,7 +33,7 @@ from millpond.prefix.disk.block_file import file_bytes
 from millpond.prefix.disk.events import Found, Gone, Loaded, Opened, Saved, SsdEvent
 from millpond.prefix.disk.files import Files, Space
 from millpond.prefix.disk.index import DiskIndex
-from millpond.prefix.disk.reader import READERS
+from millpond.prefix.disk.reader import AHEAD
 from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.records import Kind
 from millpond.settings import PrefixSettings, SavePolicy
@@ -407,7 +407,9 @@ def test_a_disk_that_does_not_answer_holds_up_no_call(tmp_path: Path) -> None:
 
         def all_answered() -> bool:
             for event in tier.listener.of(Loaded):
-                seen.add(event.ticket)
+                if event.ticket not in seen:
+                    seen.add(event.ticket)
+                    tier.tier.taken()
             return len(seen) == 51
 
         tier.listener.wait(all_answered)
@@ -480,6 +482,7 @@ def test_what_was_read_stays_as_it_was_read(tmp_path: Path) -> None:
         tier.save(*heads)
         for ticket, record in enumerate([*heads, *heads]):
             tier.tier.read(record, ticket)
+            tier.tier.taken()
         tier.listener.wait(lambda: len(tier.listener.of(Loaded)) == 2 * len(heads))
     found = tier.listener.of(Loaded)
     assert len({id(event.payload.obj) for event in found}) == len(found)
@@ -487,14 +490,30 @@ def test_what_was_read_stays_as_it_was_read(tmp_path: Path) -> None:
         assert bytes(event.payload) == payload_of(heads[event.ticket % len(heads)])
 
 
+def test_what_is_read_ahead_is_bounded(tmp_path: Path) -> None:
+    """Until somebody takes it."""
+    heads = chain(AHEAD + 3)
+    with running(tmp_path) as tier:
+        tier.save(*heads)
+        for ticket, record in enumerate(heads):
+            tier.tier.read(record, ticket)
+        for taken in range(4):
+            tier.listener.wait(lambda taken=taken: len(tier.listener.of(Loaded)) == min(AHEAD + taken, len(heads)))
+            tier.tier.taken()
+        assert tier.tier.stats.reads == len(heads)
+
+
 def test_what_is_queued_for_reading_is_answered_when_the_tier_closes(tmp_path: Path) -> None:
-    heads = chain(READERS + 3)
+    heads = chain(AHEAD + 3)
     tier = RunningTier(tmp_path)
     tier.save(*heads)
     for ticket, record in enumerate(heads):
         tier.tier.read(record, ticket)
+    tier.listener.wait(lambda: len(tier.listener.of(Loaded)) == AHEAD)
     assert tier.close()
-    assert len(tier.listener.of(Loaded)) == len(heads)
+    problems = [event.problem for event in tier.listener.of(Loaded)]
+    assert len(problems) == len(heads)
+    assert problems.count("the tier is closing") == 3
 
 
 def test_a_listener_that_raises_ends_no_thread(tmp_path: Path) -> None:

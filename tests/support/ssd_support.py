@@ -158,6 +158,7 @@ class RunningTier:
             assert event.tensors == record.tensors
         else:
             assert event.problem
+        self.tier.taken()
         return event
 
     def swept(self) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,8 @@ from millpond.prefix.records import Expected, RecordHead, RecordId
 _log = logging.getLogger("millpond.prefix.disk.tier")
 
 READERS = 2
+AHEAD = 8
+"""Records that are read and have not been taken: more would be memory that nobody counts."""
 
 
 class Fault(NamedTuple):
@@ -63,6 +65,7 @@ class DiskReader:
         self._tell = tell
         self._report = report
         self._jobs: SimpleQueue[_ReadJob | None] = SimpleQueue()
+        self._ahead = Semaphore(AHEAD)
         self._ready = Event()
         self._closing = Event()
         self._threads = [Thread(target=self._run, name=f"ssd-read-{i}", daemon=True) for i in range(READERS)]
@@ -78,9 +81,14 @@ class DiskReader:
     def read(self, expected: Expected, ticket: int) -> None:
         self._jobs.put(_ReadJob(expected, ticket))
 
+    def taken(self) -> None:
+        """An answer has been looked at: another may be made."""
+        self._ahead.release()
+
     def close(self) -> None:
         """Answer what is queued with a problem and end; a read that is under way is finished."""
         self._closing.set()
+        self._ahead.release(READERS)
         for _ in self._threads:
             self._jobs.put(None)
         self._ready.set()
@@ -95,7 +103,9 @@ class DiskReader:
     def _run(self) -> None:
         self._ready.wait()
         while (job := self._jobs.get()) is not None:
+            self._ahead.acquire()
             if self._closing.is_set():
+                self._ahead.release()
                 self._fail(job, "the tier is closing")
                 continue
             try:

@@ -70,6 +70,10 @@ class SsdTier:
         """Ask for a record; ``Loaded`` with this ticket follows. Not after ``close``."""
         self._reader.read(expected, ticket)
 
+    def taken(self) -> None:
+        """A ``Loaded`` has been looked at; call it once for each, for only so many are made ahead."""
+        self._reader.taken()
+
     def write(self, head: RecordHead, payload: bytes) -> bool:
         """Queue a record; ``Saved`` follows. False, and no event, once the tier is closing.
 

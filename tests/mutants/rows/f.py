@@ -100,15 +100,15 @@ BREAKS = [
     Break(
         name="F8-nothing-is-put-ahead",
         file="millpond/engine/prefixes.py",
-        old="            self._assembly.go_on()",
-        new="            pass",
+        old="                found.go_on()",
+        new="                pass",
         by=("test_a_lone_prompt_is_put_together_while_the_disk_reads",),
     ),
     Break(
         name="F8-who-goes-leaves-a-row",
         file="millpond/engine/prefixes.py",
-        old="if not idle or len(queue) != 1 or (",
-        new="if not idle or len(queue) > 1 or (",
+        old="queue[0][0] == self._not_assembled:\n            return",
+        new="queue[0][0] == self._not_assembled:\n            self._assembly = found\n            return",
         by=("test_who_goes_leaves_nothing",),
     ),
 ]

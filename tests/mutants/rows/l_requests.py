@@ -133,8 +133,8 @@ BREAKS = [
     Break(
         name="L31-the-loop-by-wall-time",
         file="millpond/engine/loop.py",
-        old="        now = time.monotonic()\n        idle = not",
-        new="        now = time.time()\n        idle = not",
+        old="        now = time.monotonic()\n        room = 0 if",
+        new="        now = time.time()\n        room = 0 if",
         by=("test_only_dates_are_read_off_the_wall_clock",),
     ),
     Break(
