@@ -322,12 +322,11 @@ class Prefixes:
             return new_prompt(self._network, self._kept_as)
         total = len(sequence.tokens) - 1
         if found is not None and (found.name, found.assembly.position, alone) == (sequence.request.id, position, True):
-            assembly = found.assembly
-        else:
-            assembly = Assembly(self._form, position, _room(total, position, alone=alone))
-        for part in plan.parts:
-            assembly.put(part)
-        return assembly.finished(self._network, plan, whole=position == total)
+            for part in plan.parts:
+                found.assembly.put(part)
+            return found.assembly.finished(self._network, plan, whole=position == total)
+        capacity = _room(total, position, alone=alone)
+        return self._form.restored(self._network, plan, capacity, whole=position == total)
 
     def fit(self, room_bytes: int) -> None:
         """Keep at most this many bytes of blocks: rows and prompts come first."""

@@ -1,4 +1,4 @@
-"""A restored prompt that is put together block by block, as blocks come from the disk or all at once.
+"""A restored prompt that is put together block by block, as blocks come from the disk.
 
 Keys and values of a block go straight to their place in arrays that become a row: nothing is copied twice, and what has
 come is in place while the disk still reads the rest. Windows and states, which are small, follow at the end. Engine
@@ -108,11 +108,3 @@ class Assembly:
             heads, dim = side[0].shape[1], side[0].shape[3]
             sides.append(mx.concatenate([*side, mx.zeros((1, heads, room, dim), dtype=side[0].dtype)], axis=2))
         return tuple(sides)
-
-
-def assembled(blocks: BlockFormat, network: nn.Module, plan: RestorePlan, capacity: int, *, whole: bool) -> Prompt:
-    """All at once."""
-    assembly = Assembly(blocks, plan.position, capacity)
-    for part in plan.parts:
-        assembly.put(part)
-    return assembly.finished(network, plan, whole=whole)

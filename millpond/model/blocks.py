@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from millpond.kv.format import Arrays, KvFormat
 from millpond.model.leaves import leaves_of
-from millpond.model.prompt import Piece, Prompt, joined
+from millpond.model.prompt import Piece, Prompt, joined, new_prompt
 from millpond.model.upstream import PromptCache
 from millpond.prefix.match import RestorePlan
 from millpond.prefix.planner import Layout
@@ -46,6 +47,10 @@ class Stored:
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(Tensor(_name(a.dtype), tuple(a.shape), int(a.nbytes)) for a in self.arrays)
 
+    def kept(self) -> Arrays:
+        """The arrays, which stay: as ReadRecord has it."""
+        return self.arrays
+
     def dump(self) -> bytes:
         return b"".join(np.asarray(array.reshape(-1).view(mx.uint8)).tobytes() for array in self.arrays)
 
@@ -56,26 +61,32 @@ class ReadRecord:
     def __init__(self, tensors: Sequence[Tensor], payload: memoryview) -> None:
         """Raises ValueError for an element type that mlx does not have."""
         self.tensors = tuple(tensors)
-        self._payload = payload
-        self._dtypes = [_dtype(tensor.dtype) for tensor in tensors]
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = memoryview(payload.obj).nbytes
         """Those of the whole buffer, of which the payload is nearly all."""
-        return memoryview(self._payload.obj).nbytes
+        self._dtypes = [_dtype(tensor.dtype) for tensor in tensors]
+        self._held: memoryview | Stored = payload
 
     @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        """Copies, evaluated as soon as they are made of the bytes."""
+    def arrays(self) -> Arrays:
+        """Made of the bytes each time, unless they are kept."""
+        if isinstance(self._held, Stored):
+            return self._held.arrays
         arrays, offset = [], 0
         for tensor, dtype in zip(self.tensors, self._dtypes, strict=True):
-            raw = mx.array(np.frombuffer(self._payload[offset : offset + tensor.nbytes], dtype=np.uint8))
+            raw = mx.array(np.frombuffer(self._held[offset : offset + tensor.nbytes], dtype=np.uint8))
             arrays.append(raw.view(dtype).reshape(tensor.shape))
             offset += tensor.nbytes
         return tuple(arrays)
 
+    def kept(self) -> Arrays:
+        """The same, which stay, and the bytes go: for those who look at them lazily."""
+        if not isinstance(self._held, Stored):
+            self._held = Stored(self.arrays)
+            mx.eval(self._held.arrays)
+        return self._held.arrays
+
     def dump(self) -> bytes:
-        return bytes(self._payload)
+        return self._held.dump() if isinstance(self._held, Stored) else bytes(self._held)
 
 
 def record(payload: Payload) -> Stored | ReadRecord:
@@ -134,6 +145,29 @@ class BlockFormat:
 
     # --- putting together -------------------------------------------------------------------------------------
 
+    def restored(self, network: nn.Module, plan: RestorePlan, capacity: int, *, whole: bool = False) -> Prompt:
+        """A prompt that holds the tokens of the plan, with room for ``capacity`` of them in all; lazy, but for what is
+        packed.
+
+        ``whole``: no forward will read behind them, so what is packed need not be unpacked.
+        """
+        prompt = new_prompt(network, self.form)
+        prompt.length = plan.position
+        room = max(0, capacity - plan.position)
+        groups = self.groups[Kind.KV]
+        held = {part.node: record(part.node.records[Kind.KV]).kept() for part in plan.parts if groups}
+        for number, group in enumerate(groups):
+            for place, leaf in enumerate(group):
+                pieces = [
+                    Piece(part.node.start, part.end, _layer(held[part.node], len(groups), (number, place), part.used))
+                    for part in plan.parts
+                ]
+                self._fill(prompt, leaf, pieces, (0, room), whole=whole)
+        self.put_windows(prompt, plan, whole=whole)
+        self.put_states(prompt, plan)
+        mx.eval([piece.arrays for pieces in prompt.pieces for piece in pieces])
+        return prompt
+
     def put_windows(self, prompt: Prompt, plan: RestorePlan, *, whole: bool) -> None:
         """Fill the sliding layers of a prompt that holds the tokens of the plan; lazily, but for what is packed.
         ``whole``: no forward will read behind them."""
@@ -142,19 +176,19 @@ class BlockFormat:
         for part in reversed(plan.parts if self.groups[Kind.WINDOW] else ()):
             if Kind.WINDOW not in part.node.records or part.end <= plan.position - self.layout.window:
                 break
-            held[part.node] = record(part.node.records[Kind.WINDOW]).arrays
+            held[part.node] = record(part.node.records[Kind.WINDOW]).kept()
         for number, group in enumerate(self.groups[Kind.WINDOW]):
             size = min(prompt.leaves[group[0]].window, plan.position)
             for place, leaf in enumerate(group):
                 pieces = self._window_pieces(plan, held, (number, place), size)
                 # The oldest of a full window is dropped before anybody looks at it; it may be missing here.
-                self._fill(prompt, leaf, pieces, size - (plan.position - pieces[0].start), whole=whole)
+                self._fill(prompt, leaf, pieces, (size - (plan.position - pieces[0].start), 0), whole=whole)
 
     def put_states(self, prompt: Prompt, plan: RestorePlan) -> None:
         """The same of the recurrent layers."""
         states = self.groups[Kind.STATE]
         if states:
-            arrays = list(record(plan.parts[-1].node.records[Kind.STATE]).arrays)
+            arrays = list(record(plan.parts[-1].node.records[Kind.STATE]).kept())
             for number, (leaf,) in enumerate(states):
                 count = len(arrays) // (len(states) - number)
                 prompt.leaves[leaf].put(arrays[:count], plan.position)
@@ -179,8 +213,8 @@ class BlockFormat:
                 break
         return pieces
 
-    def _fill(self, prompt: Prompt, leaf: int, pieces: list[Piece], before: int, *, whole: bool) -> None:
-        """Put pieces into one layer of a prompt, with unused positions before them."""
+    def _fill(self, prompt: Prompt, leaf: int, pieces: list[Piece], around: tuple[int, int], *, whole: bool) -> None:
+        """Put pieces into one layer of a prompt, with unused positions before and behind them."""
         floats = [piece.arrays for piece in pieces if piece.arrays[0].dtype != NUMBERS]
         packed = [piece for piece in pieces if piece.arrays[0].dtype == NUMBERS]
         if packed:
@@ -189,7 +223,7 @@ class BlockFormat:
             if not whole:
                 floats.append(self.form.unpack(together.arrays))
         if floats:
-            keys, values = (_spaced([arrays[side] for arrays in floats], before) for side in (0, 1))
+            keys, values = (_spaced([arrays[side] for arrays in floats], *around) for side in (0, 1))
             prompt.leaves[leaf].put((keys, values), prompt.length)
 
 
@@ -217,7 +251,7 @@ def _close(a: mx.array, b: mx.array, steps: float) -> bool:
     return bool((mx.abs(a - b).max() <= (AGREEMENT + steps) * mx.abs(b).max()).item())
 
 
-def _layer(arrays: Arrays, groups: int, where: tuple[int, int], end: int, start: int) -> Arrays:
+def _layer(arrays: Arrays, groups: int, where: tuple[int, int], end: int, start: int = 0) -> Arrays:
     """Positions [start, end) of one layer of a record, counted from the record's first; lazy views [1, heads, n, x]."""
     (group, place), count = where, len(arrays) // groups
     return tuple(array[place : place + 1, :, start:end] for array in arrays[group * count : (group + 1) * count])
@@ -280,10 +314,12 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
     return mx.concatenate(arrays, axis=0)
 
 
-def _spaced(pieces: list[mx.array], front: int) -> mx.array:
-    """[1, heads, n, dim] pieces one after the other behind so many unused positions. Always a copy."""
+def _spaced(pieces: list[mx.array], front: int, back: int) -> mx.array:
+    """[1, heads, n, dim] pieces one after the other, with unused positions before or behind them. Always a copy."""
     heads, dim, dtype = pieces[0].shape[1], pieces[0].shape[3], pieces[0].dtype
-    pieces = [*([mx.zeros((1, heads, front, dim), dtype=dtype)] if front else []), *pieces]
+    before = [mx.zeros((1, heads, front, dim), dtype=dtype)] if front else []
+    behind = [mx.zeros((1, heads, back, dim), dtype=dtype)] if back else []
+    pieces = [*before, *pieces, *behind]
     # The cache is written in place later: it must not share a single block's buffer.
     return mx.concatenate(pieces, axis=2) if len(pieces) > 1 else mx.take(pieces[0], mx.array([0]), axis=0)
 

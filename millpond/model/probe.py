@@ -17,7 +17,6 @@ import msgspec
 from millpond.kv.arena import NO_LIMIT
 from millpond.kv.format import KvFormat
 from millpond.kv.slots import RingSpec
-from millpond.model.assembly import assembled
 from millpond.model.blocks import BlockFormat, cut_prompt
 from millpond.model.forwards import decode, prefill, prefill_together
 from millpond.model.lanes import Lane, SoloLane
@@ -222,7 +221,7 @@ def restoring(model: LoadedModel, blocks: BlockFormat | str) -> str:
         for kind in blocks.layout.kinds:
             node.records[kind] = cut_prompt(blocks, original, start, end, kind)
         parts.append(Part(node, end - start))
-    restored = assembled(blocks, model.network, RestorePlan(length, tuple(parts), ()), length + 2, whole=False)
+    restored = blocks.restored(model.network, RestorePlan(length, tuple(parts), ()), length + 2)
     caches = rounded(original.caches, model.form)
     copy = rounded(restored.caches, model.form, done=length)
     for step in range(2):

@@ -15,7 +15,6 @@ import mlx.core as mx
 from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import Arrays
 from millpond.memory.budget import PREFILL_STEP
-from millpond.model.assembly import assembled
 from millpond.model.blocks import BlockFormat, ReadRecord, Stored, agree, block_grid, cut_prompt, evaluated
 from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel
@@ -57,7 +56,7 @@ class DraftPrompts:
         if not plan.position:
             return new_prompt(self._model.network, self._model.form)
         capacity = -(-(len(tokens) - 1) // PREFILL_STEP) * PREFILL_STEP
-        return assembled(self._form, self._model.network, plan, capacity, whole=False)
+        return self._form.restored(self._model.network, plan, capacity)
 
     def chunk_done(self, query: PrefixQuery | None, tokens: Sequence[int], prompt: Prompt, start: int) -> None:
         """Keep the blocks that the chunk from ``start`` on has completed."""

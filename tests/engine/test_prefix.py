@@ -20,7 +20,6 @@ from tiny_models import CONFIGS, SOLO_KINDS, capabilities, model, prompt
 
 from millpond.engine import prefixes
 from millpond.engine.link import Inbox
-from millpond.model.assembly import assembled
 from millpond.model.blocks import BlockFormat, Stored
 from millpond.model.load import LoadedModel
 from millpond.model.upstream import cache_arrays
@@ -501,7 +500,7 @@ def test_a_hit_copies_the_row_and_nothing_else(kind: str) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    restored = assembled(form, driven.prefixes._network, plan, 449, whole=False)
+    restored = form.restored(driven.prefixes._network, plan, 449)
     mx.eval(cache_arrays(restored.caches))
     row = restored.nbytes
     assert mx.get_peak_memory() - before <= 1.25 * row + 65536
