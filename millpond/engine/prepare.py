@@ -225,8 +225,8 @@ def _device_room(neighbours: int) -> int | None:
 def _free() -> int | None:
     """Bytes that nobody uses now, of the machine and of the GPU; None where neither is told (Macs)."""
     found = device.memory()
-    told = free_memory(), None if found is None else found.free  # what was read from disk is in the machine's
-    return min((free for free in told if free is not None), default=None)
+    both = free_memory(), None if found is None else found.free  # what was read from disk is in the machine's
+    return min((free for free in both if free is not None), default=None)
 
 
 def _budget(

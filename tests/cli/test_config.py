@@ -46,6 +46,7 @@ GOOD = {
     "prefill_chunk": ("128", 128),
     "kv_memory_mb": ("77", 77),
     "wired_memory_mb": ("1024", 1024),
+    "deterministic": ("on", "on"),
     "kv_bits": ("8", 8),
     "kv_group_size": ("32", 32),
     "kv_quant_start": ("128", 128),

@@ -38,6 +38,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "engine/test_prepare.py::test_what_is_wired",
         "engine/test_process.py::test_memory_that_cannot_be_wired_is_refused_at_start",
     ),
+    "deterministic": (
+        "http/test_engine_flags.py::test_deterministic_answers_are_promised_or_refused",
+        "engine/test_deterministic.py::test_answers_are_the_same_whatever_the_load",
+    ),
     "kv_bits": ("http/test_packed_server.py::test_bits_groups_and_exact_tokens",),
     "kv_group_size": (
         "http/test_packed_server.py::test_bits_groups_and_exact_tokens",

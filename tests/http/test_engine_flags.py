@@ -163,3 +163,20 @@ def test_the_pace_reaches_the_scheduler(folder: Path, monkeypatch: pytest.Monkey
     with pytest.raises(Caught) as caught:
         boot.boot(start, "", cast("FrontEndLink", NoLink()))
     assert (caught.value.limits.max_itl_ms, caught.value.limits.max_batch) == (123.5, 32)
+
+
+def test_deterministic_answers_are_promised_or_refused(folder: Path, launch: Launch) -> None:
+    """The promise is told with its price, nothing is guessed, and what cannot be promised is said at start."""
+    with launch(command(folder, "--deterministic", "on", "--max-batch", "4")) as server, client_of(server) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        told = model["millpond"]
+        assert "forwards have " in told["deterministic"]
+        assert "times as long as usual" in told["deterministic"]
+        assert told["speculation"] == []
+        assert "deterministic" in told["speculation_reason"]
+        assert sorted(rows for group in told["row_counts_alike"] for rows in group) == [1, 2, 3, 4, 5, 6, 7, 8, 32]
+        body = {"prompt": "abc" * 40, "max_tokens": 5, "temperature": 0, "logprobs": 2}
+        first, again = (client.post("/v1/completions", json=body).json()["choices"] for _ in range(2))
+        assert first == again
+    with launch(command(folder, "--deterministic", "on", "--draft-model", "any"), ready=False) as server:
+        server.wait_for_line("must be left out when deterministic is on")
