@@ -27,8 +27,9 @@ from millpond.prefix.records import Expected, RecordHead, RecordId
 _log = logging.getLogger("millpond.prefix.disk.tier")
 
 READERS = 2
-AHEAD = 8
-"""Records that are read and have not been taken: more would be memory that nobody counts."""
+AHEAD = 32
+"""Records that are read and have not been taken: more would be memory that nobody counts, and with fewer the disk waits
+while the engine puts some into their row."""
 
 
 class Fault(NamedTuple):
