@@ -139,10 +139,11 @@ class Requests:
     def free(self) -> None:
         """Give back everything that ended requests hold. Nothing may be in flight."""
         leaving, self._leaving = self._leaving, []
-        sequences = self._executor.sequences
-        for name in sorted(leaving, key=lambda name: not sequences[name].dirty):  # see Arena.release
-            self._speculator.answer_done(self._executor.depart(name))
-            self._scheduler.remove(name)
+        dirty = {name for name in leaving if self._executor.sequences[name].dirty}
+        for some in (dirty, [name for name in leaving if name not in dirty]):  # see Arena.release
+            for name in self._executor.batch.departures(some):
+                self._speculator.answer_done(self._executor.depart(name))
+                self._scheduler.remove(name)
 
 
 def _impossible(request: Request, model: LoadedModel) -> str:

@@ -7,7 +7,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class Batch:
@@ -53,6 +53,22 @@ class Batch:
         self._lengths[row] = self._lengths[last]
         del self._names[last], self._lengths[last]
         return row, last
+
+    def departures(self, leaving: Collection[str]) -> list[str]:
+        """All of ``leaving``, those without a row first, in an order in which nobody is moved who leaves, too, and
+        nobody twice."""
+        names = list(self._names)
+        order = [name for name in leaving if name not in self]
+        row = 0
+        while len(order) < len(leaving):
+            if names[-1] in leaving:
+                order.append(names.pop())
+            elif names[row] in leaving:
+                order.append(names[row])
+                names[row] = names.pop()
+            else:
+                row += 1
+        return order
 
     def advance(self, counts: Sequence[int]) -> None:
         """Row i holds ``counts[i]`` tokens more."""

@@ -105,9 +105,8 @@ class KvSegment:
 
     def lift(self, row: int, length: int) -> Arrays:
         """A lazy copy of what a row of ``length`` positions holds, in its columns; nothing where that is nothing."""
-        held, index = self._held(length), mx.array([row], dtype=mx.uint32)
-        # A gather, because a slice may share the buffer and block in-place writes.
-        return tuple(mx.take(array[:, :, :held], index, axis=0) for array in self.arrays) if held else ()
+        held = self._held(length)
+        return tuple(_lifted(array, row, held) for array in self.arrays) if held else ()
 
     def land(self, row: int, lifted: Arrays) -> None:
         """Write such a copy, which has been evaluated, into another row."""
@@ -122,6 +121,14 @@ class KvSegment:
         """Reallocate to the given sizes, keeping what fits, lazily."""
         if (rows, capacity) != (self.row_count, self.capacity):
             self.arrays = [_resized(array, rows, capacity) for array in self.arrays]
+
+
+def _lifted(array: mx.array, row: int, held: int) -> mx.array:
+    """The first ``held`` columns of a row, in memory of their own, lazily."""
+    # MLX's CPU copies what has gaps element by element: the larger they are, the faster. Gathering it is slower yet.
+    wide = mx.uint64 if array.shape[3] * array.itemsize % mx.uint64.size == 0 else array.dtype
+    # A slice itself would share the memory, and block writes in place.
+    return mx.contiguous(array.view(wide)[row : row + 1, :, :held]).view(array.dtype)
 
 
 def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, reference, request
 from tiny_models import CONFIGS, VOCAB, capabilities, model, prompt
 
+from millpond.kv.format import Arrays
 from millpond.kv.slots import KvSlot
 from millpond.types import ErrorKind, Finish
 
@@ -241,3 +244,33 @@ def test_the_next_wave_takes_the_rows_of_the_last(monkeypatch: pytest.MonkeyPatc
             assert_same_or_tied(model("llama").network, prompt(100 + index, wave), outcome.tokens, alone)
     driven.run()
     assert driven.beat.kv_bytes == 0
+
+
+@pytest.mark.parametrize(("staying", "moved"), [((), 0), ((0,), 0), ((3,), 1), ((2, 3), 2), ((0, 3), 1)])
+def test_those_who_leave_together_are_not_copied_over_each_other(
+    staying: tuple[int, ...], moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only rows of those who stay take places that are freed."""
+    driven = driver("llama", max_batch=4)
+    landed: list[int] = []
+    then = 0
+    land = KvSlot.land
+
+    def counted(slot: KvSlot, row: int, lifted: Sequence[Arrays]) -> None:
+        landed.append(row)
+        land(slot, row, lifted)
+
+    monkeypatch.setattr(KvSlot, "land", counted)
+
+    def leave(turn: int) -> None:
+        nonlocal then
+        for index in set(range(4)) - set(staying) if turn == 16 else ():
+            assert driven.outcomes[f"r{index}"].tokens
+            driven.cancel(f"r{index}")
+        then = len(landed) if turn <= 20 else then
+
+    driven.run(leave, {4 * index: request(f"r{index}", prompt(30 + index), 40 + index) for index in range(4)})
+    assert then == moved * len(model("llama").specs)
+    for index in staying:
+        expected = reference(model("llama").network, prompt(30 + index), 40 + index)
+        assert_same_or_tied(model("llama").network, prompt(30 + index), driven.outcomes[f"r{index}"].tokens, expected)

@@ -285,15 +285,18 @@ def test_arrays_are_written_in_place() -> None:
     assert mx.get_peak_memory() - before < arena.nbytes // 4
 
 
-def test_joining_and_leaving_cost_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever leaves in the middle is replaced by the last row; nobody else's numbers are copied (D1)."""
-    spec = KvSpec(2, 64, 64, mx.float32)
+@pytest.mark.parametrize("length", [100, 255])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_joining_and_leaving_cost_one_row(monkeypatch: pytest.MonkeyPatch, heads: int, length: int) -> None:
+    """Whoever leaves in the middle is replaced by the last row; nobody else's numbers are copied (D1). Rows with room
+    left, and full ones."""
+    spec = KvSpec(heads, 64, 64, mx.float32)
     arena, names = Arena([spec] * 3), itertools.count()
     rows, row_bytes = 16, spec.row_bytes(256)
     monkeypatch.setattr(arenas, "AT_ONCE_BYTES", row_bytes)
 
     def joining() -> None:
-        arena.put(str(next(names)), [LeafRow((mx.ones((1, 2, 100, 64)), mx.ones((1, 2, 100, 64))))] * 3, 100)
+        arena.put(str(next(names)), [LeafRow((mx.ones((1, heads, length, 64)),) * 2)] * 3, length)
 
     def most_bytes(work: Callable[[], object]) -> int:
         """Held at once besides the arena itself."""
@@ -307,6 +310,8 @@ def test_joining_and_leaving_cost_one_row(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(rows):
         joining()
     assert arena.nbytes == 3 * rows * row_bytes
+    arena.begin(1)
+    arena.advance([1] * rows)
     arena.release(str(rows - 1))
     assert most_bytes(joining) < 4 * row_bytes
     for row in (3, 0, rows - 3):

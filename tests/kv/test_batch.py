@@ -40,6 +40,22 @@ class BatchMachine(RuleBasedStateMachine):
         self.data[row] = self.data[moved]
         del self.data[moved]
 
+    @rule(leaving=st.sets(NAMES))
+    def leave_together(self, leaving: set[str]) -> None:
+        order = self.batch.departures(leaving)
+        assert sorted(order) == sorted(leaving)
+        moved: list[str] = []
+        for name in order:
+            if name in self.batch:
+                _, last = self.batch.leave(name)
+                owner = self.data.pop(last)
+                if owner[0] != name:
+                    moved.append(owner[0])
+                    row = self.batch.row(owner[0])
+                    self.data[row] = owner
+        assert len(set(moved)) == len(moved)
+        assert not leaving & set(moved)
+
     @rule(counts=COUNTS)
     def advance(self, counts: list[int]) -> None:
         before = self.batch.lengths
