@@ -94,7 +94,10 @@ class ServeConfig(BaseModel):
         description="Target for the pause between two tokens of a running answer while prompts are being read, in ms.",
     )
     prefill_chunk: int = Field(
-        0, ge=0, le=65536, description="Most prompt tokens in one forward, a multiple of 64; 0: chosen by device."
+        0,
+        ge=0,
+        le=65536,
+        description="Most prompt tokens in one forward, a multiple of 64; 0: measured on a GPU, 256 on a CPU.",
     )
     kv_memory_mb: int = Field(
         0,

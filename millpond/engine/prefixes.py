@@ -282,7 +282,7 @@ class Prefixes:
         cache, form, query = self._cache, self._form, sequence.query
         if cache is None or form is None or query is None or query.load is None:
             return None
-        plan = cache.plan(query, disk=True)
+        plan = query.target
         columns = max(plan.position, _room(len(sequence.tokens) - 1, plan.position, alone=True))
         if columns * form.token_bytes + cache.nbytes + query.fetched_bytes > room_bytes:
             return None

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from millpond.engine.boot_speculation import open_draft
+from millpond.engine.chunk import measured, unmeasured
 from millpond.engine.group import Group, RankReport
 from millpond.engine.prefixes import Prefixes
 from millpond.engine.steady import CHUNK as STEADY_CHUNK
@@ -41,8 +42,6 @@ from millpond.wire import Start
 
 log = logging.getLogger(__name__)
 
-CHUNK_CPU, CHUNK_GPU = 256, 2048
-"""Most prompt tokens in one forward. On a CPU attention over a long chunk costs more than it saves in products."""
 LEAST_CONTEXT = 256
 """A server that cannot hold one request of this many tokens is of no use."""
 OPEN_SECONDS = 10.0
@@ -114,9 +113,12 @@ def prepare(
         model, capabilities, content = opened.model, opened.capabilities, opened.content
         warm_up(model, capabilities)
         costs = CostModel()
+        chunk = start.prefill_chunk or unmeasured(model)
         try:
             warm_up_all(model, capabilities)
             first_costs(model, costs)
+            if not start.prefill_chunk and group.world == 1:
+                chunk = measured(model, content)
         except Exception:  # model code and kernels raise what they like, and most requests need none of it
             if group.world > 1:
                 raise  # nobody knows how far the others have come
@@ -124,7 +126,6 @@ def prepare(
         draft = None
         if drafter is not None and draft_digest is not None and capabilities.slots:
             draft = open_draft(drafter, folder, draft_digest.result())
-    chunk = start.prefill_chunk or (CHUNK_CPU if model.on_cpu else CHUNK_GPU)
     budget, draft_bytes = _budget(model, start.kv_memory_bytes, chunk, draft, room, group.neighbours)
     wired = None if start.wired_bytes is None else start.wired_bytes // group.neighbours
     _wire(wired, model.weight_bytes + (draft.model.weight_bytes if draft is not None else 0), budget)

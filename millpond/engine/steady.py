@@ -39,13 +39,11 @@ def steadied(opened: OpenModel, max_batch: int, chunk: int, world: int) -> tuple
     told = "each row is computed in a forward of its own"
     if capabilities.slots:
         try:
-            widths = steady_rows(model, max_batch)
+            widths = steady_rows(model, max_batch, world)
         except Exception as error:  # noqa: BLE001 - model code and kernels raise what they like; it is told
             widths = f"{type(error).__name__}: {error}"
         if isinstance(widths, str):
             raise ModelError(f"deterministic: not with this model on this device: {widths}. Leave it out to serve it")
-        if world > 1:
-            widths = widths[-1:]  # the same on all ranks, whatever they compute on
         most = fitting(model, max_batch)
         told = (
             f"forwards have {' or '.join(map(str, widths))} rows; a step of one takes {slower(model, widths, 1):.2f} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from millpond.engine.chunk import reading_seconds
 from millpond.engine.inflight import Steps
 from millpond.engine.sequence import Sequence as Answer
 from millpond.model.forwards import prefill
@@ -61,8 +62,5 @@ def first_costs(model: LoadedModel, costs: CostModel) -> None:
     """What reading prompts takes on this device, before the first request: how much of it is the same for any length
     decides whether short prompts are read together. A CPU, where that is little, learns it from its requests."""
     for tokens in () if model.on_cpu else PACED:
-        for _ in range(2):  # what the first compiles is not what reading takes
-            begun = time.monotonic()
-            prefill(model.network, new_prompt(model.network, model.form), [0] * min(tokens, model.context_length - 1))
-            elapsed = time.monotonic() - begun
-        costs.observe_prefill(0, min(tokens, model.context_length - 1), elapsed * 1000)
+        tokens = min(tokens, model.context_length - 1)
+        costs.observe_prefill(0, tokens, reading_seconds(model, tokens) * 1000)

@@ -51,15 +51,15 @@ def alike(model: LoadedModel, tried: Iterable[int] = TRIED) -> list[list[int]]:
     return [members for _, members in groups]
 
 
-def steady_rows(model: LoadedModel, max_batch: int) -> tuple[int, ...] | str:
+def steady_rows(model: LoadedModel, max_batch: int, world: int = 1) -> tuple[int, ...] | str:
     """Numbers of rows, ascending, the last one ``max_batch``: filled up to one of them, with each row attending alone,
-    a decode forward gives a row the same bits whoever is beside it. Or why that cannot be had."""
+    a decode forward gives a row the same bits whoever is beside it. Or why that cannot be had. Ranks of a ``world`` of
+    several have one number, and run the same forwards whatever each of them finds: they compute them together."""
     usual = [_logits(model.slots_lane(), model, [CONTEXT], 0, token) for token in TOKENS]
     target = _filled(model, max_batch)
-    if not all(map(_near, target, usual)):
-        return "rows that attend on their own get other numbers than usual"
-    smaller = [rows for rows in TRIED if rows < max_batch and all(map(same, _filled(model, rows), target))]
-    widths = (*smaller, max_batch)
+    wrong = "" if all(map(_near, target, usual)) else "rows that attend on their own get other numbers than usual"
+    tried = [rows for rows in TRIED if rows < max_batch] if world == 1 else []
+    widths = (*(rows for rows in tried if all(map(same, _filled(model, rows), target))), max_batch)
     for rows in dict.fromkeys((min(2, max_batch), min(5, max_batch), fitting(model, max_batch))):
         lengths = [NEIGHBOURS[number % len(NEIGHBOURS)] for number in range(rows - 1)]
         beside = [min(length, max(1, model.context_length - 2)) for length in lengths]
@@ -67,8 +67,10 @@ def steady_rows(model: LoadedModel, max_batch: int) -> tuple[int, ...] | str:
             crowd = [*beside[:place], CONTEXT, *beside[place:]]
             found = [_logits(_steady(model, widths), model, crowd, place, token) for token in TOKENS]
             if not all(map(same, found, target)):
-                return f"what a row gets depends on the {rows - 1} beside it even where all forwards are alike"
-    return widths
+                wrong = (
+                    wrong or f"what a row gets depends on the {rows - 1} beside it even where all forwards are alike"
+                )
+    return wrong or widths
 
 
 def slower(model: LoadedModel, widths: Sequence[int], rows: int) -> float:

@@ -294,18 +294,24 @@ class PrefixCache:
             query.load = None
             return self._fetch(query, plan, now)
         more = self.plan(query, disk=True)
-        needs = [(node, kind) for node, kind in more.needs if kind not in node.records]
+        needs = _absent(more)
         if more.position <= plan.position or not needs:
             return False
         if any(node.key in query.loaded for node, _ in needs):
             query.refused = End.EVICTED  # it was read, and memory was too short to hold it until now
             return False
-        nbytes, room = sum(node.disk[kind] for node, kind in needs), self.limit_bytes // 2
-        if nbytes > room or not self._loader.pays(needs, plan.position, more.position):
+        room = self.limit_bytes // 2
+        more, needs = _within(room - query.fetched_bytes, query.match, more, needs)
+        if more.position <= plan.position:
+            query.refused = End.MEMORY
+            return False
+        if not self._loader.pays(needs, plan.position, more.position):
             query.refused = End.SLOWER
             return False
+        nbytes = _bytes_on_disk(needs)
         if nbytes + sum(other.fetched_bytes for other in self._fetching) > room:
             return query not in self._fetching  # what others have had read would be evicted before they can use it
+        query.target = more
         query.load = self._loader.load(needs, plan.position, more.position, now)
         query.loaded.update(node.key for node, kind in needs if kind is not Kind.WINDOW)
         query.fetched_bytes += nbytes
@@ -409,3 +415,29 @@ class PrefixCache:
                     self._saver.discard(tail)
                 self._memory.drop(tail)
                 self._tree.prune(tail)
+
+
+Needs = Sequence[tuple[Node, Kind]]
+"""Records to read from disk, in order of position."""
+
+
+def _absent(plan: RestorePlan) -> Needs:
+    """What of a plan is not in memory."""
+    return [(node, kind) for node, kind in plan.needs if kind not in node.records]
+
+
+def _bytes_on_disk(needs: Needs) -> int:
+    return sum(node.disk[kind] for node, kind in needs)
+
+
+def _within(room: int, match: Match, plan: RestorePlan, needs: Needs) -> tuple[RestorePlan, Needs]:
+    """The plan and what it needs, or one that goes less far and needs at most ``room`` bytes."""
+    while needs and (excess := _bytes_on_disk(needs) - room) > 0:
+        most = plan.position
+        for node, kind in reversed(needs):
+            most, excess = node.start, excess - node.disk[kind]
+            if excess <= 0:
+                break
+        plan = match.plan(disk=True, most=most)
+        needs = _absent(plan)
+    return plan, needs

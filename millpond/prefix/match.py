@@ -99,9 +99,9 @@ class Match:
             node = following
         return self._path
 
-    def plan(self, disk: bool) -> RestorePlan:
-        """The best position to resume with what is in memory, or with what is on disk as well."""
-        most, step = min(self.limit, self.ceiling), self._layout.step
+    def plan(self, disk: bool, most: int = UNLIMITED) -> RestorePlan:
+        """The best position to resume, up to ``most``, with what is in memory, or with what is on disk as well."""
+        most, step = min(self.limit, self.ceiling, most), self._layout.step
         while True:
             plan = self._up_to(most // step * step, disk)
             if plan.position % step == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from millpond.prefix.loader import Load
-from millpond.prefix.match import Match, RestorePlan
+from millpond.prefix.match import NOTHING, Match, RestorePlan
 from millpond.prefix.records import BLOCK
 
 
@@ -30,6 +30,8 @@ class End(StrEnum):
     """More is on disk, but reading it is predicted to take longer than computing, or took longer."""
     DAMAGED = "damaged"
     """More was on disk, but could not be read."""
+    MEMORY = "memory"
+    """More is on disk, but cached blocks may not take as much memory as that needs."""
     SELFCHECK = "selfcheck"
     """Computed afresh on purpose, to compare."""
     OFF = "off"
@@ -57,6 +59,8 @@ class PrefixQuery:
         self.loaded: set[bytes] = set()
         """Keys of blocks that were read from disk for it."""
         self.fetched_bytes = 0
+        self.target: RestorePlan = NOTHING
+        """What can be resumed when all that is being read has come."""
         self.refused: End | None = None
         """Why no more is read from disk for it."""
         self.check = False
@@ -87,4 +91,5 @@ class PrefixQuery:
         self.match.restart(tokens)
         self.load = self.refused = self.seen = self._last_key = None
         self.planned.clear()
+        self.fetched_bytes, self.target = 0, NOTHING
         self.check = False

@@ -6,14 +6,16 @@ import random
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from engine_driver import Driver, Outcome, disk_cache, prefix_cache, request, settle
 from gpu_lane import as_on_a_gpu, rounding_by_rows, save_as
 from tiny_models import VOCAB, save
 
 from millpond.engine.steady import steadied
-from millpond.model import attention
+from millpond.model import attention, rounding
 from millpond.model.forwards import decode, prefill, prefill_together
+from millpond.model.lanes import SlotsLane
 from millpond.model.load import ModelError
 from millpond.model.opened import OpenModel, open_model
 from millpond.model.prompt import new_prompt
@@ -222,3 +224,26 @@ def test_on_a_cpu(tmp_path: Path) -> None:
     steady, told = steadied(plain, ROWS, CHUNK, 1)
     assert str(ROWS) in told
     assert_equal(answered(steady, prompts(), steady=CHUNK), alone(steady, prompts(), steady=CHUNK))
+
+
+def test_ranks_run_the_same_forwards_whatever_they_find(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute together: one that stops early, or fills forwards up to other numbers, would hold up the others."""
+    run: list[tuple[int, int]] = []
+    forward = SlotsLane.forward
+
+    def noted(lane: SlotsLane, network: nn.Module, tokens: mx.array) -> mx.array:
+        logits = forward(lane, network, tokens)
+        run.append((tokens.shape[0], 0 if lane._forward is None else lane._forward.rows))
+        return logits
+
+    monkeypatch.setattr(SlotsLane, "forward", noted)
+    found = []
+    for same in (True, False):
+        for near in (True, False):
+            monkeypatch.setattr(rounding, "same", lambda *_, same=same: same)
+            monkeypatch.setattr(rounding, "_near", lambda *_, near=near: near)
+            run.clear()
+            found.append((rounding.steady_rows(opened.model, ROWS, world=2), tuple(run)))
+    assert [isinstance(verdict, str) for verdict, _ in found] == [False, True, True, True]
+    assert found[0][0] == (ROWS,)
+    assert len({forwards for _, forwards in found}) == 1

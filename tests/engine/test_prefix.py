@@ -681,6 +681,37 @@ def test_a_disk_that_is_slower_than_computing_is_not_read(tmp_path: Path) -> Non
         right("llama", tokens, hanging)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_memory_cannot_hold_is_restored_as_far_as_it_can(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt whose blocks on disk need more memory than cached blocks may take (F8)."""
+    monkeypatch.setattr(prefixes, "MOST_APART", BLOCK)
+    tokens = prompt(390)
+    with tiers(kind, tmp_path) as both:
+        ask(kind, both.cache, tokens, max_chunk=64, **both.options)
+        both.settle()
+        both.forget()
+        needs = both.cache.plan(both.cache.query(tokens, ""), disk=True).needs
+        all_of_it = sum(node.disk[kind] for node, kind in needs)
+        found: list[int] = []
+        for share in (1, 0.6, 0.25, 0.005):
+            both.forget()
+            both.cache.limit_bytes = int(2 * share * all_of_it)
+            outcome = ask(kind, both.cache, tokens, max_chunk=64, **both.options)
+            right(kind, tokens, outcome)
+            assert outcome.prefix is not None
+            assert outcome.prefix.memory == 0
+            assert (outcome.prefix.end == "memory") == (share < 1)
+            assert outcome.prefix.known == len(tokens) - 1
+            found.append(outcome.prefix.disk)
+    assert found == sorted(found, reverse=True)
+    assert found[0] == len(tokens) - 1
+    windows = model(kind).blocks.layout.window > 0  # kept of the end alone: nothing before it can be resumed
+    assert found[1] == 0 if windows else 0 < found[1] < found[0]
+    assert found[-1] == 0
+
+
 def test_a_deadline_that_passes_between_two_looks_is_not_missed(tmp_path: Path) -> None:
     """Told to wait until a moment that is over when the engine asks how long it may sleep: not for ever (F5)."""
     tokens = prompt(200)

@@ -341,3 +341,22 @@ def test_eight_bits_on_two_ranks_answer_what_eight_bits_on_one_answer(
         assert_same_or_tied(two, one, PACKED_TIE)
         assert_same_or_tied(warm, one, PACKED_TIE)
     assert sum(text(two) == text(one) for one, two in zip(told[1], told[2], strict=True)) > len(PROMPTS) // 2
+
+
+# --- the same answer whatever the load ------------------------------------------------------------------------------
+
+
+def test_answers_of_two_ranks_do_not_depend_on_the_load(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """To the last bit: one after another, all at once, and from the cache (D4)."""
+    with Group(folder("llama"), 2, tmp_path, deterministic=True) as group:
+        assert group.ready().deterministic.startswith("forwards have 8 rows;")
+        long = prompt(400, 50)
+        alone = [group.answers([each])[each.id] for each in (*batch("alone"), request("one", long, ANSWER, logprobs=2))]
+        together = list(group.answers([*batch("together"), request("two", long, ANSWER, logprobs=2)]).values())
+        assert set(group.stop()) == {0}
+    assert cached(together[-1]) == (256, 0)
+    for one, other in zip(alone, together, strict=True):
+        assert text(one) == text(other)
+        assert [(told.token, told.logprob, told.top) for told in one.logprobs] == [
+            (told.token, told.logprob, told.top) for told in other.logprobs
+        ]

@@ -41,6 +41,27 @@ BREAKS = [
         by=("test_everything_batches_together",),
     ),
     Break(
+        name="D3-the-longest-chunk-whatever-it-takes",
+        file="millpond/engine/chunk.py",
+        old="if likely > MOST_SECONDS:",
+        new="if likely > 1000 * MOST_SECONDS:",
+        by=("test_the_shortest_that_is_fast",),
+    ),
+    Break(
+        name="D3-a-chunk-is-measured-at-each-start",
+        file="millpond/engine/chunk.py",
+        old="lambda _: True).tokens",
+        new="lambda _: False).tokens",
+        by=("test_measured_once",),
+    ),
+    Break(
+        name="D4-ranks-stop-where-they-differ",
+        file="millpond/model/rounding.py",
+        old="tried = [rows for rows in TRIED if rows < max_batch] if world == 1 else []",
+        new="tried = [rows for rows in TRIED if rows < max_batch]",
+        by=("test_ranks_run_the_same_forwards_whatever_they_find",),
+    ),
+    Break(
         name="D3-age-does-not-count",
         file="millpond/schedule/scheduler.py",
         old="seconds -= age_weight * (now - request.arrival)",

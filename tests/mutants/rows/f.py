@@ -77,6 +77,20 @@ BREAKS = [
         by=("test_a_disk_that_is_slower_than_computing_is_not_read",),
     ),
     Break(
+        name="F8-all-or-nothing",
+        file="millpond/prefix/cache.py",
+        old="if more.position <= plan.position:\n            query.refused = End.MEMORY",
+        new="if _bytes_on_disk(_absent(self.plan(query, disk=True))) > room:\n            query.refused = End.MEMORY",
+        by=("test_no_more_is_read_than_memory_may_hold", "test_what_memory_cannot_hold_is_restored_as_far_as_it_can"),
+    ),
+    Break(
+        name="F8-what-was-read-before-does-not-count",
+        file="millpond/prefix/cache.py",
+        old="_within(room - query.fetched_bytes, query.match, more, needs)",
+        new="_within(room, query.match, more, needs)",
+        by=("test_what_memory_cannot_hold_is_restored_as_far_as_it_can",),
+    ),
+    Break(
         name="F9-written-anew-is-dropped",
         file="millpond/prefix/disk/pool.py",
         old="if known is not None and self.has_file(known.namespace, known.id):",
