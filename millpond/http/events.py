@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from millpond.dialects.pieces import Piece, Said
 from millpond.types import Finish, TokenLogprob
 
 MOST_LOGPROBS = 32
@@ -12,30 +13,34 @@ MOST_LOGPROBS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class TextDelta:
-    """What one engine step added to the text of one choice. ``text`` may be empty; ``finish`` ends the choice."""
+class ChoiceDelta:
+    """What one engine step added to one choice. There may be no ``pieces``; ``finish`` ends the choice."""
 
     choice: int
-    text: str
+    pieces: tuple[Piece, ...]
     logprobs: list[TokenLogprob]
     finish: Finish | None
 
     @property
+    def text(self) -> str:
+        """What is said."""
+        return "".join(piece.text for piece in self.pieces if isinstance(piece, Said))
+
+    @property
     def silent(self) -> bool:
         """There is nothing to show."""
-        return not (self.text or self.logprobs or self.finish)
+        return not (self.pieces or self.logprobs or self.finish)
 
-    def parts(self) -> Iterator[TextDelta]:
-        """The same in so many that each is little work: the text goes with the first, the end with the last."""
+    def parts(self) -> Iterator[ChoiceDelta]:
+        """The same in so many that each is little work: the pieces go with the first, the end with the last."""
         rest = self
         while len(rest.logprobs) > MOST_LOGPROBS:
             yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None)
-            rest = replace(rest, text="", logprobs=rest.logprobs[MOST_LOGPROBS:])
+            rest = replace(rest, pieces=(), logprobs=rest.logprobs[MOST_LOGPROBS:])
         yield rest
 
 
-Delta = TextDelta
-"""What is added to an answer. Reasoning and calls of tools belong here: a class for each, in a union."""
+Delta = ChoiceDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Usage:
     """Those of the answers that had been guessed ahead."""
     rejected_tokens: int = 0
     """Those guessed ahead in vain."""
+    thought_tokens: int = 0
+    """Those of the answers that are thoughts."""
 
 
 Event = Delta | Usage

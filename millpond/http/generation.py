@@ -17,11 +17,10 @@ from millpond.client import EngineError, EngineUnavailable, Stream
 from millpond.config import ServeConfig
 from millpond.http.clock import Clock, Phase
 from millpond.http.errors import unavailable
-from millpond.http.events import Event, TextDelta, Usage
+from millpond.http.events import ChoiceDelta, Event, Usage
 from millpond.http.served_model import ServedModel
-from millpond.text.answer import Answer
-from millpond.text.stops import StopStrings
-from millpond.text.tokenizer import TextError, Tokenizer
+from millpond.text.answer import AnswerText
+from millpond.text.tokenizer import TextError
 from millpond.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
 
 
@@ -31,7 +30,7 @@ class _Choice:
 
     index: int
     prompt_tokens: int
-    answer: Answer
+    answer: AnswerText
     prefix: PrefixReport = field(default_factory=PrefixReport)
     pending: deque[TokenLogprob] = field(default_factory=deque)
     """Log-probabilities of tokens whose text is still held back, perhaps to be cut by a stop string."""
@@ -50,19 +49,19 @@ class _Choice:
     _settled: int = 0
     """Tokens that surely belong to the answer."""
 
-    def take(self, delta: Delta) -> TextDelta:
+    def take(self, delta: Delta) -> ChoiceDelta:
         self.pending.extend(delta.logprobs or ())
         if delta.verdict is not None:
             self._judged(delta.verdict)
         part = self.answer.add(delta.tokens)
-        text, settled, stopped = part.text, part.tokens, part.stopped
+        pieces, settled, stopped = part.pieces, part.tokens, part.stopped
         if delta.finish is not None and not stopped:
             rest = self.answer.finish()
-            text, settled, stopped = text + rest.text, settled + rest.tokens, rest.stopped
+            pieces, settled, stopped = pieces + rest.pieces, settled + rest.tokens, rest.stopped
         self._settle(settled)
         finish = Finish.STOP if stopped else delta.finish
         logprobs = [self.pending.popleft() for _ in range(min(settled, len(self.pending)))]
-        return TextDelta(self.index, text, logprobs, finish)
+        return ChoiceDelta(self.index, pieces, logprobs, finish)
 
     def _judged(self, verdict: Verdict) -> None:
         """Note which of the next tokens were guessed."""
@@ -89,16 +88,16 @@ class Generation:
     """Iterate inside ``async with``: every way out cancels what still runs.
 
     ``start`` is when the HTTP request was let in, by the loop's clock: waiting counts from there. ``requests`` holds
-    ``n`` of them per prompt, next to each other. Iteration raises EngineError as soon as any choice fails.
+    ``n`` of them per prompt, next to each other, and ``answers`` the text side of each. Iteration raises EngineError as
+    soon as any choice fails.
     """
 
     def __init__(
         self,
         model: ServedModel,
         config: ServeConfig,
-        tokenizer: Tokenizer,
         requests: Sequence[Request],
-        stops: StopStrings,
+        answers: Sequence[AnswerText],
         n: int,
         start: float,
     ) -> None:
@@ -109,11 +108,11 @@ class Generation:
         for request in requests[::n]:
             self._meters.asked(n, request.params.max_tokens)
         self._choices = [
-            _Choice(index, len(request.tokens), Answer(tokenizer.detokenizer(), stops))
-            for index, request in enumerate(requests)
+            _Choice(index, len(request.tokens), answer)
+            for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
         self._requests = deque(requests)
-        self._queue: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._running = len(self._choices)
@@ -168,7 +167,7 @@ class Generation:
                 shown = now()
         yield self.usage()
 
-    async def _next(self, deadline: float | None) -> TextDelta | Exception | None:
+    async def _next(self, deadline: float | None) -> ChoiceDelta | Exception | None:
         self._hungry = True
         try:
             async with asyncio.timeout_at(deadline):
@@ -265,6 +264,7 @@ class Generation:
             sum(choice.prefix.cached for choice in firsts),
             sum(choice.accepted for choice in self._choices),
             sum(choice.rejected for choice in self._choices),
+            sum(choice.answer.thought_tokens for choice in self._choices),
         )
 
     def prefix(self) -> PrefixReport:

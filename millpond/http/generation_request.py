@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import msgspec
@@ -18,6 +19,8 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 SamplingDefaults = Mapping[str, float]
 """Their recommendations, by these names."""
 NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
+NO_ARGUMENTS: Mapping[str, object] = {"type": "object", "properties": {}}
+"""The schema of a tool that takes none."""
 LONGEST_SALT = 256
 """Characters of a ``cache_salt``."""
 
@@ -27,8 +30,48 @@ class Text:
     text: str
 
 
-Part = Text
-"""What a message may hold. Reasoning, calls of tools and their results belong here: a class for each, in a union."""
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Of a tool, by an assistant."""
+
+    id: str
+    name: str
+    arguments: str
+    """A JSON text; models write others, too."""
+
+    def for_template(self) -> dict[str, object]:
+        """Templates look into arguments, so they are given as values."""
+        try:
+            arguments = json.loads(self.arguments or "{}", strict=False)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            arguments = {"_raw": self.arguments}
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
+
+Part = Text | Reasoning | Call
+"""What a message may hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """What may be called."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, object]
+    """The JSON schema of its arguments; empty: it has none."""
+
+    def for_template(self) -> dict[str, object]:
+        """As chat templates know tools."""
+        shown = {"name": self.name, "description": self.description, "parameters": self.parameters or NO_ARGUMENTS}
+        return {"type": "function", "function": shown}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +85,18 @@ class Message:
 
     def texts(self) -> Iterator[str]:
         """All that a template may show of it beside its role."""
-        yield from (part.text for part in self.parts)
+        for part in self.parts:
+            yield from (part.name, part.arguments) if isinstance(part, Call) else (part.text,)
         yield from (text for text in (self.name, self.tool_call_id) if text is not None)
 
     def for_template(self) -> dict[str, object]:
         """As chat templates know messages."""
-        made: dict[str, object] = {"role": self.role, "content": "".join(part.text for part in self.parts)}
-        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        said = "".join(part.text for part in self.parts if isinstance(part, Text))
+        thought = "".join(part.text for part in self.parts if isinstance(part, Reasoning))
+        calls = [part.for_template() for part in self.parts if isinstance(part, Call)]
+        made: dict[str, object] = {"role": self.role, "content": said}
+        extra: dict[str, object] = {"name": self.name, "tool_call_id": self.tool_call_id}
+        extra |= {"reasoning_content": thought or None, "tool_calls": calls or None}
         return made | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -61,6 +109,19 @@ class Conversation:
     """It ends with the beginning of a new answer."""
     continued: bool = False
     """It ends within the last message, so that the answer goes on with it."""
+    tools: tuple[Tool, ...] = ()
+    """What the answer may call."""
+    one_call: bool = False
+    """No more than one of them."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What the chat template is to be told, by its own names."""
+    effort: str | None = None
+    """How much is to be thought; None: as the template has it."""
+
+    @property
+    def schemas(self) -> Mapping[str, Mapping[str, object]] | None:
+        """Of the tools' arguments, by name; None where nothing can be called."""
+        return {tool.name: tool.parameters for tool in self.tools} or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,13 @@ from millpond.http.openai.schemas import (
     MOST_BIASES,
     MOST_STOPS,
     NOT_IMPLEMENTED,
+    SETTING_PATTERN,
     ChatRequest,
     CompletionRequest,
     OpenAIRequest,
     StreamOptions,
 )
+from millpond.http.openai.tools import MOST_TOOLS, NAME_PATTERN
 from millpond.http.openapi_answers import (
     FAILURES,
     RESPONSE_HEADERS,
@@ -41,6 +43,7 @@ from millpond.http.openapi_answers import (
     ref,
 )
 from millpond.http.speculation_fields import SpeculativeOptions
+from millpond.http.thinking import EFFORTS
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -54,18 +57,64 @@ _TEXT_PART: Schema = {
     "properties": {"type": {"type": "string", "const": "text"}, "text": STRING},
     "required": ["type", "text"],
 }
-_CONTENT: Schema = {"anyOf": [STRING, {**listed(_TEXT_PART), "minItems": 1}]}
+_CONTENTS: list[Schema] = [STRING, {**listed(_TEXT_PART), "minItems": 1}]
+_CONTENT: Schema = {"anyOf": _CONTENTS}
 _NAMES: Schema = {"name": nullable(STRING), "tool_call_id": nullable(STRING)}
+_NAME: Schema = {"type": "string", "pattern": NAME_PATTERN}
+_CALL: Schema = {
+    "type": "object",
+    "properties": {
+        "id": nullable(STRING),
+        "type": constant("function"),
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "minLength": 1}, "arguments": nullable(STRING)},
+            "required": ["name"],
+        },
+    },
+    "required": ["function"],
+}
+_ANSWERED: Schema = {
+    **_NAMES,
+    "reasoning_content": nullable(STRING),
+    "reasoning": nullable(STRING),
+    "tool_calls": nullable(listed(_CALL)),
+}
+_TOOL: Schema = {
+    "type": "object",
+    "properties": {
+        "type": constant("function"),
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": _NAME,
+                "description": nullable(STRING),
+                "parameters": nullable({"type": "object"}),
+                "strict": {"enum": [False, None]},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
 _MESSAGE: Schema = {
     "anyOf": [
         {
             "type": "object",
-            "properties": {"role": {"type": "string", "enum": list(ROLES)}, "content": _CONTENT, **_NAMES},
+            "properties": {
+                "role": {"type": "string", "enum": [role for role in ROLES if role != "assistant"]},
+                "content": _CONTENT,
+                **_NAMES,
+            },
             "required": ["role", "content"],
         },
         {
             "type": "object",
-            "properties": {"role": constant("assistant"), "content": {"type": "null"}, **_NAMES},
+            "properties": {
+                "role": constant("assistant"),
+                "content": {"anyOf": [*_CONTENTS, {"type": "null"}]},
+                **_ANSWERED,
+            },
             "required": ["role"],
         },
     ]
@@ -80,6 +129,13 @@ READ_BY_HAND: Mapping[str, Schema] = {
         "maxProperties": MOST_BIASES,
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    "tools": {**listed(_TOOL), "maxItems": MOST_TOOLS},
+    "tool_choice": {"type": "string", "enum": ["none", "auto"]},
+    "reasoning_effort": {"type": "string", "enum": list(EFFORTS)},
+    "chat_template_kwargs": {
+        "type": "object",
+        "additionalProperties": {"type": ["boolean", "number", "string"], "pattern": SETTING_PATTERN},
     },
     "speculative": ref(SpeculativeOptions.__name__),
     "prediction": {

@@ -50,6 +50,7 @@ def record(properties: dict[str, Schema], *optional: str, more: bool = False) ->
 
 _HEAD: dict[str, Schema] = {"id": STRING, "created": COUNT, "model": STRING, "system_fingerprint": STRING}
 _FINISH = one_of("stop", "length")
+_CHAT_FINISH = one_of("stop", "length", "tool_calls")
 _TOKEN: dict[str, Schema] = {
     "token": STRING,
     "logprob": NUMBER,
@@ -71,8 +72,40 @@ def _chat(kind: str, choice: dict[str, Schema], finish: Schema, usage: Schema, *
     return record({**_HEAD, "object": constant(kind), "choices": listed(rendered), "usage": usage}, *optional)
 
 
-_MESSAGE = record({"role": constant("assistant"), "content": STRING, "refusal": {"type": "null"}})
-_DELTA = record({"role": constant("assistant"), "content": STRING}, "role", "content")
+_CALL = record({"id": STRING, "type": constant("function"), "function": record({"name": STRING, "arguments": STRING})})
+_CALL_PART = record(
+    {
+        "index": COUNT,
+        "id": STRING,
+        "type": constant("function"),
+        "function": record({"name": STRING, "arguments": STRING}, "name"),
+    },
+    "id",
+    "type",
+)
+_MESSAGE = record(
+    {
+        "role": constant("assistant"),
+        "content": nullable(STRING),
+        "refusal": {"type": "null"},
+        "reasoning_content": STRING,
+        "tool_calls": listed(_CALL),
+    },
+    "reasoning_content",
+    "tool_calls",
+)
+_DELTA = record(
+    {
+        "role": constant("assistant"),
+        "content": STRING,
+        "reasoning_content": STRING,
+        "tool_calls": listed(_CALL_PART),
+    },
+    "role",
+    "content",
+    "reasoning_content",
+    "tool_calls",
+)
 
 SCHEMAS: dict[str, Schema] = {
     "Error": record(
@@ -95,15 +128,16 @@ SCHEMAS: dict[str, Schema] = {
             "prompt_tokens_details": record({"cached_tokens": COUNT}),
             "completion_tokens_details": record(
                 {
+                    "reasoning_tokens": {**COUNT, "description": "Of the answer, those that are thoughts."},
                     "accepted_prediction_tokens": {**COUNT, "description": "Of the answer, those guessed ahead."},
                     "rejected_prediction_tokens": {**COUNT, "description": "Wrong guesses."},
                 }
             ),
         }
     ),
-    "ChatCompletion": _chat("chat.completion", {"message": _MESSAGE}, _FINISH, ref("Usage")),
+    "ChatCompletion": _chat("chat.completion", {"message": _MESSAGE}, _CHAT_FINISH, ref("Usage")),
     "ChatCompletionChunk": _chat(
-        "chat.completion.chunk", {"delta": _DELTA}, nullable(_FINISH), nullable(ref("Usage")), "usage"
+        "chat.completion.chunk", {"delta": _DELTA}, nullable(_CHAT_FINISH), nullable(ref("Usage")), "usage"
     ),
     "ChatLogprobs": record(
         {"content": listed(record({**_TOKEN, "top_logprobs": listed(record(_TOKEN))})), "refusal": {"type": "null"}}

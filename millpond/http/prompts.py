@@ -13,6 +13,7 @@ from millpond.client.public import public
 from millpond.http.errors import ApiError, bad_value
 from millpond.http.generation_request import Conversation, GenerationRequest
 from millpond.http.speculation_fields import check_mode
+from millpond.http.thinking import template_settings
 from millpond.text.tokenizer import TemplateError, TextError, Tokenizer
 from millpond.types import ModelInfo
 
@@ -75,7 +76,14 @@ def _chat_prompt(
     asked: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer, info: ModelInfo
 ) -> TokenPrompt:
     messages, context, param = conversation.messages, info.context_length, asked.prompt_field
+    tools = [tool.for_template() for tool in conversation.tools]
+    if tools and not tokenizer.dialect.calls_tools:
+        raise ApiError(
+            400, "tools: this model's chat template has no tools", param="tools", code="unsupported_parameter"
+        )
+    settings = template_settings(conversation, tokenizer)
     texts = [text for message in messages for text in message.texts()]
+    texts += [text for tool in conversation.tools for text in (tool.name, tool.description)]
     # Each message is at least one token, were it only that which ends it.
     many = len(messages) >= context
     try:
@@ -83,7 +91,7 @@ def _chat_prompt(
         if many or _surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
             raise _prompt_too_long(asked, f"more than {context}", context)
         shown = [message.for_template() for message in messages]
-        tokens = tokenizer.chat_tokens(shown, conversation.generation_prompt, conversation.continued)
+        tokens = tokenizer.chat_tokens(shown, conversation.generation_prompt, conversation.continued, tools, settings)
     except TextError as error:
         raise _unreadable(asked, error) from error
     except TemplateError as error:

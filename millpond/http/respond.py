@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -20,7 +20,7 @@ from millpond.http.errors import from_engine
 from millpond.http.events import Usage
 from millpond.http.front_end import FrontEnd, front_end_of
 from millpond.http.generation import Generation
-from millpond.http.generation_request import GenerationRequest
+from millpond.http.generation_request import Conversation, GenerationRequest
 from millpond.http.prompts import TokenPrompt, prediction_tokens, read_prompts
 from millpond.http.reading import admit, read_request
 from millpond.http.rendering import Answering, AnswerWriter, Parsed, Rendering
@@ -28,6 +28,7 @@ from millpond.http.served_model import ServedModel
 from millpond.http.speculation_fields import speculation
 from millpond.http.sse import EventStream, Headers, WatchedResponse, send_parts
 from millpond.http.tenants import salt_of
+from millpond.text.answer import AnswerText
 from millpond.text.stops import StopStrings
 from millpond.text.tokenizer import Tokenizer
 from millpond.types import ModelInfo, Request, Speculation
@@ -54,15 +55,15 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
         tokenizer, info, client = admit(http, model, asked)
         guessing = speculation(asked.speculative, model.speculation, info.speculation)
 
-        def read() -> tuple[list[TokenPrompt], list[int], StopStrings]:
+        def read() -> tuple[list[TokenPrompt], list[int], list[AnswerText]]:
             prompts = read_prompts(asked, tokenizer, info)
             prediction = _prediction(asked, guessing or model.speculation, tokenizer, info)
-            return prompts, prediction, StopStrings(asked.stop)
+            return prompts, prediction, _answers(asked, prompts, tokenizer)
 
         with front.permit(model, choices, client):
             try:
                 async with asyncio.timeout_at(clock.deadline):
-                    prompts, prediction, stops = await front.in_text_thread(read)
+                    prompts, prediction, answers = await front.in_text_thread(read)
             except TimeoutError:
                 raise from_engine(clock.late()) from None
             asked = asked.without_content()
@@ -85,8 +86,8 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
             seed = requests[0].params.seed
             echoes = [prompt.echo for prompt in prompts]
             writer = writer_of(Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n))
-            generation = Generation(model, front.config, tokenizer, requests, stops, asked.n, clock.start)
-            del prompts, prediction, requests
+            generation = Generation(model, front.config, requests, answers, asked.n, clock.start)
+            del prompts, prediction, requests, answers
             async with generation:
                 try:
                     if asked.stream:
@@ -99,6 +100,18 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
                     context_of(http.scope).generation = record
 
     return WatchedResponse(work)
+
+
+def _answers(asked: GenerationRequest, prompts: Sequence[TokenPrompt], tokenizer: Tokenizer) -> list[AnswerText]:
+    """The text side of each answer."""
+    stops, chat = StopStrings(asked.stop), asked.prompt
+    if not isinstance(chat, Conversation):
+        return [tokenizer.answer(stops) for _ in prompts for _ in range(asked.n)]
+    return [
+        tokenizer.read_answer(stops, prompt.tokens, chat.schemas, one_call=chat.one_call)
+        for prompt in prompts
+        for _ in range(asked.n)
+    ]
 
 
 def _prediction(asked: GenerationRequest, guessing: Speculation, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:

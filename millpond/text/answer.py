@@ -12,7 +12,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from millpond.dialects.pieces import Piece, Said
 from millpond.text.detokenize import Detokenizer
 from millpond.text.stops import StopMatcher, StopStrings
 
@@ -21,16 +23,41 @@ from millpond.text.stops import StopMatcher, StopStrings
 class AnswerDelta:
     """What some tokens added to an answer."""
 
-    text: str
-    """Certain text, to be sent now; may be empty."""
+    pieces: tuple[Piece, ...]
+    """What is certain, to be sent now; may be none."""
     stopped: bool
-    """A stop string has ended the answer."""
+    """The answer has ended before its last token: by a stop string, or because nothing more is wanted of it."""
     tokens: int
     """How many more tokens now surely belong to the answer; tells whose log-probabilities may be sent."""
 
+    @property
+    def text(self) -> str:
+        """What is said."""
+        return "".join(piece.text for piece in self.pieces if isinstance(piece, Said))
+
+
+class AnswerText(Protocol):
+    """One answer in the making, of whatever kind."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the answer so far."""
+
+    @property
+    def thought_tokens(self) -> int:
+        """Those of them that are thoughts, with their marks."""
+
+    def add(self, tokens: Sequence[int]) -> AnswerDelta:
+        """Take the next tokens. Those behind the end are ignored."""
+
+    def finish(self) -> AnswerDelta:
+        """No more tokens: give out what was held back. To be called once."""
+
 
 class Answer:
-    """One answer in the making."""
+    """One that is nothing but text."""
+
+    thought_tokens = 0
 
     def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None = None) -> None:
         self._detokenizer = detokenizer
@@ -62,7 +89,7 @@ class Answer:
     def finish(self) -> AnswerDelta:
         """No more tokens: give out what was held back. A stop string may still be found in it. To be called once."""
         if self.stopped:
-            return AnswerDelta("", True, 0)
+            return AnswerDelta((), True, 0)
         text = self._matcher.feed(self._detokenizer.finish())[0]
         return self._delta(text + self._matcher.finish(), last=True)
 
@@ -70,7 +97,7 @@ class Answer:
         self._emitted += len(text)
         before = self._settled
         self._settled = self._fed if last and not self.stopped else self._covering()
-        return AnswerDelta(text, self.stopped, self._settled - before)
+        return AnswerDelta((Said(text),) if text else (), self.stopped, self._settled - before)
 
     def _covering(self) -> int:
         """The fewest tokens whose text reaches as far as what has been emitted."""

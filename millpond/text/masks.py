@@ -38,6 +38,7 @@ class Masked:
     """A conversation in disguise, and what each private character stands for."""
 
     messages: list[Mapping[str, object]]
+    tools: list[Mapping[str, object]]
     originals: Mapping[str, str]
 
     def lifted(self, text: str) -> str:
@@ -76,17 +77,22 @@ class Masks:
         drawn = spared | {text for text, special in controls.items() if not special}
         self._spared_answers = any_of(drawn) if drawn else None
 
-    def of(self, messages: Sequence[Mapping[str, object]]) -> Masked | None:
+    def of(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> Masked | None:
         """The conversation in disguise; None where nothing in it could become a control token. Raises TextError."""
-        found = self._search(messages)
+        written = [*messages, *tools]
+        found = self._search(written)
         if not found.characters and not found.first:
             return None
-        for text in _strings(messages):
+        for text in _strings(written):
             if not text.isascii() or "\\u" in text:
                 found.taken.update(match[0] for match in _TAKEN.finditer(text))
         private = self._private(found, found.characters | {text.strip()[0] for text in found.first})
         disguise = _Disguise(found, private, self._spared, self._spared_answers)
-        return Masked([disguise.message(message) for message in messages], {new: old for old, new in private.items()})
+        return Masked(
+            [disguise.message(message) for message in messages],
+            [disguise.message(tool) for tool in tools],
+            {new: old for old, new in private.items()},
+        )
 
     def _search(self, messages: Sequence[Mapping[str, object]]) -> _Strings:
         found = _Strings()

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import jinja2
+from jinja2 import meta
 
 from millpond.observe.log import fields
 from millpond.text.allowance import Allowance, EndlessError
@@ -22,6 +25,17 @@ from millpond.text.marks import Marks
 log = logging.getLogger(__name__)
 
 Message = Mapping[str, object]
+Tool = Mapping[str, object]
+Settings = Mapping[str, object]
+Run = Callable[[Sequence[Message]], str]
+NO_SETTINGS: Settings = MappingProxyType({})
+_OURS = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "range"),
+        *("dict", "namespace", "cycler", "joiner", "lipsum", "tojson"),
+    }
+)
+"""What a template may look at and no client chooses."""
 
 RENDER_SECONDS = 5.0
 """A template may compute so long for one conversation. Half a thousand messages take some hundredths of a second."""
@@ -54,8 +68,11 @@ class ChatTemplate:
         self._allowance = Allowance(seconds)
         self._compiled: jinja2.Template | None = None
         self._broken = ""
+        self._reads: frozenset[str] = frozenset()
         try:
-            self._compiled = Environment(self._allowance).from_string(source)
+            environment = Environment(self._allowance)
+            self._compiled = environment.from_string(source)
+            self._reads = frozenset(_read(environment.parse(source)))
         except Exception as error:  # noqa: BLE001 - whatever the compiler stumbles over
             # What is wrong with the template matters to those who chat, not to those who complete.
             self._broken = str(error)
@@ -66,20 +83,38 @@ class ChatTemplate:
             raise EndlessTemplateError(f"the chat template cannot be used: {error}") from error
         log.debug("chat template", extra=fields(form=self.form))
 
-    def render(self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False) -> str:
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of what it looks at, beside what it defines itself."""
+        return self._reads
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Those of them that are for the client to choose."""
+        return self._reads - _OURS - self._special_tokens.keys()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = True,
+        continued: bool = False,
+        tools: Sequence[Tool] = (),
+        settings: Settings = NO_SETTINGS,
+    ) -> str:
         """The prompt of a conversation. Raises TemplateError.
 
         ``generation_prompt``: end with the beginning of an answer. ``continued``: end within the last message, so that
-        the answer goes on with it.
+        the answer goes on with it. ``tools``: what may be called. ``settings``: values of ``self.settings``.
         """
+        run = partial(self._run, tools=tools, settings=settings)
         if self._compiled is None:
             raise TemplateError(f"the model's chat template cannot be read: {self._broken}")
         if not messages:
             raise TemplateError("a conversation has at least one message")
         with self._allowance.given():
             try:
-                hidden = self._hidden(messages, generation_prompt)
-                text = self._continued(messages) if continued else self._run(messages, generation_prompt)
+                hidden = self._hidden(messages, partial(run, generation_prompt=generation_prompt))
+                text = self._continued(messages, run) if continued else run(messages, generation_prompt)
             except Exception as error:
                 # The template is a program of the model's authors: it may raise anything, on purpose or not.
                 log.info("chat template failed", extra=fields(error=type(error).__name__, reason=error))
@@ -88,60 +123,77 @@ class ChatTemplate:
             raise _not_shown(messages, hidden[0])
         return text
 
-    def _hidden(self, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
+    def _hidden(self, messages: Sequence[Message], run: Run) -> list[int]:
         """Indexes of the messages that the template does not show. Raises EndlessError."""
         try:
-            hidden = self._marked(messages, generation_prompt)
+            hidden = self._marked(messages, run)
             if hidden and all(messages[index].get("role") == "assistant" for index in hidden):
                 # Perhaps all of such an answer is a thought, cut off in the midst of it: would it show another?
                 said = {index: {**messages[index], "content": "Hello."} for index in hidden}
                 others = [said.get(index, message) for index, message in enumerate(messages)]
-                hidden = self._marked(others, generation_prompt)
+                hidden = self._marked(others, run)
             return hidden
         except EndlessError:
             raise
         except Exception:  # noqa: BLE001 - what the template has against the messages is told without the marks
             return []
 
-    def _marked(self, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
+    def _marked(self, messages: Sequence[Message], run: Run) -> list[int]:
         marks = Marks()
-        return marks.hidden(messages, self._run(marks.around(messages), generation_prompt))
+        return marks.hidden(messages, run(marks.around(messages)))
 
-    def _continued(self, messages: Sequence[Message]) -> str:
+    def _continued(self, messages: Sequence[Message], run: Callable[[Sequence[Message], bool], str]) -> str:
         """The prompt up to the end of what the last message says."""
         mark = f"{secrets.randbelow(10**18):018d}"
         last = messages[-1]
         # The space tells whether the template keeps white space at the end of a message.
-        text = self._run([*messages[:-1], {**last, "content": f"{last.get('content') or ''}{mark} "}], False)
+        text = run([*messages[:-1], {**last, "content": f"{last.get('content') or ''}{mark} "}], False)
         before, found, after = text.rpartition(mark)
         if not found:
             raise _not_shown(messages, len(messages) - 1)
         return before if after.startswith(" ") else before.rstrip()
 
-    def _run(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        return self._rendered(self.form.adapt(messages), generation_prompt)
+    def _run(
+        self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Tool], settings: Settings
+    ) -> str:
+        return self._rendered(self.form.adapt(messages), generation_prompt, tools, settings)
 
     def _probed(self, messages: list[dict[str, object]]) -> str | None:
         with self._allowance.given():
             try:
-                return self._rendered(messages, True)
+                return self._rendered(messages, True, (), NO_SETTINGS)
             except EndlessError:
                 raise
             except Exception:  # noqa: BLE001 - it refuses these messages
                 return None
 
-    def _rendered(self, messages: list[dict[str, object]], generation_prompt: bool) -> str:
+    def _rendered(
+        self,
+        messages: list[dict[str, object]],
+        generation_prompt: bool,
+        tools: Sequence[Tool],
+        settings: Settings,
+    ) -> str:
         """Raises whatever the template raises, and EndlessError."""
         assert self._compiled is not None
         return self._compiled.render(
             {
+                **settings,
                 **self._special_tokens,
                 "messages": messages,
-                "tools": None,
+                "tools": list(tools) or None,
                 "documents": None,
                 "add_generation_prompt": generation_prompt,
             }
         )
+
+
+def _read(template: jinja2.nodes.Template) -> set[str]:
+    """Names that it looks at and does not define itself."""
+    blocks = (block.target for block in template.find_all(jinja2.nodes.AssignBlock))  # jinja takes them for undefined
+    return meta.find_undeclared_variables(template) - {
+        name.name for name in blocks if isinstance(name, jinja2.nodes.Name)
+    }
 
 
 def _not_shown(messages: Sequence[Message], index: int) -> TemplateError:

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import tokenizers
 
+from millpond.dialects.families import dialect_of
+from millpond.dialects.reader import AnswerReader
+from millpond.dialects.tagged_calls import Tools
+from millpond.text.answer import Answer, AnswerText
 from millpond.text.control import control_tokens
 from millpond.text.decoding import decoded, decoding_of
 from millpond.text.detokenize import Detokenizer
@@ -23,11 +27,24 @@ from millpond.text.ends import configured_ends, turn_ends
 from millpond.text.errors import TextError
 from millpond.text.loading import TokenizerError, load_backend
 from millpond.text.masks import Masks
+from millpond.text.read_answer import ReadAnswer
 from millpond.text.settings import TokenizerSettings, read_settings
-from millpond.text.template import ChatTemplate, EndlessTemplateError, Message, TemplateError
+from millpond.text.stops import StopStrings
+from millpond.text.template import (
+    NO_SETTINGS,
+    ChatTemplate,
+    EndlessTemplateError,
+    Message,
+    Settings,
+    TemplateError,
+    Tool,
+)
 from millpond.text.template_files import TemplateFileError, find_template
 
 __all__ = ["Message", "TemplateError", "TextError", "Tokenizer", "TokenizerError"]
+
+_BLANKS = 4
+"""White space that a template may write behind a mark, in tokens."""
 
 
 class Tokenizer:
@@ -42,6 +59,10 @@ class Tokenizer:
         controls = control_tokens(backend, source or "")
         self._encoder = Encoder(backend, controls)
         self._masks = Masks(controls, source or "", backend.normalizer)
+        added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+        shows_tools = self._template is not None and "tools" in self._template.reads
+        self.dialect = dialect_of(source or "", added, shows_tools=shows_tools)
+        self._marks = {added[mark]: mark for mark in self.dialect.marks if mark in added}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
         self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
@@ -67,6 +88,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def template_settings(self) -> frozenset[str]:
+        """Names of what a client may set in the chat template."""
+        return frozenset() if self._template is None else self._template.settings
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of a plain text, after the BOS that the tokenizer puts first.
 
@@ -81,20 +107,26 @@ class Tokenizer:
         return self._encode(text) if parse_special else self._encoder.plain(text)
 
     def chat_tokens(
-        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = True,
+        continued: bool = False,
+        tools: Sequence[Tool] = (),
+        settings: Settings = NO_SETTINGS,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant to answer.
+        """Token ids of a conversation, ready for the assistant to answer, who may call ``tools``.
 
         The template alone decides about BOS and writes control tokens. What the messages say is text, whatever it
         spells, except for the marks of thoughts and calls in the assistant's own answers, which are as they were
         drawn. ``generation_prompt``: with the beginning of an answer; ``continued``: up to the end of what the last
-        message says. Raises TemplateError, TextError.
+        message says. ``settings``: those of the template that a client chooses, in words and numbers that need no
+        disguise. Raises TemplateError, TextError.
         """
-        masked = None if self._template is None else self._masks.of(messages)
+        masked = None if self._template is None else self._masks.of(messages, tools)
         if masked is None:
-            return self._encode(self._render(messages, generation_prompt, continued))
+            return self._encode(self._render(messages, generation_prompt, continued, tools, settings))
         try:
-            text = self._render(masked.messages, generation_prompt, continued)
+            text = self._render(masked.messages, generation_prompt, continued, masked.tools, settings)
         except TemplateError as error:
             raise TemplateError(masked.lifted(str(error)), error.index) from error
         return self._encoder.plain(masked.lifted(self._encoder.named(text)))
@@ -102,6 +134,31 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens and unknown ids left out. Raises TextError."""
         return decoded(self._backend, ids)
+
+    def answer(self, stops: StopStrings) -> AnswerText:
+        """The text side of an answer that is nothing but text."""
+        return Answer(self.detokenizer(), stops)
+
+    def read_answer(
+        self, stops: StopStrings, prompt: Sequence[int], tools: Tools | None, *, one_call: bool = False
+    ) -> AnswerText:
+        """That of an answer to a chat's ``prompt``, in which thoughts and calls of ``tools`` are told apart.
+
+        ``one_call``: the first one ends it.
+        """
+        dialect = self.dialect
+        if tools is None and not dialect.thoughts and not dialect.messages:
+            return self.answer(stops)
+        reader = AnswerReader(dialect, self._marks.values(), tools, thinking=self._in_thought(prompt))
+        return ReadAnswer(self.detokenizer, reader, self._marks, stops, one_call=one_call)
+
+    def _in_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends right behind the mark that begins a thought: templates may write it themselves."""
+        if self.dialect.thoughts is None:
+            return False
+        opening = self.dialect.thoughts[0]
+        tail = b"".join(map(self.token_bytes, prompt[-len(opening) - _BLANKS :])).decode("utf-8", "replace")
+        return tail.rstrip().endswith(opening)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental form of ``decode``, for one answer."""
@@ -119,10 +176,17 @@ class Tokenizer:
         """What tokenizer.json makes of a text, control tokens in it recognised."""
         return self._encoder.parsed(text)
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool, continued: bool = False) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool,
+        continued: bool = False,
+        tools: Sequence[Tool] = (),
+        settings: Settings = NO_SETTINGS,
+    ) -> str:
         if self._template is None:
             raise TemplateError("this model has no chat template; use /v1/completions")
-        return self._template.render(messages, generation_prompt, continued)
+        return self._template.render(messages, generation_prompt, continued, tools, settings)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)

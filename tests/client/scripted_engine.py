@@ -11,7 +11,9 @@ The model path of the Start message selects the script, as words joined by comma
 - ``figures``: beats tell made-up numbers of the engine's own work, all of them so many times as requests have ended;
 - ``rows=N``: report max_batch N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM;
 - ``spec=MODES``: guess ahead, in modes joined by + (none: the model cannot); without the word nothing is guessed;
-- ``tell``: the device is what Start says of guessing, as JSON.
+- ``tell``: the device is what Start says of guessing, as JSON;
+- ``written``: what is answered stands in the file that SCRIPTED_ANSWERS names, a list of lists of token ids, one for
+  each request in turn, ``step=N`` tokens at a time; each ends with ``stop``, unless max_tokens come first.
 
 Where it guesses, a step confirms as many tokens as are asked for (by default 4), all of them right unless the request
 has a prediction: then the guesses are the tokens of the prediction at the same places.
@@ -30,10 +32,12 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import socket
 import zlib
+from pathlib import Path
 
 import msgspec
 
@@ -85,6 +89,7 @@ class Engine:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.produced = 0
         self.ended = 0
+        self.asked = 0
 
     def send(self, message: wire.FromEngine) -> None:
         self.writer.write(wire.encode(message))
@@ -137,6 +142,9 @@ class Engine:
         params = request.params
         count = 0
         await self.begin(request)
+        if "written" in self.script.words:
+            await self.recite(request)
+            return
         pause_at, _, pause = self.script.words.get("pause", "0:0").partition(":")
         while True:
             await asyncio.sleep(self.script.number("slow", 0.002) + (float(pause) if count + 1 == int(pause_at) else 0))
@@ -159,6 +167,19 @@ class Engine:
             self.send(wire.Deltas([Delta(request.id, tokens, finish, logprobs, report, verdict)]))
             if last:
                 return
+
+    async def recite(self, request: Request) -> None:
+        answers = json.loads(Path(os.environ["SCRIPTED_ANSWERS"]).read_text())
+        answer = answers[self.asked % len(answers)]
+        self.asked += 1
+        most, step = request.params.max_tokens, int(self.script.number("step", 1))
+        tokens = answer[:most]
+        report = PrefixReport(min(3, len(request.tokens) - 1))
+        for start in range(0, len(tokens), step):
+            self.send(wire.Deltas([Delta(request.id, tokens[start : start + step], None, None, report)]))
+            await asyncio.sleep(0)
+        finish = Finish.STOP if len(answer) < most else Finish.LENGTH
+        self.send(wire.Deltas([Delta(request.id, [], finish, None, report)]))
 
     def depth(self, request: Request) -> int:
         """How many tokens to guess ahead for a request."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -24,8 +24,9 @@ from millpond.types import Speculation
 ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripted_engine.py"))
 
 
-def scripted(script: str) -> EngineClient:
-    return EngineClient(wire.Start(model_path=script, max_batch=8, max_itl_ms=400), command=ENGINE, max_restarts=0)
+def scripted(script: str, environment: Mapping[str, str] | None = None) -> EngineClient:
+    start = wire.Start(model_path=script, max_batch=8, max_itl_ms=400)
+    return EngineClient(start, command=ENGINE, environment=environment, max_restarts=0)
 
 
 def served(name: str, client: EngineClient, read_tokenizer: Callable[[], Tokenizer]) -> ServedModel:

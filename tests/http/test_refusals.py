@@ -190,7 +190,7 @@ def test_values_that_ask_for_nothing_are_fine(raw: httpx.Client) -> None:
             "messages[0].content[1].type",
         ),
         ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0].type"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0]"),
         ({"role": "user", "content": "x", "name": 5}, "messages[0].name"),
     ],
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from hashlib import sha256
 
+from millpond.dialects.pieces import CallBegun, CallText, Piece, Said, Thought
 from millpond.http.events import Delta
 from millpond.http.openai.choices import Choice, ChoicesWriter, Json, described
 from millpond.http.openai.errors import error_response
-from millpond.http.openai.logprobs import ChatLogprobs, Render
+from millpond.http.openai.logprobs import ChatLogprobs
 from millpond.http.openai.schemas import ChatRequest, parse, unknown_fields
 from millpond.http.rendering import Answering, Parsed, Rendering
+from millpond.types import Finish
 
 
 class ChatWriter(ChoicesWriter):
@@ -30,18 +33,50 @@ class ChatWriter(ChoicesWriter):
         delta = {"role": "assistant", "content": ""}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, delta: Delta, render: Render | None) -> Json:
-        said = {"content": delta.text} if delta.text else {}
-        logprobs = render(delta.logprobs) if render is not None and delta.logprobs else None
-        return {"index": delta.choice, "delta": said, "logprobs": logprobs, "finish_reason": delta.finish}
+    def deltas(self, delta: Delta, choice: Choice) -> Iterator[Json]:
+        """A chunk for each piece. The end of calls has one of its own: clients look at it apart."""
+        parts = [part for part in (self._part(delta.choice, piece, choice) for piece in delta.pieces) if part]
+        if not parts or (delta.finish and choice.calls):
+            parts.append({})
+        logprobs = choice.render(delta.logprobs) if choice.render is not None and delta.logprobs else None
+        for part in parts[:-1]:
+            yield {"index": delta.choice, "delta": part, "logprobs": None, "finish_reason": None}
+        finish = _finish(delta.finish, choice.calls)
+        yield {"index": delta.choice, "delta": parts[-1], "logprobs": logprobs, "finish_reason": finish}
+
+    def _part(self, index: int, piece: Piece, choice: Choice) -> Json:
+        """What a piece adds to a message; empty: nothing."""
+        match piece:
+            case Said(text):
+                return {"content": text}
+            case Thought(text):
+                return {"reasoning_content": text}
+            case CallBegun():
+                choice.calls += 1
+                begun = self._call(index, choice.calls - 1, piece, "")
+                return {"tool_calls": [{"index": choice.calls - 1} | begun]}
+            case CallText(text):
+                return {"tool_calls": [{"index": choice.calls - 1, "function": {"arguments": text}}]}
+        return {}
 
     def whole(self, index: int, choice: Choice) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": choice.logprobs,
-            "finish_reason": choice.finish,
-        }
+        called = [self._call(index, number, *call) for number, call in enumerate(choice.called)]
+        message: Json = {"role": "assistant", "content": choice.text or (None if called else ""), "refusal": None}
+        if choice.thought:
+            message["reasoning_content"] = choice.thought
+        if called:
+            message["tool_calls"] = called
+        finish = _finish(choice.finish, len(called))
+        return {"index": index, "message": message, "logprobs": choice.logprobs, "finish_reason": finish}
+
+    def _call(self, index: int, number: int, begun: CallBegun, arguments: str) -> Json:
+        own = begun.id or f"call_{sha256(f'{self._answering.id} {index} {number}'.encode()).hexdigest()[:24]}"
+        return {"id": own, "type": "function", "function": {"name": begun.name, "arguments": arguments}}
+
+
+def _finish(finish: str | None, calls: int) -> str | None:
+    """Calls end an answer in a way of their own, unless it was cut off."""
+    return "tool_calls" if calls and finish == Finish.STOP else finish
 
 
 def read(fields: Mapping[str, object]) -> Parsed:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Piece, Said, Thought
 from millpond.http.errors import ApiError
 from millpond.http.events import Delta, Event, Usage
 from millpond.http.openai.errors import error_body
@@ -27,18 +28,39 @@ class Choice:
         self.render = render
         """None: log-probabilities are not wanted."""
         self._logprobs = GrowingLogprobs(render) if render is not None else None
-        self._texts: list[str] = []
+        self._pieces: list[Piece] = []
+        self.calls = 0
+        """Begun so far."""
         self.finish: str | None = None
 
     def add(self, delta: Delta) -> None:
-        self._texts.append(delta.text)
+        self._pieces += delta.pieces
         if self._logprobs is not None:
             self._logprobs.add(delta.logprobs)
         self.finish = delta.finish
 
     @property
     def text(self) -> str:
-        return "".join(self._texts)
+        return "".join(piece.text for piece in self._pieces if isinstance(piece, Said))
+
+    @property
+    def thought(self) -> str:
+        return "".join(piece.text for piece in self._pieces if isinstance(piece, Thought))
+
+    @property
+    def called(self) -> list[tuple[CallBegun, str]]:
+        """The calls of which nothing is missing, each with its arguments."""
+        found: list[tuple[CallBegun, str]] = []
+        begun, arguments = CallBegun(""), list[str]()
+        for piece in self._pieces:
+            match piece:
+                case CallBegun():
+                    begun, arguments = piece, []
+                case CallText(text):
+                    arguments.append(text)
+                case CallEnded(whole=True):
+                    found.append((begun, "".join(arguments)))
+        return found
 
     @property
     def logprobs(self) -> Json | None:
@@ -67,8 +89,8 @@ class ChoicesWriter(ABC):
         """What comes before a choice's first text in a stream, if anything does."""
 
     @abstractmethod
-    def delta(self, delta: Delta, render: Render | None) -> Json:
-        """A choice of a chunk."""
+    def deltas(self, delta: Delta, choice: Choice) -> Iterator[Json]:
+        """The choices of so many chunks."""
 
     @abstractmethod
     def whole(self, index: int, choice: Choice) -> Json:
@@ -85,7 +107,7 @@ class ChoicesWriter(ABC):
         if not begun and (opening := self.opening(event.choice)) is not None:
             yield self._frame(opening)
         if not event.silent:
-            yield self._frame(self.delta(event, choice.render))
+            yield from map(self._frame, self.deltas(event, choice))
 
     def failure(self, error: ApiError) -> bytes:
         return b"data: " + error_body(error) + b"\n\n"
@@ -123,6 +145,7 @@ def _usage(usage: Usage) -> bytes:
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
             "completion_tokens_details": {
+                "reasoning_tokens": usage.thought_tokens,
                 "accepted_prediction_tokens": usage.accepted_tokens,
                 "rejected_prediction_tokens": usage.rejected_tokens,
             },

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from millpond.http.events import Delta
 from millpond.http.openai.choices import Choice, ChoicesWriter, Json, described
 from millpond.http.openai.errors import error_response
-from millpond.http.openai.logprobs import CompletionLogprobs, Render
+from millpond.http.openai.logprobs import CompletionLogprobs
 from millpond.http.openai.schemas import CompletionRequest, parse, unknown_fields
 from millpond.http.rendering import Answering, Parsed, Rendering
 
@@ -31,9 +31,9 @@ class CompletionWriter(ChoicesWriter):
             return None
         return {"index": choice, "text": self._echo(choice), "logprobs": None, "finish_reason": None}
 
-    def delta(self, delta: Delta, render: Render | None) -> Json:
-        logprobs = render(delta.logprobs) if render is not None else None
-        return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+    def deltas(self, delta: Delta, choice: Choice) -> Iterator[Json]:
+        logprobs = choice.render(delta.logprobs) if choice.render is not None else None
+        yield {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
     def whole(self, index: int, choice: Choice) -> Json:
         text = self._echo(index) + choice.text

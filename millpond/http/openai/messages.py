@@ -6,11 +6,16 @@ never dropped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
-from millpond.http.generation_request import Message, Text
+from millpond.http.generation_request import Message, Part, Reasoning, Text
+from millpond.http.openai.tools import read_calls
 
 PREDICTION = 'an object like {"type": "content", "content": "…"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
+THOUGHTS = ("reasoning_content", "reasoning")
+"""Names under which clients send thoughts back."""
 
 
 def read_messages(value: object) -> tuple[Message, ...]:
@@ -26,15 +31,28 @@ def _message(value: object, where: str) -> Message:
     role = value.get("role")
     if role not in ROLES:
         raise bad_value(f"{where}.role", role, f"one of {', '.join(ROLES)}")
-    for name in ("tool_calls", "function_call", "audio", "refusal"):
+    for name in ("function_call", "audio", "refusal"):
         if value.get(name):
             raise unsupported(f"{where}.{name}", value[name], "none")
     given = value.get("content")
     if given is None and role == "assistant":
         given = ""  # clients send back what they got, and an answer may be without a text
-    text = read_content(given, f"{where}.content")
+    parts: tuple[Part, ...] = (Text(read_content(given, f"{where}.content")),)
+    if role == "assistant":
+        parts = (*_thoughts(value, where), *parts, *read_calls(value.get("tool_calls"), f"{where}.tool_calls"))
+    elif value.get("tool_calls"):
+        raise bad_value(f"{where}.tool_calls", value["tool_calls"], "absent but for role assistant")
     extra = [_text_or_none(value.get(name), f"{where}.{name}") for name in ("name", "tool_call_id")]
-    return Message(role, (Text(text),), *extra)
+    return Message(role, parts, *extra)
+
+
+def _thoughts(value: Mapping[str, object], where: str) -> Iterator[Reasoning]:
+    """What an assistant's message has thought: clients send it back under the name under which they got it."""
+    for name in THOUGHTS:
+        found = _text_or_none(value.get(name), f"{where}.{name}")
+        if found:
+            yield Reasoning(found)
+            return
 
 
 def _text_or_none(value: object, where: str) -> str | None:

@@ -6,6 +6,7 @@ ones with a meaning that is not implemented get a 400 unless their value asks fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Self, TypeVar
@@ -21,9 +22,12 @@ from millpond.http.generation_request import (
     GenerationRequest,
     Message,
     PlainPrompts,
+    Tool,
 )
 from millpond.http.openai.messages import PREDICTION, read_messages, read_prediction
+from millpond.http.openai.tools import CHOICE, TOOLS, read_choice, read_tools
 from millpond.http.speculation_fields import SPECULATIVE, SpeculativeOptions, read_speculative
+from millpond.http.thinking import EFFORTS
 from millpond.types import SamplingParams
 
 MOST_STOPS = 16
@@ -33,6 +37,10 @@ MOST_BIASES = 1024
 LONGEST_USER = 1024
 """Characters."""
 _STOPS = f"a string of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} of them"
+
+_EFFORTS = f"one of {', '.join(EFFORTS)}"
+_SETTINGS = "an object of true, false, numbers and words, by names that the model's chat template reads"
+SETTING_PATTERN = r"^[A-Za-z0-9_.\-]{0,64}$"
 
 Neutral = Callable[[object], bool]
 R = TypeVar("R", bound="OpenAIRequest")
@@ -227,11 +235,41 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="an integer from 0 to 20")
     add_generation_prompt: bool | None = Field(None, description="true or false")
     continue_final_message: bool = Field(False, description="true or false")
+    tools: tuple[Tool, ...] = Field((), description=TOOLS)
+    tool_choice: str = Field("auto", description=CHOICE)
+    parallel_tool_calls: bool = Field(True, description="true or false")
+    reasoning_effort: str | None = Field(None, description=_EFFORTS)
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, description=_SETTINGS)
 
     @field_validator("messages", mode="plain")
     @classmethod
     def _messages(cls, value: object) -> tuple[Message, ...]:
         return read_messages(value)
+
+    @field_validator("reasoning_effort")
+    @classmethod
+    def _known_effort(cls, value: str | None) -> str | None:
+        if value is not None and value not in EFFORTS:
+            raise ValueError
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _plain_settings(cls, value: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        for name, given in value.items():
+            if isinstance(given, str) and not re.fullmatch(SETTING_PATTERN[1:-1], given):
+                raise bad_value(f"chat_template_kwargs.{name}", given, "up to 64 letters, digits, hyphens and dots")
+        return value
+
+    @field_validator("tools", mode="plain")
+    @classmethod
+    def _tools(cls, value: object) -> tuple[Tool, ...]:
+        return read_tools(value)
+
+    @field_validator("tool_choice", mode="plain")
+    @classmethod
+    def _choice(cls, value: object) -> str:
+        return read_choice(value)
 
     @model_validator(mode="after")
     def _chat_together(self) -> Self:
@@ -249,7 +287,16 @@ class ChatRequest(OpenAIRequest):
     def generation(self) -> GenerationRequest:
         """What it asks of the model."""
         opens = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
-        conversation = Conversation(self.messages, opens, self.continue_final_message)
+        tools = self.tools if self.tool_choice == "auto" else ()
+        conversation = Conversation(
+            self.messages,
+            opens,
+            self.continue_final_message,
+            tools,
+            one_call=not self.parallel_tool_calls,
+            settings=self.chat_template_kwargs,
+            effort=self.reasoning_effort,
+        )
         asked = self._asking(conversation, "messages", (self.top_logprobs or 0) if self.logprobs else None)
         if self.max_completion_tokens is None:
             return asked

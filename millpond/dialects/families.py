@@ -1,0 +1,225 @@
+"""The families of models whose way of writing thoughts and calls is known, and how a model's is found.
+
+A model's own folder decides: the text of its chat template, and which marks its vocabulary has as tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+
+from millpond.dialects import channels
+from millpond.dialects.dialect import Dialect
+from millpond.dialects.json_calls import objects
+from millpond.dialects.literals import marked_string
+from millpond.dialects.marked_calls import deepseek, kimi, mistral
+from millpond.dialects.program_calls import functions, named_objects
+from millpond.dialects.tagged_calls import Tags, Tools, calls
+from millpond.dialects.tape import Reading, Tape
+
+BAR = "\uff5c"
+"""As DeepSeek's marks have it."""
+THINK = ("<think>", "</think>")
+"""What nearly all families put around thoughts."""
+
+
+def _objects(*ends: str) -> partial[Reading[None]]:
+    return partial(_of_objects, ends)
+
+
+def _of_objects(ends: tuple[str, ...], tape: Tape, _tools: Tools) -> Reading[None]:
+    return objects(tape, *ends)
+
+
+def _functions(*ends: str) -> partial[Reading[None]]:
+    return partial(_of_functions, ends)
+
+
+def _of_functions(ends: tuple[str, ...], tape: Tape, _tools: Tools) -> Reading[None]:
+    return functions(tape, *ends)
+
+
+def _leading_objects(tape: Tape, tools: Tools) -> Reading[None]:
+    return objects(tape, known=tools)
+
+
+def _leading_functions(tape: Tape, tools: Tools) -> Reading[None]:
+    return functions(tape, known=tools)
+
+
+def _tagged(tags: Tags) -> partial[Reading[None]]:
+    return partial(_of_tags, tags)
+
+
+def _of_tags(tags: Tags, tape: Tape, tools: Tools) -> Reading[None]:
+    return calls(tape, tags, tools)
+
+
+def _mistral(tape: Tape, _tools: Tools) -> Reading[None]:
+    return mistral(tape)
+
+
+QWEN_CODER = Tags(
+    call="<function=",
+    name_end=(">",),
+    key="<parameter=",
+    key_end=">",
+    value_end="</parameter>",
+    call_end="</function>",
+    end="</tool_call>",
+    framed=True,
+)
+GLM = Tags(
+    call="",
+    name_end=("\n",),
+    key="<arg_key>",
+    key_end="</arg_key>",
+    value_begin="<arg_value>",
+    value_end="</arg_value>",
+    call_end="",
+    end="</tool_call>",
+)
+MINIMAX = Tags(
+    call='<invoke name="',
+    name_end=('">',),
+    key='<parameter name="',
+    key_end='">',
+    value_end="</parameter>",
+    call_end="</invoke>",
+    end="</minimax:tool_call>",
+)
+DSML = Tags(
+    call=f'<{BAR}DSML{BAR}invoke name="',
+    name_end=('">',),
+    key=f'<{BAR}DSML{BAR}parameter name="',
+    key_end=">",
+    value_end=f"</{BAR}DSML{BAR}parameter>",
+    call_end=f"</{BAR}DSML{BAR}invoke>",
+    end=f"</{BAR}DSML{BAR}function_calls>",
+    typed=True,
+)
+DEEPSEEK = tuple(f"<{BAR}tool▁{name}{BAR}>" for name in ("calls▁end", "call▁begin", "sep", "call▁end"))
+KIMI = tuple(f"<|tool_{name}|>" for name in ("calls_section_end", "call_begin", "call_argument_begin", "call_end"))
+HERMES = Dialect("hermes", {"<tool_call>": _objects("</tool_call>")}, inner=("</tool_call>",))
+LLAMA = Dialect("llama", {"<|python_tag|>": _objects()}, leading=_leading_objects)
+
+FAMILIES: tuple[tuple[tuple[str, ...], Dialect], ...] = (
+    (("<|channel|>", "<|message|>", "<|call|>"), Dialect("harmony", messages=True, inner=channels.MARKS)),
+    (
+        ("<|tool_call>", "<tool_call|>"),
+        Dialect(
+            "gemma4",
+            {"<|tool_call>": lambda tape, _: named_objects(tape, marked_string('<|"|>'), "<tool_call|>")},
+            thoughts=("<|channel>", "<channel|>"),
+            label="thought",
+            inner=("<tool_call|>", '<|"|>'),
+        ),
+    ),
+    (
+        ("<start_function_call>",),
+        Dialect(
+            "functiongemma",
+            {
+                "<start_function_call>": lambda tape, _: named_objects(
+                    tape, marked_string("<escape>"), "<end_function_call>"
+                )
+            },
+            inner=("<end_function_call>", "<escape>"),
+        ),
+    ),
+    (
+        (f"{BAR}DSML{BAR}",),
+        Dialect(
+            "deepseek_v32",
+            {
+                f"<{BAR}DSML{BAR}function_calls>": _tagged(DSML),
+                f"<{BAR}DSML{BAR}tool_calls>": _tagged(replace(DSML, end=f"</{BAR}DSML{BAR}tool_calls>")),
+            },
+        ),
+    ),
+    (
+        (f"<{BAR}tool▁calls▁begin{BAR}>",),
+        Dialect(
+            "deepseek", {f"<{BAR}tool▁calls▁begin{BAR}>": lambda tape, _: deepseek(tape, *DEEPSEEK)}, inner=DEEPSEEK
+        ),
+    ),
+    (
+        ("<|tool_calls_section_begin|>",),
+        Dialect("kimi", {"<|tool_calls_section_begin|>": lambda tape, _: kimi(tape, *KIMI)}, inner=KIMI),
+    ),
+    (
+        ("<minimax:tool_call>",),
+        Dialect("minimax", {"<minimax:tool_call>": _tagged(MINIMAX)}, inner=("</minimax:tool_call>",)),
+    ),
+    (
+        ("[TOOL_CALLS]",),
+        Dialect("mistral", {"[TOOL_CALLS]": _mistral}, inner=("[CALL_ID]", "[ARGS]")),
+    ),
+    (
+        ("<arg_key>",),
+        Dialect(
+            "glm",
+            {"<tool_call>": _tagged(GLM)},
+            inner=("</tool_call>", *(f"<{slash}arg_{name}>" for slash in ("", "/") for name in ("key", "value"))),
+        ),
+    ),
+    (
+        ("<function=", "<parameter="),
+        Dialect(
+            "qwen_coder",
+            {"<tool_call>": _tagged(QWEN_CODER), "<function=": _tagged(replace(QWEN_CODER, call=""))},
+            inner=("</tool_call>",),
+        ),
+    ),
+    (
+        ("<|tool_call_start|>",),
+        Dialect("lfm2", {"<|tool_call_start|>": _functions("<|tool_call_end|>")}, inner=("<|tool_call_end|>",)),
+    ),
+    (
+        ("<|START_ACTION|>",),
+        Dialect(
+            "command",
+            {"<|START_ACTION|>": _objects("<|END_ACTION|>")},
+            thoughts=("<|START_THINKING|>", "<|END_THINKING|>"),
+            dropped=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+            inner=("<|END_ACTION|>",),
+        ),
+    ),
+    (
+        ("<|tool_call|>",),
+        Dialect("granite", {"<|tool_call|>": _objects("<|/tool_call|>")}, inner=("<|/tool_call|>",)),
+    ),
+    (("<tool_call>",), HERMES),
+    (("functools",), Dialect("functools", {"functools": _objects()})),
+    (
+        ("<|python_start|>",),
+        Dialect(
+            "llama4",
+            {"<|python_start|>": _functions("<|python_end|>")},
+            leading=_leading_functions,
+            inner=("<|python_end|>",),
+        ),
+    ),
+    (("<|python_tag|>",), LLAMA),
+)
+"""Of each family the marks that its templates, or its vocabulary, have; the first one counts whose marks are all there.
+What is more special stands before what is more common."""
+GENERIC = Dialect("json", leading=_leading_objects)
+"""Of models whose template shows tools in a way that no family here has."""
+OTHER_THOUGHTS = (("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), THINK)
+
+
+def dialect_of(template: str, vocabulary: Collection[str], *, shows_tools: bool) -> Dialect:
+    """Of a model with this chat template and these added tokens. ``shows_tools``: the template does something with
+    tools; otherwise nothing is ever called."""
+
+    def has(text: str) -> bool:
+        return text in template or text in vocabulary
+
+    found = next((dialect for marks, dialect in FAMILIES if all(map(has, marks))), GENERIC)
+    if not shows_tools and not found.messages:
+        found = replace(found, calls={}, leading=None)
+    if found.thoughts is None:
+        found = replace(found, thoughts=next((marks for marks in OTHER_THOUGHTS if has(marks[1])), None))
+    return found

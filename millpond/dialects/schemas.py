@@ -1,0 +1,108 @@
+"""What a tool's schema says of an argument, as far as it decides how raw text is to be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from millpond.dialects.json_values import escaped
+
+_DEEP = 16
+"""References and alternatives that are followed."""
+_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object"}
+_SPELLED = {"True": "true", "False": "false", "None": "null"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Types that a value may have."""
+
+    string: bool = True
+    others: frozenset[str] = frozenset()
+    """Names of other types that are allowed; without any that are and without ``string``, all are but strings."""
+    any: bool = False
+    """Nothing is said of it."""
+
+    @property
+    def text(self) -> bool:
+        """It is a string whatever it says."""
+        return self.string and not self.others and not self.any
+
+
+def kinds_of(schema: Mapping[str, object], name: str) -> Kinds:
+    """Of the argument ``name``. One that the schema does not know is a string."""
+    properties = schema.get("properties")
+    found = properties.get(name) if isinstance(properties, Mapping) else None
+    if found is None:
+        found = schema.get("additionalProperties")
+    if not isinstance(found, Mapping):
+        return Kinds()
+    types = _types(found, schema, 0)
+    if not types:
+        return Kinds(any=True)
+    return Kinds("string" in types, frozenset(types - {"string"}))
+
+
+def literal(text: str, kinds: Kinds) -> str:
+    """Raw text as JSON. Numbers stay as they were spelled; what should be no string and is no JSON becomes one."""
+    plain = _SPELLED.get(text.strip(), text.strip())
+    if kinds.string and not kinds.any:
+        fits = ("null" in kinds.others and plain == "null") or (
+            plain[:1] in ("{", "[") and {"{": "object", "[": "array"}[plain[0]] in kinds.others and _valid(plain)
+        )
+        return plain if fits else f'"{escaped(text)}"'
+    return plain if _valid(plain) else f'"{escaped(text)}"'
+
+
+def _valid(text: str) -> bool:
+    try:
+        json.loads(text, parse_int=lambda _: 0, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(name: str) -> object:
+    raise ValueError(name)
+
+
+def _types(schema: Mapping[str, object], root: Mapping[str, object], depth: int) -> set[str]:
+    """Names of types; empty where nothing is said."""
+    if depth > _DEEP:
+        return set()
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        target = _target(root, reference)
+        return _types(target, root, depth + 1) if target is not None else set()
+    named = schema.get("type")
+    if isinstance(named, str):
+        return {named}
+    if isinstance(named, list):
+        return {name for name in named if isinstance(name, str)}
+    if "const" in schema:
+        return {_name_of(schema["const"])}
+    values = schema.get("enum")
+    if isinstance(values, list):
+        return {_name_of(value) for value in values}
+    found: set[str] = set()
+    for key in ("anyOf", "oneOf", "allOf"):
+        parts = schema.get(key)
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, Mapping):
+                found |= _types(part, root, depth + 1)
+    return found
+
+
+def _name_of(value: object) -> str:
+    return _NAMES.get(type(value), "array")
+
+
+def _target(root: Mapping[str, object], reference: str) -> Mapping[str, object] | None:
+    if not reference.startswith("#/"):
+        return None
+    here: object = root
+    for step in reference[2:].split("/"):
+        step = step.replace("~1", "/").replace("~0", "~")
+        here = here.get(step) if isinstance(here, Mapping) else None
+    return here if isinstance(here, Mapping) else None
