@@ -11,6 +11,7 @@ from types import MappingProxyType
 import msgspec
 
 from millpond.http.speculation_fields import SpeculativeOptions
+from millpond.http.values import deeper_than
 from millpond.types import SamplingParams
 
 SEED_MASK = 2**64 - 1
@@ -21,6 +22,8 @@ SamplingDefaults = Mapping[str, float]
 NO_DEFAULTS: SamplingDefaults = MappingProxyType({})
 NO_ARGUMENTS: Mapping[str, object] = {"type": "object", "properties": {}}
 """The schema of a tool that takes none."""
+MOST_DEEP = 64
+"""Levels of arguments that a template may look into."""
 LONGEST_SALT = 256
 """Characters of a ``cache_salt``."""
 
@@ -50,7 +53,7 @@ class Call:
             arguments = json.loads(self.arguments or "{}", strict=False)
         except (ValueError, RecursionError):
             arguments = None
-        if not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) or deeper_than(arguments, MOST_DEEP):
             arguments = {"_raw": self.arguments}
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 

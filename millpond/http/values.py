@@ -50,3 +50,19 @@ def _without_escapes(body: bytearray) -> Iterator[bytes]:
         rest, piece = piece[whole:], piece[:whole]
         yield piece.replace(b"\\\\", b"").replace(b'\\"', b"")
     yield rest
+
+
+def deeper_than(value: object, most: int) -> bool:
+    """Whether lists and objects stand within each other on more than ``most`` levels."""
+    level: list[object] = [value]
+    for _ in range(most):
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        level = [each for each in inner if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True

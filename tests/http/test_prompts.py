@@ -27,9 +27,7 @@ class CountingTokenizer(Tokenizer):
         self.read += len(text)
         return super().text_tokens(text, parse_special=parse_special)
 
-    def chat_tokens(
-        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
-    ) -> list[int]:
+    def chat_tokens(self, messages: Sequence[Message], *_: object, **__: object) -> list[int]:
         raise AssertionError
 
 

@@ -51,9 +51,10 @@ def raw(guessing: Server) -> Iterator[httpx.Client]:
 
 
 def details(usage: dict[str, Any]) -> tuple[int, int]:
-    """Accepted and rejected, and nothing else."""
+    """Accepted and rejected; nothing is thought."""
     found = usage["completion_tokens_details"]
-    assert found.keys() == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
+    assert found.keys() == {"accepted_prediction_tokens", "rejected_prediction_tokens", "reasoning_tokens"}
+    assert found["reasoning_tokens"] == 0
     return found["accepted_prediction_tokens"], found["rejected_prediction_tokens"]
 
 

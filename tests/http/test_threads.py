@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Awaitable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -36,11 +37,9 @@ class WatchedTokenizer(Tokenizer):
         self.note()
         return super().encode(text, parse_special=parse_special)
 
-    def chat_tokens(
-        self, messages: Sequence[Message], generation_prompt: bool = True, continued: bool = False
-    ) -> list[int]:
+    def chat_tokens(self, messages: Sequence[Message], *how: Any) -> list[int]:  # noqa: ANN401 - handed on
         self.note()
-        return super().chat_tokens(messages, generation_prompt, continued)
+        return super().chat_tokens(messages, *how)
 
     def note(self) -> None:
         self.threads.add(threading.current_thread().name)

@@ -47,6 +47,17 @@ def message(value: Json, name: str = "content") -> Json:
     return inside(f'[{{{rest}"{name}":', value, "}]")
 
 
+def assistant(value: Json, name: str) -> Json:
+    """One answer with this in one of its fields."""
+    return inside(f'[{{"role":"assistant","content":"hi","{name}":', value, "}]")
+
+
+def tools(rest: str) -> Json:
+    """As many as there may be."""
+    one = '{{"type":"function","function":{{"name":"f{}",' + rest.replace("{", "{{").replace("}", "}}") + "}}}}"
+    return lambda: "[" + ",".join(one.format(number) for number in range(1024)) + "]"
+
+
 LISTS, OBJECTS = many("[]", VALUES // 2), many('{"a":[]}', VALUES // 4)
 PAIRS = many('"k{}":0', VALUES // 2, ends="{}")
 TEXT = text()
@@ -85,6 +96,10 @@ MESSAGES: tuple[Json, ...] = (
     message(TEXT, "name"),
     message(TEXT, "tool_call_id"),
     message(LISTS, "tool_calls"),
+    assistant(many('{"function":{"name":"f","arguments":"{}"}}', VALUES // 9), "tool_calls"),
+    assistant(inside('[{"function":{"name":"f","arguments":', TEXT, "}}]"), "tool_calls"),
+    assistant(lambda: json.dumps([{"function": {"name": "f", "arguments": PAIRS()}}]), "tool_calls"),
+    assistant(TEXT, "reasoning_content"),
     message(LISTS, "name"),
     many(SMALL, VALUES // 5),
     many(SMALL),
@@ -115,7 +130,18 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         "top_logprobs": ANYTHING,
         "continue_final_message": ANYTHING,
         "add_generation_prompt": ANYTHING,
-        "tools": (LISTS, OBJECTS, TEXT),
+        "tools": (
+            LISTS,
+            OBJECTS,
+            TEXT,
+            tools('"parameters":{"type":"object","properties":{"a":{"type":"string"}}}'),
+            tools('"description":"' + "a b " * 1900 + '"'),
+            inside('[{"type":"function","function":{"name":"f","parameters":', PAIRS, "}}]"),
+            inside('[{"type":"function","function":{"name":"f","parameters":{"a":', LISTS, "}}}]"),
+            inside('[{"type":"function","function":{"name":"f","description":', TEXT, "}}]"),
+        ),
+        "chat_template_kwargs": (PAIRS, TEXT),
+        **dict.fromkeys(("tool_choice", "parallel_tool_calls", "reasoning_effort"), ANYTHING),
         "no_such_field": (LISTS, OBJECTS, PAIRS, TEXT, many("[]"), many('{"a":{"a":{}}}'), text("\\n"), text('\\"')),
     },
     PLAIN: {

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from millpond.http.errors import bad_value, unsupported
 from millpond.http.generation_request import Call, Tool
+from millpond.http.values import deeper_than
 
 MOST_TOOLS = 1024
+MOST_DEEP = 64
+"""Levels of a schema."""
 NAME_PATTERN = r"^[A-Za-z0-9_.\-]{1,128}$"
 NAME = "1 to 128 letters, digits, underscores, dots or hyphens"
 TOOLS = f"a list of at most {MOST_TOOLS} tools, each an object with type and function"
@@ -41,8 +44,9 @@ def _tool(value: object, where: str) -> Tool:
     if description is not None and not isinstance(description, str):
         raise bad_value(f"{where}.function.description", description, "a string")
     parameters = function.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        raise bad_value(f"{where}.function.parameters", parameters, "a JSON schema")
+    if parameters is not None and (not isinstance(parameters, dict) or deeper_than(parameters, MOST_DEEP)):
+        allowed = f"a JSON schema, at most {MOST_DEEP} levels deep"
+        raise bad_value(f"{where}.function.parameters", parameters, allowed)
     if function.get("strict") not in (None, False):
         raise unsupported(f"{where}.function.strict", function["strict"], "false")
     return Tool(_name(function.get("name"), f"{where}.function.name"), description or "", parameters or {})
