@@ -48,12 +48,14 @@ def prompts(seed: int = 5) -> dict[str, list[int]]:
     return {f"r{length}": [chooser.randrange(VOCAB) for _ in range(length)] for length in LENGTHS}
 
 
-def answered(opened: OpenModel, wanted: dict[str, list[int]], **options: object) -> dict[str, Outcome]:
+def answered(
+    opened: OpenModel, wanted: dict[str, list[int]], answer: int = ANSWER, **options: object
+) -> dict[str, Outcome]:
     """All at once; every other one is drawn, the rest is greedy."""
     driver = Driver(opened.model, capabilities=opened.capabilities, max_batch=ROWS, **options)  # type: ignore[arg-type]
     for number, (name, tokens) in enumerate(wanted.items()):
         seeded = {"temperature": 0.8, "seed": 7} if number_of(name) % 2 else {}
-        driver.submit(request(name, tokens, ANSWER + 3 * number, logprobs=3, **seeded))
+        driver.submit(request(name, tokens, answer + 3 * number, logprobs=3, **seeded))
     driver.run()
     assert not [outcome.failure for outcome in driver.outcomes.values() if outcome.failure]
     return driver.outcomes
@@ -123,9 +125,10 @@ def test_a_hit_is_a_miss_down_to_the_last_bit(steady: OpenModel, tmp_path: Path)
 
 
 def test_an_answer_goes_on_in_the_next_prompt(steady: OpenModel) -> None:
-    """What was drawn is read again, because reading it rounds in another way."""
+    """What was drawn is read again, because reading it rounds in another way. Answers that fill a chunk, too."""
     wanted, cache = prompts(), prefix_cache(steady.model)
-    first = answered(steady, wanted, steady=CHUNK, cache=cache)
+    first = answered(steady, wanted, 80, steady=CHUNK, cache=cache)
+    assert any(len(wanted[name]) // CHUNK < (len(wanted[name]) + 80) // CHUNK for name in wanted)
     longer = {name: [*tokens, *first[name].tokens, 3, 4, 5] for name, tokens in wanted.items()}
     longer = {name: tokens for name, tokens in longer.items() if len(tokens) > 64}
     assert_equal(answered(steady, longer, steady=CHUNK, cache=cache), alone(steady, longer, steady=CHUNK))

@@ -503,7 +503,7 @@ def test_a_hit_copies_the_row_and_nothing_else(kind: str) -> None:
     restored = form.restored(driven.prefixes._network, plan, 449)
     mx.eval(cache_arrays(restored.caches))
     row = restored.nbytes
-    assert mx.get_peak_memory() - before <= 1.25 * row + 65536
+    assert mx.get_peak_memory() - before <= 1.05 * row + 16_384
 
 
 # --- trouble -----------------------------------------------------------------------------------------------------

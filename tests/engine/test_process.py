@@ -234,7 +234,7 @@ def test_one_thread_alone_touches_mlx(folder: Path, monkeypatch: pytest.MonkeyPa
         owner.append(threading.get_ident())
         boot(start(folder), "", link).run()
 
-    engine_thread = threading.Thread(target=run)
+    engine_thread = threading.Thread(target=run, daemon=True)  # one that hangs must not hold up the others' tests
     engine_thread.start()
     peer = Peer(ours)
     peer.until(wire.Ready)
