@@ -237,6 +237,8 @@ def fit(body: object, stream: bool) -> None:
         body.pop("logprobs", None)
     if isinstance(guessing := body.get("speculative"), dict) and guessing.get("mode") == "draft":
         guessing["mode"] = "ngram"  # this server has no draft model
+    if body.get("tools"):  # no two of one name
+        body["tools"] = list({tool["function"]["name"]: tool for tool in body["tools"]}.values())
     for message in body.get("messages") or ():
         message["role"] = "user" if message["role"] == "tool" else message["role"]
     if body.get("continue_final_message"):
