@@ -45,6 +45,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """None: none wanted. k >= 0: the chosen token's log-probability and the k likeliest alternatives."""
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     """Ids that end the answer (end of sequence, end of turn). The front end knows the tokenizer; the engine obeys."""
+    min_tokens: int = 0
+    """Tokens that the answer has at least: until then none of ``stop_token_ids`` is drawn."""
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +86,38 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     """Guess only as much as pays; False: always as much as allowed."""
 
 
+class Symbol(msgspec.Struct, frozen=True, array_like=True):
+    """A text with a meaning in answers."""
+
+    text: str
+    token: int = -1
+    """Its id where it is a token of its own."""
+
+
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """How thoughts show in an answer, where both of their marks are tokens."""
+
+    begins: int
+    """Id of the token that begins one."""
+    ends: int
+    begun: bool = False
+    """The prompt ends within one."""
+    most: int | None = None
+    """Tokens of thoughts after which they are ended; None: no limit."""
+    blanks: list[int] = []
+    """Ids of line ends: some may stand behind a thought."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer has to look like; see grammar/constraint.py."""
+
+    text: str = ""
+    """In llguidance's form of Lark, thoughts left out; empty: it may look like anything."""
+    triggers: list[Symbol] = []
+    """Only what begins with one of these has to; none: all of it."""
+    thinking: Thinking | None = None
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. ``tokens`` is the whole prompt, at least one id, special tokens included."""
 
@@ -100,6 +134,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """None: as the engine was started with."""
     prediction: list[int] = []
     """What the client expects of the answer, for guessing."""
+    grammar: Grammar | None = None
+    """None: the answer may look like anything."""
 
 
 class Finish(StrEnum):
@@ -126,6 +162,8 @@ class ErrorKind(StrEnum):
     TOKEN_TIMEOUT = "token_timeout"  # noqa: S105
     REQUEST_TIMEOUT = "request_timeout"
     """The four time-outs, each named like its setting: 504."""
+    GRAMMAR = "grammar_stuck"
+    """No token fits what the answer has to look like: 500."""
     INVALID = "invalid_request"
     """The engine refuses the request (for example, it can never fit in memory): 400."""
 
@@ -365,6 +403,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers of rows that were tried at start, grouped: within a group, a row's logits are equal bit by bit."""
     deterministic: str = ""
     """What is done for answers that are the same whatever the load, and what it costs; empty where nothing is."""
+    grammars: str = ""
+    """Why answers cannot be made to follow a grammar; empty when they can."""
     remarks: list[str] = []
     """What of the model's files is not used, or not as they say."""
 

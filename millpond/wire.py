@@ -26,7 +26,7 @@ from millpond.types import (
     SpecSettings,
 )
 
-VERSION = 10
+VERSION = 11
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 

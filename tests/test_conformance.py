@@ -25,6 +25,7 @@ ROWS_PER_SECTION = {
     "J": 2,
     "K": 3,
     "L": 31,
+    "M": 12,
     "R": 5,
 }
 IDS = [f"{section}{number}" for section, count in ROWS_PER_SECTION.items() for number in range(1, count + 1)]

@@ -17,6 +17,8 @@ from millpond.dialects.tape import Looking, Reading, Tape
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
+TO = "to=functions."
+"""Before the name of a tool that is called."""
 _TO = re.compile(r"to=(?:functions\.)?([\w.\-]+)")
 _CHANNEL = re.compile(r"(?:<\|channel\|>)\s*(analysis|commentary|final)")
 

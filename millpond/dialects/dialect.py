@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from millpond.dialects.call_grammar import Calls
 from millpond.dialects.tagged_calls import Tools
 from millpond.dialects.tape import Reading, Tape
 
+Section = Callable[[Calls], str]
+"""The grammar of what stands behind the mark with which calls begin, up to behind their end."""
 CallReader = Callable[[Tape, Tools], Reading[None]]
 """Reads the calls behind the mark with which they begin. Raises NoCall where there are none."""
 
@@ -21,6 +24,10 @@ class Dialect:
     """By the mark with which they begin."""
     leading: CallReader | None = None
     """Reads an answer that may be nothing but calls, without a mark before them."""
+    section: Section | None = None
+    """How calls are written, for those that begin with the first of those marks, or with none."""
+    repeated: bool = False
+    """A section has one call; others follow with the same mark."""
     thoughts: tuple[str, str] | None = None
     """The marks around them."""
     label: str = ""

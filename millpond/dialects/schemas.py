@@ -44,6 +44,17 @@ def kinds_of(schema: Mapping[str, object], name: str) -> Kinds:
     return Kinds("string" in types, frozenset(types - {"string"}))
 
 
+def resolved(schema: Mapping[str, object], root: Mapping[str, object]) -> Mapping[str, object]:
+    """What a schema that is nothing but a reference refers to."""
+    for _ in range(_DEEP):
+        reference = schema.get("$ref")
+        target = _target(root, reference) if isinstance(reference, str) else None
+        if target is None:
+            return schema
+        schema = target
+    return schema
+
+
 def literal(text: str, kinds: Kinds) -> str:
     """Raw text as JSON. Numbers stay as they were spelled; what should be no string and is no JSON becomes one."""
     plain = _SPELLED.get(text.strip(), text.strip())

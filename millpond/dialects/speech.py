@@ -37,11 +37,14 @@ class Speech:
         self._back += text
 
     def rest(self, end: int) -> Reading[None]:
-        """At the end of the answer: white space there belongs to it, unless it stands behind a mark."""
+        """At the end of the answer, or of a message: white space there belongs to it, unless it stands behind a
+        mark."""
         if self._back:
-            yield from self._told(self._back, end)
+            back, self._back = self._back, ""
+            yield from self._told(back, end)
         if self._space and not self._dropping:
             yield self._piece(self._space, end)
+        self._space = ""
 
     def _told(self, text: str, end: int) -> Reading[None]:
         if self._dropping:

@@ -56,6 +56,8 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
         log.warning("steps in flight would copy the rows: each is launched once the one before it has been read")
     if not speculator.modes and start.spec.default.mode is not SpecMode.OFF:
         log.warning("tokens of this model are not guessed ahead", extra=fields(reason=unguessed))
+    if ready.unguided:
+        log.warning("answers of this model cannot follow a grammar", extra=fields(reason=ready.unguided))
     if ready.steady:
         log.info("answers are deterministic", extra=fields(costs=ready.steady_costs))
     link.send(
@@ -83,6 +85,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
                 deterministic=ready.steady_costs,
                 alike=capabilities.alike,
                 ranks=group.world,
+                grammars=ready.unguided,
                 remarks=list(model.remarks),
             )
         )

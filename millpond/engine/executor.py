@@ -34,6 +34,7 @@ from millpond.engine.orders import (
 )
 from millpond.engine.prepare import Prepared
 from millpond.engine.sequence import Sequence
+from millpond.grammar.constraint import Constraint
 from millpond.kv.batch import Batch
 from millpond.model.forwards import prefill, prefill_together
 from millpond.model.shard import agreement
@@ -78,12 +79,13 @@ class Executor:
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    def arrive(self, request: Request) -> Sequence:
-        """A new request waits. What is its own is made now, where it fails alone: raises what that raises, and nothing
-        has happened then."""
-        sequence = Sequence(request, SamplingState(request.params, self._model.vocab_size, request.tokens))
+    def arrive(self, request: Request, constraint: Constraint | None = None) -> Sequence:
+        """A new request waits, whose answer has to satisfy ``constraint``: that is the business of the rank that draws.
+        What is its own is made now, where it fails alone: raises what that raises, and nothing has happened then."""
+        sampling = SamplingState(request.params, self._model.vocab_size, request.tokens, constraint)
+        sequence = Sequence(request, sampling)
         self.prefixes.arrive(sequence)
-        self.group.tell(Arrive(replace(request, prediction=[])))
+        self.group.tell(Arrive(replace(request, prediction=[], grammar=None)))
         self.sequences[request.id] = sequence
         return sequence
 
@@ -159,11 +161,6 @@ class Executor:
 
     # --- forwards ---------------------------------------------------------------------------------------------
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether some row's draw depends on the tokens drawn before it."""
-        return any(self.sequences[name].sampling.needs_history for name in self.batch.names)
-
     def decode(self, drafts: Mapping[str, Many[int]], begun: float) -> InflightStep:
         """Build a forward over all rows, behind the unread one if there is one. ``drafts``: draft tokens of some of
         them; none at all for a plain step. Raises what the model's code raises."""
@@ -181,7 +178,10 @@ class Executor:
         return step
 
     def launch(self, step: InflightStep) -> None:
-        """Start the computation of the newest forward. Raises what the model's code raises."""
+        """Start the computation of the newest forward, with its draws if nothing ahead of it is unread. Raises what
+        the model's code raises."""
+        if step is self._unread[0]:
+            step.draw()
         if step.waiting:
             self.group.tell(Launch())
             step.launch()

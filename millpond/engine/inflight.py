@@ -60,7 +60,8 @@ class InflightStep:
     rows: tuple[str, ...]
     drafts: Drafts
     """Of each row; nothing at all in a plain step, whose rows are a token longer already."""
-    picks: Picks
+    pick: Callable[[], Picks]
+    """Draws behind what the rows have taken, when it is called."""
     cuts: list[Cut]
     """Blocks that a plain step fills."""
     context_tokens: int
@@ -70,7 +71,21 @@ class InflightStep:
     waiting: list[mx.array]
     """What is to be evaluated, nothing once it has been launched. The rows' own arrays are not in it, although the
     forward writes them: MLX keeps what it is handed until the step's last operation is done, and the next step, built
-    by then, would copy what somebody keeps instead of writing in place. Its tokens come of all of them anyway."""
+    by then, would copy what somebody keeps instead of writing in place. Its logits come of all of them anyway."""
+    _picks: Picks | None = None
+
+    @property
+    def picks(self) -> Picks:
+        """What it draws."""
+        assert self._picks is not None, "a step is read, and gone on from, once it has been drawn"
+        return self._picks
+
+    def draw(self) -> None:
+        """Build what picks its tokens, at the latest when the step ahead of it has been read: what some rows draw
+        depends on what they have drawn before. The forward may be running by then."""
+        if self._picks is None:
+            self._picks = self.pick()
+            self.waiting += self._picks.arrays()
 
     def launch(self) -> None:
         """Start the computation. Raises what the model's code raises."""
@@ -152,6 +167,7 @@ class Steps:
         ``cuts`` is asked for the blocks that the forward fills.
         """
         sampler = self._sampler_for(sequences, ((),) * len(sequences))
+        later = ahead is not None and any(sequence.sampling.needs_history for sequence in sequences)
         context_tokens = sum(lane.batch.lengths)
         dispatched = time.monotonic()
         if ahead is not None:
@@ -159,10 +175,19 @@ class Steps:
         else:
             tokens, unread = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.int32), 0
         logits = decode(self._network, lane, tokens)
-        picks = self._agreed(sampler(logits, [len(sequence.tokens) + unread for sequence in sequences]))
+        positions = [len(sequence.tokens) + unread for sequence in sequences]
         cut = cuts(lane)
-        waiting = [*picks.arrays(), *(array for one in cut for array in one.arrays())]
-        return InflightStep(lane.batch.names, (), picks, cut, context_tokens, begun, dispatched, waiting)
+        waiting = [array for one in cut for array in one.arrays()]
+
+        def pick() -> Picks:
+            return self._agreed(sampler(logits, positions))
+
+        step = InflightStep(lane.batch.names, (), pick, cut, context_tokens, begun, dispatched, waiting)
+        if later:
+            waiting.append(logits)
+        else:
+            step.draw()
+        return step
 
     def verifying(self, lane: Lane, sequences: Many[Sequence], drafts: Drafts, begun: float) -> InflightStep:
         """Every row's newest token and its draft tokens. How far each row has come is known once that is read."""
@@ -172,8 +197,14 @@ class Steps:
         logits = lane.forward(self._network, columns_of([sequence.tokens[-1] for sequence in sequences], drafts))
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft) + 1)]
         positions = [len(sequences[row].tokens) + place for row, place in places]
-        picks = self._agreed(sampler(logits_of(logits, places), positions))
-        return InflightStep(lane.batch.names, drafts, picks, [], context_tokens, begun, dispatched, picks.arrays())
+        chosen = logits_of(logits, places)
+
+        def pick() -> Picks:
+            return self._agreed(sampler(chosen, positions))
+
+        step = InflightStep(lane.batch.names, drafts, pick, [], context_tokens, begun, dispatched, [])
+        step.draw()
+        return step
 
     def _agreed(self, picks: Picks) -> Picks:
         return picks if self._agree is None else replace(picks, tokens=self._agree(picks.tokens))

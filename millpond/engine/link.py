@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from millpond.engine.grammars import Compiled
 from millpond.engine.orders import Offered
 from millpond.prefix.disk.events import SsdEvent
 from millpond.wire import HEADER, Beat, FromEngine, Stop, ToEngine, WireError, decode_to_engine, encode, frame_length
 
 BEAT_SECONDS = 0.5
 
-Inbox = queue.SimpleQueue[ToEngine | SsdEvent | Offered]
-"""What the engine thread takes from: messages of the front end, what the SSD tier's threads have to say, and what other
-ranks offer."""
+Inbox = queue.SimpleQueue[ToEngine | SsdEvent | Offered | Compiled]
+"""What the engine thread takes from: messages of the front end, what the SSD tier's threads have to say, what other
+ranks offer, and grammars that have been compiled."""
 
 
 class Outbox(Protocol):

@@ -2,9 +2,9 @@
 
 A decode step is built before the one ahead of it has been read ("in flight"), which hides Python behind the device. A
 GPU gets it at once, too, if that copies nothing; a CPU, whose queue holds the caller up, only when the tokens ahead are
-out. Rows join and
-leave only when nothing is in flight; a step whose draw depends on earlier tokens (penalties, or draft tokens that go on
-from them) waits for them. Requests come and go in requests.py; what is done when something fails is in recovery.py.
+out. Rows join and leave only when nothing is in flight; draft tokens wait for the tokens that they go on from, and so
+does what picks the tokens of a step in which some row's draw depends on them (penalties, grammars). Requests come and
+go in requests.py; what is done when something fails is in recovery.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence as Many
 from msgspec.structs import replace
 
 from millpond.engine.executor import Executor
+from millpond.engine.grammars import Compiled, Grammars
 from millpond.engine.inflight import InflightStep
 from millpond.engine.link import Inbox, Outbox
 from millpond.engine.orders import Offered
@@ -64,7 +65,8 @@ class Engine:
         self._inbox = inbox
         self._outbox = outbox
         self._sequences = executor.sequences
-        self._requests = Requests(ready.model, scheduler, executor, speculator, outbox)
+        grammars = Grammars(ready.vocabulary, inbox.put)
+        self._requests = Requests(ready.model, scheduler, executor, speculator, grammars, outbox)
         self._recovery = Recovery(scheduler, executor, speculator, self._requests)
         self._inflight: InflightStep | None = None
         self._last_read = 0.0
@@ -88,6 +90,7 @@ class Engine:
         for name in list(self._sequences):
             self._requests.end(name, Finish.CANCELLED)
         self._requests.free()
+        self._requests.close()
         self._report()
         self._executor.close()
         self._prefixes.close(self._inbox)
@@ -106,6 +109,7 @@ class Engine:
             if ahead is not None:
                 self._read(ahead)
                 self._launch()
+            self._end_faulty()
         self._report()
 
     # --- receive ----------------------------------------------------------------------------------------------
@@ -126,6 +130,9 @@ class Engine:
                     self._requests.submit(request)
                 case Cancel(name):
                     self._requests.end(name, Finish.CANCELLED)
+                case Compiled():
+                    self._idle_since = None
+                    self._requests.compiled(message)
                 case Explain():
                     self._requests.explain(message)
                 case Stop():
@@ -178,7 +185,6 @@ class Engine:
             not step.drafts
             and not plan.prefill
             and not plan.preempt
-            and not self._executor.needs_history
             and not self._scheduler.suspects
             and all(self._sequences[name].answered and self._sequences[name].remaining > 1 for name in step.rows)
             and not self._speculator.wants(step.rows, self._sequences)
@@ -226,9 +232,6 @@ class Engine:
                 executor.launch(self._inflight)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; one request pays, Recovery logs
             failure = error
-        for sequence in map(self._sequences.__getitem__, batch):
-            if sequence.fault is not None:
-                self._requests.end(sequence.request.id, sequence.fault)
         self._scheduler.commit(plan)
         self._done += 1
         if failure is not None:
@@ -238,10 +241,17 @@ class Engine:
             self._stats.step(time.monotonic() - begun, 0, 0)
         return ahead
 
+    def _end_faulty(self) -> None:
+        """Those whose own part of the step could not be made; the step before it they had as any."""
+        for name in self._executor.batch.names:
+            sequence = self._sequences[name]
+            if sequence.fault is not None:
+                self._requests.end(name, sequence.fault)
+
     def _launch(self) -> None:
-        """Launch the step that was built meanwhile, unless reading the one ahead of it has ended it."""
+        """Launch what is left of the step that was built meanwhile, unless reading the one ahead of it has ended it."""
         step = self._inflight
-        if step is None or not step.waiting:
+        if step is None:
             return
         try:
             self._executor.launch(step)

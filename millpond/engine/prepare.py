@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from millpond.engine.prefixes import Prefixes
 from millpond.engine.steady import CHUNK as STEADY_CHUNK
 from millpond.engine.steady import check_chunk, made_by, steadied
 from millpond.engine.warm_up import first_costs, warm_up, warm_up_all
+from millpond.grammar.lexicon import Lexicon, LexiconError
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.hub.errors import SourceError
 from millpond.hub.fingerprint import folder_fingerprint
@@ -38,6 +39,7 @@ from millpond.prefix.disk.tier import SsdTier
 from millpond.prefix.keys import Namespace
 from millpond.schedule.costs import CostModel
 from millpond.settings import PrefixSettings
+from millpond.text.tokenizer import Tokenizer, TokenizerError
 from millpond.wire import Start
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,10 @@ class Prepared:
     mlx_group: mx.distributed.Group | None = None
     draft: OpenModel | None = None
     draft_bytes: int = 0
+    vocabulary: Lexicon | None = None
+    """What grammars are followed with, on the rank that draws; None where that cannot be."""
+    unguided: str = ""
+    """Why it cannot be."""
     steady: int = 0
     """Tokens of each chunk of a prompt where answers are to be the same whatever the load; else 0."""
     steady_costs: str = ""
@@ -92,8 +98,9 @@ def prepare(
     mx.set_cache_limit(BUFFER_CACHE_BYTES)
     room = _device_room(group.neighbours)
     drafter = Path(start.spec.draft_path) if start.spec.draft_path and group.rank == 0 else None
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        digest = pool.submit(_digest, folder)  # reads files only: runs beside the load
+    with ThreadPoolExecutor(max_workers=2) as pool:  # they read files only, beside the load
+        digest = pool.submit(_digest, folder)
+        tokenizer = pool.submit(Tokenizer.load, folder) if group.rank == 0 else None
         draft_digest = pool.submit(_digest, drafter) if drafter is not None else None
         mlx_group = group.join(digest.result()) if group.world > 1 else None
         opened = open_model(
@@ -123,6 +130,7 @@ def prepare(
             if group.world > 1:
                 raise  # nobody knows how far the others have come
             log.exception("not everything could be tried before the first request")
+        vocabulary, unguided = _vocabulary(tokenizer, model) if tokenizer is not None else (None, "")
         draft = None
         if drafter is not None and draft_digest is not None and capabilities.slots:
             draft = open_draft(drafter, folder, draft_digest.result())
@@ -151,9 +159,21 @@ def prepare(
         uncached=uncached,
         draft=draft,
         draft_bytes=draft_bytes,
+        vocabulary=vocabulary,
+        unguided=unguided,
         steady=steady,
         steady_costs=costs_of_it,
     )
+
+
+def _vocabulary(loading: Future[Tokenizer], model: LoadedModel) -> tuple[Lexicon | None, str]:
+    """What grammars are followed with, or why none can be."""
+    try:
+        tokenizer = loading.result()
+        ends, tokens = tokenizer.eos_token_ids, tokenizer.vocab_size
+        return Lexicon(tokenizer.to_json(), tokens, model.vocab_size, ends, tokenizer.token_bytes), ""
+    except (TokenizerError, LexiconError) as error:
+        return None, str(error)
 
 
 def _digest(folder: Path) -> str:

@@ -10,11 +10,14 @@ import time
 from collections.abc import Sequence
 
 from millpond.engine.executor import Executor
+from millpond.engine.grammars import Compiled, Grammars
 from millpond.engine.group import GroupBroken
 from millpond.engine.inflight import Drawn, InflightStep
 from millpond.engine.link import Outbox
 from millpond.engine.sequence import Health, Status
 from millpond.engine.speculation import Speculator
+from millpond.grammar.check import GrammarError
+from millpond.grammar.constraint import DeadEnd
 from millpond.model.load import LoadedModel
 from millpond.schedule.scheduler import NeverFits, Scheduler
 from millpond.types import Delta, ErrorKind, Finish, Request, TokenLogprob, Verdict
@@ -30,19 +33,59 @@ class Requests:
     """A request comes by ``submit``, gets its tokens by ``take``, and ends there or by ``end``, once."""
 
     def __init__(
-        self, model: LoadedModel, scheduler: Scheduler, executor: Executor, speculator: Speculator, outbox: Outbox
+        self,
+        model: LoadedModel,
+        scheduler: Scheduler,
+        executor: Executor,
+        speculator: Speculator,
+        grammars: Grammars,
+        outbox: Outbox,
     ) -> None:
         self._model = model
         self._scheduler = scheduler
         self._executor = executor
         self._speculator = speculator
+        self._grammars = grammars
         self._outbox = outbox
+        self._compiling: dict[str, Request] = {}
+        """Those whose grammar is being compiled, by id."""
         self._leaving: list[str] = []
 
     def submit(self, request: Request) -> None:
-        """A client asks. What this model can never answer is refused."""
-        if request.id in self._executor.sequences:
+        """A client asks. What this model can never answer is refused; what needs a grammar that is yet to be compiled
+        waits for that, and for nothing else."""
+        if request.id in self._executor.sequences or request.id in self._compiling:
             raise ValueError(f"request id {request.id!r} is already in use")
+        try:
+            if not self._grammars.ready(request.grammar):
+                self._compiling[request.id] = request
+                return
+        except GrammarError as error:
+            self._refuse(request, f"grammar: {error}")
+            return
+        self._admit(request)
+
+    def compiled(self, found: Compiled) -> None:
+        """A grammar has been compiled, or is none."""
+        self._grammars.keep(found)
+        waiting = [r for r in self._compiling.values() if r.grammar is not None and r.grammar.text == found.text]
+        for request in waiting:
+            del self._compiling[request.id]
+            if isinstance(found.matcher, GrammarError):
+                self._refuse(request, f"grammar: {found.matcher}")
+            else:
+                self._admit(request)
+
+    def close(self) -> None:
+        """Nobody is served any more."""
+        for name in list(self._compiling):
+            self.end(name, Finish.CANCELLED)
+        self._grammars.close()
+
+    def _refuse(self, request: Request, why: str) -> None:
+        self._outbox.send(Failed(request.id, ErrorKind.INVALID, why))
+
+    def _admit(self, request: Request) -> None:
         wrong = _impossible(request, self._model)
         if not wrong:
             tokens, params = len(request.tokens), request.params
@@ -53,10 +96,10 @@ class Requests:
             except NeverFits as error:
                 wrong = str(error)
         if wrong:
-            self._outbox.send(Failed(request.id, ErrorKind.INVALID, wrong))
+            self._refuse(request, wrong)
             return
         try:
-            sequence = self._executor.arrive(request)
+            sequence = self._executor.arrive(request, self._grammars.constraint(request.grammar))
         except GroupBroken:
             raise
         except Exception as error:  # whatever it is, it is about this request alone
@@ -100,6 +143,10 @@ class Requests:
             try:
                 logprob = None if asked is None else step.picks.logprobs_of(drawn.first + count, asked)
                 kept, finish = sequence.commit(drawn.tokens[count])
+            except DeadEnd as error:
+                log.warning("request %s cannot go on: %s", drawn.name, error)
+                self.end(drawn.name, error)
+                return 0
             except Exception as error:  # whatever it is, it is about this request alone
                 log.exception("taking a token of request %s failed", drawn.name)
                 self.end(drawn.name, error)
@@ -119,13 +166,15 @@ class Requests:
     def end(self, name: str, why: Finish | Exception) -> None:
         """Tell the client that its request is over without a token, and let it go. An unknown name is already over."""
         sequence = self._executor.sequences.get(name)
-        if sequence is None or sequence.status is Status.ENDED:
+        compiling = self._compiling.pop(name, None) is not None
+        if not compiling and (sequence is None or sequence.status is Status.ENDED):
             return
         if isinstance(why, Finish):
             self._outbox.send(Deltas([Delta(name, [], why)]))
         else:
             self._outbox.send(failure(name, why))
-        self._ended(name)
+        if not compiling:
+            self._ended(name)
 
     def _ended(self, name: str) -> None:
         self._executor.sequences[name].end()
@@ -167,4 +216,6 @@ def failure(name: str, error: Exception) -> Failed:
     """What the client is told of an exception."""
     if isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY):
         return Failed(name, ErrorKind.UNAVAILABLE, "the machine is short of memory; try again later")
+    if isinstance(error, DeadEnd):
+        return Failed(name, ErrorKind.GRAMMAR, f"the answer cannot become what it has to look like: {error}")
     return Failed(name, ErrorKind.ENGINE, f"the engine could not go on with this request: {error}")

@@ -129,10 +129,14 @@ class Sequence:
         return self.tokens if self.stop_token is None else [*self.tokens, self.stop_token]
 
     def commit(self, token: int) -> tuple[bool, Finish | None]:
-        """Take a drawn token. Returns (whether the client gets it, why the answer ends here or None)."""
+        """Take a drawn token. Returns (whether the client gets it, why the answer ends here or None). Raises DeadEnd
+        where it cannot be part of the answer."""
+        self.sampling.check()
         if token in self.request.params.stop_token_ids:
             self.stop_token = token
             return False, Finish.STOP
-        self.tokens.append(token)
         self.sampling.take(token)
+        self.tokens.append(token)
+        if self.sampling.complete:
+            return True, Finish.STOP
         return True, Finish.LENGTH if self.remaining == 0 else None

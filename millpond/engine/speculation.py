@@ -28,6 +28,8 @@ Sequences = Mapping[str, Sequence]
 Asked = TypeVarTuple("Asked")
 Found = TypeVar("Found")
 
+FORCED = Source(SpecMode.NGRAM, first_chance=0.95)
+"""Tokens that a grammar leaves no choice about: nearly none, as the same letters may be other tokens."""
 MOST_FAILURES = 3
 """Failures, of a proposer or of steps with draft tokens, after which there are no more of them."""
 
@@ -170,6 +172,7 @@ class Speculator:
             offers = self._offers(rows, sequences, most=room)
             wanted = self._wanted(offers, rows, len(rows) + others) if offers else {}
             found = self._proposed(wanted, offers, sequences)
+            found = {name: self._admitted(sequences[name], ids) for name, ids in found.items()}
             self._taken = {name: DraftOffer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
         if waited and not self._taken:
             self._controller.waited()
@@ -185,10 +188,18 @@ class Speculator:
             count = min(request.most, most, sequences[name].remaining - 1 - unread) if request is not None else 0
             if request is None or count <= 0:
                 continue
-            offer = self._alone(name, request.proposer.offer, name, sequences[name].tokens, count, unread)
+            forced = self._alone(name, sequences[name].sampling.forced) or []
+            coming = forced[unread : unread + count]
+            offer = DraftOffer(name, len(coming), FORCED, coming) if coming else None
+            if offer is None and name in self._requests:
+                offer = self._alone(name, request.proposer.offer, name, sequences[name].tokens, count, unread)
             if offer is not None:
                 found[name] = offer
         return found
+
+    def _admitted(self, sequence: Sequence, draft: list[int]) -> list[int]:
+        """Those of them that could be drawn: a grammar needs no forward to refuse the others."""
+        return draft[: self._alone(sequence.request.id, sequence.sampling.admitted, draft) or 0]
 
     def _wanted(self, offers: Mapping[str, DraftOffer], rows: Many[str], count: int, unread: int = 0) -> dict[str, int]:
         """How many draft tokens for whom, in a forward of ``count`` rows."""

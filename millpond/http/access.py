@@ -1,7 +1,8 @@
 """The outermost layer: request ids, one log line per request, and the last resort for unexpected exceptions.
 
 An id comes from the client's x-request-id when it is short and printable, else it is made here, and goes back in the
-response either way. What else the log line says, whoever served the request noted in its context.
+response either way, also under the name that Anthropic's clients know. What else the log line says, whoever served the
+request noted in its context.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class AccessLayer:
             return
         _leave_out_the_host(scope)
         _single_slashes(scope)
+        _single_version(scope)
         context = context_of(scope)
         context.id = _request_id(scope)
         if (rendering := self._renderings.get(scope["path"])) is not None:
@@ -54,7 +56,8 @@ class AccessLayer:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.id.encode())]
+                own = [(name, context.id.encode()) for name in (b"x-request-id", b"request-id")]
+                message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
 
         start = time.monotonic()
@@ -98,6 +101,12 @@ def _single_slashes(scope: Scope) -> None:
     """A client's base address may end with a slash, and what is put behind it begin with one."""
     while "//" in scope["path"]:
         scope["path"] = scope["path"].replace("//", "/")
+
+
+def _single_version(scope: Scope) -> None:
+    """A client's base address may end with what it puts before each path itself."""
+    while scope["path"].startswith("/v1/v1/"):
+        scope["path"] = scope["path"].removeprefix("/v1")
 
 
 def _request_id(scope: Scope) -> str:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from millpond.http.access import AccessLayer
+from millpond.http.anthropic.messages import MESSAGES, count_tokens, hello
 from millpond.http.cache import explain
 from millpond.http.context import context_of
 from millpond.http.errors import ApiError, shown
@@ -28,10 +29,19 @@ from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
 from millpond.http.respond import endpoint
 
-RENDERINGS = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETIONS}
+RENDERINGS = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETIONS,
+    "/v1/messages": MESSAGES,
+}
 """The APIs that generate, by their paths."""
+COUNTING = "/v1/messages/count_tokens"
+ASKED = {**RENDERINGS, COUNTING: MESSAGES}
+"""Whose refusals an API's clients read, by path."""
 ROUTES = [
     *(Route(path, endpoint(rendering), methods=["POST"]) for path, rendering in RENDERINGS.items()),
+    Route(COUNTING, count_tokens, methods=["POST"]),
+    Route("/api/hello", hello),
     Route("/v1/cache/explain", explain, methods=["POST"]),
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),
@@ -56,7 +66,11 @@ def create_app(front: FrontEnd, hosts: Collection[str]) -> Starlette:
     )
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(AccessLayer, renderings=RENDERINGS), *_cors(config.cors_origins), gate],
+        middleware=[
+            Middleware(AccessLayer, renderings=ASKED),
+            *_cors(config.cors_origins),
+            gate,
+        ],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
     )
     app.router.redirect_slashes = False
@@ -82,7 +96,7 @@ def _cors(origins: Collection[str]) -> list[Middleware]:
     """
     if not origins:
         return []
-    exposed = ("x-request-id", "x-millpond-prefix-cache", "retry-after")
+    exposed = ("x-request-id", "x-millpond-prefix-cache", "x-millpond-ignored", "retry-after")
     return [
         Middleware(
             Cors,

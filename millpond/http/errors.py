@@ -13,6 +13,8 @@ from millpond.client.public import public
 from millpond.types import ErrorKind
 
 RETRY_AFTER = {"Retry-After": "1"}
+IN_VAIN = {"x-should-retry": "false"}
+"""For clients that would try again: the same would take as long again, and end in the same way."""
 LONGEST_SHOWN = 80
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
@@ -36,6 +38,16 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+
+class PromptTooLong(ApiError):  # noqa: N818 - reads as the fact it states
+    """A prompt that the model's context has no room for."""
+
+    def __init__(self, message: str, param: str, least_tokens: int, most_tokens: int) -> None:
+        """``least_tokens``: it has these, if not more."""
+        super().__init__(400, message, param=param, code="context_length_exceeded")
+        self.least_tokens = least_tokens
+        self.most_tokens = most_tokens
 
 
 def shown(value: object) -> str:
@@ -86,14 +98,13 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(400, error.message, code=error.kind.value)
         case ErrorKind.UNAVAILABLE:
             return unavailable(error.message)
-        case (
-            ErrorKind.QUEUE_TIMEOUT
-            | ErrorKind.FIRST_TOKEN_TIMEOUT
-            | ErrorKind.TOKEN_TIMEOUT
-            | ErrorKind.REQUEST_TIMEOUT
-        ):
+        case ErrorKind.QUEUE_TIMEOUT:
             return ApiError(504, error.message, code=error.kind.value)
+        case ErrorKind.FIRST_TOKEN_TIMEOUT | ErrorKind.TOKEN_TIMEOUT | ErrorKind.REQUEST_TIMEOUT:
+            return ApiError(504, error.message, code=error.kind.value, headers=IN_VAIN)
         case ErrorKind.OVERRUN:
             return ApiError(429, error.message, code=error.kind.value)
+        case ErrorKind.GRAMMAR:
+            return ApiError(500, error.message, code=error.kind.value, headers=IN_VAIN)
         case ErrorKind.ENGINE | ErrorKind.DIED:
             return ApiError(500, error.message, code=error.kind.value)

@@ -20,6 +20,8 @@ class ChoiceDelta:
     pieces: tuple[Piece, ...]
     logprobs: list[TokenLogprob]
     finish: Finish | None
+    stopped_by: str = ""
+    """The stop string that has ended it."""
 
     @property
     def text(self) -> str:
@@ -35,7 +37,7 @@ class ChoiceDelta:
         """The same in so many that each is little work: the pieces go with the first, the end with the last."""
         rest = self
         while len(rest.logprobs) > MOST_LOGPROBS:
-            yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None)
+            yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None, stopped_by="")
             rest = replace(rest, pieces=(), logprobs=rest.logprobs[MOST_LOGPROBS:])
         yield rest
 
@@ -58,5 +60,14 @@ class Usage:
     """Those of the answers that are thoughts."""
 
 
-Event = Delta | Usage
-"""The usage is the last."""
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The prompt of a choice is being read, of whose tokens so many were cached."""
+
+    choice: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+Event = Begun | Delta | Usage
+"""A choice's beginning comes before its deltas, and the usage last."""

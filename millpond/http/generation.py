@@ -17,7 +17,7 @@ from millpond.client import EngineError, EngineUnavailable, Stream
 from millpond.config import ServeConfig
 from millpond.http.clock import Clock, Phase
 from millpond.http.errors import unavailable
-from millpond.http.events import ChoiceDelta, Event, Usage
+from millpond.http.events import Begun, ChoiceDelta, Event, Usage
 from millpond.http.served_model import ServedModel
 from millpond.text.answer import AnswerText
 from millpond.text.tokenizer import TextError
@@ -31,7 +31,8 @@ class _Choice:
     index: int
     prompt_tokens: int
     answer: AnswerText
-    prefix: PrefixReport = field(default_factory=PrefixReport)
+    prefix: PrefixReport | None = None
+    """What the prefix cache did for it, once its prompt has been begun."""
     pending: deque[TokenLogprob] = field(default_factory=deque)
     """Log-probabilities of tokens whose text is still held back, perhaps to be cut by a stop string."""
     begun: float = 0.0
@@ -61,7 +62,7 @@ class _Choice:
         self._settle(settled)
         finish = Finish.STOP if stopped else delta.finish
         logprobs = [self.pending.popleft() for _ in range(min(settled, len(self.pending)))]
-        return ChoiceDelta(self.index, pieces, logprobs, finish)
+        return ChoiceDelta(self.index, pieces, logprobs, finish, self.answer.stopped_by if stopped else "")
 
     def _judged(self, verdict: Verdict) -> None:
         """Note which of the next tokens were guessed."""
@@ -76,6 +77,11 @@ class _Choice:
         while self._spans and self._spans[0][1] <= self._settled:
             begin, end = self._spans.popleft()
             self._accepted += end - begin
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of its prompt."""
+        return 0 if self.prefix is None else self.prefix.cached
 
     @property
     def accepted(self) -> int:
@@ -112,7 +118,7 @@ class Generation:
             for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
         self._requests = deque(requests)
-        self._queue: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[Begun | ChoiceDelta | Exception] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._running = len(self._choices)
@@ -160,14 +166,15 @@ class Generation:
             item = await self._next(shown + patience if patience else None)
             if isinstance(item, Exception):
                 raise item
-            if item is not None and item.finish is not None:
+            delta = item if isinstance(item, ChoiceDelta) else None
+            if delta is not None and delta.finish is not None:
                 self._running -= 1
             yield item
-            if patience and (item is None or not item.silent):
+            if patience and (delta is None or not delta.silent):
                 shown = now()
         yield self.usage()
 
-    async def _next(self, deadline: float | None) -> ChoiceDelta | Exception | None:
+    async def _next(self, deadline: float | None) -> Begun | ChoiceDelta | Exception | None:
         self._hungry = True
         try:
             async with asyncio.timeout_at(deadline):
@@ -199,7 +206,9 @@ class Generation:
                 raise clock.late() from None
             if delta is None:
                 raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
-            choice.prefix = delta.prefix or choice.prefix
+            if delta.prefix is not None and choice.prefix is None:
+                choice.prefix = delta.prefix
+                self._queue.put_nowait(Begun(choice.index, choice.prompt_tokens, delta.prefix.cached))
             self._clocked(choice, clock, delta)
             if not delta.tokens and delta.finish is None:
                 continue
@@ -232,7 +241,7 @@ class Generation:
         """A choice's first token is there."""
         choice.first = now
         first = now - self._start
-        self._meters.first_token(first, now - choice.begun, choice.prompt_tokens, choice.prefix.cached)
+        self._meters.first_token(first, now - choice.begun, choice.prompt_tokens, choice.cached_tokens)
         self.first_seconds = first if self.first_seconds is None else self.first_seconds
 
     def _ended(self, choice: _Choice, now: float) -> None:
@@ -261,7 +270,7 @@ class Generation:
         return Usage(
             sum(choice.prompt_tokens for choice in firsts),
             sum(choice.answer.completion_tokens for choice in self._choices),
-            sum(choice.prefix.cached for choice in firsts),
+            sum(choice.cached_tokens for choice in firsts),
             sum(choice.accepted for choice in self._choices),
             sum(choice.rejected for choice in self._choices),
             sum(choice.answer.thought_tokens for choice in self._choices),
@@ -269,7 +278,7 @@ class Generation:
 
     def prefix(self) -> PrefixReport:
         """What the prefix cache did so far: tokens of all prompts, and why the first one's cached prefix ended."""
-        reports = [choice.prefix for choice in self._choices[:: self._n]]
+        reports = [choice.prefix or PrefixReport() for choice in self._choices[:: self._n]]
         return PrefixReport(
             sum(report.memory for report in reports),
             sum(report.disk for report in reports),

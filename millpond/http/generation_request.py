@@ -70,6 +70,10 @@ class Tool:
     description: str
     parameters: Mapping[str, object]
     """The JSON schema of its arguments; empty: it has none."""
+    strict: bool = False
+    """Arguments follow the schema to the letter."""
+    where: str = "tools"
+    """The field of its schema, for messages about that."""
 
     def for_template(self) -> dict[str, object]:
         """As chat templates know tools."""
@@ -113,18 +117,44 @@ class Conversation:
     continued: bool = False
     """It ends within the last message, so that the answer goes on with it."""
     tools: tuple[Tool, ...] = ()
-    """What the answer may call."""
+    """What the template shows, and the answer may call."""
+    introduced: tuple[Tool, ...] = ()
+    """It may call these as well: messages show them."""
+    must_call: bool = False
+    """It has to call one of them."""
+    only: frozenset[str] | None = None
+    """Names of those that it may call; None: all."""
     one_call: bool = False
     """No more than one of them."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """What the chat template is to be told, by its own names."""
     effort: str | None = None
     """How much is to be thought; None: as the template has it."""
+    most_thought: int | None = None
+    """Tokens of thoughts; None: as the effort has it."""
+    lenient: bool = False
+    """What a model has no setting for is left out, and not refused."""
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        all_of_them = (*self.tools, *self.introduced)
+        return [tool for tool in all_of_them if self.only is None or tool.name in self.only]
 
     @property
     def schemas(self) -> Mapping[str, Mapping[str, object]] | None:
-        """Of the tools' arguments, by name; None where nothing can be called."""
-        return {tool.name: tool.parameters for tool in self.tools} or None
+        """Of their arguments, by name; None where nothing can be called."""
+        return {tool.name: tool.parameters for tool in self.callable} or None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """What is said has to look like this, as an expression of a grammar or as a whole one."""
+
+    param: str
+    """The field that asks for it, for messages about it."""
+    expression: str = ""
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +180,10 @@ class GenerationRequest:
     max_tokens: int | None
     """Most tokens of an answer as the client said it; None when it did not."""
     max_tokens_field: str = "max_tokens"
+    clamped: bool = False
+    """More than the context has room for is as much as it has."""
+    silent: bool = False
+    """The prompt is read, and nothing of an answer is shown."""
     default_tokens: int | None = None
     """Most tokens when the client said nothing; None: what is left of the context."""
     n: int = 1
@@ -157,6 +191,8 @@ class GenerationRequest:
     seed: int | None = None
     """Of the first answer; each further one has the next. None: all are random."""
     ignore_eos: bool = False
+    form: AnswerForm | None = None
+    """None: what is said may look like anything."""
     stream: bool = False
     parse_special: bool = False
     """Control tokens written out in plain prompts, and in what is expected of their answers, are recognised."""
@@ -186,4 +222,4 @@ class GenerationRequest:
 
     def without_content(self) -> GenerationRequest:
         """What is still needed once the prompts have been made: all that is small."""
-        return replace(self, prompt=PlainPrompts(), stop=(), prediction=None)
+        return replace(self, prompt=PlainPrompts(), stop=(), prediction=None, form=None)

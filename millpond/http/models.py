@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -9,15 +11,29 @@ from millpond.client.public import public
 from millpond.http.front_end import front_end_of
 from millpond.http.served_model import ServedModel
 
+ANTHROPIC = "anthropic-version"
+"""The header with which clients of that API say so."""
+
 
 async def list_models(request: Request) -> Response:
-    """The one model there is, as a list."""
-    return JSONResponse({"object": "list", "data": [_shown(front_end_of(request).model)]})
+    """The one model there is, as a list; as Anthropic's API has it where a client names that API's version."""
+    model = front_end_of(request).model
+    if ANTHROPIC in request.headers:
+        name = model.names.served
+        return JSONResponse({"data": [_named(model)], "has_more": False, "first_id": name, "last_id": name})
+    return JSONResponse({"object": "list", "data": [_shown(model)]})
 
 
 async def get_model(request: Request) -> Response:
     """One model by any of its names. Raises ApiError 404."""
-    return JSONResponse(_shown(front_end_of(request).model_for(request.path_params["model"] or "/")))
+    model = front_end_of(request).model_for(request.path_params["model"] or "/")
+    return JSONResponse(_named(model) if ANTHROPIC in request.headers else _shown(model))
+
+
+def _named(model: ServedModel) -> dict[str, object]:
+    """As Anthropic's API has it."""
+    created = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": model.names.served, "display_name": model.names.served, "created_at": created}
 
 
 def _shown(model: ServedModel) -> dict[str, object]:
@@ -49,6 +65,7 @@ def _shown(model: ServedModel) -> dict[str, object]:
             "speculation_reason": _told(info.speculation_reason),
             "row_counts_alike": info.alike,
             "deterministic": info.deterministic,
+            "grammars": _told(info.grammars),
             "remarks": [_told(remark) for remark in info.remarks],
         }
     return shown

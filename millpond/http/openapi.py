@@ -14,8 +14,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from millpond import __version__
+from millpond.http.form_fields import MOST_CHARACTERS
 from millpond.http.front_end import front_end_of
 from millpond.http.gate import ANY_HOST, OPEN
+from millpond.http.openai.forms import MOST_CHOICES
 from millpond.http.openai.messages import ROLES
 from millpond.http.openai.schemas import (
     LONGEST_STOP,
@@ -28,7 +30,6 @@ from millpond.http.openai.schemas import (
     OpenAIRequest,
     StreamOptions,
 )
-from millpond.http.openai.tools import MOST_TOOLS, NAME_PATTERN
 from millpond.http.openapi_answers import (
     FAILURES,
     RESPONSE_HEADERS,
@@ -42,8 +43,10 @@ from millpond.http.openapi_answers import (
     nullable,
     ref,
 )
+from millpond.http.openapi_anthropic import ANTHROPIC_SCHEMAS
 from millpond.http.speculation_fields import SpeculativeOptions
 from millpond.http.thinking import EFFORTS
+from millpond.http.tool_fields import MOST_TOOLS, NAME_PATTERN
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -90,13 +93,39 @@ _TOOL: Schema = {
                 "name": _NAME,
                 "description": nullable(STRING),
                 "parameters": nullable({"type": "object"}),
-                "strict": {"enum": [False, None]},
+                "strict": nullable({"type": "boolean"}),
             },
             "required": ["name"],
         },
     },
     "required": ["type", "function"],
 }
+
+
+def _of_type(kind: str, **rest: Schema) -> Schema:
+    """An object of that type, with what else it must have."""
+    return {"type": "object", "properties": {"type": constant(kind), **rest}, "required": ["type", *rest]}
+
+
+_SCHEMA_FORM: dict[str, Schema] = {
+    "json_schema": {
+        "type": "object",
+        "properties": {
+            "name": STRING,
+            "schema": nullable({"type": "object"}),
+            "strict": nullable({"type": "boolean"}),
+        },
+    }
+}
+_NAMED = _of_type("function", function={"type": "object", "properties": {"name": _NAME}, "required": ["name"]})
+_ALLOWED = _of_type(
+    "allowed_tools",
+    allowed_tools={
+        "type": "object",
+        "properties": {"mode": {"type": "string", "enum": ["auto", "required"]}, "tools": listed(_NAMED)},
+        "required": ["mode", "tools"],
+    },
+)
 _MESSAGE: Schema = {
     "anyOf": [
         {
@@ -131,7 +160,20 @@ READ_BY_HAND: Mapping[str, Schema] = {
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
     "tools": {**listed(_TOOL), "maxItems": MOST_TOOLS},
-    "tool_choice": {"type": "string", "enum": ["none", "auto"]},
+    "tool_choice": {"anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, _NAMED, _ALLOWED]},
+    "response_format": {"anyOf": [_of_type("text"), _of_type("json_object"), _of_type("json_schema", **_SCHEMA_FORM)]},
+    "structured_outputs": {
+        "type": "object",
+        "properties": {
+            "json": {"type": ["object", "string"]},
+            "regex": {"type": "string", "minLength": 1, "maxLength": MOST_CHARACTERS},
+            "choice": {**listed(_TEXT), "minItems": 1, "maxItems": MOST_CHOICES},
+            "grammar": {"type": "string", "minLength": 1, "maxLength": MOST_CHARACTERS},
+            "json_object": {"type": "boolean"},
+        },
+        "additionalProperties": False,
+        "maxProperties": 1,
+    },
     "reasoning_effort": {"type": "string", "enum": list(EFFORTS)},
     "chat_template_kwargs": {
         "type": "object",
@@ -173,7 +215,7 @@ class Operation:
 
 
 _ANSWERING = (404, 408, 429, 503, 504)
-_PREFIX = headers(x_millpond_prefix_cache="PrefixCache")
+_PREFIX = headers(x_millpond_prefix_cache="PrefixCache", x_millpond_ignored="Ignored")
 
 OPERATIONS: Mapping[str, Operation] = {
     "/v1/chat/completions": Operation(
@@ -194,6 +236,25 @@ OPERATIONS: Mapping[str, Operation] = {
         "CompletionChunk",
         headers=_PREFIX,
     ),
+    "/v1/messages": Operation(
+        "createMessage",
+        "Answer a conversation, as Anthropic's API has it.",
+        {200: ref("AnsweredMessage")},
+        _ANSWERING,
+        ref("MessagesRequest"),
+        "MessageEvent",
+        headers=_PREFIX,
+        error="MessageError",
+    ),
+    "/v1/messages/count_tokens": Operation(
+        "countTokens",
+        "How many tokens the prompt of a conversation has.",
+        {200: ref("TokenCount")},
+        _ANSWERING,
+        ref("CountTokensRequest"),
+        error="MessageError",
+    ),
+    "/api/hello": Operation("getHello", "Whether there is anybody, as Claude Code asks it.", {200: {"type": "object"}}),
     "/v1/cache/explain": Operation(
         "explainCache",
         "What the prefix cache would do for a request, without running it. With messages it is read as a chat.",
@@ -255,7 +316,7 @@ def document(routes: Iterable[BaseRoute]) -> Schema:
         },
         "paths": paths,
         "components": {
-            "schemas": SCHEMAS | _request_schemas(),
+            "schemas": SCHEMAS | ANTHROPIC_SCHEMAS | _request_schemas(),
             "responses": {
                 f"{error}{status}": failure(status, error)
                 for error in sorted({operation.error for operation in OPERATIONS.values()})

@@ -5,7 +5,7 @@ Objects are closed unless said otherwise, so that a field that an answer gains a
 
 from __future__ import annotations
 
-from millpond.http.errors import RETRY_AFTER
+from millpond.http.errors import IN_VAIN, RETRY_AFTER
 
 Schema = dict[str, object]
 
@@ -228,12 +228,20 @@ RESPONSE_HEADERS: dict[str, Schema] = {
         "schema": STRING,
         "example": "memory=128, disk=0, known=128, end=new",
     },
+    "Ignored": {
+        "description": "What of the request's schemas is not seen to, each keyword behind its field.",
+        "schema": STRING,
+        "example": "response_format.json_schema.schema: not",
+    },
+    "ShouldRetry": {"description": "Whether the same request may go better; only where it may not.", "schema": STRING},
 }
 
 _OWN_HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Authenticate"},
     429: dict.fromkeys(RETRY_AFTER, "RetryAfter"),
+    500: dict.fromkeys(IN_VAIN, "ShouldRetry"),
     503: dict.fromkeys(RETRY_AFTER, "RetryAfter"),
+    504: dict.fromkeys(IN_VAIN, "ShouldRetry"),
 }
 
 

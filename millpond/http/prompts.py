@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from millpond.client.public import public
-from millpond.http.errors import ApiError, bad_value
+from millpond.http.errors import ApiError, PromptTooLong, bad_value
 from millpond.http.generation_request import Conversation, GenerationRequest
 from millpond.http.speculation_fields import check_mode
 from millpond.http.thinking import template_settings
@@ -32,12 +32,14 @@ class TokenPrompt:
     tokens: list[int]
     echo: str
     max_tokens: int
+    clamped: bool = False
+    """More were asked for than the context has room for."""
 
 
 def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
     """Refuse without reading the prompt what no prompt could make valid. Raises ApiError 400."""
     wanted = asked.max_tokens
-    if wanted is not None and wanted >= info.context_length:
+    if wanted is not None and wanted >= info.context_length and not asked.clamped:
         raise _too_many(asked, wanted, info.context_length, 1)
     for token in asked.sampling.logit_bias:
         if token >= info.vocab_size:
@@ -51,7 +53,7 @@ def read_prompts(asked: GenerationRequest, tokenizer: Tokenizer, info: ModelInfo
         return [_chat_prompt(asked, asked.prompt, tokenizer, info)]
     for prompt in asked.prompt.prompts:  # before any work is done for the others
         if not isinstance(prompt, str) and len(prompt) >= info.context_length:
-            raise _prompt_too_long(asked, str(len(prompt)), info.context_length)
+            raise _prompt_too_long(asked, len(prompt), info.context_length)
     return [_plain_prompt(asked, prompt, asked.prompt.echo, tokenizer, info) for prompt in asked.prompt.prompts]
 
 
@@ -89,7 +91,7 @@ def _chat_prompt(
     try:
         # Control tokens recognised are one token each, which is the least that they can be.
         if many or _surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
-            raise _prompt_too_long(asked, f"more than {context}", context)
+            raise _prompt_too_long(asked, context + 1, context, "more than ")
         shown = [message.for_template() for message in messages]
         tokens = tokenizer.chat_tokens(shown, conversation.generation_prompt, conversation.continued, tools, settings)
     except TextError as error:
@@ -107,7 +109,7 @@ def _plain_prompt(
     try:
         if isinstance(prompt, str):
             if _surely_longer(tokenizer, [prompt], context, 0, parse_special=special):
-                raise _prompt_too_long(asked, f"more than {context}", context)
+                raise _prompt_too_long(asked, context + 1, context, "more than ")
             tokens = tokenizer.encode(prompt, parse_special=special)
             return _checked(asked, tokens, prompt if echo else "", context)
         for token in prompt:
@@ -122,17 +124,20 @@ def _checked(asked: GenerationRequest, tokens: list[int], echo: str, context: in
     if not tokens:
         raise bad_value(asked.prompt_field, "", "not empty")
     if len(tokens) >= context:
-        raise _prompt_too_long(asked, str(len(tokens)), context)
+        raise _prompt_too_long(asked, len(tokens), context)
     room, wanted = context - len(tokens), asked.max_tokens
-    if wanted is not None and wanted > room:
-        raise _too_many(asked, wanted, context, len(tokens))
-    return TokenPrompt(tokens, echo, min(room, asked.default_tokens or room) if wanted is None else wanted)
+    clamped = wanted is not None and wanted > room
+    if clamped and not asked.clamped:
+        raise _too_many(asked, wanted or 0, context, len(tokens))
+    most = min(room, asked.default_tokens or room) if wanted is None else min(wanted, room)
+    return TokenPrompt(tokens, echo, most, clamped)
 
 
-def _prompt_too_long(asked: GenerationRequest, size: str, context: int) -> ApiError:
-    param = asked.prompt_field
-    message = f"{param}: must have at most {context - 1} tokens (the model's context is {context}), got {size}"
-    return ApiError(400, message, param=param, code="context_length_exceeded")
+def _prompt_too_long(asked: GenerationRequest, size: int, context: int, least: str = "") -> PromptTooLong:
+    """``least``: says that it is ``size`` less one, or more."""
+    param, got = asked.prompt_field, f"{least}{size - 1 if least else size}"
+    message = f"{param}: must have at most {context - 1} tokens (the model's context is {context}), got {got}"
+    return PromptTooLong(message, param, size, context)
 
 
 def _too_many(asked: GenerationRequest, wanted: int, context: int, prompt_tokens: int) -> ApiError:

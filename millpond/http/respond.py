@@ -17,7 +17,8 @@ from millpond.client import EngineError
 from millpond.http.clock import Clock
 from millpond.http.context import GenerationRecord, context_of
 from millpond.http.errors import from_engine
-from millpond.http.events import Usage
+from millpond.http.events import ChoiceDelta, Usage
+from millpond.http.forms import Shape, ignored_header, shape_of
 from millpond.http.front_end import FrontEnd, front_end_of
 from millpond.http.generation import Generation
 from millpond.http.generation_request import Conversation, GenerationRequest
@@ -55,15 +56,16 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
         tokenizer, info, client = admit(http, model, asked)
         guessing = speculation(asked.speculative, model.speculation, info.speculation)
 
-        def read() -> tuple[list[TokenPrompt], list[int], list[AnswerText]]:
+        def read() -> tuple[list[TokenPrompt], list[Shape], list[int], list[AnswerText]]:
             prompts = read_prompts(asked, tokenizer, info)
+            shapes = [shape_of(asked, prompt.tokens, tokenizer, info) for prompt in prompts]
             prediction = _prediction(asked, guessing or model.speculation, tokenizer, info)
-            return prompts, prediction, _answers(asked, prompts, tokenizer)
+            return prompts, shapes, prediction, _answers(asked, prompts, tokenizer)
 
         with front.permit(model, choices, client):
             try:
                 async with asyncio.timeout_at(clock.deadline):
-                    prompts, prediction, answers = await front.in_text_thread(read)
+                    prompts, shapes, prediction, answers = await front.in_text_thread(read)
             except TimeoutError:
                 raise from_engine(clock.late()) from None
             asked = asked.without_content()
@@ -79,21 +81,25 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
                     cache_salt=salt_of(http, asked),
                     speculation=guessing,
                     prediction=prediction,
+                    grammar=shapes[number].grammar,
                 )
                 for number, prompt in enumerate(prompts)
                 for choice in range(asked.n)
             ]
             seed = requests[0].params.seed
+            ignored = ignored_header(shapes[0].ignored)
             echoes = [prompt.echo for prompt in prompts]
-            writer = writer_of(Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n))
+            clamped = prompts[0].clamped
+            told = Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n, clamped)
+            writer = writer_of(told)
             generation = Generation(model, front.config, requests, answers, asked.n, clock.start)
-            del prompts, prediction, requests, answers
+            del prompts, shapes, prediction, requests, answers
             async with generation:
                 try:
                     if asked.stream:
-                        await _stream(send, model, front.config.keepalive, generation, writer)
+                        await _stream(send, model, front.config.keepalive, generation, writer, ignored)
                     else:
-                        await _collect(send, generation, writer)
+                        await _collect(send, generation, writer, ignored)
                 finally:
                     usage, prefix, first = generation.usage(), generation.prefix(), generation.first_seconds
                     record = GenerationRecord(base, asked.stream, choices, seed, usage, prefix, first)
@@ -122,9 +128,10 @@ def _prediction(asked: GenerationRequest, guessing: Speculation, tokenizer: Toke
 
 
 async def _stream(
-    send: Send, model: ServedModel, keepalive: float, generation: Generation, writer: AnswerWriter
+    send: Send, model: ServedModel, keepalive: float, generation: Generation, writer: AnswerWriter, more: Headers
 ) -> None:
-    stream = EventStream(send, lambda: _prefix_headers(generation))
+    """``more``: headers of the answer."""
+    stream = EventStream(send, lambda: [*_prefix_headers(generation), *more])
     seen = model.client.progress
     try:
         async for event in generation.events(keepalive):
@@ -134,7 +141,7 @@ async def _stream(
                     seen = model.client.progress
                     await stream.write(writer.keepalive)
                 continue
-            for part in (event,) if isinstance(event, Usage) else event.parts():
+            for part in event.parts() if isinstance(event, ChoiceDelta) else (event,):
                 for frame in writer.frames(part):
                     await stream.write(frame)
     except EngineError as error:
@@ -144,8 +151,8 @@ async def _stream(
     await stream.end()
 
 
-async def _collect(send: Send, generation: Generation, writer: AnswerWriter) -> None:
-    """In one piece, which may be too large to be made at once. Raises ApiError."""
+async def _collect(send: Send, generation: Generation, writer: AnswerWriter, more: Headers) -> None:
+    """In one piece, which may be too large to be made at once. ``more``: headers of the answer. Raises ApiError."""
     body = []
     try:
         async for event in generation.events():
@@ -153,14 +160,14 @@ async def _collect(send: Send, generation: Generation, writer: AnswerWriter) -> 
                 for written in writer.body(event):
                     body.append(written)
                     await asyncio.sleep(0)
-            elif event is not None:
+            elif isinstance(event, ChoiceDelta):
                 for number, part in enumerate(event.parts()):
                     if number:
                         await asyncio.sleep(0)
                     writer.add(part)
     except EngineError as error:
         raise from_engine(error) from error
-    await send_parts(send, body, _prefix_headers(generation))
+    await send_parts(send, body, [*_prefix_headers(generation), *more])
 
 
 def _prefix_headers(generation: Generation) -> Headers:

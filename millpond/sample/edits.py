@@ -1,8 +1,9 @@
-"""Changes to single logits: repetition, presence and frequency penalties and logit_bias.
+"""Changes to logits: repetition, presence and frequency penalties, logit_bias, and tokens that must not come.
 
 A row's changes are a short table of (id, factor, addend); only those logits are gathered, changed and written back, and
 no row pays for the length of another's table. Tables live on the host and grow by each new token alone. Ids outside the
-vocabulary are left out: there is no such logit to change, and a scatter to it would write outside the array.
+vocabulary are left out: there is no such logit to change, and a scatter to it would write outside the array. What a
+grammar forbids is most of a vocabulary, and is added as a row of its own: of 0 and -inf.
 
 On the thread that owns MLX.
 """
@@ -17,8 +18,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from millpond.grammar.constraint import Bits
 from millpond.types import SamplingParams
 
+_ADDENDS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
+_OF_BYTE = _ADDENDS.astype(np.float32)
+"""What each of eight tokens gets, by the byte that says which of them may come: [256, 8]."""
 _SPARE = 16
 """Entries that a table has room for at first beyond those it begins with; then it doubles."""
 
@@ -29,6 +34,18 @@ class Table(NamedTuple):
     ids: npt.NDArray[np.int32]
     factor: npt.NDArray[np.float32]
     addend: npt.NDArray[np.float32]
+
+
+def without(table: Table | None, tokens: Sequence[int]) -> Table:
+    """A table after which none of ``tokens``, each in the vocabulary and none twice, can be drawn."""
+    ids = np.array(tokens, dtype=np.int32)
+    if table is None:
+        return Table(ids, np.ones(len(ids), dtype=np.float32), np.full(len(ids), -np.inf, dtype=np.float32))
+    addend = table.addend.copy()
+    addend[np.isin(table.ids, ids)] = -np.inf
+    more = without(None, [token for token in tokens if token not in table.ids])
+    joined = (np.concatenate(parts) for parts in zip((table.ids, table.factor, addend), more, strict=True))
+    return Table(*joined)
 
 
 class RowEdits:
@@ -100,3 +117,19 @@ def apply(logits: mx.array, tables: Sequence[Table | None]) -> mx.array:
     old = flat[ids]
     new = mx.where(old > 0, old / factor, old * factor) + addend
     return mx.put_along_axis(flat, ids, new, axis=0).reshape(rows, vocab_size)
+
+
+def restrict(logits: mx.array, allowed: Sequence[Bits | None]) -> mx.array:
+    """Float32 logits [n, V] with -inf for tokens that a row's bits do not allow; rows without bits keep every bit.
+    Lazy."""
+    bound = [bits for bits in allowed if bits is not None]
+    if not bound:
+        return logits
+    rows, vocab_size = logits.shape
+    spelled = np.stack(bound).view(np.uint8)
+    addends = mx.array(_OF_BYTE[spelled].reshape(len(bound), -1)[:, :vocab_size])
+    if len(bound) < rows:  # the others' is shared: a row of a large vocabulary is not worth making for each
+        places = np.cumsum([bits is not None for bits in allowed]) - 1
+        places[[bits is None for bits in allowed]] = len(bound)
+        addends = mx.concatenate([addends, mx.zeros((1, vocab_size))])[mx.array(places.astype(np.int32))]
+    return logits + addends

@@ -4,8 +4,8 @@ A row's token depends on its own logits, parameters, seed and position only: row
 parameters need, and the arithmetic that decides a draw is on integers (weights.py), so that neither the neighbours nor
 their number can change it. Nothing is evaluated here, so the tokens can feed the next forward without a host sync.
 
-Order: repetition penalty, presence and frequency penalties, logit_bias, temperature, top_k, top_p within the top_k,
-min_p against the likeliest token, then one inverse-CDF draw. Runs on the thread that owns MLX.
+Order: repetition penalty, presence and frequency penalties, logit_bias, what a grammar forbids, temperature, top_k,
+top_p within the top_k, min_p against the likeliest token, then one inverse-CDF draw. Runs on the thread that owns MLX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from millpond.native import device
-from millpond.sample.edits import apply
+from millpond.sample.edits import apply, restrict
 from millpond.sample.logprobs import Logprobs, measure, spread
 from millpond.sample.noise import words
 from millpond.sample.state import Filter, SamplingState
@@ -91,6 +91,7 @@ class BatchSampler:
         logits = logits.astype(mx.float32)
         peak = mx.max(logits, axis=-1, keepdims=True)
         edited = apply(logits, [state.table for state in self.states])
+        edited = restrict(edited, [state.allowed for state in self.states])
         edited_peak = peak if edited is logits else mx.max(edited, axis=-1, keepdims=True)
         tokens = self._pick(edited, edited_peak, positions)
         bad = mx.logical_not(mx.isfinite(peak[:, 0]))

@@ -13,7 +13,8 @@ from enum import Enum, auto
 
 import msgspec.structs
 
-from millpond.sample.edits import RowEdits, Table
+from millpond.grammar.constraint import Bits, Constraint, DeadEnd
+from millpond.sample.edits import RowEdits, Table, without
 from millpond.sample.weights import fraction_words, inverse_temperature, min_weight
 from millpond.types import SamplingParams
 
@@ -31,8 +32,15 @@ class Filter(Enum):
 class SamplingState:
     """Of one request, after the tokens it has so far."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Sequence[int] = ()) -> None:
-        """Raises ValueError for numbers that nothing can be drawn with."""
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        """``constraint``: what the answer has to look like. Raises ValueError for numbers that nothing can be drawn
+        with."""
         for name in _NUMBERS:
             if not math.isfinite(getattr(params, name)):
                 raise ValueError(f"{name} is {getattr(params, name)}; allowed: finite numbers")
@@ -42,7 +50,6 @@ class SamplingState:
             if not math.isfinite(bias):
                 raise ValueError(f"logit_bias of token {token} is {bias}; allowed: finite numbers")
         self.params = params
-        self.needs_history = params.needs_history
         self.filter = Filter.TOP_P if params.top_p < 1.0 else Filter.NONE
         if 0 < params.top_k < vocab_size:
             self.filter = Filter.TOP_K
@@ -51,16 +58,55 @@ class SamplingState:
         self.least = min_weight(params.min_p)
         self.inverse = 1.0 if params.greedy else inverse_temperature(params.temperature)
         self._edits = RowEdits(params, vocab_size, prompt) if params.needs_history or params.logit_bias else None
+        self._constraint = constraint
+        self._taken = 0
+        self._ends = [token for token in dict.fromkeys(params.stop_token_ids) if 0 <= token < vocab_size]
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next draw depends on the tokens drawn before it."""
+        return self.params.needs_history or self._constraint is not None or self._taken < self.params.min_tokens
 
     @property
     def table(self) -> Table | None:
-        """Its changes to logits; good until the next ``take``."""
-        return None if self._edits is None else self._edits.table
+        """Its changes to single logits; good until the next ``take``."""
+        table = None if self._edits is None else self._edits.table
+        constraint = self._constraint
+        too_short = self._taken < self.params.min_tokens and (constraint is None or not constraint.bound)
+        if self._ends and (too_short or (constraint is not None and constraint.endless)):
+            return without(table, self._ends)
+        return table
+
+    @property
+    def allowed(self) -> Bits | None:
+        """The tokens that may come next; None: all."""
+        return None if self._constraint is None else self._constraint.allowed()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can follow."""
+        return self._constraint is not None and self._constraint.complete
+
+    def forced(self) -> list[int]:
+        """Tokens that are as good as drawn."""
+        return [] if self._constraint is None else self._constraint.forced()
+
+    def admitted(self, draft: Sequence[int]) -> int:
+        """How many draft tokens could be drawn at all."""
+        return len(draft) if self._constraint is None else self._constraint.admitted(draft)
+
+    def check(self) -> None:
+        """Raises DeadEnd where the last draw had no token to choose."""
+        if self._constraint is not None and self._constraint.stuck:
+            raise DeadEnd(self._constraint.stuck)
 
     def take(self, token: int) -> None:
-        """The answer has one more token."""
-        if self._edits is not None and self.needs_history:
+        """The answer has one more token. Raises DeadEnd where it cannot be one."""
+        self._taken += 1
+        if self._edits is not None and self.params.needs_history:
             self._edits.take(token)
+        if self._constraint is not None:
+            self._constraint.take(token)
 
     def ahead(self, draft: Sequence[int]) -> list[SamplingState]:
         """The states before each of ``draft`` and behind its last, as if those before had been drawn; the first is
@@ -71,9 +117,10 @@ class SamplingState:
         return states
 
     def _after(self, token: int) -> SamplingState:
-        if self._edits is None or not self.needs_history:
+        if not self.needs_history:
             return self
         state = copy(self)
-        state._edits = self._edits.copy()
+        state._edits = None if self._edits is None else self._edits.copy()
+        state._constraint = None if self._constraint is None else self._constraint.copy()
         state.take(token)
         return state

@@ -26,7 +26,7 @@ class DraftPicks:
         """What decides the draws of one request, without what depends on tokens that nobody has drawn yet, and what
         nobody asks of a draft. Raises ValueError for numbers that nothing can be drawn with."""
         plain = structs.replace(
-            params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=None
+            params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=None, min_tokens=0
         )
         return SamplingState(plain, self._vocab_size)
 

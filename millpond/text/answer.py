@@ -47,6 +47,10 @@ class AnswerText(Protocol):
     def thought_tokens(self) -> int:
         """Those of them that are thoughts, with their marks."""
 
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that has ended it; empty where none has."""
+
     def add(self, tokens: Sequence[int]) -> AnswerDelta:
         """Take the next tokens. Those behind the end are ignored."""
 
@@ -70,6 +74,10 @@ class Answer:
     def stopped(self) -> bool:
         """True once a stop string has ended the answer."""
         return self._matcher.stopped
+
+    @property
+    def stopped_by(self) -> str:
+        return self._matcher.matched if self._matcher.stopped else ""
 
     @property
     def completion_tokens(self) -> int:

@@ -21,6 +21,8 @@ Render = Callable[[list[dict[str, object]]], str | None]
 
 BETWEEN = "\n\n"
 """Put between system messages that become one."""
+REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+"""A system message as part of a user's."""
 _LEADING = ("system", "developer")
 _PRINTED_LIST = re.compile("""['"]type['"]: *['"]text['"]""")
 """A list of parts that the template has not taken apart but printed."""
@@ -38,20 +40,29 @@ class Form:
     """Roles of messages at the beginning of which the template shows only one, so that two become one."""
     hidden: tuple[str, ...] = ()
     """Roles that it shows in no form, or refuses."""
+    late: bool = True
+    """A system message may stand behind a user's. Where it may not, it becomes part of one, in its place: moved to the
+    beginning it would be another prompt from there on, and nothing of it cached."""
 
     def adapt(self, messages: Sequence[Message]) -> list[dict[str, object]]:
         """Copies of the messages in this form. Keys without a value are left out."""
         adapted: list[dict[str, object]] = []
-        leading = True
+        leading, reminder = True, False
         for message in messages:
             made = {name: value for name, value in message.items() if value is not None}
             if made.get("role") == "developer":
                 made["role"] = self.developer
             leading = leading and made.get("role") in _LEADING
-            if leading and adapted and (adapted[-1].get("role"), made.get("role")) in self.merged:
+            late = not leading and not self.late and made.get("role") in _LEADING
+            if late:
+                made = {"role": "user", "content": REMINDER.format(made.get("content", ""))}
+            users = bool(adapted) and adapted[-1].get("role") == made.get("role") == "user"
+            pair = (adapted[-1].get("role") if adapted else None, made.get("role"))
+            if (leading and pair in self.merged) or (users and (late or reminder)):
                 adapted[-1]["content"] = f"{adapted[-1].get('content', '')}{BETWEEN}{made.get('content', '')}"
             else:
                 adapted.append(made)
+            reminder = late
         for made in adapted:
             if made.get("role") in self.parts and isinstance(made.get("content"), str):
                 made["content"] = [{"type": "text", "text": made["content"]}]
@@ -81,7 +92,9 @@ def probe(render: Render, source: str) -> Form:
         merging = replace(form, merged=form.merged | {(first, second)})
         if not _shows(render, form, pair) and _shows(render, merging, pair):
             form = merging
-    return replace(form, hidden=tuple(hidden))
+    conversation = [_message("user"), _message("assistant"), _message("user"), _message("system"), _message("user")]
+    late = "system" in hidden or _shows(render, form, conversation) or not _shows(render, form, [conversation[0]])
+    return replace(form, hidden=tuple(hidden), late=late)
 
 
 def _taken(render: Render, form: Form, role: str) -> Form | None:

@@ -54,6 +54,10 @@ class ReadAnswer:
         """Characters up to the end of each token before that."""
 
     @property
+    def stopped_by(self) -> str:
+        return self._matcher.matched if self._matcher.stopped else ""
+
+    @property
     def completion_tokens(self) -> int:
         """Tokens of the answer: all that were fed, or after a stop string the fewest that say what is before it."""
         return self._settled if self._stopped else self._fed

@@ -109,6 +109,8 @@ class StopMatcher:
         self._emitted = 0
         self._found: int | None = None
         self._stopped = False
+        self.matched = ""
+        """The stop string that has been found, or may yet lose to a longer one that began before it."""
 
     @property
     def stopped(self) -> bool:
@@ -161,7 +163,8 @@ class StopMatcher:
             index += 1
             if automaton.match[state]:
                 start = base + index - automaton.match[state]
-                self._found = start if self._found is None else min(self._found, start)
+                if self._found is None or start < self._found:
+                    self._found, self.matched = start, automaton.string(state)[-automaton.match[state] :]
             # A longer stop string that began before the match may still complete and would then win.
             if self._found is not None and base + index - automaton.depth[state] >= self._found:
                 self._stopped = True

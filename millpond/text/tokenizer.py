@@ -11,6 +11,7 @@ into text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import tokenizers
@@ -62,10 +63,14 @@ class Tokenizer:
         added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
         shows_tools = self._template is not None and "tools" in self._template.reads
         self.dialect = dialect_of(source or "", added, shows_tools=shows_tools)
-        self._marks = {added[mark]: mark for mark in self.dialect.marks if mark in added}
+        self.marks = {mark: added[mark] for mark in self.dialect.marks if mark in added}
+        """Those of the dialect that are tokens of their own, with their ids."""
+        self._marks = {index: mark for mark, index in self.marks.items()}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
         self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
+        self.line_ends = _single(self._encoder, "\n", "\n\n")
+        """Ids of tokens that end lines and nothing else."""
         self.eos_token_ids = self._find_ends(folder, self._id_of(settings.special_tokens.get("eos_token")))
 
     @classmethod
@@ -83,6 +88,10 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Id of every token, those included that were added to the vocabulary."""
         return self._backend.get_vocab(with_added_tokens=True)
+
+    def to_json(self) -> str:
+        """As tokenizer.json has it."""
+        return str(self._backend.to_str())
 
     @property
     def has_chat_template(self) -> bool:
@@ -149,10 +158,10 @@ class Tokenizer:
         dialect = self.dialect
         if tools is None and not dialect.thoughts and not dialect.messages:
             return self.answer(stops)
-        reader = AnswerReader(dialect, self._marks.values(), tools, thinking=self._in_thought(prompt))
+        reader = AnswerReader(dialect, self.marks, tools, thinking=self.in_thought(prompt))
         return ReadAnswer(self.detokenizer, reader, self._marks, stops, one_call=one_call)
 
-    def _in_thought(self, prompt: Sequence[int]) -> bool:
+    def in_thought(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends right behind the mark that begins a thought: templates may write it themselves."""
         if self.dialect.thoughts is None:
             return False
@@ -208,6 +217,16 @@ class Tokenizer:
             )
         except TemplateError:
             return None
+
+
+def _single(encoder: Encoder, *texts: str) -> list[int]:
+    """Ids of those that are one token."""
+    found: list[int] = []
+    for text in texts:
+        with suppress(TextError):  # a vocabulary that cannot spell it
+            ids = encoder.plain(text)
+            found += ids if len(ids) == 1 else []
+    return found
 
 
 def _prefix(backend: tokenizers.Tokenizer, add_bos: bool | None, bos: int | None) -> list[int]:

@@ -69,6 +69,13 @@ WIRES = {
     f"{JSON}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
     "<|tool_calls_section_end|>",
     "mistral": f"[TOOL_CALLS]write[CALL_ID]a1b2c3d4e[ARGS]{JSON}[TOOL_CALLS]now[ARGS]{{}}",
+    "mistral_v3": f"[TOOL_CALLS][{CALL}, {NOW}]",
+    "deepseek_v3": f"<{BAR}tool▁calls▁begin{BAR}>"
+    + "\n".join(
+        f"<{BAR}tool▁call▁begin{BAR}>function<{BAR}tool▁sep{BAR}>{name}\n```json\n{arguments}\n```<{BAR}tool▁call▁end{BAR}>"
+        for name, arguments in (("write", JSON), ("now", "{}"))
+    )
+    + f"<{BAR}tool▁calls▁end{BAR}>",
     "lfm2": f"<|tool_call_start|>[write({PYTHON}), now()]<|tool_call_end|>",
     "llama4": f"<|python_start|>[write({PYTHON}), now()]<|python_end|>",
     "llama": f"<|python_tag|>{CALL.replace('arguments', 'parameters')}; {NOW}",
@@ -127,3 +134,13 @@ def test_text_is_text(name: str, text: str) -> None:
     for parts in cuts([(False, text)] if text else []):
         found = read(BY_NAME[name], parts, TOOLS, BY_NAME[name].marks)
         assert (found.said, found.calls) == (text, [])
+
+
+def test_white_space_at_the_end_of_a_message_is_told_once() -> None:
+    wire = (
+        "<|channel|>analysis<|message|>Well.\n\n<|end|><|start|>assistant<|channel|>final<|message|>Yes. \n<|return|>"
+    )
+    dialect = BY_NAME["harmony"]
+    for parts in cuts(tokens_of(wire, dialect.marks)):
+        found = read(dialect, parts, TOOLS, dialect.marks)
+        assert (found.thought, found.said) == ("Well.\n\n", "Yes. \n")

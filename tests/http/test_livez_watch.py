@@ -25,8 +25,9 @@ import pytest
 import worst_bodies
 from plain_http import port_of
 from starlette.routing import Route
-from worst_bodies import CHAT, COMBINED, CONTEXT, EXPLAIN, PLAIN, RAW, WORST, worst
+from worst_bodies import CHAT, CLAUDE, COMBINED, CONTEXT, COUNT, EXPLAIN, PLAIN, RAW, WORST, worst
 
+from millpond.http.anthropic.schemas import MessagesRequest
 from millpond.http.app import ROUTES
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest
 
@@ -54,6 +55,8 @@ QUICK = {
     ),
     PLAIN: ("prompt[3]", "prompt[7]", "speculative[0]", "prediction[1]"),
     EXPLAIN: ("prompt[4]", "messages[4]"),
+    CLAUDE: ("messages[2]", "tools[1]"),
+    COUNT: ("messages[7]",),
 }
 """One of each kind."""
 
@@ -152,8 +155,9 @@ def test_every_field_has_its_worst() -> None:
     assert set(ChatRequest.model_fields) <= set(WORST[CHAT])
     assert set(CompletionRequest.model_fields) <= set(WORST[PLAIN])
     posted = {route.path for route in ROUTES if isinstance(route, Route) and "POST" in (route.methods or ())}
-    assert posted == {CHAT, PLAIN, EXPLAIN}
-    assert all(len(body) <= worst_bodies.BYTES + 1000 for path in (CHAT, PLAIN) for name, body in worst(path))
+    assert set(MessagesRequest.model_fields) <= set(WORST[CLAUDE])
+    assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT}
+    assert all(len(body) <= worst_bodies.BYTES + 1000 for path in (CHAT, PLAIN, CLAUDE) for name, body in worst(path))
 
 
 @pytest.mark.parametrize("path", list(QUICK))

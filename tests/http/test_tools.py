@@ -24,6 +24,10 @@ TOOL: ChatCompletionToolParam = {
         "parameters": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
     },
 }
+UNFIT = {
+    "type": "function",
+    "function": {"name": "f", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}},
+}
 ASKED: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is in a?"}]
 CALL = '<tool_call>\n{"name": "read_file", "arguments": {"path": "a"}}\n</tool_call>'
 THOUGHT = "<think>\nI read it.\n</think>\n\n"
@@ -214,9 +218,13 @@ async def test_what_was_said_before_is_in_the_prompt(folder: Path) -> None:
         ("tools", [{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name: must be 1 to 128"),
         ("tools", [TOOL, TOOL], "tools[1].function.name: must be a name that no other tool has"),
         ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
-        ("tools", [{"type": "function", "function": {"name": "f", "strict": True}}], "strict: true is not supported"),
-        ("tool_choice", "required", 'tool_choice: "required" is not supported'),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}, "is not supported by this server"),
+        ("tools", [{"type": "function", "function": {"name": "f", "strict": 1}}], "strict: must be true or false"),
+        ("tools", [UNFIT], 'tools[0].function.parameters: Unimplemented keys: ["not"]'),
+        ("tools", [], 'tool_choice: must be absent, none or auto where there are no tools, got "required"'),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, 'one of the tools (read_file), got "f"'),
+        ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{}]}}, "tools: must be"),
+        ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "some", "tools": []}}, "must be"),
+        ("tool_choice", {"type": "custom", "custom": {"name": "f"}}, "is not supported by this server"),
         ("tool_choice", "some", "tool_choice: must be"),
         ("parallel_tool_calls", 1, "parallel_tool_calls: must be true or false"),
         ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]: must be"),
@@ -226,7 +234,8 @@ async def test_what_was_said_before_is_in_the_prompt(folder: Path) -> None:
 @pytest.mark.anyio
 async def test_what_is_wrong_is_named(folder: Path, field: str, value: object, message: str) -> None:
     async with answering(folder, ["Hello."]) as client:
-        body = {"model": "m", "messages": ASKED, "tools": [TOOL], field: value}
+        choice = "required" if value == [] else "auto"
+        body = {"model": "m", "messages": ASKED, "tools": [TOOL], "tool_choice": choice, field: value}
         with pytest.raises(openai.BadRequestError) as caught:
             await client.post("/chat/completions", body=body, cast_to=httpx.Response)
         assert message in caught.value.message
@@ -275,7 +284,6 @@ async def test_thinking_is_switched_where_the_template_has_a_switch(tmp_path: Pa
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("reasoning_effort", "high", "reasoning_effort: must be absent"),
         ("reasoning_effort", "some", "reasoning_effort: must be one of none, minimal"),
         ("chat_template_kwargs", {"enable_thinking": True}, "what this model's chat template reads (nothing)"),
         ("chat_template_kwargs", {"messages": 1}, "chat_template_kwargs.messages"),

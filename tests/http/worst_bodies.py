@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 
 CHAT, PLAIN, EXPLAIN = "/v1/chat/completions", "/v1/completions", "/v1/cache/explain"
+CLAUDE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 BYTES = 8 * 1024 * 1024 - 1000
 VALUES = 299_000
 CONTEXT = 131_072
@@ -63,6 +64,7 @@ PAIRS = many('"k{}":0', VALUES // 2, ends="{}")
 TEXT = text()
 ANYTHING: tuple[Json, ...] = (LISTS, TEXT)
 """For a field that is refused unless it is something small."""
+OF_SCHEMA = '{"type":"json_schema","json_schema":{"schema":'
 SMALL = '{"role":"user","content":""}'
 
 SHARED: dict[str, tuple[Json, ...]] = {
@@ -78,6 +80,24 @@ SHARED: dict[str, tuple[Json, ...]] = {
     ),
     "logit_bias": (many('"{}":100', VALUES // 2, ends="{}"), many('"{}":100', 1000, ends="{}"), TEXT),
     "stream_options": (PAIRS, TEXT),
+    "min_tokens": ANYTHING,
+    "response_format": (
+        inside(OF_SCHEMA + '{"enum":', many('"{}"', 4000), "}}}"),
+        inside(OF_SCHEMA + '{"enum":', LISTS, "}}}"),
+        inside(OF_SCHEMA, PAIRS, "}}"),
+        inside(OF_SCHEMA + '{"properties":', many('"k{}":true', 3000, ends="{}"), "}}}"),
+        inside(OF_SCHEMA + '{"pattern":', text("a{1,999}", 60_000), "}}}"),
+        *ANYTHING,
+    ),
+    "structured_outputs": (
+        inside('{"regex":', text("(a|b)*c{1,999}", 60_000), "}"),
+        inside('{"choice":', many('"' + "a" * 60 + '{}"', 900), "}"),
+        inside('{"grammar":', text("start: s s\\ns: s s | s | ", 60_000), "}"),
+        inside('{"json":', text(), "}"),
+        inside('{"choice":', LISTS, "}"),
+        inside('{"json":', PAIRS, "}"),
+        *ANYTHING,
+    ),
     "speculative": (PAIRS, TEXT),
     "prediction": (
         inside('{"type":"content","content":', TEXT, "}"),
@@ -141,7 +161,11 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
             inside('[{"type":"function","function":{"name":"f","description":', TEXT, "}}]"),
         ),
         "chat_template_kwargs": (PAIRS, TEXT),
-        **dict.fromkeys(("tool_choice", "parallel_tool_calls", "reasoning_effort"), ANYTHING),
+        "tool_choice": (
+            inside('{"type":"allowed_tools","allowed_tools":{"mode":"auto","tools":', LISTS, "}}"),
+            *ANYTHING,
+        ),
+        **dict.fromkeys(("parallel_tool_calls", "reasoning_effort", "thinking_token_budget"), ANYTHING),
         "no_such_field": (LISTS, OBJECTS, PAIRS, TEXT, many("[]"), many('{"a":{"a":{}}}'), text("\\n"), text('\\"')),
     },
     PLAIN: {
@@ -150,6 +174,36 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         "echo": ANYTHING,
         "parse_special": ANYTHING,
         "suffix": (LISTS, TEXT),
+        "no_such_field": (LISTS, OBJECTS),
+    },
+    CLAUDE: {
+        "messages": (
+            message(TEXT),
+            message(many('{"type":"text","text":""}', VALUES // 5)),
+            message(
+                many('{"type":"tool_result","tool_use_id":"a","content":[{"type":"text","text":"b"}]}', VALUES // 9)
+            ),
+            assistant(many('{"type":"thinking","thinking":"a"}', VALUES // 5), "x"),
+            inside('[{"role":"assistant","content":', many('{"type":"thinking","thinking":"a"}', VALUES // 5), "}]"),
+            inside('[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"f","input":', PAIRS, "}]}]"),
+            many(SMALL, VALUES // 5),
+            many('{"role":"user","content":"a"}', VALUES // 5),
+            LISTS,
+            TEXT,
+        ),
+        "system": (TEXT, many('{"type":"text","text":"a"}', VALUES // 5), LISTS),
+        "tools": (
+            inside('[{"name":"f","input_schema":{"a":', LISTS, "}}]"),
+            inside('[{"name":"f","input_schema":', PAIRS, "}]"),
+            inside('[{"name":"f","input_schema":{},"description":', TEXT, "}]"),
+            LISTS,
+            TEXT,
+        ),
+        "output_config": (inside('{"format":{"type":"json_schema","schema":', PAIRS, "}}"), PAIRS, TEXT),
+        "context_management": (inside('{"edits":', LISTS, "}"), PAIRS, TEXT),
+        **dict.fromkeys(("metadata", "thinking", "tool_choice"), (PAIRS, TEXT)),
+        **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "stream", "model"), ANYTHING),
+        "stop_sequences": (text("a"), many('"' + "a" * 1000 + '"', 16), LISTS),
         "no_such_field": (LISTS, OBJECTS),
     },
 }
@@ -201,7 +255,7 @@ RAW: Mapping[str, bytes] = {
 
 def body(endpoint: str, field: str, value: Json) -> bytes:
     """A whole body that is good but for this field."""
-    needed = {"messages": HELLO} if endpoint == CHAT else {"prompt": '"hi"'}
+    needed = {"messages": HELLO} if endpoint in (CHAT, CLAUDE, COUNT) else {"prompt": '"hi"'}
     fields = {"max_tokens": "2", **needed, field: value()}
     if field == "max_completion_tokens":
         del fields["max_tokens"]
@@ -214,7 +268,7 @@ def body(endpoint: str, field: str, value: Json) -> bytes:
 
 def worst(endpoint: str) -> Iterator[tuple[str, bytes]]:
     """Each of an endpoint's worst bodies, with a name."""
-    for field, values in WORST[PLAIN if endpoint == EXPLAIN else endpoint].items():
+    for field, values in WORST[{EXPLAIN: PLAIN, COUNT: CLAUDE}.get(endpoint, endpoint)].items():
         for number, value in enumerate(values):
             yield f"{field}[{number}]", body(endpoint, field, value)
     if endpoint == EXPLAIN:

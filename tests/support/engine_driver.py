@@ -20,6 +20,7 @@ from millpond.engine.loop import Engine
 from millpond.engine.prefixes import Prefixes
 from millpond.engine.prepare import Prepared
 from millpond.engine.speculation import Speculator
+from millpond.grammar.lexicon import Lexicon
 from millpond.kv.format import KvFormat
 from millpond.memory.budget import MemoryBudget
 from millpond.model.blocks import BlockFormat, ReadRecord, agree
@@ -83,6 +84,7 @@ class Driver:
         spec: SpecSettings | None = None,
         draft: Proposer | None = None,
         steady: int = 0,
+        vocabulary: Lexicon | None = None,
     ) -> None:
         """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``. Without ``spec``, no guesses."""
         self.inbox: Inbox = inbox or queue.SimpleQueue()
@@ -98,6 +100,7 @@ class Driver:
             costs=CostModel(),
             budget=MemoryBudget(model.sizes, limit_bytes, max_chunk),
             prefixes=self.prefixes,
+            vocabulary=vocabulary,
         )
         spec = spec or SpecSettings()
         proposers: dict[SpecMode, Proposer] = {}

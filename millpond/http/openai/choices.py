@@ -11,7 +11,7 @@ import msgspec
 
 from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Piece, Said, Thought
 from millpond.http.errors import ApiError
-from millpond.http.events import Delta, Event, Usage
+from millpond.http.events import Begun, Delta, Event, Usage
 from millpond.http.openai.errors import error_body
 from millpond.http.openai.logprobs import GrowingLogprobs, Render
 from millpond.http.rendering import Answering
@@ -101,6 +101,8 @@ class ChoicesWriter(ABC):
             if self._include_usage:
                 yield self._chunk + b'],"usage":' + _usage(event) + b"}\n\n"
             yield b"data: [DONE]\n\n"
+            return
+        if isinstance(event, Begun):
             return
         begun = event.choice in self._choices
         choice = self._choices[event.choice]

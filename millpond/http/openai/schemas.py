@@ -18,14 +18,16 @@ from millpond.http.fields import checked
 from millpond.http.generation_request import (
     LONGEST_SALT,
     SAMPLING_FIELDS,
+    AnswerForm,
     Conversation,
     GenerationRequest,
     Message,
     PlainPrompts,
     Tool,
 )
+from millpond.http.openai.forms import FORMAT, OUTPUTS, read_response_format, read_structured_outputs
 from millpond.http.openai.messages import PREDICTION, read_messages, read_prediction
-from millpond.http.openai.tools import CHOICE, TOOLS, read_choice, read_tools
+from millpond.http.openai.tools import AUTO, CHOICE, TOOLS, ToolChoice, check_choice, read_choice, read_tools
 from millpond.http.speculation_fields import SPECULATIVE, SpeculativeOptions, read_speculative
 from millpond.http.thinking import EFFORTS
 from millpond.types import SamplingParams
@@ -58,16 +60,12 @@ def _empty(value: object) -> bool:
     return value in ([], {}, "")
 
 
-def _plain_text_format(value: object) -> bool:
-    return value == {"type": "text"}
-
-
 NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
     "tools": (_empty, "no tools"),
     "tool_choice": (_one_of("none", "auto"), '"none" or "auto"'),
+    "thinking_token_budget": (_never, "absent"),
     "functions": (_empty, "no functions"),
     "function_call": (_one_of("none", "auto"), '"none" or "auto"'),
-    "response_format": (_plain_text_format, '{"type": "text"}'),
     "audio": (_empty, "no audio"),
     "modalities": (lambda value: value == ["text"], '["text"]'),
     "web_search_options": (_never, "no web search"),
@@ -76,7 +74,6 @@ NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
     "store": (_one_of(False), "false"),
     "best_of": (_one_of(1), "1"),
     "suffix": (_empty, "no suffix"),
-    "min_tokens": (_one_of(0), "0"),
     "stop_token_ids": (_empty, "none"),
     "include_stop_str_in_output": (_one_of(False), "false"),
     "bad_words": (_empty, "none"),
@@ -96,11 +93,10 @@ NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
     "parse_special": (_one_of(False), "false: what messages say is text"),
     "grammar": (_empty, "no grammar"),
     "json_schema": (_empty, "no schema"),
-    "structured_outputs": (_empty, "none"),
-    "guided_json": (_empty, "none"),
-    "guided_regex": (_empty, "none"),
-    "guided_choice": (_empty, "none"),
-    "guided_grammar": (_empty, "none"),
+    "guided_json": (_empty, "none: structured_outputs has it"),
+    "guided_regex": (_empty, "none: structured_outputs has it"),
+    "guided_choice": (_empty, "none: structured_outputs has it"),
+    "guided_grammar": (_empty, "none: structured_outputs has it"),
 }
 """Parameter → does this value ask for nothing, and what is allowed."""
 
@@ -118,6 +114,7 @@ class OpenAIRequest(BaseModel):
 
     model: str = Field("", description="a string")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
+    min_tokens: int = Field(0, ge=0, description="an integer of at least 0, at most max_tokens")
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     top_k: int = Field(0, ge=-1, le=2**31 - 1, description="an integer of at least 1, or 0 or -1 for no limit")
@@ -140,6 +137,8 @@ class OpenAIRequest(BaseModel):
     cache_salt: str = Field("", max_length=LONGEST_SALT, description=f"a string of at most {LONGEST_SALT} characters")
     speculative: SpeculativeOptions | None = Field(None, description=SPECULATIVE)
     prediction: str | None = Field(None, description=PREDICTION)
+    response_format: AnswerForm | None = Field(None, description=FORMAT)
+    structured_outputs: AnswerForm | None = Field(None, description=OUTPUTS)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -182,8 +181,24 @@ class OpenAIRequest(BaseModel):
     def _prediction(cls, value: object) -> str:
         return read_prediction(value)
 
+    @field_validator("response_format", mode="plain")
+    @classmethod
+    def _format(cls, value: object) -> AnswerForm | None:
+        return read_response_format(value)
+
+    @field_validator("structured_outputs", mode="plain")
+    @classmethod
+    def _outputs(cls, value: object) -> AnswerForm | None:
+        return read_structured_outputs(value)
+
     @model_validator(mode="after")
     def _together(self) -> Self:
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise bad_value(
+                "structured_outputs", self.structured_outputs.param, "absent where response_format is given"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise bad_value("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         if self.stream_options is not None and not self.stream:
             raise bad_value("stream_options", self.stream_options.model_dump(), "absent unless stream is true")
         return self
@@ -205,6 +220,7 @@ class OpenAIRequest(BaseModel):
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
             logprobs=logprobs,
+            min_tokens=self.min_tokens,
         )
         return GenerationRequest(
             model=self.model,
@@ -217,6 +233,7 @@ class OpenAIRequest(BaseModel):
             stop=self.stop,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            form=self.response_format or self.structured_outputs,
             stream=self.stream,
             user=self.user,
             priority=self.priority,
@@ -236,9 +253,10 @@ class ChatRequest(OpenAIRequest):
     add_generation_prompt: bool | None = Field(None, description="true or false")
     continue_final_message: bool = Field(False, description="true or false")
     tools: tuple[Tool, ...] = Field((), description=TOOLS)
-    tool_choice: str = Field("auto", description=CHOICE)
+    tool_choice: ToolChoice | None = Field(None, description=CHOICE)
     parallel_tool_calls: bool = Field(True, description="true or false")
     reasoning_effort: str | None = Field(None, description=_EFFORTS)
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = Field(None, description="an integer of at least 0")
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, description=_SETTINGS)
 
     @field_validator("messages", mode="plain")
@@ -268,11 +286,12 @@ class ChatRequest(OpenAIRequest):
 
     @field_validator("tool_choice", mode="plain")
     @classmethod
-    def _choice(cls, value: object) -> str:
+    def _choice(cls, value: object) -> ToolChoice:
         return read_choice(value)
 
     @model_validator(mode="after")
     def _chat_together(self) -> Self:
+        check_choice(self.tool_choice or AUTO, self.tools)
         if self.top_logprobs and not self.logprobs:
             raise bad_value("top_logprobs", self.top_logprobs, "0 or absent unless logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -287,13 +306,16 @@ class ChatRequest(OpenAIRequest):
     def generation(self) -> GenerationRequest:
         """What it asks of the model."""
         opens = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
-        tools = self.tools if self.tool_choice == "auto" else ()
+        choice = self.tool_choice or AUTO
         conversation = Conversation(
             self.messages,
             opens,
             self.continue_final_message,
-            tools,
-            one_call=not self.parallel_tool_calls,
+            () if choice.none else self.tools,
+            must_call=choice.required,
+            only=choice.only,
+            one_call=choice.one or not self.parallel_tool_calls,
+            most_thought=self.thinking_token_budget,
             settings=self.chat_template_kwargs,
             effort=self.reasoning_effort,
         )

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from millpond.http.errors import bad_value, unsupported
 from millpond.http.generation_request import Call, Tool
-from millpond.http.values import deeper_than
+from millpond.http.tool_fields import MOST_TOOLS, check_names, checked_tool
 
-MOST_TOOLS = 1024
-MOST_DEEP = 64
-"""Levels of a schema."""
-NAME_PATTERN = r"^[A-Za-z0-9_.\-]{1,128}$"
-NAME = "1 to 128 letters, digits, underscores, dots or hyphens"
 TOOLS = f"a list of at most {MOST_TOOLS} tools, each an object with type and function"
-CHOICE = '"none" or "auto"'
+CHOICE = (
+    '"none", "auto", "required", or an object of type function with the name of a tool, or of type allowed_tools with '
+    "a mode and a list of tools"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which of the tools an answer may call."""
+
+    none: bool = False
+    required: bool = False
+    only: frozenset[str] | None = None
+    """None: any."""
+    one: bool = False
+    """Exactly one call."""
+
+
+AUTO = ToolChoice()
 
 
 def read_tools(value: object) -> tuple[Tool, ...]:
@@ -23,11 +36,7 @@ def read_tools(value: object) -> tuple[Tool, ...]:
     if not isinstance(value, list) or len(value) > MOST_TOOLS:
         raise bad_value("tools", value, TOOLS)
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(value))
-    seen: set[str] = set()
-    for index, tool in enumerate(tools):
-        if tool.name in seen:
-            raise bad_value(f"tools[{index}].function.name", tool.name, "a name that no other tool has")
-        seen.add(tool.name)
+    check_names([tool.name for tool in tools], "tools[{}].function.name")
     return tools
 
 
@@ -40,30 +49,42 @@ def _tool(value: object, where: str) -> Tool:
     function = value.get("function")
     if not isinstance(function, dict):
         raise bad_value(f"{where}.function", function, "an object with name, description and parameters")
-    description = function.get("description")
-    if description is not None and not isinstance(description, str):
-        raise bad_value(f"{where}.function.description", description, "a string")
-    parameters = function.get("parameters")
-    if parameters is not None and (not isinstance(parameters, dict) or deeper_than(parameters, MOST_DEEP)):
-        allowed = f"a JSON schema, at most {MOST_DEEP} levels deep"
-        raise bad_value(f"{where}.function.parameters", parameters, allowed)
-    if function.get("strict") not in (None, False):
-        raise unsupported(f"{where}.function.strict", function["strict"], "false")
-    return Tool(_name(function.get("name"), f"{where}.function.name"), description or "", parameters or {})
+    return checked_tool(function, f"{where}.function", "parameters")
 
 
-def _name(value: object, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(NAME_PATTERN[1:-1], value):
-        raise bad_value(where, value, NAME)
-    return value
-
-
-def read_choice(value: object) -> str:
+def read_choice(value: object) -> ToolChoice:
     """Check a ``tool_choice`` value. Raises ApiError 400."""
-    if value in ("none", "auto") and isinstance(value, str):
-        return value
-    known = value == "required" or (isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"))
-    raise (unsupported if known else bad_value)("tool_choice", value, CHOICE)
+    match value:
+        case "auto":
+            return AUTO
+        case "none":
+            return ToolChoice(none=True)
+        case "required":
+            return ToolChoice(required=True)
+        case {"type": "function", "function": {"name": str(name)}}:
+            return ToolChoice(required=True, only=frozenset((name,)), one=True)
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)}}:
+            return ToolChoice(required=mode == "required", only=frozenset(map(_allowed, tools)))
+        case {"type": "custom"}:
+            raise unsupported("tool_choice", value, CHOICE)
+    raise bad_value("tool_choice", value, CHOICE)
+
+
+def _allowed(value: object) -> str:
+    match value:
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            return name
+    raise bad_value("tool_choice.allowed_tools.tools", value, "an object of type function with the name of a tool")
+
+
+def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
+    """Raises ApiError 400 for a choice that these tools do not offer."""
+    if choice.required and not tools:
+        raise bad_value("tool_choice", "required", "absent, none or auto where there are no tools")
+    known = {tool.name for tool in tools}
+    for name in choice.only or ():
+        if name not in known:
+            raise bad_value("tool_choice", name, f"the name of one of the tools ({', '.join(sorted(known)) or 'none'})")
 
 
 def read_calls(value: object, where: str) -> Sequence[Call]:

@@ -256,7 +256,7 @@ BREAKS = [
     Break(
         name="B14-prompts-kept",
         file="millpond/http/respond.py",
-        old="            del prompts, prediction, requests, answers\n",
+        old="            del prompts, shapes, prediction, requests, answers\n",
         new="",
         by=("test_a_request_that_runs_holds_little",),
     ),

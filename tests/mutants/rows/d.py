@@ -121,8 +121,8 @@ BREAKS = [
     Break(
         name="D8-twice-the-context",
         file="millpond/http/prompts.py",
-        old="wanted > room:",
-        new="wanted > room + context:",
+        old="wanted is not None and wanted > room\n",
+        new="wanted is not None and wanted > room + context\n",
         by=("test_prompt_and_max_tokens_beyond_the_context",),
     ),
     Break(

@@ -43,7 +43,7 @@ BREAKS = [
     Break(
         name="K3-no-id",
         file="millpond/http/access.py",
-        old='[*message.get("headers", ()), (b"x-request-id", context.id.encode())]',
+        old='[*message.get("headers", ()), *own]',
         new='[*message.get("headers", ())]',
         by=("test_request_ids_are_echoed_or_made",),
     ),

@@ -1,0 +1,175 @@
+"""Calls as a program makes them, as grammars: see program_calls.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from millpond.dialects.call_grammar import SHARED, Callee, Calls, Schema, closed, parameters
+from millpond.dialects.schemas import resolved
+from millpond.grammar.lark import alternatives, json_value, literal
+
+_DEEP = 8
+"""Levels of a schema that are followed; what is deeper may be anything."""
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """How a family writes calls and values."""
+
+    opening: str
+    """Between a name and its arguments."""
+    closing: str
+    assign: str
+    """Between an argument's name and its value."""
+    true: str
+    false: str
+    null: str
+    mark: str = ""
+    """Around texts, which are as they are; empty: they are quoted as in JSON."""
+    before: str = ""
+    """Before a call's name."""
+    quoted_keys: bool = True
+    """Within objects."""
+
+
+PYTHON = Syntax("(", ")", "=", "True", "False", "None")
+
+
+def named(mark: str) -> Syntax:
+    """Gemma's: `call:f{a:<|"|>x<|"|>}`."""
+    return Syntax("{", "}", ":", "true", "false", "null", mark, "call:", quoted_keys=False)
+
+
+def listed(syntax: Syntax, closing: str, calls: Calls) -> str:
+    """Calls in brackets, up to behind ``closing``."""
+    several = calls.several(_call(syntax, calls), literal(", "))
+    return f"{literal('[')} {several} {literal(']')} {calls.spell(closing)}"
+
+
+def single(syntax: Syntax, closing: str, calls: Calls) -> str:
+    """One, up to behind ``closing``."""
+    return f"{_call(syntax, calls)} {calls.spell(closing)}"
+
+
+def _call(syntax: Syntax, calls: Calls) -> str:
+    def one(callee: Callee) -> str:
+        parts = [
+            (f"{literal(name + syntax.assign)} {_value(syntax, calls, callee, schema, 0)}", needed)
+            for name, schema, needed in parameters(callee.schema)
+        ]
+        given = calls.in_order(parts, _comma(calls))
+        return f"{literal(syntax.before + callee.name + syntax.opening)} {given} {literal(syntax.closing)}"
+
+    return calls.each(one)
+
+
+def _comma(calls: Calls) -> str:
+    return calls.rules.once("COMMA", lambda: "/, ?/")
+
+
+def _value(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: int) -> str:
+    schema = resolved(schema, callee.schema)
+    for key in ("anyOf", "oneOf"):
+        choices = schema.get(key)
+        if isinstance(choices, list) and choices:
+            return alternatives(*(_value(syntax, calls, callee, part, depth + 1) for part in choices))
+    values = schema.get("enum")
+    if isinstance(values, list) or "const" in schema:
+        chosen = values if isinstance(values, list) else [schema["const"]]
+        return alternatives(*(_constant(syntax, calls, value) for value in chosen))
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return alternatives(*(_value(syntax, calls, callee, {**schema, "type": one}, depth + 1) for one in kind))
+    if depth > _DEEP or not isinstance(kind, str):
+        return _anything(syntax, calls, callee)
+    match kind:
+        case "string":
+            return _text(syntax, calls, callee, schema)
+        case "integer" | "number":
+            return calls.value(schema, callee)
+        case "boolean":
+            return alternatives(literal(syntax.true), literal(syntax.false))
+        case "null":
+            return literal(syntax.null)
+        case "array":
+            return _list(syntax, calls, callee, schema, depth)
+        case _:
+            return _object(syntax, calls, callee, schema, depth)
+
+
+def _text(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema) -> str:
+    if not syntax.mark:
+        return calls.value(schema, callee, escapes='nrbtf"\\')
+    return f"{calls.spell(syntax.mark)} {calls.raw(schema, syntax.mark)}"
+
+
+def _list(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: int) -> str:
+    items = schema.get("items")
+    item = calls.rules.add(
+        "item", _value(syntax, calls, callee, items if isinstance(items, Mapping) else {}, depth + 1)
+    )
+    least, most = (found if isinstance(found, int) else None for found in map(schema.get, ("minItems", "maxItems")))
+    if most == 0:
+        return literal("[]")
+    rest = f"({_comma(calls)} {item}){{{max(0, (least or 0) - 1)},{'' if most is None else most - 1}}}"
+    inner = f"({item} {rest})" + ("" if least else "?")
+    return f"{literal('[')} {inner} {literal(']')}"
+
+
+def _object(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: int) -> str:
+    if not schema.get("properties"):
+        return _anything_keyed(syntax, calls, callee)
+    quote = '"' if syntax.quoted_keys else ""
+    parts = [
+        (
+            f"{literal(f'{quote}{name}{quote}:')} {_space(calls)} {_value(syntax, calls, callee, part, depth + 1)}",
+            needed,
+        )
+        for name, part, needed in parameters({**closed(schema), **_shared(callee)})
+    ]
+    return f"{literal('{')} {calls.in_order(parts, _comma(calls))} {literal('}')}"
+
+
+def _shared(callee: Callee) -> Schema:
+    return {name: callee.schema[name] for name in SHARED if name in callee.schema}
+
+
+def _space(calls: Calls) -> str:
+    return calls.rules.once("BLANK", lambda: literal(" ")) + "?"
+
+
+def _constant(syntax: Syntax, calls: Calls, value: object) -> str:
+    match value:
+        case bool():
+            return literal(syntax.true if value else syntax.false)
+        case None:
+            return literal(syntax.null)
+        case str() if syntax.mark:
+            return f"{calls.spell(syntax.mark)} {literal(value)} {calls.spell(syntax.mark)}"
+        case _:
+            return calls.rules.add("const", json_value({"const": value}, strict=True))
+
+
+def _anything(syntax: Syntax, calls: Calls, callee: Callee) -> str:
+    """A value of which nothing is said: one level of it."""
+    simple = _simple(syntax, calls, callee)
+    several = f"({simple} ({_comma(calls)} {simple})*)?"
+    return alternatives(simple, f"{literal('[')} {several} {literal(']')}", _anything_keyed(syntax, calls, callee))
+
+
+def _anything_keyed(syntax: Syntax, calls: Calls, callee: Callee) -> str:
+    simple = _simple(syntax, calls, callee)
+    key = calls.rules.once("KEY", lambda: "/[A-Za-z_][A-Za-z0-9_]{0,40}/")
+    quote = literal('"') if syntax.quoted_keys else ""
+    pair = calls.rules.once("pair", lambda: f"{quote} {key} {quote} {literal(':')} {_space(calls)} {simple}")
+    return f"{literal('{')} ({pair} ({_comma(calls)} {pair})*)? {literal('}')}"
+
+
+def _simple(syntax: Syntax, calls: Calls, callee: Callee) -> str:
+    def made() -> str:
+        text, number = ({"type": kind} for kind in ("string", "number"))
+        words = map(literal, (syntax.true, syntax.false, syntax.null))
+        return alternatives(_text(syntax, calls, callee, text), calls.value(number, callee), *words)
+
+    return calls.rules.once("simple", made)

@@ -1,0 +1,82 @@
+"""Grammars as texts, in llguidance's form of Lark: rules in small letters, terminals in capitals, `%json` for schemas.
+
+JSON is written as chat templates write it, one blank at most behind commas and colons: models are used to that, and
+without end to white space an answer could consist of nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from llguidance import regex_to_lark
+
+from millpond.types import Symbol
+
+_SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_LENIENT = {"lenient": True, "coerce_one_of": True}
+
+
+def literal(text: str) -> str:
+    """A text that stands as it is."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def written(symbol: Symbol) -> str:
+    """The token itself where it is one, which no letters can be taken for."""
+    return literal(symbol.text) if symbol.token < 0 else f"<[{symbol.token}]>"
+
+
+def regex(pattern: str) -> str:
+    """A text that matches a regular expression as a whole. Its digits and letters are ASCII's."""
+    return f"/{between_slashes(pattern)}/"
+
+
+def between_slashes(pattern: str) -> str:
+    """A regular expression as it stands in a terminal."""
+    return regex_to_lark(pattern, "dw").replace("\n", "\\n")
+
+
+def json_value(schema: Mapping[str, object], *, strict: bool, escapes: str | None = None) -> str:
+    """A JSON value by its schema. ``strict``: a grammar with keywords that cannot be followed is no grammar; else they
+    are left out. ``escapes``: the letters that may follow a backslash; None: all that JSON has."""
+    how = _SPACES | ({} if strict else _LENIENT) | ({} if escapes is None else {"json_allowed_escapes": escapes})
+    return "%json " + json.dumps({**schema, "x-guidance": how}, ensure_ascii=False)
+
+
+def alternatives(*choices: str) -> str:
+    """One of them."""
+    return "(" + " | ".join(choices) + ")"
+
+
+@dataclass
+class Rules:
+    """A grammar in the making."""
+
+    _bodies: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, body: str) -> str:
+        """A rule, or a terminal: its name, in which ``name`` is made one that is not taken. Attributes may follow it in
+        brackets."""
+        bare, bracket, attributes = name.partition("[")
+        number, found = 0, bare
+        while found in self._names:
+            number += 1
+            found = f"{bare}_{number}"
+        self._bodies[found + bracket + attributes] = body
+        return found
+
+    def once(self, name: str, body: Callable[[], str]) -> str:
+        """The same, for what is the same wherever it is needed."""
+        if name not in self._bodies:
+            self._bodies[name] = body()
+        return name
+
+    def text(self, start: str) -> str:
+        """The whole grammar of what ``start`` says."""
+        return "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in self._bodies.items())]) + "\n"
+
+    @property
+    def _names(self) -> set[str]:
+        return {name.partition("[")[0] for name in self._bodies}

@@ -1,0 +1,110 @@
+"""What an answer has to look like: of the tools, the choice among them and the form that a client asks for, a grammar.
+
+Runs in a text thread: schemas are what strangers send, and checking one may take a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from millpond.dialects.answer_grammar import Wanted, answer_grammar
+from millpond.dialects.call_grammar import Callee, closed
+from millpond.grammar.check import GrammarError, check
+from millpond.grammar.lark import json_value
+from millpond.http.errors import ApiError
+from millpond.http.generation_request import AnswerForm, Conversation, GenerationRequest, Tool
+from millpond.http.thinking import thought_tokens
+from millpond.text.tokenizer import Tokenizer
+from millpond.types import Grammar, ModelInfo
+
+MOST_SHOWN = 1000
+"""Bytes of a header."""
+_ANY_OBJECT = {"type": "object", "additionalProperties": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What answers have to look like."""
+
+    grammar: Grammar | None = None
+    ignored: tuple[str, ...] = ()
+    """What of the schemas is not seen to, each behind the name of its field."""
+
+
+def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokenizer, info: ModelInfo) -> Shape:
+    """Of the answers to a prompt. Raises ApiError 400."""
+    ignored: list[str] = []
+    form, chat = asked.form, asked.prompt
+    if form is not None:
+        ignored += _checked_form(form, info)
+    if not isinstance(chat, Conversation):
+        text = "" if form is None else form.grammar or f"start: {form.expression}\n"
+        return Shape(Grammar(text=text) if text else None, tuple(ignored))
+    callees = [_callee(tool, ignored) for tool in chat.callable]
+    if chat.must_call and info.grammars:
+        raise _unguided("tool_choice", info)
+    most = thought_tokens(chat, tokenizer)
+    if form is not None and form.grammar and (callees or tokenizer.dialect.messages):
+        raise ApiError(
+            400, f"{form.param}: a grammar of one's own goes with neither tools nor channels", param=form.param
+        )
+    wanted = Wanted(callees, chat.must_call, chat.one_call, "" if form is None else form.expression, most)
+    marks, blanks = tokenizer.marks, tokenizer.line_ends
+    thinking = tokenizer.in_thought(prompt)
+
+    def made(wanted: Wanted) -> Grammar | None:
+        found = answer_grammar(wanted, tokenizer.dialect, marks, thinking=thinking, blanks=blanks)
+        if found is not None and found.text:
+            check(found.text)
+        return found
+
+    try:
+        grammar = made(wanted)
+    except GrammarError as error:
+        if chat.must_call or any(callee.strict for callee in callees):
+            raise ApiError(400, f"tools: cannot be followed: {error}", param="tools", code="invalid_schema") from error
+        ignored.append("tools: all of their schemas")
+        loose = [Callee(callee.name, _ANY_OBJECT) for callee in callees]
+        grammar = made(replace(wanted, callees=loose))
+    if info.grammars:
+        return Shape(None, ())
+    if form is not None and form.grammar:
+        rest = grammar or Grammar()
+        grammar = Grammar(text=form.grammar, thinking=rest.thinking)
+    return Shape(grammar, tuple(ignored))
+
+
+def _callee(tool: Tool, ignored: list[str]) -> Callee:
+    """A tool as it can be called; where its schema cannot be followed, and need not be, with any arguments."""
+    try:
+        left_out = check("start: " + json_value(closed(tool.parameters), strict=tool.strict) + "\n")
+    except GrammarError as error:
+        if tool.strict:
+            raise ApiError(400, f"{tool.where}: {error}", param=tool.where, code="invalid_schema") from error
+        ignored.append(f"{tool.where}: all of it")
+        return Callee(tool.name, _ANY_OBJECT)
+    ignored += [f"{tool.where}: {name}" for name in left_out]
+    return Callee(tool.name, tool.parameters, tool.strict)
+
+
+def _checked_form(form: AnswerForm, info: ModelInfo) -> list[str]:
+    if info.grammars:
+        raise _unguided(form.param, info)
+    try:
+        return [f"{form.param}: {name}" for name in check(form.grammar or f"start: {form.expression}\n")]
+    except GrammarError as error:
+        raise ApiError(400, f"{form.param}: {error}", param=form.param, code="invalid_schema") from error
+
+
+def _unguided(param: str, info: ModelInfo) -> ApiError:
+    message = f"{param}: answers of this model cannot be made to follow a grammar: {info.grammars}"
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def ignored_header(ignored: Sequence[str]) -> list[tuple[bytes, bytes]]:
+    """Says what of the schemas is not seen to; nothing where all is."""
+    if not ignored:
+        return []
+    shown = ", ".join(dict.fromkeys(ignored)).encode("ascii", "backslashreplace")[:MOST_SHOWN]
+    return [(b"x-millpond-ignored", shown)]
