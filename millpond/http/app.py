@@ -28,11 +28,13 @@ from millpond.http.openai.errors import error_response
 from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
 from millpond.http.respond import endpoint
+from millpond.http.responses.rendering import RESPONSES, input_tokens
 
 RENDERINGS = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/messages": MESSAGES,
+    "/v1/responses": RESPONSES,
 }
 """The APIs that generate, by their paths."""
 COUNTING = "/v1/messages/count_tokens"
@@ -41,6 +43,7 @@ ASKED = {**RENDERINGS, COUNTING: MESSAGES}
 ROUTES = [
     *(Route(path, endpoint(rendering), methods=["POST"]) for path, rendering in RENDERINGS.items()),
     Route(COUNTING, count_tokens, methods=["POST"]),
+    Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
     Route("/api/hello", hello),
     Route("/v1/cache/explain", explain, methods=["POST"]),
     Route("/v1/models", list_models),

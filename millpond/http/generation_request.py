@@ -193,6 +193,8 @@ class GenerationRequest:
     ignore_eos: bool = False
     form: AnswerForm | None = None
     """None: what is said may look like anything."""
+    ignored: tuple[str, ...] = ()
+    """What of the request is left out, each behind the name of its field."""
     stream: bool = False
     parse_special: bool = False
     """Control tokens written out in plain prompts, and in what is expected of their answers, are recognised."""

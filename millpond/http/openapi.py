@@ -44,6 +44,7 @@ from millpond.http.openapi_answers import (
     ref,
 )
 from millpond.http.openapi_anthropic import ANTHROPIC_SCHEMAS
+from millpond.http.openapi_responses import RESPONSES_SCHEMAS
 from millpond.http.speculation_fields import SpeculativeOptions
 from millpond.http.thinking import EFFORTS
 from millpond.http.tool_fields import MOST_TOOLS, NAME_PATTERN
@@ -254,6 +255,22 @@ OPERATIONS: Mapping[str, Operation] = {
         ref("CountTokensRequest"),
         error="MessageError",
     ),
+    "/v1/responses": Operation(
+        "createResponse",
+        "Answer a conversation of items.",
+        {200: ref("Response")},
+        _ANSWERING,
+        ref("ResponsesRequest"),
+        "ResponseEvent",
+        headers=_PREFIX,
+    ),
+    "/v1/responses/input_tokens": Operation(
+        "countInputTokens",
+        "How many tokens the prompt of such a conversation has.",
+        {200: ref("InputTokens")},
+        _ANSWERING,
+        ref("ResponsesRequest"),
+    ),
     "/api/hello": Operation("getHello", "Whether there is anybody, as Claude Code asks it.", {200: {"type": "object"}}),
     "/v1/cache/explain": Operation(
         "explainCache",
@@ -316,7 +333,7 @@ def document(routes: Iterable[BaseRoute]) -> Schema:
         },
         "paths": paths,
         "components": {
-            "schemas": SCHEMAS | ANTHROPIC_SCHEMAS | _request_schemas(),
+            "schemas": SCHEMAS | ANTHROPIC_SCHEMAS | RESPONSES_SCHEMAS | _request_schemas(),
             "responses": {
                 f"{error}{status}": failure(status, error)
                 for error in sorted({operation.error for operation in OPERATIONS.values()})

@@ -87,7 +87,7 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
                 for choice in range(asked.n)
             ]
             seed = requests[0].params.seed
-            ignored = ignored_header(shapes[0].ignored)
+            ignored = ignored_header((*asked.ignored, *shapes[0].ignored))
             echoes = [prompt.echo for prompt in prompts]
             clamped = prompts[0].clamped
             told = Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n, clamped)

@@ -40,6 +40,8 @@ class Form:
     """Roles of messages at the beginning of which the template shows only one, so that two become one."""
     hidden: tuple[str, ...] = ()
     """Roles that it shows in no form, or refuses."""
+    alternating: bool = False
+    """Two messages of a user's, or of an assistant's, may not follow each other: they become one."""
     late: bool = True
     """A system message may stand behind a user's. Where it may not, it becomes part of one, in its place: moved to the
     beginning it would be another prompt from there on, and nothing of it cached."""
@@ -56,9 +58,10 @@ class Form:
             late = not leading and not self.late and made.get("role") in _LEADING
             if late:
                 made = {"role": "user", "content": REMINDER.format(made.get("content", ""))}
-            users = bool(adapted) and adapted[-1].get("role") == made.get("role") == "user"
             pair = (adapted[-1].get("role") if adapted else None, made.get("role"))
-            if (leading and pair in self.merged) or (users and (late or reminder)):
+            alike = pair == ("user", "user") and (late or reminder or self.alternating)
+            alike = alike or (self.alternating and pair == ("assistant", "assistant") and not _calls(adapted[-1], made))
+            if (leading and pair in self.merged) or alike:
                 adapted[-1]["content"] = f"{adapted[-1].get('content', '')}{BETWEEN}{made.get('content', '')}"
             else:
                 adapted.append(made)
@@ -92,9 +95,17 @@ def probe(render: Render, source: str) -> Form:
         merging = replace(form, merged=form.merged | {(first, second)})
         if not _shows(render, form, pair) and _shows(render, merging, pair):
             form = merging
+    twice = [_message("user"), _message("user")]
+    merging = replace(form, alternating=True)
+    form = merging if not _shows(render, form, twice) and _shows(render, merging, twice) else form
     conversation = [_message("user"), _message("assistant"), _message("user"), _message("system"), _message("user")]
     late = "system" in hidden or _shows(render, form, conversation) or not _shows(render, form, [conversation[0]])
     return replace(form, hidden=tuple(hidden), late=late)
+
+
+def _calls(*messages: Message) -> bool:
+    """Whether one of them calls something, or has thoughts: what belongs together then is for its author to know."""
+    return any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content"))
 
 
 def _taken(render: Render, form: Form, role: str) -> Form | None:

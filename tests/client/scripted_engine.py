@@ -172,6 +172,9 @@ class Engine:
         answers = json.loads(Path(os.environ["SCRIPTED_ANSWERS"]).read_text())
         answer = answers[self.asked % len(answers)]
         self.asked += 1
+        if "result" in self.script.words:  # a conversation has the last answer as soon as a tool has been heard
+            heard = int(self.script.number("result", 0)) in request.tokens
+            answer = answers[-1 if heard else 0]
         most, step = request.params.max_tokens, int(self.script.number("step", 1))
         tokens = answer[:most]
         report = PrefixReport(min(3, len(request.tokens) - 1))

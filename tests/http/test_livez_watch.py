@@ -25,11 +25,12 @@ import pytest
 import worst_bodies
 from plain_http import port_of
 from starlette.routing import Route
-from worst_bodies import CHAT, CLAUDE, COMBINED, CONTEXT, COUNT, EXPLAIN, PLAIN, RAW, WORST, worst
+from worst_bodies import CHAT, CLAUDE, COMBINED, CONTEXT, COUNT, EXPLAIN, INPUT, PLAIN, RAW, RESPONSES, WORST, worst
 
 from millpond.http.anthropic.schemas import MessagesRequest
 from millpond.http.app import ROUTES
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest
+from millpond.http.responses.schemas import ResponsesRequest
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer
@@ -57,6 +58,8 @@ QUICK = {
     EXPLAIN: ("prompt[4]", "messages[4]"),
     CLAUDE: ("messages[2]", "tools[1]"),
     COUNT: ("messages[7]",),
+    RESPONSES: ("input[3]", "tools[0]"),
+    INPUT: ("input[2]",),
 }
 """One of each kind."""
 
@@ -156,8 +159,9 @@ def test_every_field_has_its_worst() -> None:
     assert set(CompletionRequest.model_fields) <= set(WORST[PLAIN])
     posted = {route.path for route in ROUTES if isinstance(route, Route) and "POST" in (route.methods or ())}
     assert set(MessagesRequest.model_fields) <= set(WORST[CLAUDE])
-    assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT}
-    assert all(len(body) <= worst_bodies.BYTES + 1000 for path in (CHAT, PLAIN, CLAUDE) for name, body in worst(path))
+    assert set(ResponsesRequest.model_fields) <= set(WORST[RESPONSES])
+    assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT, RESPONSES, INPUT}
+    assert all(len(body) <= worst_bodies.BYTES + 1000 for path in WORST for name, body in worst(path))
 
 
 @pytest.mark.parametrize("path", list(QUICK))

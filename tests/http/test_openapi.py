@@ -232,7 +232,14 @@ def fit(body: object, stream: bool) -> None:
     body |= {name: whole(value) for name, value in body.items()}
     for limit in ("max_tokens", "max_completion_tokens"):
         body.pop(limit, None)
-    body["max_tokens"] = 3
+    body["max_tokens"] = body["max_output_tokens"] = 3
+    for refused in ("previous_response_id", "background", "conversation", "truncation", "top_logprobs"):
+        if "input" in body:
+            body.pop(refused, None)
+    if "input" in body:
+        body.pop("tools", None)
+        body.pop("tool_choice", None)
+        body.pop("text", None)
     body["logit_bias"] = {str(int(token) % 800): bias for token, bias in (body.get("logit_bias") or {}).items()}
     body["model"] = "test-model" if body.get("model") else ""
     body["stream"] = stream or body.get("stream_options") is not None

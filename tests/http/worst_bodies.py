@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 CHAT, PLAIN, EXPLAIN = "/v1/chat/completions", "/v1/completions", "/v1/cache/explain"
 CLAUDE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+RESPONSES, INPUT = "/v1/responses", "/v1/responses/input_tokens"
 BYTES = 8 * 1024 * 1024 - 1000
 VALUES = 299_000
 CONTEXT = 131_072
@@ -206,6 +207,35 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         "stop_sequences": (text("a"), many('"' + "a" * 1000 + '"', 16), LISTS),
         "no_such_field": (LISTS, OBJECTS),
     },
+    RESPONSES: {
+        "input": (
+            TEXT,
+            many(SMALL, VALUES // 5),
+            many('{"role":"user","content":"a"}', VALUES // 5),
+            many('{"type":"reasoning","summary":[{"text":"a"}]}', VALUES // 6),
+            many('{"type":"function_call","call_id":"a","name":"f","arguments":"{}"}', VALUES // 6),
+            inside('[{"role":"user","content":', many('{"type":"input_text","text":""}', VALUES // 5), "}]"),
+            inside('[{"type":"reasoning","encrypted_content":', TEXT, "}]"),
+            inside('[{"type":"function_call_output","call_id":"a","output":', TEXT, "}]"),
+            LISTS,
+        ),
+        "instructions": (TEXT, LISTS),
+        "tools": (
+            inside('[{"type":"namespace","name":"n","tools":', many('{"type":"function","name":"f"}', 1000), "}]"),
+            inside('[{"type":"function","name":"f","parameters":', PAIRS, "}]"),
+            inside('[{"type":"function","name":"f","description":', TEXT, "}]"),
+            LISTS,
+            TEXT,
+        ),
+        "tool_choice": (inside('{"type":"allowed_tools","mode":"auto","tools":', LISTS, "}"), *ANYTHING),
+        "text": (inside('{"format":{"type":"json_schema","schema":', PAIRS, "}}"), PAIRS, TEXT),
+        "metadata": (PAIRS, TEXT),
+        "include": (LISTS, many('"a"', VALUES // 2)),
+        "max_tokens": (LISTS,),
+        **dict.fromkeys(("max_output_tokens", "temperature", "top_p", "stream", "model", "user"), ANYTHING),
+        **dict.fromkeys(("parallel_tool_calls", "reasoning", "store", "previous_response_id"), ANYTHING),
+        "no_such_field": (LISTS, OBJECTS),
+    },
 }
 """Endpoint → field → values."""
 
@@ -256,6 +286,8 @@ RAW: Mapping[str, bytes] = {
 def body(endpoint: str, field: str, value: Json) -> bytes:
     """A whole body that is good but for this field."""
     needed = {"messages": HELLO} if endpoint in (CHAT, CLAUDE, COUNT) else {"prompt": '"hi"'}
+    if endpoint in (RESPONSES, INPUT):
+        needed = {"input": '"hi"', "max_output_tokens": "2"}
     fields = {"max_tokens": "2", **needed, field: value()}
     if field == "max_completion_tokens":
         del fields["max_tokens"]
@@ -268,7 +300,7 @@ def body(endpoint: str, field: str, value: Json) -> bytes:
 
 def worst(endpoint: str) -> Iterator[tuple[str, bytes]]:
     """Each of an endpoint's worst bodies, with a name."""
-    for field, values in WORST[{EXPLAIN: PLAIN, COUNT: CLAUDE}.get(endpoint, endpoint)].items():
+    for field, values in WORST[{EXPLAIN: PLAIN, COUNT: CLAUDE, INPUT: RESPONSES}.get(endpoint, endpoint)].items():
         for number, value in enumerate(values):
             yield f"{field}[{number}]", body(endpoint, field, value)
     if endpoint == EXPLAIN:

@@ -15,6 +15,8 @@ from millpond.types import Grammar
 
 END = "<|end of answer|>"
 WORDS = ("arguments", "parameter", "name", "write", "tool", "call", '": "', '", "', "</", ">\n", "functions", "true")
+LONG = 300
+"""Tokens after which an answer ends where it may."""
 CLOSING = frozenset("\"}]),>\n'")
 """Characters that are preferred, so that answers end."""
 
@@ -67,7 +69,7 @@ class WalkVocabulary:
         ways_out = [self.ids(text) for text in self.ways_out]
         while not state.complete:
             allowed = ids_of(state.allowed(), self.vocabulary.size)
-            if self.end in allowed and not state.endless and chosen.random() < 0.5:
+            if self.end in allowed and not state.endless and (chosen.random() < 0.5 or len(answer) > LONG):
                 return answer
             allowed.discard(self.end)
             if state.endless:  # a thought that never ends tells nothing

@@ -121,13 +121,13 @@ def test_system_messages_stay_apart_where_each_is_shown() -> None:
     ]  # fmt: skip
 
 
-def test_a_late_system_message_is_an_error_where_it_is_not_shown() -> None:
-    messages = chat("system: A", "user: Hi", "system: B", "user: Hi")
-    with pytest.raises(TemplateError, match="role system") as caught:
-        template(FIRST_SYSTEM).render(messages)
-    assert caught.value.index == 2
-    with pytest.raises(TemplateError, match=r"System message must be at the beginning\."):
-        template(STRICT_SYSTEM).render(messages)
+@pytest.mark.parametrize("source", [FIRST_SYSTEM, STRICT_SYSTEM])
+def test_a_late_system_message_is_a_users_where_it_is_not_shown(source: str) -> None:
+    """(M7) In its place, so that what stands before it stays as it was."""
+    before = template(source).render(chat("system: A", "user: Hi"), generation_prompt=False)
+    text = template(source).render(chat("system: A", "user: Hi", "assistant: Ho", "system: B", "user: Hey"))
+    assert text.startswith(before)
+    assert "<system-reminder>\nB\n</system-reminder>\n\nHey" in text
 
 
 @pytest.mark.parametrize(

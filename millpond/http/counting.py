@@ -1,0 +1,36 @@
+"""How many tokens the prompt of a request has, which is made as for an answer; whichever API asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from millpond.http.front_end import front_end_of
+from millpond.http.prompts import read_prompts
+from millpond.http.reading import admit, read_request
+from millpond.http.rendering import Parsed
+from millpond.http.sse import WatchedResponse, send_parts
+
+ANY_LENGTH = 1 << 40
+
+
+async def count(
+    http: Request, read: Callable[[Mapping[str, object]], Parsed], shown: Callable[[int], Mapping[str, object]]
+) -> Response:
+    """The answer to such a question, for a prompt of any length. Raises ApiError."""
+    front = front_end_of(http)
+    parsed, model = await read_request(http, front, read)
+    asked = parsed.asked
+
+    async def work(send: Send) -> None:
+        tokenizer, info, client = admit(http, model, asked)
+        known = msgspec.structs.replace(info, context_length=ANY_LENGTH)
+        with front.permit(model, 1, client):
+            prompts = await front.in_text_thread(lambda: read_prompts(asked, tokenizer, known))
+        await send_parts(send, [msgspec.json.encode(shown(len(prompts[0].tokens)))])
+
+    return WatchedResponse(work)

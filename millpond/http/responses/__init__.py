@@ -1,0 +1,1 @@
+"""OpenAI's Responses, as Codex and the agents' kits speak it."""

@@ -1,0 +1,137 @@
+"""The programs of three coding agents, as their makers publish them, fetched once from the package registry.
+
+Each package has one whole program for Linux on x86; nothing else is installed, and nothing is run to install it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from millpond.hub.cache import cache_root
+
+PACKAGES = {
+    "claude": ("@anthropic-ai/claude-code-linux-x64", "2.1.332", "package/claude"),
+    "codex": ("@openai/codex", "0.171.0-linux-x64", "package/vendor/x86_64-unknown-linux-musl/bin/codex"),
+    "opencode": ("opencode-linux-x64", "1.18.33", "package/bin/opencode"),
+}
+SECONDS = 120
+
+
+def missing() -> str:
+    """Why none of them can be had here; empty where they can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "the agents' programs are fetched for Linux on x86-64 only"
+    return "" if shutil.which("npm") else "npm, with which the agents' programs are fetched, is not installed"
+
+
+@cache
+def program(agent: str) -> Path:
+    """Its program; fetched the first time."""
+    package, version, inner = PACKAGES[agent]
+    folder = cache_root() / "agents" / f"{agent}-{version}"
+    found = folder / inner
+    if not found.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", "--silent", f"{package}@{version}"]
+        packed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
+        archive = folder / packed.stdout.split()[-1]
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        archive.unlink()
+    found.chmod(0o755)
+    return found
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What an agent did."""
+
+    status: int
+    output: str
+    folder: Path
+    """Where it worked."""
+
+
+def run(agent: str, arguments: Sequence[str], home: Path, environment: Mapping[str, str]) -> Ran:
+    """Run it in a folder of its own, with nothing of this process's environment and no way out of the machine."""
+    work = home / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    own = {
+        "HOME": str(home),
+        "PATH": os.environ["PATH"],
+        "LANG": "C.UTF-8",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+        **nowhere,
+        **environment,
+    }
+    done = subprocess.run(
+        [str(program(agent)), *arguments],
+        cwd=work,
+        env=own,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, work)
+
+
+def claude(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
+    environment = {
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_API_KEY": "x",
+        "ANTHROPIC_MODEL": model,
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        **more,
+    }
+    return run("claude", ["-p", prompt, "--allowedTools", "Bash", "--output-format", "json"], home, environment)
+
+
+def codex(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
+    settings = home / ".codex" / "config.toml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(
+        f'model = "{model}"\nmodel_provider = "millpond"\n[model_providers.millpond]\nname = "Millpond"\n'
+        f'base_url = "{url}/v1"\nenv_key = "MILLPOND_KEY"\nwire_api = "responses"\n'
+    )
+    arguments = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", prompt]
+    return run("codex", arguments, home, {"MILLPOND_KEY": "x", **more})
+
+
+def opencode(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
+    settings = home / ".config" / "opencode" / "opencode.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "options": {"baseURL": f"{url}/v1", "apiKey": "x"},
+        "models": {model: {"limit": {"context": 100_000, "output": 4096}}},
+    }
+    settings.write_text(
+        json.dumps(
+            {
+                "provider": {"millpond": provider},
+                "model": f"millpond/{model}",
+                "small_model": f"millpond/{model}",
+                "permission": {"bash": "allow"},
+                "autoupdate": False,
+                "share": "disabled",
+            }
+        )
+    )
+    return run("opencode", ["run", prompt], home, {"OPENCODE_DISABLE_MODELS_FETCH": "1", **more})
+
+
+AGENTS = {"claude": claude, "codex": codex, "opencode": opencode}
