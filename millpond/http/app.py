@@ -29,6 +29,7 @@ from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
 from millpond.http.respond import endpoint
 from millpond.http.responses.rendering import RESPONSES, input_tokens
+from millpond.http.tokens import detokenize, tokenize, tokenizer_info
 
 RENDERINGS = {
     "/v1/chat/completions": CHAT,
@@ -45,6 +46,9 @@ ROUTES = [
     Route(COUNTING, count_tokens, methods=["POST"]),
     Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
     Route("/api/hello", hello),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/tokenizer_info", tokenizer_info),
     Route("/v1/cache/explain", explain, methods=["POST"]),
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", get_model),

@@ -41,6 +41,7 @@ from millpond.http.openapi_answers import (
     headers,
     listed,
     nullable,
+    record,
     ref,
 )
 from millpond.http.openapi_anthropic import ANTHROPIC_SCHEMAS
@@ -218,6 +219,11 @@ class Operation:
 _ANSWERING = (404, 408, 429, 503, 504)
 _PREFIX = headers(x_millpond_prefix_cache="PrefixCache", x_millpond_ignored="Ignored")
 
+_TOKENIZED: Mapping[str, Schema] = {"prompt": STRING, "content": STRING, "messages": READ_BY_HAND["messages"]}
+_TOKENIZING: dict[str, Schema] = dict.fromkeys(
+    ("add_special_tokens", "parse_special", "return_token_strs"), nullable({"type": "boolean"})
+)
+
 OPERATIONS: Mapping[str, Operation] = {
     "/v1/chat/completions": Operation(
         "createChatCompletion",
@@ -270,6 +276,19 @@ OPERATIONS: Mapping[str, Operation] = {
         {200: ref("InputTokens")},
         _ANSWERING,
         ref("ResponsesRequest"),
+    ),
+    "/tokenize": Operation(
+        "tokenize",
+        "The tokens of a text, or of the prompt that a chat would have.",
+        {200: ref("Tokens")},
+        (404, 408, 503),
+        {"anyOf": [record({name: kind, **_TOKENIZING}, *_TOKENIZING) for name, kind in _TOKENIZED.items()]},
+    ),
+    "/detokenize": Operation(
+        "detokenize", "The text of tokens.", {200: ref("TokensText")}, (404, 408, 503), ref("DetokenizeRequest")
+    ),
+    "/tokenizer_info": Operation(
+        "getTokenizer", "What the model's folder says of its tokenizer.", {200: {"type": "object"}}, (503,)
     ),
     "/api/hello": Operation("getHello", "Whether there is anybody, as Claude Code asks it.", {200: {"type": "object"}}),
     "/v1/cache/explain": Operation(

@@ -169,6 +169,11 @@ SCHEMAS: dict[str, Schema] = {
             ),
         }
     ),
+    "DetokenizeRequest": record({"tokens": listed(COUNT)}, more=True),
+    "Tokens": record(
+        {"count": COUNT, "max_model_len": COUNT, "tokens": listed(COUNT), "token_strs": nullable(listed(STRING))}
+    ),
+    "TokensText": record({"prompt": STRING, "content": STRING}),
     "Model": record(
         {
             "id": STRING,

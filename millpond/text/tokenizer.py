@@ -55,6 +55,7 @@ class Tokenizer:
         """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
         self._backend = backend
         self._decoding = decoding_of(backend)
+        self._special_tokens = dict(settings.special_tokens)
         source = find_template(folder)
         self._template = None if source is None else ChatTemplate(source, settings.special_tokens)
         controls = control_tokens(backend, source or "")
@@ -92,6 +93,11 @@ class Tokenizer:
     def to_json(self) -> str:
         """As tokenizer.json has it."""
         return str(self._backend.to_str())
+
+    def described(self) -> dict[str, object]:
+        """What the model's folder says of it: names of special tokens with what they spell, and the chat template."""
+        template = None if self._template is None else self._template.source
+        return {**self._special_tokens, "chat_template": template, "vocab_size": self.vocab_size}
 
     @property
     def has_chat_template(self) -> bool:

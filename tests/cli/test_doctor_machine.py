@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from doctor_report import doctor
 from mlx.utils import tree_flatten
+from tool_tokenizer import write_tool_tokenizer
 
 from millpond.cli.doctor import machine, model
 from millpond.cli.doctor.finding import Finding, ok
@@ -139,6 +140,32 @@ def test_how_tokens_are_guessed_ahead() -> None:
     assert "its state cannot be taken back" in without.text
     assert "--spec off" in without.remedy
     assert found([], "off", "its state cannot be taken back").state == "ok"
+
+
+def test_how_answers_are_read(tmp_path: Path) -> None:
+    """What of calls and thoughts a model's own files tell, and whether answers can be made to have a form."""
+    info = ModelInfo(
+        context_length=512,
+        vocab_size=1000,
+        lane="slots",
+        lane_reason="",
+        cache_kinds=["kv"],
+        dtype="float32",
+        device="cpu",
+        blas="",
+        kv_bytes_per_token=64,
+        max_batch=8,
+        fingerprint="",
+    )
+    folder = write_tool_tokenizer(tmp_path / "tools")
+    found = model._writing(folder, info)
+    assert found == ok(
+        "answers", "calls as hermes writes them; thoughts between <think> and </think>; forms and forced calls"
+    )
+    without = model._writing(folder, msgspec.structs.replace(info, grammars="no token ends an answer"))
+    assert without.state == "warn"
+    assert "no forms and forced calls: no token ends an answer" in without.text
+    assert model._writing(tmp_path, info).state == "warn"
 
 
 def test_a_draft_model_that_is_not_there(tmp_path: Path) -> None:

@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from agents import AGENTS, missing
+from middleman import between
+from tool_model import tool_model
 from tool_tokenizer import write_tool_tokenizer
 
 from millpond.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from conftest import Launch
+    from collections.abc import Iterator
+
+    from conftest import Launch, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -58,3 +63,56 @@ def test_a_tool_is_run_and_its_result_heard(
         assert not [line for line in server.lines if " error " in line or "Traceback" in line]
         refused = [line for line in server.lines if "status=4" in line or "status=5" in line]
         assert not refused, refused
+
+
+ARGUMENTS = {"claude": ("Bash", "command"), "codex": ("exec_command", "cmd"), "opencode": ("bash", "command")}
+
+
+@pytest.fixture(scope="module")
+def real(smollm2_folder: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model, with a template that has tools."""
+    folder = tool_model(smollm2_folder, tmp_path_factory.mktemp("models") / "tools")
+    arguments = ["serve", str(folder), "--port", "0", "--model-name", "demo"]
+    with launch([sys.executable, "-m", "millpond.cli.main", *arguments]) as server:
+        yield server
+
+
+def told(server: Server, agent: str) -> list[dict[str, int]]:
+    """Counts of the requests with tools that the agent has made so far, in their order."""
+    found = []
+    for line in server.lines:
+        if f"path={PATHS[agent]} " in line and "prompt_tokens=" in line:
+            words = dict(word.partition("=")[::2] for word in line.split())
+            found.append({name: int(words[name]) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")})
+    return found
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("agent", AGENTS)
+def test_a_real_model_calls_and_is_asked_again_about_what_is_cached(agent: str, tmp_path: Path, real: Server) -> None:
+    """Whatever its weights, a call that must be made is one; and the second turn finds the first one's prompt."""
+    tool, argument = ARGUMENTS[agent]
+    with between(real.url, tool, argument, COMMAND) as middleman:
+        ran = AGENTS[agent](middleman.url, "demo", "Write a proof with a command.", tmp_path / "home", small=True)
+    assert ran.status == 0, ran.output[-3000:]
+    assert (ran.folder / "proof.txt").read_text() == "millpond-ok\n"
+    turns = [count for count in told(real, agent) if count["prompt_tokens"] > 600]
+    assert len(turns) >= 2, told(real, agent)
+    first, second = turns[:2]
+    assert second["cached_tokens"] >= first["prompt_tokens"] - 64, turns
+
+
+@pytest.mark.models
+def test_a_second_session_finds_the_first_ones_system_and_tools(tmp_path: Path, real: Server) -> None:
+    """(M7) Claude Code begins each with a line that is another one every time."""
+    tool, argument = ARGUMENTS["claude"]
+    for asked in ("Say what a pond is.", "Write a proof, please, with some command or other."):
+        before = len(told(real, "claude"))
+        with between(real.url, tool, argument, COMMAND) as middleman:
+            AGENTS["claude"](middleman.url, "demo", asked, tmp_path / "home", small=True)
+    bodies = [body for body in middleman.bodies if body.get("tools")]
+    assert "x-anthropic-billing-header" in json.dumps(bodies[0]["system"])
+    alone = {**bodies[0], "messages": [{"role": "user", "content": "x"}]}
+    shared = httpx.post(f"{real.url}/v1/messages/count_tokens", json=alone).json()["input_tokens"]
+    first = next(count for count in told(real, "claude")[before:] if count["prompt_tokens"] > shared)
+    assert first["cached_tokens"] >= 0.95 * shared, (first, shared)

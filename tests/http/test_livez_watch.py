@@ -25,12 +25,28 @@ import pytest
 import worst_bodies
 from plain_http import port_of
 from starlette.routing import Route
-from worst_bodies import CHAT, CLAUDE, COMBINED, CONTEXT, COUNT, EXPLAIN, INPUT, PLAIN, RAW, RESPONSES, WORST, worst
+from worst_bodies import (
+    CHAT,
+    CLAUDE,
+    COMBINED,
+    CONTEXT,
+    COUNT,
+    DETOKENIZE,
+    EXPLAIN,
+    INPUT,
+    PLAIN,
+    RAW,
+    RESPONSES,
+    TOKENIZE,
+    WORST,
+    worst,
+)
 
 from millpond.http.anthropic.schemas import MessagesRequest
 from millpond.http.app import ROUTES
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest
 from millpond.http.responses.schemas import ResponsesRequest
+from millpond.http.tokens import DetokenizeRequest, TokenizeRequest
 
 if TYPE_CHECKING:
     from conftest import Server, StartServer
@@ -60,6 +76,8 @@ QUICK = {
     COUNT: ("messages[7]",),
     RESPONSES: ("input[3]", "tools[0]"),
     INPUT: ("input[2]",),
+    TOKENIZE: ("prompt[1]",),
+    DETOKENIZE: ("tokens[0]",),
 }
 """One of each kind."""
 
@@ -160,7 +178,9 @@ def test_every_field_has_its_worst() -> None:
     posted = {route.path for route in ROUTES if isinstance(route, Route) and "POST" in (route.methods or ())}
     assert set(MessagesRequest.model_fields) <= set(WORST[CLAUDE])
     assert set(ResponsesRequest.model_fields) <= set(WORST[RESPONSES])
-    assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT, RESPONSES, INPUT}
+    assert set(TokenizeRequest.model_fields) <= set(WORST[TOKENIZE])
+    assert set(DetokenizeRequest.model_fields) <= set(WORST[DETOKENIZE])
+    assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT, RESPONSES, INPUT, TOKENIZE, DETOKENIZE}
     assert all(len(body) <= worst_bodies.BYTES + 1000 for path in WORST for name, body in worst(path))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 CHAT, PLAIN, EXPLAIN = "/v1/chat/completions", "/v1/completions", "/v1/cache/explain"
 CLAUDE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 RESPONSES, INPUT = "/v1/responses", "/v1/responses/input_tokens"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 BYTES = 8 * 1024 * 1024 - 1000
 VALUES = 299_000
 CONTEXT = 131_072
@@ -236,6 +237,13 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         **dict.fromkeys(("parallel_tool_calls", "reasoning", "store", "previous_response_id"), ANYTHING),
         "no_such_field": (LISTS, OBJECTS),
     },
+    TOKENIZE: {
+        "prompt": (TEXT, text("a b ", 1_000_000), text("\\u4e2d\\n", 6_000_000), LISTS),
+        "content": (LISTS,),
+        "messages": (LISTS,),
+        **dict.fromkeys(("model", "add_special_tokens", "parse_special", "return_token_strs"), ANYTHING),
+    },
+    DETOKENIZE: {"tokens": (many("5", VALUES), many("[]", VALUES // 2), TEXT), "model": ANYTHING},
 }
 """Endpoint → field → values."""
 
@@ -286,6 +294,8 @@ RAW: Mapping[str, bytes] = {
 def body(endpoint: str, field: str, value: Json) -> bytes:
     """A whole body that is good but for this field."""
     needed = {"messages": HELLO} if endpoint in (CHAT, CLAUDE, COUNT) else {"prompt": '"hi"'}
+    if endpoint == DETOKENIZE:
+        needed = {"tokens": "[5]"}
     if endpoint in (RESPONSES, INPUT):
         needed = {"input": '"hi"', "max_output_tokens": "2"}
     fields = {"max_tokens": "2", **needed, field: value()}

@@ -24,6 +24,7 @@ PACKAGES = {
     "opencode": ("opencode-linux-x64", "1.18.33", "package/bin/opencode"),
 }
 SECONDS = 120
+TOOLS = {"*": False, "bash": True}
 
 
 def missing() -> str:
@@ -89,18 +90,19 @@ def run(agent: str, arguments: Sequence[str], home: Path, environment: Mapping[s
     return Ran(done.returncode, done.stdout, work)
 
 
-def claude(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
+def claude(url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
+    """``small``: with few tools and a short system prompt."""
     environment = {
         "ANTHROPIC_BASE_URL": url,
         "ANTHROPIC_API_KEY": "x",
         "ANTHROPIC_MODEL": model,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        **more,
+        **({"CLAUDE_CODE_SIMPLE": "1"} if small else {}),
     }
     return run("claude", ["-p", prompt, "--allowedTools", "Bash", "--output-format", "json"], home, environment)
 
 
-def codex(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
+def codex(url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
     settings = home / ".codex" / "config.toml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(
@@ -108,10 +110,22 @@ def codex(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
         f'base_url = "{url}/v1"\nenv_key = "MILLPOND_KEY"\nwire_api = "responses"\n'
     )
     arguments = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", prompt]
-    return run("codex", arguments, home, {"MILLPOND_KEY": "x", **more})
+    if small:
+        instructions = home / "instructions.md"
+        instructions.write_text("You run commands.")
+        settings_of = (
+            f"model_instructions_file={instructions}",
+            "features.multi_agent=false",
+            "features.goals=false",
+            "web_search=disabled",
+            "include_permissions_instructions=false",
+            "include_environment_context=false",
+        )
+        arguments[1:1] = [part for setting in settings_of for part in ("-c", setting)]
+    return run("codex", arguments, home, {"MILLPOND_KEY": "x"})
 
 
-def opencode(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
+def opencode(url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
     settings = home / ".config" / "opencode" / "opencode.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
     provider = {
@@ -128,10 +142,14 @@ def opencode(url: str, model: str, prompt: str, home: Path, **more: str) -> Ran:
                 "permission": {"bash": "allow"},
                 "autoupdate": False,
                 "share": "disabled",
+                "agent": {
+                    "mini": {"mode": "primary", "prompt": "You run commands.", "tools": {"*": False, "bash": True}}
+                },
             }
         )
     )
-    return run("opencode", ["run", prompt], home, {"OPENCODE_DISABLE_MODELS_FETCH": "1", **more})
+    arguments = ["run", *(["--agent", "mini"] if small else []), prompt]
+    return run("opencode", arguments, home, {"OPENCODE_DISABLE_MODELS_FETCH": "1"})
 
 
 AGENTS = {"claude": claude, "codex": codex, "opencode": opencode}

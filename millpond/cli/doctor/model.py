@@ -21,6 +21,7 @@ from millpond.hub.source import ResolvedModel, resolve
 from millpond.hub.weight_sizes import weight_sizes
 from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import fitting_kv, held_in_float32
+from millpond.text.tokenizer import Tokenizer, TokenizerError
 from millpond.types import ModelInfo
 
 REMARKED = "nothing, if the answers are what they should be; else remove what is named, or take another model"
@@ -68,6 +69,7 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
             "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
         )
     yield _speculation(info, config)
+    yield _writing(source.path, info)
 
 
 def cannot_be_loaded(source: ResolvedModel, draft: Path | None, probed: Probe) -> Finding | None:
@@ -100,6 +102,21 @@ def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:
     if config.spec == "off":
         return ok("guessing", text)
     return warn("guessing", text, "--spec off, or take another model if it matters")
+
+
+def _writing(folder: Path, info: ModelInfo) -> Finding:
+    """How its answers are read: calls of tools, thoughts, and whether they can be made to have a form."""
+    try:
+        dialect = Tokenizer.load(folder).dialect
+    except TokenizerError as error:
+        return warn("answers", f"its tokenizer cannot be read: {error}", "take another model")
+    calls = f"calls as {dialect.name} writes them" if dialect.calls_tools else "no tools in its chat template"
+    channels = "thoughts in a channel of their own" if dialect.messages else "no thoughts"
+    thoughts = f"thoughts between {' and '.join(dialect.thoughts)}" if dialect.thoughts else channels
+    told = f"{calls}; {thoughts}"
+    if info.grammars:
+        return warn("answers", f"{told}; no forms and forced calls: {info.grammars}", "another model, if it matters")
+    return ok("answers", f"{told}; forms and forced calls")
 
 
 def _room(info: ModelInfo, free: int | None) -> Finding:

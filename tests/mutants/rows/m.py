@@ -6,6 +6,20 @@ from mutants import Break
 
 BREAKS = [
     Break(
+        name="M1-blocks-run-together",
+        file="millpond/http/anthropic/blocks.py",
+        old='BETWEEN = "\\n"\n',
+        new='BETWEEN = ""\n',
+        by=("test_a_conversation_has_the_prompt_that_chats_have",),
+    ),
+    Break(
+        name="M1-billed-prompts-differ",
+        file="millpond/http/anthropic/blocks.py",
+        old="        del texts[0]\n",
+        new="        texts = texts[:]\n",
+        by=("test_the_same_in_other_words_is_the_same_prompt",),
+    ),
+    Break(
         name="M2-white-space-twice",
         file="millpond/dialects/speech.py",
         old='            yield self._piece(self._space, end)\n        self._space = ""\n',
@@ -130,6 +144,13 @@ BREAKS = [
         old="            case CallBegun():\n                yield from self._closed()\n",
         new='            case CallBegun():\n                yield from self._opened("text", {"type": "text"})\n',
         by=("test_nothing_empty_is_opened",),
+    ),
+    Break(
+        name="M10-items-are-not-ended",
+        file="millpond/http/responses/writer.py",
+        old='        yield self._event("response.output_item.done", output_index=len(self._output), item=done)\n',
+        new="",
+        by=("test_a_tool_is_run_and_its_result_heard",),
     ),
     Break(
         name="M11-a-dead-end-is-a-failure",
