@@ -297,7 +297,7 @@ def examine(start_server: StartServer, good: int, bad: int) -> Examination:
 
 
 def test_the_server_keeps_to_it(start_server: StartServer) -> None:
-    assert examine(start_server, good=40, bad=12).cases >= 1000
+    assert examine(start_server, good=16, bad=8).cases >= 1000
 
 
 @pytest.mark.slow
