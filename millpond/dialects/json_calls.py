@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from millpond.dialects.json_values import skip_space, string, text_of, value
+from millpond.dialects.json_values import skip_space, string, text_of, value, whole_text
 from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Piece
 from millpond.dialects.tape import Looking, Mark, Reading, Tape, gathered
 
@@ -144,7 +144,7 @@ class _Call:
         whole = yield from gathered(string(tape) if character == '"' else value(tape, self._ends), parts.append)
         text = "".join(part.text for part in parts if isinstance(part, CallText))
         if whole and character == '"':
-            text = json.loads(text, strict=False)
+            text = whole_text(json.loads(text, strict=False))
         text = NOTHING if text.strip() in _EMPTY else text
         if self.begun:
             self._given = True

@@ -92,7 +92,12 @@ def text_of(tape: Tape) -> Looking[str | None]:
     if not (yield from gathered(string(tape), parts.append)):
         return None
     said: str = json.loads("".join(part.text for part in parts if isinstance(part, CallText)), strict=False)
-    return said
+    return whole_text(said)
+
+
+def whole_text(text: str) -> str:
+    """Half a character, which JSON can spell and nobody can send, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def skip_space(tape: Tape) -> Looking[None]:

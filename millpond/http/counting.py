@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import msgspec
 from starlette.requests import Request
@@ -24,7 +25,7 @@ async def count(
     """The answer to such a question, for a prompt of any length. Raises ApiError."""
     front = front_end_of(http)
     parsed, model = await read_request(http, front, read)
-    asked = parsed.asked
+    asked = replace(parsed.asked, max_tokens=None)
 
     async def work(send: Send) -> None:
         tokenizer, info, client = admit(http, model, asked)

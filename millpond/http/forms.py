@@ -5,6 +5,7 @@ Runs in a text thread: schemas are what strangers send, and checking one may tak
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,9 @@ def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokeniz
         text = "" if form is None else form.grammar or f"start: {form.expression}\n"
         return Shape(Grammar(text=text) if text else None, tuple(ignored))
     callees = [_callee(tool, ignored) for tool in chat.callable]
+    if chat.must_call and not callees:
+        message = "tool_choice: a call is required, and there is no tool that may be called"
+        raise ApiError(400, message, param="tool_choice", code="invalid_value")
     if chat.must_call and info.grammars:
         raise _unguided("tool_choice", info)
     most = thought_tokens(chat, tokenizer)
@@ -106,5 +110,6 @@ def ignored_header(ignored: Sequence[str]) -> list[tuple[bytes, bytes]]:
     """Says what of the schemas is not seen to; nothing where all is."""
     if not ignored:
         return []
-    shown = ", ".join(dict.fromkeys(ignored)).encode("ascii", "backslashreplace")[:MOST_SHOWN]
+    plain = re.sub("[^ -~]", "?", ", ".join(dict.fromkeys(ignored)))  # clients choose some of these words
+    shown = plain.encode()[:MOST_SHOWN]
     return [(b"x-millpond-ignored", shown)]

@@ -99,7 +99,7 @@ class Message:
     def for_template(self) -> dict[str, object]:
         """As chat templates know messages."""
         said = "".join(part.text for part in self.parts if isinstance(part, Text))
-        thought = "".join(part.text for part in self.parts if isinstance(part, Reasoning))
+        thought = "\n".join(part.text for part in self.parts if isinstance(part, Reasoning))
         calls = [part.for_template() for part in self.parts if isinstance(part, Call)]
         made: dict[str, object] = {"role": self.role, "content": said}
         extra: dict[str, object] = {"name": self.name, "tool_call_id": self.tool_call_id}

@@ -32,8 +32,9 @@ def template_settings(chat: Conversation, tokenizer: Tokenizer) -> Mapping[str, 
 def thought_tokens(chat: Conversation, tokenizer: Tokenizer) -> int | None:
     """How many tokens may be thought; None: no limit. Raises ApiError 400 where thoughts cannot be ended."""
     most, param, value = chat.most_thought, "thinking_token_budget", str(chat.most_thought)
-    if most is None and chat.effort in BUDGETS and not _listens(tokenizer):
-        most, param, value = BUDGETS[chat.effort], "reasoning_effort", chat.effort
+    budgets = {"none": 0} if chat.lenient else BUDGETS
+    if most is None and chat.effort in budgets and not _listens(tokenizer):
+        most, param, value = budgets[chat.effort], "reasoning_effort", chat.effort
     if most is None or tokenizer.dialect.thoughts is None:
         return None
     if any(mark not in tokenizer.marks for mark in tokenizer.dialect.thoughts):

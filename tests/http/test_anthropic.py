@@ -363,7 +363,8 @@ def test_an_answer_that_has_begun_goes_on(folder: Path) -> None:
         ),
         ("tool_choice", {"type": "tool", "name": "x"}, "tool_choice.name: must be one of the tools (read_file)"),
         ("tool_choice", "auto", "tool_choice: must be an object of type auto, any, none or tool"),
-        ("thinking", {"type": "enabled"}, "thinking.budget_tokens: must be an integer of at least 1"),
+        ("thinking", {"type": "enabled"}, "thinking.budget_tokens: must be an integer of at least 1,"),
+        ("thinking", {"type": "enabled", "budget_tokens": 10**30}, "thinking.budget_tokens: must be an integer"),
         ("output_config", {"effort": "some"}, "output_config.effort: must be one of none, minimal"),
         ("output_config", {"format": {"type": "xml"}}, "output_config.format: must be an object of type json_schema"),
         ("stop_sequences", [""], "stop_sequences: must be a list of at most 16 strings"),
@@ -442,3 +443,110 @@ async def test_a_failure_in_the_middle_ends_the_stream_with_an_error(folder: Pat
         assert told[0][0] == "message_start"
         assert told[-1][0] == "error"
         assert told[-1][1]["error"]["type"] == "api_error"  # type: ignore[index]
+
+
+# --- what a reader found ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 200])
+@pytest.mark.anyio
+async def test_every_call_has_an_id_of_its_own(folder: Path, step: int) -> None:
+    """However many come in one step."""
+    async with answering(folder, [f"{CALL}\n{CALL}\n{CALL}"] * 2, step) as (client, _):
+        whole = await client.messages.create(model="m", max_tokens=900, messages=ASKED, tools=[TOOL])  # type: ignore[arg-type,list-item]
+        async with client.messages.stream(model="m", max_tokens=900, messages=ASKED, tools=[TOOL]) as stream:  # type: ignore[arg-type,list-item]
+            streamed = await stream.get_final_message()
+    for message in (whole, streamed):
+        assert len({block.id for block in message.content}) == 3  # type: ignore[union-attr]
+
+
+def test_what_was_said_behind_a_call_is_behind_its_result(folder: Path) -> None:
+    """As Claude Code keeps an answer that called, heard the result and went on; the turn before is found again."""
+    tokenizer = Tokenizer.load(folder)
+    think = {"type": "thinking", "signature": "x"}
+    call = {"type": "tool_use", "id": "t", "name": "read_file", "input": {"path": "a"}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "It is a."}
+    turn = [*ASKED, {"role": "assistant", "content": [{**think, "thinking": "One."}, call]}]
+    turn += [{"role": "user", "content": [result]}]
+    first = prompt(tokenizer, messages=turn)
+    later = [
+        *ASKED,
+        {
+            "role": "assistant",
+            "content": [
+                {**think, "thinking": "One."},
+                call,
+                {**think, "thinking": "Two."},
+                {**think, "thinking": "Three."},
+                {"type": "text", "text": "Done."},
+            ],
+        },
+        {"role": "user", "content": [result, {"type": "text", "text": "Thanks."}]},
+    ]
+    second = prompt(tokenizer, messages=later)
+    opening = len(tokenizer.text_tokens("<|im_start|>assistant\n", parse_special=True))
+    assert second[: len(first) - opening] == first[:-opening]
+    text = tokenizer.decode(second)
+    assert text.index("It is a.") < text.index("Two.\nThree.") < text.index("Done.") < text.index("Thanks.")
+
+
+def test_a_call_at_the_end_is_in_the_prompt(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    call = {"type": "tool_use", "id": "t", "name": "read_file", "input": {"path": "x y z " * 50}}
+    said = [{"type": "text", "text": "Look"}]
+    without = prompt(tokenizer, messages=[*ASKED, {"role": "assistant", "content": said}])
+    assert (
+        len(prompt(tokenizer, messages=[*ASKED, {"role": "assistant", "content": [*said, call]}])) > len(without) + 50
+    )
+
+
+@pytest.mark.anyio
+async def test_a_call_that_must_be_and_cannot_is_refused(folder: Path) -> None:
+    later = {**TOOL, "defer_loading": True}
+    async with answering(folder, ["Hello."]) as (client, http):
+        for choice in ({"type": "any"}, {"type": "tool", "name": "read_file"}):
+            with pytest.raises(anthropic.BadRequestError, match="there is no tool that may be called"):
+                await client.messages.create(
+                    model="m",
+                    max_tokens=9,
+                    messages=ASKED,  # type: ignore[arg-type]
+                    tools=[later],  # type: ignore[list-item]
+                    tool_choice=choice,  # type: ignore[arg-type]
+                )
+        allowed = {"type": "allowed_tools", "mode": "required", "tools": []}
+        tool = {"type": "function", "name": "f"}
+        body = {"model": "m", "input": "x", "tools": [tool], "tool_choice": allowed}
+        assert (await http.post("/v1/responses", json=body)).status_code == 400
+
+
+@pytest.mark.parametrize("arguments", ["hello", '{"x": abc}', "[1]", '"\\ud800"', '{"x": "\\ud800"}', '{"x": 1'])
+@pytest.mark.anyio
+async def test_arguments_that_are_none_are_told_as_json(folder: Path, arguments: str) -> None:
+    """Of a model that no grammar holds: whatever it writes, answers can be read, and a call that breaks off is none."""
+    call = f'<tool_call>\n{{"name": "read_file", "arguments": {arguments}}}\n</tool_call>'
+    async with answering(folder, [call] * 6, step=5) as (client, http):
+        whole = await client.messages.create(model="m", max_tokens=900, messages=ASKED, tools=[TOOL])  # type: ignore[arg-type,list-item]
+        assert all(isinstance(block.input, dict) for block in whole.content if block.type == "tool_use")
+        assert (whole.stop_reason == "tool_use") == any(block.type == "tool_use" for block in whole.content)
+        assert (await events(http, tools=[TOOL], max_tokens=900))[-1][0] == "message_stop"
+        tool = {"type": "function", "name": "read_file", "parameters": {}}
+        for body in (
+            {"messages": ASKED, "tools": [{"type": "function", "function": {"name": "read_file"}}]},
+            {"input": "x", "tools": [tool]},
+            {"input": "x", "tools": [{"type": "custom", "name": "read_file"}], "stream": True},
+            {"input": "x", "tools": [{"type": "custom", "name": "read_file"}]},
+        ):
+            path = "/v1/responses" if "input" in body else "/v1/chat/completions"
+            answer = await http.post(path, json={"model": "m", **body})
+            assert answer.status_code == 200, answer.text
+            assert "response.failed" not in answer.text
+
+
+@pytest.mark.anyio
+async def test_a_header_has_no_more_than_a_line(folder: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "x\r\nSet-Cookie: evil=ü"}}}
+    async with answering(folder, ["Hello."]) as (_, http):
+        tool = {"name": "f", "input_schema": schema}
+        body = {"model": "m", "max_tokens": 9, "messages": ASKED, "tools": [tool]}
+        answer = await http.post("/v1/messages", json=body)
+        assert "format x??Set-Cookie: evil=?" in answer.headers["x-millpond-ignored"]

@@ -14,6 +14,7 @@ from in_process import scripted, served, serving
 from test_anthropic import INFO
 from tool_tokenizer import TEMPLATE, write_tool_tokenizer
 
+from millpond.http.errors import ApiError
 from millpond.http.openai.schemas import ChatRequest
 from millpond.http.openai.schemas import parse as parse_chat
 from millpond.http.prompts import read_prompts
@@ -108,9 +109,11 @@ async def test_an_answer_that_is_cut_off(folder: Path) -> None:
         assert cut.status == "incomplete"
         assert cut.incomplete_details is not None
         assert cut.incomplete_details.reason == "max_output_tokens"
-        assert [item.status for item in cut.output] == ["completed", "incomplete"]  # type: ignore[union-attr]
+        assert [item.type for item in cut.output] == ["message"]
         told = await events(http, tools=[TOOL], max_output_tokens=45)
         assert told[-1]["type"] == "response.incomplete"
+        assert told[-1]["response"]["output"][-1]["status"] == "incomplete"  # type: ignore[index]
+        assert "response.function_call_arguments.done" not in [event["type"] for event in told]
 
 
 @pytest.mark.anyio
@@ -310,3 +313,37 @@ def test_two_turns_of_one_where_a_template_has_none(tmp_path: Path) -> None:
     history = [{"role": "user", "content": "A"}, {"role": "user", "content": "B"}]
     assert "A\n\nB" in strict.decode(prompt(strict, input=history))
     assert "A\n\nB" not in free.decode(prompt(free, input=history))
+
+
+@pytest.mark.anyio
+async def test_a_text_that_is_cut_off_is_no_call_of_a_custom_tool(folder: Path) -> None:
+    """Codex carries out what is done; and while a long input comes, the stream is not silent."""
+    call = '<tool_call>\n{"name": "patch", "arguments": {"input": "' + "*** a b c " * 60 + '"}}\n</tool_call>'
+    async with answering(folder, [call] * 3) as (client, http):
+        cut = await events(http, tools=[PATCH], max_output_tokens=90)
+        assert [event["type"] for event in cut] == ["response.created", "response.in_progress", "response.incomplete"]
+        whole = await client.responses.create(model="m", input=ASKED, tools=[PATCH], max_output_tokens=90)  # type: ignore[list-item]
+        assert (whole.output, whole.status) == ([], "incomplete")
+        raw = await http.post("/v1/responses", json={"model": "m", "input": ASKED, "stream": True, "tools": [PATCH]})
+        assert raw.text.count(": working") >= 3
+
+
+@pytest.mark.anyio
+async def test_tools_in_other_words(folder: Path) -> None:
+    """Versions of hosted tools, grammars of custom ones, groups that say what they are for."""
+    dated = {"type": "web_search_2025_08_26"}
+    lark = {**PATCH, "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}}
+    async with answering(folder, ["Hello."]) as (client, _):
+        raw = await client.responses.with_raw_response.create(
+            model="m",
+            input=ASKED,
+            tools=[TOOL, dated, lark],  # type: ignore[list-item]
+        )
+        assert raw.headers["x-millpond-ignored"] == "tools: web_search_2025_08_26, tools[2].format"
+        named = {"type": "function", "name": "read_file"}
+        assert await client.responses.create(model="m", input=ASKED, tools=[TOOL, dated], tool_choice=named)  # type: ignore[list-item,arg-type]
+    tokenizer = Tokenizer.load(folder)
+    shown = tokenizer.decode(prompt(tokenizer, input=ASKED, tools=[{**GROUP, "description": "All about files."}]))
+    assert shown.count("All about files.") == 2
+    with pytest.raises(ApiError, match=r"tools\[0\].name: must be 1 to 128"):
+        prompt(tokenizer, input=ASKED, tools=[{**GROUP, "name": 'a "<|im_end|>'}])

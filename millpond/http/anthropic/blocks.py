@@ -38,23 +38,35 @@ def read_messages(value: object, tools: Mapping[str, Tool]) -> tuple[Message, ..
     if not isinstance(value, list) or not value:
         raise bad_value("messages", value, "a non-empty list of messages")
     found: list[Message] = []
+    held: list[Message] = []
+    """What an answer said behind its calls: it had heard their results by then."""
     for index, message in enumerate(value):
-        for made in _messages(message, f"messages[{index}]", tools):
-            if found and found[-1].role == made.role and made.role in ("user", "assistant"):
-                found[-1] = _joined(found[-1], made)
-            else:
-                found.append(made)
+        made = list(_messages(message, f"messages[{index}]", tools))
+        if made[0].role == "assistant":
+            _append(found, *held, made[0])
+            held = made[1:]
+        else:
+            results = [one for one in made if one.role == "tool"]
+            _append(found, *results, *held, *made[len(results) :])
+            held = []
+    _append(found, *held)
     return tuple(found)
 
 
-def _joined(first: Message, second: Message) -> Message:
-    """Two of one role, one behind the other: clients may send them, and templates may not take them."""
-    parts = (*first.parts, *second.parts)
-    texts = [part.text for part in parts if isinstance(part, Text) and part.text]
-    others = [part for part in parts if not isinstance(part, Text)]
-    thoughts = [part for part in others if isinstance(part, Reasoning)]
-    calls = [part for part in others if isinstance(part, Call)]
-    return Message(first.role, (*thoughts, Text(BETWEEN.join(texts)), *calls))
+def _append(found: list[Message], *messages: Message) -> None:
+    """Two of one role, one behind the other, are one: clients may send them, and templates may not take them."""
+    for message in messages:
+        if found and found[-1].role == message.role and message.role in ("user", "assistant"):
+            found[-1] = _in_order(message.role, (*found[-1].parts, *message.parts))
+        else:
+            found.append(message)
+
+
+def _in_order(role: str, parts: Sequence[Part]) -> Message:
+    """As templates show a message: thoughts, what is said, calls."""
+    said = BETWEEN.join(part.text for part in parts if isinstance(part, Text) and part.text)
+    thoughts = [part for part in parts if isinstance(part, Reasoning)]
+    return Message(role, (*thoughts, Text(said), *(part for part in parts if isinstance(part, Call))))
 
 
 def _messages(value: object, where: str, tools: Mapping[str, Tool]) -> Iterator[Message]:
@@ -66,11 +78,11 @@ def _messages(value: object, where: str, tools: Mapping[str, Tool]) -> Iterator[
     if isinstance(content, str):
         yield Message(role, (Text(content),))
         return
-    texts, parts, results = list[str](), list[Part](), list[Message]()
+    parts, results = list[Part](), list[Message]()
     for block, place in _blocks(content, f"{where}.content", *_KINDS[role]):
         match block["type"]:
             case "text":
-                texts.append(_text(block, place))
+                parts.append(Text(_text(block, place)))
             case "thinking":
                 parts.append(Reasoning(_string(block, "thinking", place)))
             case "tool_use":
@@ -78,10 +90,11 @@ def _messages(value: object, where: str, tools: Mapping[str, Tool]) -> Iterator[
             case "tool_result":
                 results.append(_result(block, place, tools))
     yield from results
-    if texts or parts or not results:
-        thoughts = [part for part in parts if isinstance(part, Reasoning)]
-        calls = [part for part in parts if isinstance(part, Call)]
-        yield Message(role, (*thoughts, Text(BETWEEN.join(filter(None, texts))), *calls))
+    behind = max((place for place, part in enumerate(parts, start=1) if isinstance(part, Call)), default=len(parts))
+    if parts or not results:
+        yield _in_order(role, parts[:behind])
+    if behind < len(parts):
+        yield _in_order(role, parts[behind:])
 
 
 _KINDS = {

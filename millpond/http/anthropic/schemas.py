@@ -17,6 +17,7 @@ from millpond.http.form_fields import schema_form
 from millpond.http.generation_request import (
     SAMPLING_FIELDS,
     AnswerForm,
+    Call,
     Conversation,
     GenerationRequest,
     Message,
@@ -27,6 +28,7 @@ from millpond.http.tool_fields import MOST_TOOLS, check_names, checked_tool
 from millpond.types import SamplingParams
 
 MOST_STOPS = 16
+MOST_NUMBER = 2**31
 LONGEST_STOP = 1000
 LONGEST_USER = 1024
 CHOICE = "an object of type auto, any, none or tool, the last with the name of a tool"
@@ -94,8 +96,8 @@ class MessagesRequest(BaseModel):
         if not isinstance(value, dict) or value.get("type") not in ("enabled", "adaptive", "disabled"):
             raise bad_value("thinking", value, THINKING)
         budget = value.get("budget_tokens")
-        if value["type"] == "enabled" and (type(budget) is not int or budget < 1):
-            raise bad_value("thinking.budget_tokens", budget, "an integer of at least 1")
+        if value["type"] == "enabled" and (type(budget) is not int or not 1 <= budget < MOST_NUMBER):
+            raise bad_value("thinking.budget_tokens", budget, f"an integer of at least 1, below {MOST_NUMBER}")
         return value
 
     @field_validator("output_config", mode="plain")
@@ -135,7 +137,10 @@ class MessagesRequest(BaseModel):
         shown = () if kind == "none" else tuple(tool for tool, deferred in self.tools if not deferred)
         later = () if kind == "none" else tuple(t for t, deferred in self.tools if deferred and t.name in introduced)
         budget, effort = thinking.get("budget_tokens"), self.output_config.get("effort")
-        continued = messages[-1].role == "assistant"
+        last = messages[-1]
+        continued = last.role == "assistant" and not any(isinstance(part, Call) for part in last.parts)
+        if effort is None and thinking.get("type") in ("enabled", "adaptive"):
+            effort = "medium"
         return Conversation(
             (*self.system, *messages),
             generation_prompt=not continued,
@@ -214,7 +219,7 @@ def check_refused(fields: Mapping[str, object]) -> None:
     management = fields.get("context_management")
     edits = management.get("edits") if isinstance(management, dict) else None
     for index, edit in enumerate(edits if isinstance(edits, list) else ()):
-        keeps = isinstance(edit, dict) and edit.get("keep") == "all"
+        keeps = isinstance(edit, dict) and edit.get("keep") in ("all", {"type": "all"})
         if not keeps or not str(edit.get("type", "")).startswith("clear_thinking"):
             allowed = "clear_thinking that keeps all, which is what is done"
             raise unsupported(f"context_management.edits[{index}]", edit, allowed)

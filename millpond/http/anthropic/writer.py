@@ -41,7 +41,12 @@ class MessageWriter:
         self._text: list[str] = []
         """What it has: of a thought, and where the answer is whole."""
         self._count = 0
-        self._calls = 0
+        self._named = 0
+        """Calls that have an id."""
+        self._whole = 0
+        """Calls of which nothing is missing."""
+        self._broken = False
+        """One that has ended without its end."""
         self._finish: Finish | None = None
         self._stopped_by = ""
 
@@ -120,7 +125,7 @@ class MessageWriter:
                 case CallEnded(whole):
                     text, self._text, self._open = "".join(self._text), [], ""
                     if whole:
-                        self._blocks[-1]["input"] = msgspec.Raw(text.encode("utf-8", "replace") or b"{}")
+                        self._blocks[-1]["input"] = _object(text)
                     else:
                         self._blocks.pop()
 
@@ -146,12 +151,15 @@ class MessageWriter:
     # --- both -------------------------------------------------------------------------------------------------
 
     def _note(self, delta: Delta) -> None:
-        self._calls += sum(isinstance(piece, CallBegun) for piece in delta.pieces)
+        ended = [piece.whole for piece in delta.pieces if isinstance(piece, CallEnded)]
+        self._whole += sum(ended)
+        self._broken = self._broken or not all(ended)
         self._finish = delta.finish or self._finish
         self._stopped_by = delta.stopped_by or self._stopped_by
 
     def _called(self, begun: CallBegun, given: Json) -> Json:
-        number = blake2b(f"{self._answering.id} {self._calls} {self._count}".encode(), digest_size=12).hexdigest()
+        self._named += 1
+        number = blake2b(f"{self._answering.id} {self._named}".encode(), digest_size=12).hexdigest()
         name = begun.id or f"toolu_{number}"
         return {"type": "tool_use", "id": name, "name": begun.name, "input": given}
 
@@ -172,14 +180,25 @@ class MessageWriter:
 
     def _end(self) -> Json:
         reason = "end_turn"
-        if self._finish is Finish.LENGTH or self._silent:
-            clamped = self._answering.clamped and not self._silent
+        if self._finish is Finish.LENGTH or self._silent or self._broken:
+            clamped = self._answering.clamped and self._finish is Finish.LENGTH and not self._silent
             reason = "model_context_window_exceeded" if clamped else "max_tokens"
         elif self._stopped_by:
             reason = "stop_sequence"
-        elif self._calls:
+        elif self._whole:
             reason = "tool_use"
         return {"stop_reason": reason, "stop_sequence": self._stopped_by or None}
+
+
+def _object(arguments: str) -> msgspec.Raw:
+    """A call's arguments, as the model spelled them: large numbers survive. What is no object is told as a text."""
+    text = arguments.encode("utf-8", "replace") or b"{}"
+    try:
+        if isinstance(msgspec.json.decode(text), dict):
+            return msgspec.Raw(text)
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    return msgspec.Raw(msgspec.json.encode({"_raw": text.decode()}))
 
 
 def _usage(prompt: int, cached: int, answer: int) -> Json:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 
-from millpond.dialects.pieces import CallBegun, CallText, Piece, Said, Thought
+from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Piece, Said, Thought
 from millpond.http.events import Delta
 from millpond.http.openai.choices import Choice, ChoicesWriter, Json, described
 from millpond.http.openai.errors import error_response
@@ -41,7 +41,7 @@ class ChatWriter(ChoicesWriter):
         logprobs = choice.render(delta.logprobs) if choice.render is not None and delta.logprobs else None
         for part in parts[:-1]:
             yield {"index": delta.choice, "delta": part, "logprobs": None, "finish_reason": None}
-        finish = _finish(delta.finish, choice.calls)
+        finish = _finish(delta.finish, choice.calls, choice.broken)
         yield {"index": delta.choice, "delta": parts[-1], "logprobs": logprobs, "finish_reason": finish}
 
     def _part(self, index: int, piece: Piece, choice: Choice) -> Json:
@@ -57,6 +57,8 @@ class ChatWriter(ChoicesWriter):
                 return {"tool_calls": [{"index": choice.calls - 1} | begun]}
             case CallText(text):
                 return {"tool_calls": [{"index": choice.calls - 1, "function": {"arguments": text}}]}
+            case CallEnded(whole):
+                choice.broken = choice.broken or not whole
         return {}
 
     def whole(self, index: int, choice: Choice) -> Json:
@@ -66,7 +68,7 @@ class ChatWriter(ChoicesWriter):
             message["reasoning_content"] = choice.thought
         if called:
             message["tool_calls"] = called
-        finish = _finish(choice.finish, len(called))
+        finish = _finish(choice.finish, len(called), choice.broken)
         return {"index": index, "message": message, "logprobs": choice.logprobs, "finish_reason": finish}
 
     def _call(self, index: int, number: int, begun: CallBegun, arguments: str) -> Json:
@@ -74,9 +76,11 @@ class ChatWriter(ChoicesWriter):
         return {"id": own, "type": "function", "function": {"name": begun.name, "arguments": arguments}}
 
 
-def _finish(finish: str | None, calls: int) -> str | None:
-    """Calls end an answer in a way of their own, unless it was cut off."""
-    return "tool_calls" if calls and finish == Finish.STOP else finish
+def _finish(finish: str | None, calls: int, broken: bool) -> str | None:
+    """Calls end an answer in a way of their own, unless it was cut off; one that breaks off was."""
+    if finish != Finish.STOP:
+        return finish
+    return Finish.LENGTH if broken else "tool_calls" if calls else finish
 
 
 def read(fields: Mapping[str, object]) -> Parsed:

@@ -31,10 +31,13 @@ class Choice:
         self._pieces: list[Piece] = []
         self.calls = 0
         """Begun so far."""
+        self.broken = False
+        """One has ended without its end."""
         self.finish: str | None = None
 
     def add(self, delta: Delta) -> None:
         self._pieces += delta.pieces
+        self.broken = self.broken or any(isinstance(piece, CallEnded) and not piece.whole for piece in delta.pieces)
         if self._logprobs is not None:
             self._logprobs.add(delta.logprobs)
         self.finish = delta.finish

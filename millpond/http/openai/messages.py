@@ -14,7 +14,7 @@ from millpond.http.openai.tools import read_calls
 
 PREDICTION = 'an object like {"type": "content", "content": "…"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
-THOUGHTS = ("reasoning_content", "reasoning")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names under which clients send thoughts back."""
 
 
@@ -35,8 +35,8 @@ def _message(value: object, where: str) -> Message:
         if value.get(name):
             raise unsupported(f"{where}.{name}", value[name], "none")
     given = value.get("content")
-    if given is None and role == "assistant":
-        given = ""  # clients send back what they got, and an answer may be without a text
+    if (given is None or given == []) and role in ("assistant", "tool"):
+        given = ""  # clients send back what they got, and an answer or a tool may be without a text
     parts: tuple[Part, ...] = (Text(read_content(given, f"{where}.content")),)
     if role == "assistant":
         parts = (*_thoughts(value, where), *parts, *read_calls(value.get("tool_calls"), f"{where}.tool_calls"))
@@ -53,6 +53,10 @@ def _thoughts(value: Mapping[str, object], where: str) -> Iterator[Reasoning]:
         if found:
             yield Reasoning(found)
             return
+    details = value.get("reasoning_details")
+    texts = [part.get("text") for part in details if isinstance(part, dict)] if isinstance(details, list) else []
+    if found := "\n".join(text for text in texts if isinstance(text, str)):
+        yield Reasoning(found)
 
 
 def _text_or_none(value: object, where: str) -> str | None:

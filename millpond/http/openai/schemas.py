@@ -114,7 +114,7 @@ class OpenAIRequest(BaseModel):
 
     model: str = Field("", description="a string")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="an integer of at least 1")
-    min_tokens: int = Field(0, ge=0, description="an integer of at least 0, at most max_tokens")
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="an integer of at least 0, at most max_tokens")
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     top_k: int = Field(0, ge=-1, le=2**31 - 1, description="an integer of at least 1, or 0 or -1 for no limit")
@@ -256,7 +256,9 @@ class ChatRequest(OpenAIRequest):
     tool_choice: ToolChoice | None = Field(None, description=CHOICE)
     parallel_tool_calls: bool = Field(True, description="true or false")
     reasoning_effort: str | None = Field(None, description=_EFFORTS)
-    thinking_token_budget: Annotated[int, Field(ge=0)] | None = Field(None, description="an integer of at least 0")
+    thinking_token_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None, description="an integer of at least 0"
+    )
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, description=_SETTINGS)
 
     @field_validator("messages", mode="plain")

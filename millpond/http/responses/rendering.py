@@ -13,6 +13,7 @@ from millpond.http.counting import count
 from millpond.http.openai.errors import error_response
 from millpond.http.rendering import Parsed, Rendering
 from millpond.http.responses.schemas import KNOWN, parse
+from millpond.http.responses.tools import Toolbox
 from millpond.http.responses.writer import ResponseWriter
 
 
@@ -22,8 +23,12 @@ def read(fields: Mapping[str, object]) -> Parsed:
     kept = "reasoning.encrypted_content" in asked.include
     writer = partial(ResponseWriter, box=asked.tools, told=asked.told(fields), keeps_thoughts=kept)
     unknown = sum(value is not None and name not in KNOWN for name, value in fields.items())
-    generation = replace(asked.generation(), ignored=tuple(f"tools: {kind}" for kind in asked.tools.dropped))
+    generation = replace(asked.generation(), ignored=_ignored(asked.tools))
     return Parsed(generation, writer, unknown)
+
+
+def _ignored(box: Toolbox) -> tuple[str, ...]:
+    return (*(f"tools: {kind}" for kind in box.dropped), *box.ignored)
 
 
 RESPONSES = Rendering(read, error_response)

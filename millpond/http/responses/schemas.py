@@ -84,7 +84,7 @@ class ResponsesRequest(BaseModel):
     @field_validator("text", mode="plain")
     @classmethod
     def _text(cls, value: object) -> Mapping[str, object]:
-        if not isinstance(value, dict) or not isinstance(value.get("format") or {"type": "text"}, dict):
+        if not isinstance(value, dict) or not isinstance(value.get("format", {}), dict | None):
             raise bad_value("text", value, TEXT)
         return value
 

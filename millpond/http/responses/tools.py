@@ -8,12 +8,14 @@ themselves they are refused.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from millpond.dialects.json_values import whole_text
 from millpond.http.errors import bad_value, unsupported
 from millpond.http.generation_request import Tool
-from millpond.http.tool_fields import MOST_TOOLS, check_names, checked_tool
+from millpond.http.tool_fields import MOST_TOOLS, check_names, checked_tool, tool_name
 
 TOOLS = f"a list of at most {MOST_TOOLS} tools"
 CHOICE = (
@@ -44,6 +46,8 @@ class Toolbox:
     """Shown names of those whose input is a text."""
     dropped: tuple[str, ...] = ()
     """Types that nobody runs here."""
+    ignored: tuple[str, ...] = ()
+    """What else of them is not seen to."""
 
     def shown(self, name: str, space: str) -> str:
         """The name under which the model is shown a tool."""
@@ -64,7 +68,7 @@ def read_tools(value: object) -> Toolbox:
     """Check a ``tools`` value. Raises ApiError 400."""
     if not isinstance(value, list) or len(value) > MOST_TOOLS:
         raise bad_value("tools", value, TOOLS)
-    tools, custom, dropped = list[Tool](), set[str](), list[str]()
+    tools, custom, dropped, ignored = list[Tool](), set[str](), list[str](), list[str]()
     grouped: list[tuple[str, Tool]] = []
     for index, tool in enumerate(value):
         where = f"tools[{index}]"
@@ -77,9 +81,11 @@ def read_tools(value: object) -> Toolbox:
                 made = checked_tool({**tool, "parameters": INPUT, "strict": True}, where, "parameters")
                 tools.append(made)
                 custom.add(made.name)
+                if isinstance(tool.get("format"), dict) and tool["format"].get("type") != "text":
+                    ignored.append(f"{where}.format")
             case "namespace":
                 grouped += _grouped(tool, where)
-            case str(kind) if kind in HOSTED:
+            case str(kind) if _hosted(kind):
                 dropped.append(kind)
             case kind:
                 wrong = unsupported if isinstance(kind, str) else bad_value
@@ -90,25 +96,36 @@ def read_tools(value: object) -> Toolbox:
     for space, tool in grouped:
         taken = tool.name in alone or inner.count(tool.name) > 1
         shown = f"{space}__{tool.name}" if taken else tool.name
-        spaces[shown] = (space, tool.name)
+        spaces[tool_name(shown, tool.where)] = (space, tool.name)
         tools.append(Tool(shown, tool.description, tool.parameters, tool.strict, tool.where))
     check_names([tool.name for tool in tools], "tools")
     if len(tools) > MOST_TOOLS:
         raise bad_value("tools", f"{len(tools)} tools", TOOLS)
-    return Toolbox(tuple(tools), spaces, frozenset(custom), tuple(dict.fromkeys(dropped)))
+    return Toolbox(tuple(tools), spaces, frozenset(custom), tuple(dict.fromkeys(dropped)), tuple(ignored))
+
+
+def _hosted(kind: str) -> bool:
+    """Some have the date of their version behind the name."""
+    return re.sub(r"(_20\d\d_\d\d_\d\d|_preview.*)$", "", kind) in HOSTED
 
 
 def _grouped(value: Mapping[str, object], where: str) -> Iterator[tuple[str, Tool]]:
-    name, tools = value.get("name"), value.get("tools")
-    if not isinstance(name, str) or not name:
-        raise bad_value(f"{where}.name", name, "a string, not empty")
+    name, tools, description = (
+        tool_name(value.get("name"), f"{where}.name"),
+        value.get("tools"),
+        value.get("description"),
+    )
+    if description is not None and not isinstance(description, str):
+        raise bad_value(f"{where}.description", description, "a string")
     if not isinstance(tools, list):
         raise bad_value(f"{where}.tools", tools, "a list of functions")
     for index, tool in enumerate(tools):
         place = f"{where}.tools[{index}]"
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise bad_value(place, tool, "an object of type function")
-        yield name, checked_tool(tool, place, "parameters")
+        made = checked_tool(tool, place, "parameters")
+        told = "\n".join(filter(None, (description, made.description)))
+        yield name, Tool(made.name, told, made.parameters, made.strict, made.where)
 
 
 def read_choice(value: object, box: Toolbox) -> ToolPick:
@@ -119,7 +136,7 @@ def read_choice(value: object, box: Toolbox) -> ToolPick:
         raise bad_value("tool_choice", value, "absent, none or auto where there are no tools")
     for name in sorted((choice.only or frozenset()) - known):
         raise bad_value("tool_choice", name, f"the name of one of the tools ({', '.join(sorted(known)) or 'none'})")
-    if box.dropped and (choice.required or not known) and not choice.none:
+    if box.dropped and not choice.none and (not known or (choice.required and choice.only is None)):
         raise unsupported("tools", box.dropped[0], "tools that the client runs itself: nobody runs this one here")
     return choice
 
@@ -137,7 +154,7 @@ def _choice(value: object, box: Toolbox) -> ToolPick:
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
             names = frozenset(_allowed(tool, box) for tool in tools)
             return ToolPick(required=mode == "required", only=names)
-        case {"type": str(kind)} if kind in HOSTED:
+        case {"type": str(kind)} if _hosted(kind):
             raise unsupported("tool_choice.type", kind, CHOICE)
     raise bad_value("tool_choice", value, CHOICE)
 
@@ -161,4 +178,4 @@ def text_input(arguments: str) -> str:
     except (ValueError, RecursionError):
         return arguments
     given = found.get("input") if isinstance(found, dict) else None
-    return given if isinstance(given, str) else arguments
+    return whole_text(given) if isinstance(given, str) else arguments

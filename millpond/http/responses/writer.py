@@ -21,6 +21,8 @@ from millpond.http.sse import COMMENT
 from millpond.types import Finish
 
 Json = dict[str, object]
+QUIET = 32
+"""Parts of a custom call's input after which the stream shows that it is alive."""
 
 
 class ResponseWriter:
@@ -42,6 +44,8 @@ class ResponseWriter:
         """The one that is being written; empty: none is."""
         self._text: list[str] = []
         self._finish: Finish | None = None
+        self._broken = False
+        """A call has ended without its end."""
 
     # --- a stream ---------------------------------------------------------------------------------------------
 
@@ -62,7 +66,8 @@ class ResponseWriter:
     def failure(self, error: ApiError) -> bytes:
         code = "context_length_exceeded" if isinstance(error, PromptTooLong) else error.code or "server_error"
         failed = self._response("failed") | {"error": {"code": code, "message": error.message}}
-        return self._event("response.failed", response=failed)
+        begun = b"" if self._number else self._event("response.created", response=self._response("in_progress"))
+        return begun + self._event("response.failed", response=failed)
 
     def _written(self, piece: Piece) -> Iterator[bytes]:
         match piece:
@@ -76,12 +81,19 @@ class ResponseWriter:
                 self._text.append(text)
             case CallBegun():
                 yield from self._closed(whole=True)
-                yield from self._begun(self._called(piece))
+                item = self._called(piece)
+                if item["type"] == "function_call":
+                    yield from self._begun(item)
+                else:
+                    self._item, self._text = item, []  # its input is known once all of it is there
             case CallText(text):
                 self._text.append(text)
                 if self._item["type"] == "function_call":
                     yield self._of_item("response.function_call_arguments.delta", delta=text)
+                elif len(self._text) % QUIET == 0:
+                    yield COMMENT
             case CallEnded(whole):
+                self._broken = self._broken or not whole
                 yield from self._closed(whole)
 
     def _opened(self, kind: str) -> Iterator[bytes]:
@@ -98,10 +110,16 @@ class ResponseWriter:
         yield self._event("response.output_item.added", output_index=len(self._output), item=item)
 
     def _closed(self, whole: bool) -> Iterator[bytes]:
-        """The end of the item that is being written. A call that is not whole is none: nobody may carry it out."""
+        """The end of the item that is being written. A call that is not whole says so; nobody may carry it out."""
         if not self._item:
             return
         text, kind = "".join(self._text), self._item["type"]
+        if kind == "custom_tool_call":
+            if not whole:
+                self._item = {}
+                return
+            yield from self._begun({**self._item, "input": ""})
+            self._text = [text]
         done = self._whole(whole)
         if kind == "message":
             yield self._part("response.output_text.done", text=text, logprobs=[])
@@ -109,7 +127,8 @@ class ResponseWriter:
         elif kind == "reasoning":
             yield self._part("response.reasoning_text.done", text=text)
         elif kind == "function_call":
-            yield self._of_item("response.function_call_arguments.done", name=self._item["name"], arguments=text)
+            if whole:
+                yield self._of_item("response.function_call_arguments.done", name=self._item["name"], arguments=text)
         else:
             given = text_input(text)
             yield self._of_item("response.custom_tool_call_input.delta", delta=given)
@@ -145,6 +164,7 @@ class ResponseWriter:
                 case CallText(text):
                     self._text.append(text)
                 case CallEnded(whole):
+                    self._broken = self._broken or not whole
                     self._end(whole)
 
     def body(self, usage: Usage) -> Iterator[bytes]:
@@ -158,7 +178,8 @@ class ResponseWriter:
         self._text.append(text)
 
     def _end(self, whole: bool) -> None:
-        if self._item:
+        called = str(self._item.get("type", "")).endswith("_call")
+        if self._item and (whole or not called):
             self._output.append(self._whole(whole))
         self._item, self._text = {}, []
 
@@ -201,7 +222,7 @@ class ResponseWriter:
     # --- the whole of it --------------------------------------------------------------------------------------
 
     def _status(self) -> str:
-        return "incomplete" if self._finish is Finish.LENGTH else "completed"
+        return "incomplete" if self._finish is Finish.LENGTH or self._broken else "completed"
 
     def _response(self, status: str, usage: Usage | None = None) -> Json:
         cut = status == "incomplete"
