@@ -38,8 +38,7 @@ def answer_grammar(
     triggers: list[Symbol] = []
     start = ""
     if dialect.messages:
-        start = _messages(wanted, calls, watched=watched)
-        triggers = [Symbol(channels.TO)] if start and watched else []
+        start = "" if watched else _messages(wanted, calls)
     elif watched:
         mark = next(iter(dialect.calls), "") if dialect.section is not None else ""
         if mark:
@@ -72,15 +71,14 @@ def _calls(dialect: Dialect, calls: Calls, opening: str) -> str:
     return f"{first} ({calls.line()} {again} {section})*"
 
 
-def _messages(wanted: Wanted, calls: Calls, *, watched: bool) -> str:
-    """Of answers in messages: thoughts, then a call or what is said to the user."""
+def _messages(wanted: Wanted, calls: Calls) -> str:
+    """Of answers in messages: thoughts, then a call or what is said to the user. Where both may come nothing is asked:
+    letters that would announce a call stand in thoughts, too."""
     constrained = f"({literal(' ')} {calls.spell(channels.CONSTRAIN + 'json')})? {calls.spell(channels.MESSAGE)}"
     callee = (
         calls.each(lambda one: f"{literal(one.name)} {constrained} {calls.arguments(one)}") if wanted.callees else ""
     )
-    if watched:
-        return f"{_after(channels.TO, calls.rules)} {callee}"
-    text = calls.rules.once("TEXT", lambda: "/(?s:.+)/")
+    text = calls.rules.once("ANY", lambda: "/(?s:.+)/")
     analysis = f"{calls.spell(channels.CHANNEL + 'analysis' + channels.MESSAGE)} {text} {calls.spell('<|end|>')} "
     choices = []
     if wanted.callees:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from millpond.dialects.schemas import kinds_of, resolved
+from millpond.dialects.schemas import flat
+from millpond.grammar.check import GrammarError
 from millpond.grammar.lark import Rules, alternatives, between_slashes, json_value, literal, written
 from millpond.types import Symbol
 
@@ -80,11 +81,17 @@ class Calls:
         shared = {name: callee.schema[name] for name in SHARED if name in callee.schema}
         return self.rules.add("json", json_value({**shared, **schema}, strict=callee.strict, escapes=escapes))
 
-    def raw(self, schema: Schema, end: str) -> str:
-        """A text as it is, up to behind ``end``, which is not in it, by what the schema says of it."""
-        found = [value for value in _values(schema) if isinstance(value, str)]
-        if found:
+    def raw(self, schema: Schema, end: str, *, strict: bool) -> str:
+        """A text as it is, up to behind ``end``, which is not in it, by what the schema says of it. Raises
+        GrammarError."""
+        values = [value for value in _values(schema) if isinstance(value, str)]
+        if values:
+            found = [value for value in values if end.strip() not in value and _long_enough(value, schema)]
+            if not found:
+                raise GrammarError("none of its values can be written in the way in which this model calls")
             return f"{alternatives(*map(literal, found))} {self.spell(end)}"
+        if strict and "format" in schema:
+            raise GrammarError("format cannot be followed in the way in which this model calls")
         kinds = [f"/{_TEXT}/", *_lengths(schema), *_pattern(schema)]
         token = end.strip() in self.tokens
         if not token:
@@ -105,14 +112,30 @@ def closed(schema: Schema) -> Schema:
     return plain | {"type": "object"} | ({} if named else {"additionalProperties": False})
 
 
-def parameters(schema: Schema) -> list[tuple[str, Schema, bool]]:
-    """Each argument's name, schema, and whether it has to be given."""
-    found = resolved(closed(schema), schema)
+def parameters(
+    callee: Callee, schema: Schema, readable: Callable[[str], bool] = bool
+) -> list[tuple[str, Schema, bool]]:
+    """Each argument's name, schema, and whether it has to be given, of a schema of the tool. ``readable``: names that
+    the family can write. Raises GrammarError where one that has to be given cannot be."""
+    found = flat(schema, callee.schema)
     properties, required = found.get("properties"), found.get("required")
-    if not isinstance(properties, Mapping):
-        return []
+    named = properties if isinstance(properties, Mapping) else {}
     needed = set(required) if isinstance(required, list) else set()
-    return [(name, part if isinstance(part, Mapping) else {}, name in needed) for name, part in properties.items()]
+    for name in sorted(needed):
+        if name not in named or not readable(name) or named[name] is False:
+            raise GrammarError(f"{name!r} has to be given, and cannot be in the way in which this model calls")
+    given = [(name, part) for name, part in named.items() if readable(name) and part is not False]
+    return [(name, part if isinstance(part, Mapping) else {}, name in needed) for name, part in given]
+
+
+def open_ended(callee: Callee) -> bool:
+    """Whether there may be arguments that its schema does not name."""
+    found = flat(callee.schema, callee.schema)
+    more = found.get("additionalProperties")
+    unsaid = not found.get("properties") and any(name in found for name in ("anyOf", "oneOf"))
+    if unsaid and callee.strict:
+        raise GrammarError("anyOf at the top cannot be followed in the way in which this model calls")
+    return not found.get("properties") and (bool(more) or unsaid)
 
 
 # --- families ---------------------------------------------------------------------------------------------------
@@ -160,14 +183,27 @@ def with_arguments(
 # --- what schemas say of texts ----------------------------------------------------------------------------------
 
 
-def is_text(schema: Schema, root: Schema) -> bool:
-    """Whether it is written as it is, being a string whatever it says."""
-    return kinds_of({"properties": {"it": schema}, **{n: root[n] for n in SHARED if n in root}}, "it").text
-
-
 def _values(schema: Schema) -> Sequence[object]:
     values = schema.get("enum")
     return values if isinstance(values, list) else [schema["const"]] if "const" in schema else []
+
+
+def chosen(schema: Schema) -> list[object]:
+    """The values that a schema with ``enum`` or ``const`` leaves, by what else it says."""
+    kind = schema.get("type")
+    kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else None
+    return [
+        value
+        for value in _values(schema)
+        if (kinds is None or kind_of(value) in kinds or (kind_of(value) == "integer" and "number" in kinds))
+        and (not isinstance(value, str) or _long_enough(value, schema))
+    ]
+
+
+def kind_of(value: object) -> str:
+    """The name of its type."""
+    names = {bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array", dict: "object"}
+    return names.get(type(value), "string")
 
 
 def _lengths(schema: Schema) -> list[str]:
@@ -175,6 +211,11 @@ def _lengths(schema: Schema) -> list[str]:
     if not isinstance(least, int) and not isinstance(most, int):
         return []
     return [f"/(?s:.){{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}}/"]
+
+
+def _long_enough(value: str, schema: Schema) -> bool:
+    least, most = (schema.get(name) for name in ("minLength", "maxLength"))
+    return len(value) >= (least if isinstance(least, int) else 0) and (not isinstance(most, int) or len(value) <= most)
 
 
 def _pattern(schema: Schema) -> list[str]:

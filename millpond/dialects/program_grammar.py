@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from millpond.dialects.call_grammar import SHARED, Callee, Calls, Schema, closed, parameters
-from millpond.dialects.schemas import resolved
+from millpond.dialects.call_grammar import Callee, Calls, Schema, chosen, closed, open_ended, parameters
+from millpond.dialects.literals import NAME
+from millpond.dialects.schemas import flat
+from millpond.grammar.check import GrammarError
 from millpond.grammar.lark import alternatives, json_value, literal
 
+_KEY = "/[A-Za-z_][A-Za-z0-9_]{0,40}/"
 _DEEP = 8
 """Levels of a schema that are followed; what is deeper may be anything."""
 
@@ -55,10 +58,17 @@ def single(syntax: Syntax, closing: str, calls: Calls) -> str:
 def _call(syntax: Syntax, calls: Calls) -> str:
     def one(callee: Callee) -> str:
         parts = [
-            (f"{literal(name + syntax.assign)} {_value(syntax, calls, callee, schema, 0)}", needed)
-            for name, schema, needed in parameters(callee.schema)
+            (
+                calls.rules.add("part", f"{literal(name + syntax.assign)} {_value(syntax, calls, callee, schema, 0)}"),
+                needed,
+            )
+            for name, schema, needed in parameters(callee, callee.schema, _readable)
         ]
         given = calls.in_order(parts, _comma(calls))
+        if open_ended(callee):
+            key = calls.rules.once("KEY", lambda: _KEY)
+            pair = f"{key} {literal(syntax.assign)} {_simple(syntax, calls, callee)}"
+            given = f"({pair} ({_comma(calls)} {pair})*)?"
         return f"{literal(syntax.before + callee.name + syntax.opening)} {given} {literal(syntax.closing)}"
 
     return calls.each(one)
@@ -69,19 +79,34 @@ def _comma(calls: Calls) -> str:
 
 
 def _value(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: int) -> str:
-    schema = resolved(schema, callee.schema)
+    """What is referred to is a rule of its own, however often and from within itself."""
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        target = flat(schema, callee.schema)
+        if "$ref" in target:
+            return _anything(syntax, calls, callee)
+        if len(schema) > 1:  # it says more than what it refers to
+            return _value(syntax, calls, callee, target, depth + 1)
+        what = f"{callee.name} {reference}"
+        return calls.rules.of(what, "shared", lambda: _value(syntax, calls, callee, target, 0))
+    if depth > _DEEP:
+        return _unsaid(syntax, calls, callee, "what is so deep")
+    schema = flat(schema, callee.schema)
     for key in ("anyOf", "oneOf"):
         choices = schema.get(key)
         if isinstance(choices, list) and choices:
-            return alternatives(*(_value(syntax, calls, callee, part, depth + 1) for part in choices))
-    values = schema.get("enum")
-    if isinstance(values, list) or "const" in schema:
-        chosen = values if isinstance(values, list) else [schema["const"]]
-        return alternatives(*(_constant(syntax, calls, value) for value in chosen))
+            rest = {name: value for name, value in schema.items() if name != key}
+            parts = [{**rest, **part} for part in choices if isinstance(part, Mapping)]
+            return alternatives(*(_value(syntax, calls, callee, part, depth + 1) for part in parts))
+    if "const" in schema or isinstance(schema.get("enum"), list):
+        left = [_constant(syntax, calls, value) for value in chosen(schema)]
+        if not left:
+            raise GrammarError("no value can be written in the way in which this model calls")
+        return alternatives(*left)
     kind = schema.get("type")
     if isinstance(kind, list):
         return alternatives(*(_value(syntax, calls, callee, {**schema, "type": one}, depth + 1) for one in kind))
-    if depth > _DEEP or not isinstance(kind, str):
+    if not isinstance(kind, str):
         return _anything(syntax, calls, callee)
     match kind:
         case "string":
@@ -101,10 +126,12 @@ def _value(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: 
 def _text(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema) -> str:
     if not syntax.mark:
         return calls.value(schema, callee, escapes='nrbtf"\\')
-    return f"{calls.spell(syntax.mark)} {calls.raw(schema, syntax.mark)}"
+    return f"{calls.spell(syntax.mark)} {calls.raw(schema, syntax.mark, strict=callee.strict)}"
 
 
 def _list(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: int) -> str:
+    if "prefixItems" in schema:
+        return _unsaid(syntax, calls, callee, "prefixItems")
     items = schema.get("items")
     item = calls.rules.add(
         "item", _value(syntax, calls, callee, items if isinstance(items, Mapping) else {}, depth + 1)
@@ -119,20 +146,26 @@ def _list(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: i
 
 def _object(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: int) -> str:
     if not schema.get("properties"):
+        if isinstance(schema.get("additionalProperties"), Mapping):
+            return _unsaid(syntax, calls, callee, "additionalProperties with a schema")
         return _anything_keyed(syntax, calls, callee)
     quote = '"' if syntax.quoted_keys else ""
-    parts = [
-        (
-            f"{literal(f'{quote}{name}{quote}:')} {_space(calls)} {_value(syntax, calls, callee, part, depth + 1)}",
-            needed,
-        )
-        for name, part, needed in parameters({**closed(schema), **_shared(callee)})
-    ]
+    parts = []
+    for name, part, needed in parameters(callee, closed(schema), _readable):
+        said = f"{literal(f'{quote}{name}{quote}:')} {_space(calls)} {_value(syntax, calls, callee, part, depth + 1)}"
+        parts.append((calls.rules.add("part", said), needed))
     return f"{literal('{')} {calls.in_order(parts, _comma(calls))} {literal('}')}"
 
 
-def _shared(callee: Callee) -> Schema:
-    return {name: callee.schema[name] for name in SHARED if name in callee.schema}
+def _readable(name: str) -> bool:
+    return NAME.fullmatch(name) is not None
+
+
+def _unsaid(syntax: Syntax, calls: Calls, callee: Callee, what: str) -> str:
+    """Anything, where nothing is promised. Raises GrammarError where it is."""
+    if callee.strict:
+        raise GrammarError(f"{what} cannot be followed in the way in which this model calls")
+    return _anything(syntax, calls, callee)
 
 
 def _space(calls: Calls) -> str:
@@ -160,7 +193,7 @@ def _anything(syntax: Syntax, calls: Calls, callee: Callee) -> str:
 
 def _anything_keyed(syntax: Syntax, calls: Calls, callee: Callee) -> str:
     simple = _simple(syntax, calls, callee)
-    key = calls.rules.once("KEY", lambda: "/[A-Za-z_][A-Za-z0-9_]{0,40}/")
+    key = calls.rules.once("KEY", lambda: _KEY)
     quote = literal('"') if syntax.quoted_keys else ""
     pair = calls.rules.once("pair", lambda: f"{quote} {key} {quote} {literal(':')} {_space(calls)} {simple}")
     return f"{literal('{')} ({pair} ({_comma(calls)} {pair})*)? {literal('}')}"

@@ -38,20 +38,26 @@ def kinds_of(schema: Mapping[str, object], name: str) -> Kinds:
         found = schema.get("additionalProperties")
     if not isinstance(found, Mapping):
         return Kinds()
-    types = _types(found, schema, 0)
+    types = _types(found, schema, 0, set())
     if not types:
         return Kinds(any=True)
     return Kinds("string" in types, frozenset(types - {"string"}))
 
 
-def resolved(schema: Mapping[str, object], root: Mapping[str, object]) -> Mapping[str, object]:
-    """What a schema that is nothing but a reference refers to."""
+def flat(schema: Mapping[str, object], root: Mapping[str, object]) -> Mapping[str, object]:
+    """With what it refers to and what all of its parts say, in one."""
     for _ in range(_DEEP):
-        reference = schema.get("$ref")
-        target = _target(root, reference) if isinstance(reference, str) else None
-        if target is None:
-            return schema
-        schema = target
+        reference, parts = schema.get("$ref"), schema.get("allOf")
+        if isinstance(reference, str):
+            target = _target(root, reference)
+            schema = {**(target or {}), **{name: value for name, value in schema.items() if name != "$ref"}}
+        elif isinstance(parts, list):
+            merged: dict[str, object] = {}
+            for part in parts:
+                merged |= flat(part, root) if isinstance(part, Mapping) else {}
+            schema = merged | {name: value for name, value in schema.items() if name != "allOf"}
+        else:
+            break
     return schema
 
 
@@ -78,14 +84,15 @@ def _refuse(name: str) -> object:
     raise ValueError(name)
 
 
-def _types(schema: Mapping[str, object], root: Mapping[str, object], depth: int) -> set[str]:
-    """Names of types; empty where nothing is said."""
+def _types(schema: Mapping[str, object], root: Mapping[str, object], depth: int, seen: set[str]) -> set[str]:
+    """Names of types; empty where nothing is said. ``seen``: what has been referred to, and need not be again."""
     if depth > _DEEP:
         return set()
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        target = _target(root, reference)
-        return _types(target, root, depth + 1) if target is not None else set()
+        target = _target(root, reference) if reference not in seen else None
+        seen.add(reference)
+        return _types(target, root, depth + 1, seen) if target is not None else set()
     named = schema.get("type")
     if isinstance(named, str):
         return {named}
@@ -101,7 +108,7 @@ def _types(schema: Mapping[str, object], root: Mapping[str, object], depth: int)
         parts = schema.get(key)
         for part in parts if isinstance(parts, list) else ():
             if isinstance(part, Mapping):
-                found |= _types(part, root, depth + 1)
+                found |= _types(part, root, depth + 1, seen)
     return found
 
 

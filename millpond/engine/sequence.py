@@ -131,7 +131,7 @@ class Sequence:
     def commit(self, token: int) -> tuple[bool, Finish | None]:
         """Take a drawn token. Returns (whether the client gets it, why the answer ends here or None). Raises DeadEnd
         where it cannot be part of the answer."""
-        self.sampling.check()
+        self.sampling.check(token)
         if token in self.request.params.stop_token_ids:
             self.stop_token = token
             return False, Finish.STOP

@@ -6,11 +6,13 @@ No tokenizer is needed, and no engine. Any thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
 
 from llguidance import LLMatcher, LLParserLimits
 
+MOST_STEP = 1000
 MOST_CHARACTERS = 1 << 20
 """Of a grammar, with all that it is made of."""
 _PLACE = re.compile(r"\s*\n\s+\d+ \| .*", re.DOTALL)
@@ -27,7 +29,27 @@ def limits() -> LLParserLimits:
     return LLParserLimits(verbose_errors=False)
 
 
-@lru_cache(maxsize=256)
+def check_schema(schema: Mapping[str, object]) -> None:
+    """Refuses what llguidance accepts, and takes all memory for: an automaton has a state for each remainder of a
+    division. Raises GrammarError."""
+    waiting: list[tuple[object, bool]] = [(schema, False)]
+    while waiting:
+        part, together = waiting.pop()
+        if isinstance(part, Mapping):
+            step = part.get("multipleOf")
+            if isinstance(step, int | float) and not isinstance(step, bool) and (together or not _small(step)):
+                raise GrammarError(f"multipleOf is {step}; allowed: up to three digits, and not within allOf")
+            waiting += [(value, together or name == "allOf") for name, value in part.items()]
+        elif isinstance(part, list):
+            waiting += [(value, together) for value in part]
+
+
+def _small(step: float) -> bool:
+    digits = Decimal(str(step)).normalize().as_tuple().digits
+    return 0 < step < MOST_STEP and len(digits) <= len(str(MOST_STEP)) - 1
+
+
+@lru_cache(maxsize=64)
 def check(grammar: str) -> Sequence[str]:
     """What of it is left out, in llguidance's words: keywords of schemas that are not strict. Raises GrammarError."""
     if len(grammar) > MOST_CHARACTERS:

@@ -20,6 +20,7 @@ from millpond.types import Grammar
 Bits = npt.NDArray[np.uint32]
 """A bit for each token of the vocabulary, the lowest first: [words], of 32 each."""
 WORD_BITS = 32
+MOST_BLANKS = 2
 
 
 class DeadEnd(Exception):  # noqa: N818 - reads as the fact it states
@@ -51,6 +52,8 @@ class Constraint:
         """Tokens of them."""
         self._thought = False
         """There has been one."""
+        self._blanks = 0
+        """Line ends behind it."""
         self._tail: tuple[int, ...] = ()
         """The last tokens that are watched, as many as a trigger's letters can reach over."""
         self.stuck = ""
@@ -137,10 +140,11 @@ class Constraint:
             case _Place.THOUGHT:
                 self._thoughts += 1
                 if token == self._close:
-                    self._place, self._thought = self._outside, True
+                    self._place, self._thought, self._blanks = self._outside, True, 0
             case _Place.WATCHED:
                 self._watch(token)
-            case _Place.ENTRY if token in self._at_entry:
+            case _Place.ENTRY if token in self._at_entry and self._followed.validate_tokens([token]) != 1:
+                self._blanks += 1
                 if self._opens(token):
                     self._place = _Place.THOUGHT
             case _Place.ENTRY:
@@ -214,7 +218,9 @@ class Constraint:
         """Tokens that may come before what the grammar knows of: a thought may, once, and line ends behind it."""
         if self._thinking is None:
             return []
-        return self._thinking.blanks if self._thought else [self._thinking.begins]
+        if not self._thought:
+            return [self._thinking.begins]
+        return self._thinking.blanks if self._blanks < MOST_BLANKS else []
 
     # --- bits -------------------------------------------------------------------------------------------------
 

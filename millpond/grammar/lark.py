@@ -20,7 +20,7 @@ _LENIENT = {"lenient": True, "coerce_one_of": True}
 
 def literal(text: str) -> str:
     """A text that stands as it is."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def written(symbol: Symbol) -> str:
@@ -55,17 +55,29 @@ class Rules:
     """A grammar in the making."""
 
     _bodies: dict[str, str] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+    _known: dict[str, str] = field(default_factory=dict)
+    """Name by what it was made for."""
 
     def add(self, name: str, body: str) -> str:
         """A rule, or a terminal: its name, in which ``name`` is made one that is not taken. Attributes may follow it in
         brackets."""
-        bare, bracket, attributes = name.partition("[")
-        number, found = 0, bare
-        while found in self._names:
-            number += 1
-            found = f"{bare}_{number}"
-        self._bodies[found + bracket + attributes] = body
+        found, attributes = self._free(name)
+        self._bodies[found + attributes] = body
         return found
+
+    def of(self, what: str, name: str, body: Callable[[], str]) -> str:
+        """The rule of ``what``, made when it is first asked for; ``body`` may ask for it, too."""
+        if what not in self._known:
+            self._known[what], _ = self._free(name)
+            self._bodies[self._known[what]] = body()
+        return self._known[what]
+
+    def _free(self, name: str) -> tuple[str, str]:
+        """A name that is not taken, and the attributes behind it."""
+        bare, bracket, attributes = name.partition("[")
+        number = self._counts[bare] = self._counts.get(bare, -1) + 1
+        return (f"{bare}_{number}" if number else bare), bracket + attributes
 
     def once(self, name: str, body: Callable[[], str]) -> str:
         """The same, for what is the same wherever it is needed."""
@@ -76,7 +88,3 @@ class Rules:
     def text(self, start: str) -> str:
         """The whole grammar of what ``start`` says."""
         return "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in self._bodies.items())]) + "\n"
-
-    @property
-    def _names(self) -> set[str]:
-        return {name.partition("[")[0] for name in self._bodies}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from millpond.grammar.check import GrammarError, check_schema
 from millpond.grammar.lark import json_value
 from millpond.http.errors import ApiError, bad_value
 from millpond.http.generation_request import AnswerForm
@@ -22,6 +23,10 @@ def schema_form(schema: object, param: str, *, strict: bool) -> AnswerForm:
         schema = {}
     if not isinstance(schema, Mapping) or deeper_than(schema, MOST_DEEP):
         raise bad_value(param, schema, SCHEMA)
+    try:
+        check_schema(schema)
+    except GrammarError as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_schema") from error
     expression = json_value(schema, strict=strict)
     bounded(len(expression), param)
     return AnswerForm(param, expression)

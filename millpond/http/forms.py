@@ -6,12 +6,12 @@ Runs in a text thread: schemas are what strangers send, and checking one may tak
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from millpond.dialects.answer_grammar import Wanted, answer_grammar
 from millpond.dialects.call_grammar import Callee, closed
-from millpond.grammar.check import GrammarError, check
+from millpond.grammar.check import GrammarError, check, check_schema
 from millpond.grammar.lark import json_value
 from millpond.http.errors import ApiError
 from millpond.http.generation_request import AnswerForm, Conversation, GenerationRequest, Tool
@@ -40,7 +40,7 @@ def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokeniz
     if form is not None:
         ignored += _checked_form(form, info)
     if not isinstance(chat, Conversation):
-        text = "" if form is None else form.grammar or f"start: {form.expression}\n"
+        text = "" if form is None else f"start: {form.expression}\n"
         return Shape(Grammar(text=text) if text else None, tuple(ignored))
     callees = [_callee(tool, ignored) for tool in chat.callable]
     if chat.must_call and not callees:
@@ -49,10 +49,6 @@ def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokeniz
     if chat.must_call and info.grammars:
         raise _unguided("tool_choice", info)
     most = thought_tokens(chat, tokenizer)
-    if form is not None and form.grammar and (callees or tokenizer.dialect.messages):
-        raise ApiError(
-            400, f"{form.param}: a grammar of one's own goes with neither tools nor channels", param=form.param
-        )
     wanted = Wanted(callees, chat.must_call, chat.one_call, "" if form is None else form.expression, most)
     marks, blanks = tokenizer.marks, tokenizer.line_ends
     thinking = tokenizer.in_thought(prompt)
@@ -65,23 +61,31 @@ def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokeniz
 
     try:
         grammar = made(wanted)
-    except GrammarError as error:
-        if chat.must_call or any(callee.strict for callee in callees):
-            raise ApiError(400, f"tools: cannot be followed: {error}", param="tools", code="invalid_schema") from error
-        ignored.append("tools: all of their schemas")
-        loose = [Callee(callee.name, _ANY_OBJECT) for callee in callees]
-        grammar = made(replace(wanted, callees=loose))
+    except GrammarError:
+        wanted = replace(wanted, callees=[_fitting(made, wanted, tool, ignored) for tool in callees])
+        grammar = made(wanted)
     if info.grammars:
         return Shape(None, ())
-    if form is not None and form.grammar:
-        rest = grammar or Grammar()
-        grammar = Grammar(text=form.grammar, thinking=rest.thinking)
     return Shape(grammar, tuple(ignored))
+
+
+def _fitting(made: Callable[[Wanted], object], wanted: Wanted, callee: Callee, ignored: list[str]) -> Callee:
+    """A tool that has been found to fit its family's writing by itself; one that does not, with any arguments."""
+    try:
+        made(replace(wanted, callees=[callee]))
+    except GrammarError as error:
+        if callee.strict:
+            message = f"tools: the schema of {callee.name} cannot be followed: {error}"
+            raise ApiError(400, message, param="tools", code="invalid_schema") from error
+        ignored.append(f"tools: the schema of {callee.name}")
+        return Callee(callee.name, _ANY_OBJECT)
+    return callee
 
 
 def _callee(tool: Tool, ignored: list[str]) -> Callee:
     """A tool as it can be called; where its schema cannot be followed, and need not be, with any arguments."""
     try:
+        check_schema(tool.parameters)
         left_out = check("start: " + json_value(closed(tool.parameters), strict=tool.strict) + "\n")
     except GrammarError as error:
         if tool.strict:
@@ -96,7 +100,7 @@ def _checked_form(form: AnswerForm, info: ModelInfo) -> list[str]:
     if info.grammars:
         raise _unguided(form.param, info)
     try:
-        return [f"{form.param}: {name}" for name in check(form.grammar or f"start: {form.expression}\n")]
+        return [f"{form.param}: {name}" for name in check(f"start: {form.expression}\n")]
     except GrammarError as error:
         raise ApiError(400, f"{form.param}: {error}", param=form.param, code="invalid_schema") from error
 

@@ -206,9 +206,10 @@ class Generation:
                 raise clock.late() from None
             if delta is None:
                 raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
-            if delta.prefix is not None and choice.prefix is None:
-                choice.prefix = delta.prefix
-                self._queue.put_nowait(Begun(choice.index, choice.prompt_tokens, delta.prefix.cached))
+            if delta.prefix is not None:
+                first, choice.prefix = choice.prefix is None, delta.prefix
+                if first:
+                    self._queue.put_nowait(Begun(choice.index, choice.prompt_tokens, delta.prefix.cached))
             self._clocked(choice, clock, delta)
             if not delta.tokens and delta.finish is None:
                 continue

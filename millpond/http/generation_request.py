@@ -149,12 +149,11 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """What is said has to look like this, as an expression of a grammar or as a whole one."""
+    """What is said has to look like this, as an expression of a grammar."""
 
     param: str
     """The field that asks for it, for messages about it."""
-    expression: str = ""
-    grammar: str = ""
+    expression: str
 
 
 @dataclass(frozen=True, slots=True)

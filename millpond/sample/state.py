@@ -95,10 +95,13 @@ class SamplingState:
         """How many draft tokens could be drawn at all."""
         return len(draft) if self._constraint is None else self._constraint.admitted(draft)
 
-    def check(self) -> None:
-        """Raises DeadEnd where the last draw had no token to choose."""
-        if self._constraint is not None and self._constraint.stuck:
-            raise DeadEnd(self._constraint.stuck)
+    def check(self, token: int) -> None:
+        """Raises DeadEnd where the last draw had no token to choose, and so chose this one."""
+        constraint = self._constraint
+        if constraint is not None and constraint.stuck:
+            raise DeadEnd(constraint.stuck)
+        if constraint is not None and token in self._ends and constraint.bound and not constraint.permits(token):
+            raise DeadEnd("no token of the vocabulary can follow")
 
     def take(self, token: int) -> None:
         """The answer has one more token. Raises DeadEnd where it cannot be one."""

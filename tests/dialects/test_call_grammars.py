@@ -14,6 +14,7 @@ from millpond.dialects.answer_grammar import Wanted, answer_grammar
 from millpond.dialects.call_grammar import Callee, closed
 from millpond.dialects.dialect import Dialect
 from millpond.dialects.families import DSML, FAMILIES, GENERIC
+from millpond.grammar.check import GrammarError
 from millpond.grammar.lark import json_value
 
 WRITE = {
@@ -80,7 +81,7 @@ def test_no_more_than_one_call(name: str) -> None:
     assert {check(dialect, known, known.walk(grammar, seed)) for seed in range(8)} == {1}
 
 
-@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"json", "llama", "llama4"}))
+@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {"json", "llama", "llama4", "harmony"}))
 @pytest.mark.parametrize("by_token", [True, False])
 def test_a_call_that_has_begun_is_whole(name: str, by_token: bool) -> None:
     """Before it, anything may be said, and no grammar is asked."""
@@ -88,8 +89,7 @@ def test_a_call_that_has_begun_is_whole(name: str, by_token: bool) -> None:
     grammar = answer_grammar(Wanted(CALLEES), dialect, known.tokens, thinking=False, blanks=())
     assert grammar is not None
     assert grammar.triggers
-    mark = "<|channel|>commentary to=functions." if dialect.messages else next(iter(dialect.calls))
-    said = known.ids("" if dialect.messages else "I shall.\n") + known.ids(mark)
+    said = known.ids("I shall.\n") + known.ids(next(iter(dialect.calls)))
     state = known.constraint(grammar)
     for token in said[:-1]:
         assert state.allowed() is None
@@ -99,7 +99,7 @@ def test_a_call_that_has_begun_is_whole(name: str, by_token: bool) -> None:
     for seed in range(5):
         rest = known.walk_from(state.copy(), seed)
         found = read(dialect, known.parts(said + rest), TOOLS, known.tokens)
-        assert found.said == ("" if dialect.messages else "I shall.")
+        assert found.said == "I shall."
         assert found.calls
         assert all(found.whole)
         for called, arguments in found.calls:
@@ -118,3 +118,94 @@ def test_calls_or_an_answer_of_a_form(name: str) -> None:
         assert (found.said in ("11", "22")) != bool(found.calls)
         seen.add(bool(found.calls))
     assert seen == {True, False}
+
+
+ANYWHERE = {"$defs": {"n": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/n"}]}}}
+TREE = {
+    "$defs": {
+        "n": {
+            "type": "object",
+            "properties": {name: {"$ref": "#/$defs/n"} for name in ("p", "q", "r")},
+            "additionalProperties": False,
+        }
+    },
+    "type": "object",
+    "properties": {"n": {"$ref": "#/$defs/n"}},
+}
+HARD = {
+    "optional enum": {"type": ["string", "null"], "enum": ["c", "f", None]},
+    "literal or none": {"anyOf": [{"enum": ["c", "f"]}, {"type": "null"}]},
+    "two texts": {"anyOf": [{"type": "string", "maxLength": 2}, {"const": "long one"}]},
+    "all of": {"allOf": [{"type": "string"}, {"maxLength": 2}]},
+    "beside a reference": {"$ref": "#/$defs/s", "maxLength": 2},
+    "two limits": {"type": "string", "enum": ["abc", "a"], "maxLength": 1},
+    "siblings of alternatives": {"type": "string", "anyOf": [{"minLength": 3, "maxLength": 4}, {"maxLength": 1}]},
+    "with an end in it": {"enum": ["b</parameter><parameter=x>", "c"]},
+    "integers": {"type": "integer", "minimum": 3, "maximum": 5},
+    "mixed": {"type": "string", "enum": ["abc", 5]},
+}
+
+
+def walks(name: str, schema: dict[str, object], count: int = 6) -> list[object]:
+    """Arguments of calls that had to be made, each of which fits its schema."""
+    dialect, known = BY_NAME[name], vocabulary(name, True)
+    tools = {"f": schema}
+    wanted = Wanted([Callee("f", schema, strict=True)], must_call=True, one_call=True)
+    grammar = answer_grammar(wanted, dialect, known.tokens, thinking=False, blanks=())
+    assert grammar is not None
+    found = []
+    for seed in range(count):
+        read_ = read(dialect, known.parts(known.walk(grammar, seed)), tools, known.tokens)
+        assert (read_.said, read_.whole) == ("", [True])
+        found.append(json.loads(read_.calls[0][1]))
+        jsonschema.validate(found[-1], closed(schema))
+    return found
+
+
+@pytest.mark.parametrize("what", HARD)
+@pytest.mark.parametrize("name", ["qwen_coder", "glm", "deepseek_v32", "lfm2", "gemma4", "hermes"])
+def test_schemas_that_texts_do_not_fit_by_themselves(name: str, what: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": HARD[what], "x": {"type": "boolean"}, "no": False},
+        "required": ["a"],
+        "$defs": {"s": {"type": "string"}},
+    }
+    assert all("a" in arguments for arguments in walks(name, schema))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["qwen_coder", "lfm2", "gemma4", "deepseek_v32"])
+def test_a_tool_that_takes_anything_can_be_given_something(name: str) -> None:
+    found = walks(name, {"type": "object", "additionalProperties": True}, count=12)
+    assert any(found)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("schema", [TREE, {**ANYWHERE, "properties": {"a": {"$ref": "#/$defs/n"}}}])
+def test_schemas_that_refer_to_themselves_are_not_spelled_out(name: str, schema: dict[str, object]) -> None:
+    known = vocabulary(name, True)
+    wanted = Wanted([Callee("f", schema)], must_call=True)
+    grammar = answer_grammar(wanted, BY_NAME[name], known.tokens, thinking=False, blanks=())
+    assert grammar is not None
+    assert len(grammar.text) < 8000
+
+
+@pytest.mark.parametrize("name", ["qwen_coder", "lfm2"])
+def test_arguments_that_cannot_be_written_are_refused_or_left_out(name: str) -> None:
+    known = vocabulary(name, True)
+    for odd in ("a\nb", "a>b", 'a"b'):
+        schema = {"type": "object", "properties": {odd: {"type": "string"}}, "required": [odd]}
+        wanted = Wanted([Callee("f", schema)], must_call=True)
+        with pytest.raises(GrammarError, match="has to be given"):
+            answer_grammar(wanted, BY_NAME[name], known.tokens, thinking=False, blanks=())
+        assert walks(name, {"type": "object", "properties": {odd: {"type": "string"}}}) == [{}] * 6
+
+
+def test_a_long_list_of_tools_has_rules_of_different_names() -> None:
+    known = vocabulary("qwen_coder", True)
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(6)}}
+    wanted = Wanted([Callee(f"f{number}", schema) for number in range(128)], must_call=True)
+    grammar = answer_grammar(wanted, BY_NAME["qwen_coder"], known.tokens, thinking=False, blanks=())
+    assert grammar is not None
+    names = [line.partition(":")[0].partition("[")[0] for line in grammar.text.splitlines()]
+    assert len(names) == len(set(names)) > 128 * 6

@@ -98,7 +98,7 @@ def check(requests: Sequence[Request], outcomes: Mapping[str, Outcome]) -> int:
     return whole
 
 
-@pytest.mark.parametrize("kind", [*SLOT_KINDS, SOLO_KINDS[0]])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", SOLO_KINDS[0]])
 def test_alone_and_together(kind: str) -> None:
     requests = crowd(12)
     expected = alone(kind, requests)
@@ -114,8 +114,9 @@ def test_neighbours_answers_are_what_they_were() -> None:
     same({one.id: run("llama", requests).outcomes[one.id] for one in free}, expected)
 
 
-@pytest.mark.parametrize("kind", SLOT_KINDS)
-@pytest.mark.parametrize("chance", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "chance"), [("llama", 0.0), ("llama", 0.7), ("llama", 1.0), *((kind, 0.7) for kind in SLOT_KINDS[1:])]
+)
 def test_draft_tokens_change_nothing(kind: str, chance: float) -> None:
     requests = crowd(8)
     expected = run(kind, requests).outcomes
@@ -220,6 +221,16 @@ def test_a_dead_end_is_an_error_of_that_answer_alone(monkeypatch: pytest.MonkeyP
     assert failure.kind is ErrorKind.GRAMMAR
     assert "no token" in failure.message
     same(outcomes, expected)
+
+
+def test_an_end_that_was_drawn_in_need_is_no_end() -> None:
+    """Where the draft's last column has no token to choose, an end is drawn as any other: the answer is stuck."""
+    grammar = Grammar(text='start: "abcd" "\u00e9"\n')
+    one = guided(request("r", prompt(9), 40, temperature=1.0, logit_bias={id_of(END): 100.0}), grammar)
+    for spec in (None, SpecSettings(default=Speculation(mode=SpecMode.NGRAM, adaptive=False))):
+        failure = run("llama", [one], spec=spec).outcomes["r"].failure
+        assert failure is not None
+        assert failure.kind is ErrorKind.GRAMMAR
 
 
 def test_what_is_no_grammar_is_refused() -> None:

@@ -92,7 +92,7 @@ def test_whatever_guessing_raises_costs_guesses_and_nothing_else(
     driver = Driver(
         model("llama"),
         capabilities=capabilities("llama"),
-        spec=SpecSettings(default=Speculation(mode=mode, tokens=5, adaptive=kind is Controller), shared=True),
+        spec=SpecSettings(default=Speculation(mode=mode, tokens=5, adaptive=method == "choose"), shared=True),
         draft=real_draft("llama") if kind is Draft else None,
     )
     for one in requests:

@@ -28,7 +28,7 @@ from guided import (
 )
 from msgspec.structs import replace
 
-from millpond.grammar.check import GrammarError, check
+from millpond.grammar.check import GrammarError, check, check_schema
 from millpond.grammar.constraint import Bits, Constraint, DeadEnd
 from millpond.grammar.lexicon import Lexicon, LexiconError
 from millpond.types import Grammar, Symbol
@@ -270,6 +270,27 @@ def test_what_is_no_grammar_is_refused_in_words(text: str, said: str) -> None:
     assert said in str(refused.value)
     assert "start:" not in str(refused.value), "nobody's grammar is repeated"
     assert "\n" not in str(refused.value)[-1:]
+
+
+@pytest.mark.parametrize("step", [99991, 1.001, 0, 1001])
+def test_divisions_that_would_take_all_memory_are_refused(step: float) -> None:
+    with pytest.raises(GrammarError, match="multipleOf"):
+        check_schema({"type": "object", "properties": {"a": [{"multipleOf": step}]}})
+    with pytest.raises(GrammarError, match="allOf"):
+        check_schema({"allOf": [{"multipleOf": 7}, {"multipleOf": 11}]})
+    for small in (2, 0.25, 100, 999):
+        check_schema({"items": {"multipleOf": small}})
+
+
+def test_line_ends_behind_a_thought_are_few_and_may_be_meant() -> None:
+    state = constraint(replace(Grammar(text='start: "\\n" "a"\n'), thinking=thinking(begun=True)))
+    state.take(id_of(THOUGHT))
+    take(state, ids("\n"))
+    assert spelled(sorted(may(state))) == "a"
+    state = constraint(replace(object_grammar(), thinking=thinking(begun=True)))
+    state.take(id_of(THOUGHT))
+    take(state, ids("\n\n"))
+    assert ids("\n")[0] not in may(state)
 
 
 def test_what_is_left_out_is_named() -> None:

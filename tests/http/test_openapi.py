@@ -249,6 +249,8 @@ def fit(body: object, stream: bool) -> None:
         body.pop("logprobs", None)
     if isinstance(guessing := body.get("speculative"), dict) and guessing.get("mode") == "draft":
         guessing["mode"] = "ngram"  # this server has no draft model
+    if isinstance(body.get("tokens"), list):
+        body["tokens"] = [token % 800 for token in body["tokens"]]
     if "max_completion_tokens" not in body and body.get("stop_sequences") is not None:
         body["stop_sequences"] = [str(stop) for stop in body["stop_sequences"]]
     if body.get("tools") and "function" not in body["tools"][0]:

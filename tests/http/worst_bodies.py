@@ -94,7 +94,6 @@ SHARED: dict[str, tuple[Json, ...]] = {
     "structured_outputs": (
         inside('{"regex":', text("(a|b)*c{1,999}", 60_000), "}"),
         inside('{"choice":', many('"' + "a" * 60 + '{}"', 900), "}"),
-        inside('{"grammar":', text("start: s s\\ns: s s | s | ", 60_000), "}"),
         inside('{"json":', text(), "}"),
         inside('{"choice":', LISTS, "}"),
         inside('{"json":', PAIRS, "}"),

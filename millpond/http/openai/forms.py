@@ -12,9 +12,9 @@ from millpond.http.generation_request import AnswerForm
 
 MOST_CHOICES = 1024
 FORMAT = "an object whose type is text, json_object or json_schema"
-OUTPUTS = "an object with one of json, regex, choice, grammar and json_object"
+OUTPUTS = "an object with one of json, regex, choice and json_object"
 ANY_OBJECT: Mapping[str, object] = {"type": "object"}
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "json_object")
 
 
 def read_response_format(value: object, param: str = "response_format") -> AnswerForm | None:
@@ -67,7 +67,7 @@ def read_structured_outputs(value: object) -> AnswerForm | None:
     if not isinstance(found, str) or not found:
         raise bad_value(param, found, "a string, not empty")
     bounded(len(found), param)
-    return AnswerForm(param, regex(found)) if name == "regex" else AnswerForm(param, grammar=found)
+    return AnswerForm(param, regex(found))
 
 
 def _parsed(value: object, param: str) -> object:

@@ -99,8 +99,8 @@ BREAKS = [
     Break(
         name="M3-free-behind-a-thought",
         file="millpond/grammar/constraint.py",
-        old="self._place, self._thought = self._outside, True",
-        new="self._place, self._thought = _Place.WATCHED, True",
+        old="self._place, self._thought, self._blanks = self._outside, True, 0",
+        new="self._place, self._thought, self._blanks = _Place.WATCHED, True, 0",
         by=("test_thoughts_are_free_and_end",),
     ),
     Break(
