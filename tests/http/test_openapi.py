@@ -23,7 +23,7 @@ from millpond.http.gate import ANY_HOST, OPEN
 from millpond.http.openapi import OPERATIONS, READ_BY_HAND, REQUESTS, document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from conftest import Server, StartServer
     from schemathesis import BaseSchema, Response
@@ -47,6 +47,8 @@ PROMISES = (
 """What schemathesis checks of every answer."""
 LATER_REFUSALS = {"context_length_exceeded", "unsupported_parameter", "template_error"}
 """Why a request that fits the document, and whose fields fit each other, may still get a 400."""
+LARGE = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/responses/input_tokens")
+"""Their bodies have so many cases that they take minutes."""
 LATER_WORDS = ("prompt is too long: ", "tools: this model's chat template", "messages", "tool_choice: ")
 """The same in words."""
 COMMANDS = range(900, 906)
@@ -278,10 +280,13 @@ def fit(body: object, stream: bool) -> None:
                 tokens[:] = [token % 800 if type(token) is int else token for token in tokens]
 
 
-def examine(start_server: StartServer, good: int, bad: int) -> Examination:
+def examine(start_server: StartServer, good: int, bad: int, left_out: Collection[str] = ()) -> Examination:
+    """``left_out``: paths that are not asked."""
     with start_server("slow=0,context=256,rows=8") as server:
         examination = Examination(server)
         for operation in described(examination.schema):
+            if operation.path in left_out:
+                continue
             examination.boundaries(operation)
             examination.random(operation, good, bad)
         health = server.health()["requests"]
@@ -294,12 +299,12 @@ def examine(start_server: StartServer, good: int, bad: int) -> Examination:
         assert examination.answers[path, 400, "application/json"] >= bad, examination.answers
     # The document itself was asked for by schemathesis, which leaves it out of its cases.
     asked = {path for path, _, _ in examination.answers} | {"/openapi.json"}
-    assert asked == {route.path_format for route in ROUTES}
+    assert asked == {route.path_format for route in ROUTES} - set(left_out)
     return examination
 
 
 def test_the_server_keeps_to_it(start_server: StartServer) -> None:
-    assert examine(start_server, good=16, bad=8).cases >= 1000
+    assert examine(start_server, good=16, bad=8, left_out=LARGE).cases >= 700
 
 
 @pytest.mark.slow

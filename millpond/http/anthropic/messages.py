@@ -40,5 +40,5 @@ async def hello(_http: Request) -> Response:
 
 
 def _read_without_limit(fields: Mapping[str, object]) -> Parsed:
-    parsed = read({**fields, "max_tokens": 1})
+    parsed = read(fields if fields.get("max_tokens") is not None else {**fields, "max_tokens": 1})
     return replace(parsed, unknown_fields=_unknown(fields))
