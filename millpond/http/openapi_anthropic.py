@@ -54,7 +54,10 @@ _CHOICE: Schema = {
 }
 _THINKING: Schema = {
     "anyOf": [
-        record({"type": constant("enabled"), "budget_tokens": {"type": "integer", "minimum": 1}}, more=True),
+        record(
+            {"type": constant("enabled"), "budget_tokens": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}},
+            more=True,
+        ),
         record({"type": one_of("adaptive", "disabled")}, more=True),
     ]
 }

@@ -21,9 +21,9 @@ class KvFormat:
     native: bool = False
     """Attention over the running batch is computed in C, on a CPU; and so is packing, with scales of half precision."""
 
-    contiguous: bool = False
-    """Packed numbers are copied before they are multiplied: a device may take none with gaps, such as rows that have
-    room left."""
+    unpacked: bool = False
+    """Packed numbers are unpacked before they are multiplied, in each layer and step: a device may have no products
+    with packed ones."""
 
     @property
     def packs(self) -> bool:

@@ -151,7 +151,7 @@ class KvSlot:
         self._asked_for: tuple[tuple[int, int, int, int], float, bool, int] | None = None
         """What ``_asked`` is good for."""
         self._asked = b""
-        if spec.format.packs and not spec.format.native:
+        if spec.format.packs and not spec.format.native and not spec.format.unpacked:
             # How mlx-lm's attention finds out that keys and values are packed.
             self.bits, self.group_size = spec.format.packing.bits, spec.format.packing.group_size
 
@@ -195,8 +195,19 @@ class KvSlot:
         for segment in self.segments:
             packed = len(segment.arrays) > 2
             segment.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.forward)
-        keys_side, values_side = self.sides()[-1]
-        return (keys_side, values_side) if self.spec.format.packs else (keys_side[0], values_side[0])
+        sides = self.sides()
+        if self.spec.format.unpacked and len(sides) > 1:
+            return self._joined(sides)
+        keys_side, values_side = sides[-1]
+        packed = self.spec.format.packs and not self.spec.format.unpacked
+        return (keys_side, values_side) if packed else (keys_side[0], values_side[0])
+
+    @staticmethod
+    def _joined(sides: Sequence[Sides]) -> tuple[mx.array, mx.array]:
+        """Keys and values of all segments that have any."""
+        held = [side for side in sides if side[0][0].shape[2]]
+        keys, values = ([side[0] for side in both] for both in zip(*held, strict=True))
+        return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
 
     def sides(self) -> list[Sides]:
         """Keys and values of each segment as far as the forward under way may see, lazily."""
@@ -204,8 +215,8 @@ class KvSlot:
         width, found = forward.width(self.capacity), []
         for segment in self.segments:
             arrays = segment.view(forward.n, max(0, width - segment.first))
-            if self.spec.format.contiguous and len(arrays) > 2:
-                arrays = tuple(map(mx.contiguous, arrays))
+            if len(arrays) > 2 and self.spec.format.unpacked and arrays[0].shape[2]:
+                arrays = self.spec.format.unpack(arrays)
             found.append((arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
         return found
 

@@ -14,15 +14,18 @@ import mlx.nn as nn
 
 from millpond.kv.format import Arrays
 from millpond.kv.slots import KvSlot
-from millpond.model import cpu_math
+from millpond.model import cpu_math, cuda_attention
 from millpond.model.upstream import LayerCache, Mask, upstream_attention
+from millpond.native import device
 
 Attention = Callable[..., mx.array]
 
 
-def install(network: nn.Module, on_cpu: bool) -> None:
+def install(network: nn.Module) -> None:
     """Make the model files that ``network`` is built from use our attention, and on a CPU our SwiGLU."""
-    ours = {"scaled_dot_product_attention": over(cpu_math.attention if on_cpu else upstream_attention)}
+    on_cpu = device.on_cpu()
+    elsewhere = cuda_attention.attention if device.on_cuda() else upstream_attention
+    ours = {"scaled_dot_product_attention": over(cpu_math.attention if on_cpu else elsewhere)}
     if on_cpu:
         ours["swiglu"] = cpu_math.gated
     names = {type(module).__module__ for module in network.modules()}
@@ -47,7 +50,7 @@ def over(arrays: Attention) -> Attention:
         if not isinstance(cache, KvSlot):
             return arrays(queries, keys, values, cache, scale, mask, sinks)
         live = queries[: cache.forward.n] if cache.forward.rows > cache.forward.n else queries
-        if cache.spec.format.native or len(cache.segments) > 1:
+        if cache.spec.format.native or (len(cache.segments) > 1 and not cache.spec.format.unpacked):
             if sinks is not None:
                 raise ValueError("slots of this kind know no attention sinks")
             if not cache.spec.format.native:

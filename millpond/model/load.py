@@ -54,8 +54,8 @@ BEYOND_FLOAT16 = "gemma"
 """How model types begin whose activations exceed what float16 can hold; bfloat16 loses less than clipping does."""
 FUSED_DIMS = (64, 80, 128)
 """Dimensions of keys and values in half precision for which Metal and CUDA keep no scores of a prompt's chunk."""
-WIDTH_STEP = 256
-"""Columns by which masked attention over rows gets wider on CUDA, which compiles a graph for each width."""
+WIDTH_STEP = 64
+"""Columns by which masked attention over rows gets wider on CUDA, whose products are slow for odd numbers of them."""
 SCORE_COPIES = 3
 """Of those that they keep otherwise, at one time."""
 UNDERSTOOD = (SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, FileNotFoundError, ValueError)
@@ -139,14 +139,14 @@ def load(
             raise ModelError(str(error)) from error
     if on_cpu and shutil.which(COMPILER) is None:
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
-    attention.install(network, on_cpu)
+    attention.install(network)
     _evaluate(network, progress)
     cache = new_cache(network)
     try:
         logits = _filled(network, cache)
     except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
         raise ModelError(f"cannot run the model in {str(folder)!r}: {_told(error)}") from error
-    specs, form, sizes, blocks = _kept(network, cache, KvFormat(packing, native=decode.available()))
+    specs, form, sizes, blocks = _kept(network, cache, _form(packing))
     return LoadedModel(
         network=network,
         context_length=context_length,
@@ -164,6 +164,12 @@ def load(
         reading=checkpoint.reading,
         blocks=blocks,
     )
+
+
+def _form(packing: KvPacking) -> KvFormat:
+    """How slots keep keys and values on this device."""
+    # MLX's CUDA kernels multiply with packed numbers of a few shapes only, and raise for others when asked.
+    return KvFormat(packing, native=decode.available(), unpacked=device.on_cuda())
 
 
 def _level(config: dict[str, object]) -> dict[str, object]:

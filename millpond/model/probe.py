@@ -68,8 +68,6 @@ class Capabilities(msgspec.Struct, frozen=True):
     """Why prefixes of this model cannot be cached; empty when they can."""
     native: bool = False
     """Attention over its slots is computed in C."""
-    contiguous: bool = False
-    """Attention over packed slots wants copies without gaps."""
     together: bool = False
     """Several prompts can be read in one forward."""
     alike: list[list[int]] = []
@@ -86,7 +84,7 @@ class Capabilities(msgspec.Struct, frozen=True):
                 f"kv_bits: {model.form.packing.bits} cannot be used with this model: {self.reason}. "
                 "Leave kv_bits out to serve it"
             )
-        form = replace(model.form, native=self.native, contiguous=self.contiguous)
+        form = replace(model.form, native=self.native)
         return model if form == model.form else kept_as(model, form)
 
 
@@ -95,10 +93,6 @@ def probe(model: LoadedModel) -> Capabilities:
     reason = model.specs if isinstance(model.specs, str) else _attempt(lambda: _parity(model))
     if reason and model.form.native:
         return probe(kept_as(model, replace(model.form, native=False)))
-    if reason and model.form.packs and not model.form.contiguous and not isinstance(model.specs, str):
-        copied = probe(kept_as(model, replace(model.form, contiguous=True)))
-        if copied.slots:
-            return copied
     uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
     pipelined = bool(reason) or donates(model)
     together = not reason and not _attempt(lambda: _reading_together(model))
@@ -109,7 +103,6 @@ def probe(model: LoadedModel) -> Capabilities:
         pipelined=pipelined,
         uncached=uncached,
         native=form.native,
-        contiguous=form.contiguous,
         together=together,
         alike=[] if reason else _alike(model),
     )

@@ -24,6 +24,7 @@ from millpond.engine.sequence import Sequence as Answer
 from millpond.model.forwards import prefill
 from millpond.model.load import LoadedModel, load
 from millpond.model.prompt import new_prompt
+from millpond.native import device
 from millpond.sample.state import SamplingState
 
 LAYERS = 16
@@ -42,9 +43,9 @@ def lengths(rows: int) -> list[int]:
     return [40 + 7 * row for row in range(rows)]
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LoadedModel:
-    as_on_a_gpu(monkeypatch)
+@pytest.fixture(params=["metal", "cuda"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LoadedModel:
+    as_on_a_gpu(monkeypatch, metal=request.param == "metal")
     config = {**tiny_models.config_of("llama"), "num_hidden_layers": LAYERS, "max_position_embeddings": 4096}
     monkeypatch.setitem(tiny_models.CONFIGS, "llama", config)
     return load(in_half(tiny_models.save("llama", tmp_path)), 0, lambda _: None)
@@ -52,9 +53,13 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LoadedModel:
 
 @contextmanager
 def kernels_as_one() -> Iterator[None]:
-    """What a GPU has a kernel for is one operation, as there; the numbers mean nothing."""
+    """What the GPU has a kernel for is one operation, as there; the numbers mean nothing."""
 
-    def attention(queries: mx.array, keys: mx.array, values: mx.array, *, mask: object = None, **_: object) -> mx.array:
+    def attention(
+        queries: mx.array, keys: mx.array, values: mx.array, *, mask: object = None, **more: object
+    ) -> mx.array:
+        if isinstance(mask, mx.array) and device.on_cuda():
+            return own["scaled_dot_product_attention"](queries, keys, values, mask=mask, **more)
         behind = [array for array in (keys, values, mask) if isinstance(array, mx.array)]
         return mx.depends(mx.exp(queries), behind)
 

@@ -170,10 +170,12 @@ def test_recurrent_layers_read_alone(kind: str) -> None:
     assert not capabilities(kind).together
 
 
-def test_reading_apart_where_nothing_is_saved(reads: list[int]) -> None:
+def test_reading_apart_where_nothing_is_saved(reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which a prompt's tokens are what reading it costs."""
     driven = Driver(model("llama"), capabilities=capabilities("llama"))
+    costs = driven.scheduler._costs
     for tokens in (16, 64, 128, 256) * 3:
-        driven.scheduler._costs.observe_prefill(0, tokens, 3.0 * tokens)
+        costs.observe_prefill(0, tokens, 3.0 * tokens)
+    monkeypatch.setattr(costs, "observe_prefill", lambda *_: None)  # what this machine takes is another matter
     answered(driven, {f"p{n}": prompt(TOKENS, n) for n in range(4)})
     assert set(reads) == {1}

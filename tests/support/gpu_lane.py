@@ -14,6 +14,7 @@ import tiny_models
 from engine_driver import upstream_math
 from mlx.utils import tree_flatten, tree_map
 
+from millpond.model import cuda_attention
 from millpond.model.upstream import UPSTREAM_MATH
 from millpond.native import decode, device
 
@@ -29,9 +30,10 @@ TIE = 0.02
 """Two logits this close, as a share of the row's spread, may swap: one in bfloat16 has a step of a 256th."""
 
 
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For models that are loaded from now on, until the test ends."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, metal: bool = False) -> None:
+    """For models that are loaded from now on, until the test ends: NVIDIA's, or Apple's."""
     monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(device, "on_metal", lambda: metal)
     monkeypatch.setattr(decode, "available", lambda: False)
     for name, module in list(sys.modules.items()):
         for function, upstream in UPSTREAM_MATH.items():
@@ -54,13 +56,19 @@ def rounding_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             return nudged(product(self, x), x.size // x.shape[-1])
 
         monkeypatch.setattr(layer, "__call__", call)
-    attention = mx.fast.scaled_dot_product_attention
+    for place, name in ((mx.fast, "scaled_dot_product_attention"), (cuda_attention, "plain_attention")):
+        attention = getattr(place, name)
 
-    def attend(queries: mx.array, keys: mx.array, *rest: object, **named: object) -> mx.array:
-        mixed = attention(queries, keys, *rest, **named)  # type: ignore[call-overload]
-        return nudged(mixed, queries.shape[0] + keys.shape[2])
+        def attend(
+            queries: mx.array,
+            keys: mx.array,
+            *rest: object,
+            attention: Callable[..., mx.array] = attention,
+            **named: object,
+        ) -> mx.array:
+            return nudged(attention(queries, keys, *rest, **named), queries.shape[0] + keys.shape[2])
 
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+        monkeypatch.setattr(place, name, attend)
 
 
 def in_half(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:
@@ -92,7 +100,9 @@ def _packable(_: str, module: nn.Module) -> bool:
     return hasattr(module, "to_quantized") and module["weight"].shape[-1] % 32 == 0
 
 
-def assert_same_or_near(network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int]) -> None:
+def assert_same_or_near(
+    network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int], tie: float = TIE
+) -> None:
     """Token for token the same; where they part, in mlx-lm's own arithmetic the two are a tie, by bfloat16's steps."""
     assert len(ours) == len(expected)
     for index, (got, want) in enumerate(zip(ours, expected, strict=True)):
@@ -101,5 +111,5 @@ def assert_same_or_near(network: nn.Module, prompt: Sequence[int], ours: list[in
                 logits = network(mx.array([[*prompt, *expected[:index]]]))[0, -1].astype(mx.float32)
             spread = (logits.max() - logits.min()).item()
             gap = (logits.max() - mx.minimum(logits[want], logits[got])).item()
-            assert gap < TIE * spread, f"token {index}: {got} instead of {want}, {gap} apart of {spread}"
+            assert gap < tie * spread, f"token {index}: {got} instead of {want}, {gap} apart of {spread}"
             return
