@@ -64,10 +64,11 @@ _THINKING: Schema = {
 _CONFIG = record(
     {
         "effort": nullable(one_of(*EFFORTS)),
-        "format": nullable(record({"type": constant("json_schema"), "schema": _OBJECT})),
+        "format": nullable(record({"type": constant("json_schema"), "schema": _OBJECT}, more=True)),
     },
     "effort",
     "format",
+    more=True,
 )
 _ASKED: dict[str, Schema] = {
     "model": STRING,
