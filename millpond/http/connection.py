@@ -35,7 +35,7 @@ MOST_UNSENT = 64 * 1024
 UNSENT_OPTION = getattr(socket, "TCP_NOTSENT_LOWAT", 0x201 if sys.platform == "darwin" else None)
 LEAST_READ = 32 * 1024
 """A client must take so many bytes, or all there are, of what waits for it in each write time-out."""
-PIECE = 8 * 1024
+PIECE = 2 * 1024
 """Bytes of a request that are parsed at a time, unless they are known to be a body's: chunks may be a byte each."""
 NO_HTTP = error_body(ApiError(400, "the request is not valid HTTP", code="bad_http"))
 

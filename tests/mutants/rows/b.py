@@ -277,7 +277,7 @@ BREAKS = [
     Break(
         name="B14-chunks-parsed-at-once",
         file="millpond/http/connection.py",
-        old="PIECE = 8 * 1024\n",
+        old="PIECE = 2 * 1024\n",
         new="PIECE = 8 * 1024 * 1024\n",
     ),
     Break(
