@@ -1,4 +1,4 @@
-"""Reading a request's body within a limit on the bytes that really arrive, and as JSON within one on its values.
+"""Reading a request's body within a limit on the bytes that really arrive.
 
 Chunked bodies and forged lengths are counted like any other. What is beyond the limit is never kept.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import codecs
 
-import msgspec
 from starlette.requests import Request
 
-from millpond.http.errors import ApiError, bad_value, shown
-from millpond.http.values import more_values_than
+from millpond.http.errors import ApiError, shown
 
 DISCARDED = 8
 """So many times what is allowed is read and thrown away, so that a client that is still sending gets to see its 413."""
@@ -33,24 +31,6 @@ async def read_body(request: Request, most: int, seconds: float) -> bytearray:
     if body.startswith(codecs.BOM_UTF8):
         del body[: len(codecs.BOM_UTF8)]
     return body
-
-
-def json_object(body: bytearray, most: int) -> dict[str, object]:
-    """A body as a JSON object of at most ``most`` values.
-
-    It takes milliseconds per megabyte and per ten thousand values, in which no other thread runs. Raises ApiError 400
-    or 413.
-    """
-    if more_values_than(body, most):
-        message = f"the request's body has more than the {most} values and names allowed (max_values)"
-        raise ApiError(413, message, code="too_many_values")
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise bad_value("body", value, "a JSON object", code="invalid_json")
-    return value
 
 
 def check_declared(length: bytes, most: int) -> None:

@@ -19,6 +19,7 @@ from millpond.client.engine import SHUTTING_DOWN
 from millpond.client.state import EngineSnapshot
 from millpond.config import ServeConfig
 from millpond.http.errors import ApiError, shown, too_many
+from millpond.http.json_body import JsonBodies
 from millpond.http.keys import Keys
 from millpond.http.served_model import STOP_SECONDS, ServedModel
 from millpond.http.snapshot import Snapshot
@@ -48,6 +49,7 @@ class FrontEnd:
         self.held = 0
         """Answers that hold a place."""
         self._held_by: Counter[str] = Counter()
+        self.bodies = JsonBodies(config.max_values)
         self._pool = Threads(TEXT_THREADS, "text")
         self._replacing = asyncio.Lock()
         self._loaded = asyncio.Event()

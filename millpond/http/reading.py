@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from starlette.requests import Request
 
-from millpond.http.body import json_object, read_body
+from millpond.http.body import read_body
 from millpond.http.context import context_of
 from millpond.http.front_end import FrontEnd
 from millpond.http.generation_request import GenerationRequest
@@ -35,7 +35,7 @@ async def read_request(
     body = await read_body(http, int(config.max_body), config.body_timeout)
 
     def read() -> Parsed:
-        return parse(json_object(body, config.max_values))
+        return parse(front.bodies.read(body))
 
     parsed = read() if len(body) <= SMALL_BODY else await front.in_text_thread(read, urgent=False)
     model = front.model_for(parsed.asked.model)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
 
-from millpond.http.body import json_object, read_body
+from millpond.http.body import read_body
 from millpond.http.counting import ANY_LENGTH
 from millpond.http.errors import ApiError, bad_value
 from millpond.http.fields import checked
@@ -88,7 +88,7 @@ async def tokenizer_info(http: Request) -> Response:
 
 async def _fields(http: Request, front: FrontEnd) -> Mapping[str, object]:
     body = await read_body(http, int(front.config.max_body), front.config.body_timeout)
-    return await front.in_text_thread(lambda: json_object(body, front.config.max_values), urgent=False)
+    return await front.in_text_thread(lambda: front.bodies.read(body), urgent=False)
 
 
 def _answered(

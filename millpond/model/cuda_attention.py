@@ -40,7 +40,7 @@ def attention(
     masked = isinstance(mask, mx.array)
     if n * heads * length * keys.shape[2] <= PLAIN_SCORES or (masked and length < FEW_QUERIES):
         return plain_attention(queries, keys, values, scale, mask)
-    if mask == "causal" and not masked and _fused(queries, values):
+    if isinstance(mask, str) and _fused(queries, values):
         return rounded_attention(queries, keys, values, scale)
     return upstream_attention(queries, keys, values, cache, scale, mask, sinks)
 

@@ -202,7 +202,7 @@ def test_livez_answers_while_much_is_asked_at_once(wide: Server, watcher: Watche
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [CHAT, PLAIN, EXPLAIN])
+@pytest.mark.parametrize("path", [CHAT, PLAIN, EXPLAIN, CLAUDE, RESPONSES])
 def test_livez_answers_while_the_worst_of_each_field_comes(wide: Server, watcher: Watcher, path: str) -> None:
     """(B14)"""
     for name, body in worst(path):

@@ -20,8 +20,8 @@ import pytest
 from in_process import scripted, served, serving
 from tiny_tokenizers import CHATML, byte_level_backend, write_folder
 
-from millpond.http.body import json_object
 from millpond.http.front_end import TEXT_THREADS, FrontEnd
+from millpond.http.json_body import JsonBodies
 from millpond.http.threads import Threads
 from millpond.text.template import ChatTemplate
 from millpond.text.tokenizer import Message, Tokenizer
@@ -148,11 +148,13 @@ def test_a_large_body_is_read_in_a_text_thread(byte_tokenizer: Path, monkeypatch
     """(B14)"""
     names: list[str] = []
 
-    def noted(body: bytearray, most: int) -> dict[str, object]:
-        names.append(threading.current_thread().name)
-        return json_object(body, most)
+    read = JsonBodies.read
 
-    monkeypatch.setattr("millpond.http.reading.json_object", noted)
+    def noted(bodies: JsonBodies, body: bytearray) -> dict[str, object]:
+        names.append(threading.current_thread().name)
+        return read(bodies, body)
+
+    monkeypatch.setattr(JsonBodies, "read", noted)
 
     async def test() -> None:
         async with front(Tokenizer.load(byte_tokenizer), "plain") as (http, _):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.http import values
-from millpond.http.body import json_object
 from millpond.http.errors import ApiError
+from millpond.http.json_body import LARGE, JsonBodies, TooLarge
 from millpond.http.values import more_values_than
 
 JSON = st.recursive(
@@ -54,14 +55,52 @@ def test_no_json_is_no_trouble(text: str) -> None:
 def test_what_is_in_strings_does_not_count() -> None:
     """A long text full of commas is one value."""
     body = bytearray(json.dumps({"prompt": '",[{:\\' * 100_000}).encode())
-    assert json_object(body, 1000)["prompt"]
+    assert JsonBodies(1000).read(body)["prompt"]
 
 
 @pytest.mark.parametrize("more", ["[]", "1", '""', "{}", '{"a":1}'])
 def test_too_many_are_refused_before_any_is_made(more: str) -> None:
     body = bytearray(('{"prompt":[' + ",".join([more] * 1000) + "]}").encode())
     with pytest.raises(ApiError, match="1000 values") as raised:
-        json_object(body, 1000)
+        JsonBodies(1000).read(body)
     assert raised.value.status == 413
     assert raised.value.code == "too_many_values"
-    assert json_object(body, 6000)
+    assert JsonBodies(6000).read(body)
+
+
+@pytest.mark.parametrize("name", ["temperature", "nobody_has_this", "metadata"])
+def test_of_what_no_field_may_have_nothing_is_made(name: str) -> None:
+    """Names and numbers without end where a few may be would hold everybody up while they are made."""
+    pairs = json.dumps({f"k{number}": number for number in range(LARGE // 10)})
+    body = bytearray(f' {{"prompt":{pairs},"{name}":{pairs},"seed":1}}'.encode())
+    read = JsonBodies(1_000_000).read(body)
+    assert (read["prompt"], read["seed"]) == (json.loads(pairs), 1)
+    assert read[name] == TooLarge(len(pairs))
+    assert JsonBodies(1_000_000).read(bytearray(body.replace(b" ", b"")[:-1] + b"}"))["seed"] == 1
+
+
+@pytest.mark.parametrize("long", ["[" + "1," * LARGE + "1]", '"' + "a" * LARGE + '"', "1" * LARGE])
+def test_large_bodies_are_json_objects(long: str) -> None:
+    with pytest.raises(ApiError, match=rf"body: must be a JSON object, got {len(long)} bytes|valid JSON"):
+        JsonBodies(1_000_000).read(bytearray(long.encode()))
+    for bad in (f'{{"junk":{long}', f'{{"junk":{long}}} 1', f'{{"junk":{long},}}', f'{{"junk":{long},"prompt":"\\x"}}'):
+        with pytest.raises(ApiError, match="the body is not valid JSON"):
+            JsonBodies(1_000_000).read(bytearray(bad.encode()))
+
+
+def test_large_values_are_made_one_at_a_time() -> None:
+    """While one is, others' small ones need not wait."""
+    bodies, done = JsonBodies(1000), threading.Event()
+    large, small = (bytearray(json.dumps({"prompt": "a" * size}).encode()) for size in (LARGE, LARGE - 100))
+
+    def read() -> None:
+        bodies.read(large)
+        done.set()
+
+    waiting = threading.Thread(target=read)
+    with bodies._turn:
+        waiting.start()
+        assert bodies.read(small)
+        assert not done.wait(0.2)
+    assert done.wait(20)
+    waiting.join()

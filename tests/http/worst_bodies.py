@@ -117,10 +117,6 @@ MESSAGES: tuple[Json, ...] = (
     message(TEXT, "name"),
     message(TEXT, "tool_call_id"),
     message(LISTS, "tool_calls"),
-    assistant(many('{"function":{"name":"f","arguments":"{}"}}', VALUES // 9), "tool_calls"),
-    assistant(inside('[{"function":{"name":"f","arguments":', TEXT, "}}]"), "tool_calls"),
-    assistant(lambda: json.dumps([{"function": {"name": "f", "arguments": PAIRS()}}]), "tool_calls"),
-    assistant(TEXT, "reasoning_content"),
     message(LISTS, "name"),
     many(SMALL, VALUES // 5),
     many(SMALL),
@@ -128,7 +124,12 @@ MESSAGES: tuple[Json, ...] = (
     many('{"role":"user","content":"a"}', VALUES // 5),
     LISTS,
     TEXT,
+    assistant(many('{"function":{"name":"f","arguments":"{}"}}', VALUES // 9), "tool_calls"),
+    assistant(inside('[{"function":{"name":"f","arguments":', TEXT, "}}]"), "tool_calls"),
+    assistant(lambda: json.dumps([{"function": {"name": "f", "arguments": PAIRS()}}]), "tool_calls"),
+    assistant(TEXT, "reasoning_content"),
 )
+"""Called by number: new ones go to the end."""
 PROMPTS: tuple[Json, ...] = (
     TEXT,
     text("a b ", CONTEXT - 1000),
