@@ -65,6 +65,7 @@ format: setup
 reference: setup
 	$(BIN)/python -c 'import millpond.config as config, pathlib; \
 		pathlib.Path("docs/configuration.md").write_text(config.reference(), encoding="utf-8")'
+	PYTHONPATH=tests/support:tests $(BIN)/python -m api_page
 
 test: lint
 	$(BIN)/pytest -q -rs -n 2 --dist loadfile -m "not slow"

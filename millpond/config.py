@@ -315,6 +315,15 @@ class ServeConfig(BaseModel):
     tls_key: RealPath | None = Field(
         None, validate_default=True, description="PEM file with the certificate's private key."
     )
+    responses_size: Size = Field(
+        ByteSize(256 * 10**6),
+        description="Most space for answers from /v1/responses and what was asked, which clients may go on from by "
+        "their ids; 0 keeps none. They are beside the SSD tier, in memory where there is none.",
+    )
+    responses_ttl: Duration = Field(
+        30 * 86400.0,
+        description="Such answers are kept for so long after their last use, such as 12h; 0: no limit.",
+    )
     drain_seconds: float = Field(
         10.0, ge=0, le=3600, description="How long running requests may go on after a stop is asked for, in seconds."
     )

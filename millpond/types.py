@@ -43,6 +43,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Unsigned 64-bit."""
     logprobs: int | None = None
     """None: none wanted. k >= 0: the chosen token's log-probability and the k likeliest alternatives."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, from the second on. Such a prompt is read whole, without the prefix cache."""
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     """Ids that end the answer (end of sequence, end of turn). The front end knows the tokenizer; the engine obeys."""
     min_tokens: int = 0
@@ -175,6 +177,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top: list[tuple[int, float]]
     """The likeliest tokens, best first; as many as asked for."""
+    rank: int = 0
+    """Of a prompt's token: its place among all, from 1; 0: not looked for."""
 
 
 class PrefixReport(msgspec.Struct, frozen=True, array_like=True):
@@ -358,6 +362,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     is begun and has no tokens."""
     verdict: Verdict | None = None
     """Where the step had draft tokens."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's next tokens, when asked for; before the first delta with ``tokens``."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from millpond import __version__
 from millpond.cli.text import forgive_terminal
 
-COMMANDS = ("serve", "chat", "bench", "pull", "doctor", "cache", "service")
+COMMANDS = ("serve", "chat", "agents", "bench", "pull", "doctor", "cache", "service")
 INTERNAL = ("rank",)
 """Commands that people do not give, so that no help names them."""
 

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from millpond.cli.agents import NO_KEY, lines
 from millpond.cli.certificate import BadCertificate, Certificate
 from millpond.cli.given import StartError, find_draft, find_model, read_certificate, read_keys
 from millpond.cli.group import group_plan, keep, layout_of
@@ -221,6 +222,11 @@ class ServeRun:
             raise StartError(error.whole) from error
         seconds = round(time.monotonic() - self._begun, 2)
         log.info("ready", extra=fields(api=f"{url}/v1", model=self._names.served, seconds=seconds))
+        info = self._client.info
+        if info is not None and self._config.log_format == "text" and log.isEnabledFor(logging.INFO):
+            key = "KEY" if self._keys else NO_KEY
+            for name, line in lines(url, self._names.served, info.context_length, key).items():
+                print(f"{name}: {line}", flush=True)  # to be pasted: on standard output, for the log is elsewhere
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()

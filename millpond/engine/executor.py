@@ -37,6 +37,7 @@ from millpond.engine.sequence import Sequence
 from millpond.grammar.constraint import Constraint
 from millpond.kv.batch import Batch
 from millpond.model.forwards import prefill, prefill_together
+from millpond.model.scoring import score
 from millpond.model.shard import agreement
 from millpond.sample.state import SamplingState
 from millpond.types import PrefillChunk, Request
@@ -84,7 +85,8 @@ class Executor:
         What is its own is made now, where it fails alone: raises what that raises, and nothing has happened then."""
         sampling = SamplingState(request.params, self._model.vocab_size, request.tokens, constraint)
         sequence = Sequence(request, sampling)
-        self.prefixes.arrive(sequence)
+        if not sequence.scoring:
+            self.prefixes.arrive(sequence)
         self.group.tell(Arrive(replace(request, prediction=[], grammar=None)))
         self.sequences[request.id] = sequence
         return sequence
@@ -106,6 +108,10 @@ class Executor:
         """Read chunks of different prompts in one forward. ``chunk_read`` goes on with each. Raises what the model's
         code raises; what its prompts hold is of no use then."""
         self.group.tell(Prefill(tuple(chunks)))
+        if any(self.sequences[chunk.id].scoring for chunk in chunks):
+            for chunk in chunks:
+                self._read_alone(self.sequences[chunk.id], chunk)
+            return
         prompts, parts = [], []
         for chunk in chunks:
             sequence = self.sequences[chunk.id]
@@ -116,6 +122,21 @@ class Executor:
             prefill(self._model.network, prompts[0], parts[0])
         else:
             prefill_together(self._model.network, prompts, parts)
+
+    def _read_alone(self, sequence: Sequence, chunk: PrefillChunk) -> None:
+        """Read a chunk; of what has not been measured of its prompt before, what the model thinks of it, too."""
+        assert sequence.prompt is not None
+        network, count = self._model.network, sequence.request.params.prompt_logprobs
+        begin, end = chunk.start, chunk.end
+        if count is not None:
+            begin = min(end, max(begin, sequence.scored))
+            end = max(begin, min(end, sequence.prompt_length - 1))
+            prefill(network, sequence.prompt, sequence.tokens[chunk.start : begin])
+            following = sequence.tokens[begin + 1 : end + 1]
+            sequence.scores += score(network, sequence.prompt, sequence.tokens[begin:end], following, count)
+            sequence.scored = max(sequence.scored, end)
+            begin = end
+        prefill(network, sequence.prompt, sequence.tokens[begin : chunk.end])
 
     def chunk_read(self, chunk: PrefillChunk) -> None:
         """Keep the blocks that a chunk fills; after its last one a prompt gets the next row. Raises what MLX raises."""

@@ -302,7 +302,8 @@ class Engine:
         done = [chunk for chunk in chunks if self._chunk_read(chunk)]
         elapsed = (time.monotonic() - started) * 1000
         longest = max(chunk.end - chunk.start for chunk in chunks)
-        self._costs.observe_prefill(max(chunk.start for chunk in chunks), longest, elapsed, len(chunks))
+        if not any(self._sequences[chunk.id].scoring for chunk in chunks):
+            self._costs.observe_prefill(max(chunk.start for chunk in chunks), longest, elapsed, len(chunks))
         return done
 
     def _chunk_read(self, chunk: PrefillChunk) -> bool:
@@ -312,6 +313,10 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; Recovery logs it
             self._recovery.chunk_failed(chunk.id, error)
             return False
+        sequence = self._sequences[chunk.id]
+        if sequence.scores:
+            self._outbox.send(Deltas([Delta(chunk.id, [], prompt_logprobs=sequence.scores)]))
+            sequence.scores = []
         self._stats.chunk(chunk)
         return True
 

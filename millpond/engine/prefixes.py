@@ -33,7 +33,7 @@ from millpond.observe.log import fields
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Loaded, Opened, SsdEvent
 from millpond.prefix.match import Part
-from millpond.prefix.query import Offer, PrefixQuery
+from millpond.prefix.query import End, Offer, PrefixQuery
 from millpond.prefix.records import BLOCK, Kind
 from millpond.types import PrefixLoad, PrefixReport
 
@@ -247,7 +247,9 @@ class Prefixes:
         self._ends.clear()
         for name, done in waiting.queue:
             query = sequences[name].query
-            assert query is not None
+            if query is None:
+                waiting.offer(name, 0, None)
+                continue
             self._ends[query.last_key] += 1
             if done:
                 waiting.offer(name, 0, self._cache.wants(query, done), stop=sequences[name].branch)
@@ -310,7 +312,8 @@ class Prefixes:
         """The prompt to go on with, ``position`` of its tokens restored. ``alone``: there is no row."""
         found, self._assembly = self._assembly, None
         if self._cache is None or self._form is None or sequence.query is None:
-            sequence.report = sequence.report or PrefixReport()
+            unwanted = self._cache is not None and sequence.scoring
+            sequence.report = sequence.report or PrefixReport(end=(End.UNWANTED if unwanted else End.OFF).value)
             return new_prompt(self._network, self._kept_as)
         end, known = self._cache.explain(sequence.query, position)
         plan = self._cache.take(sequence.query, position)

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from millpond.model.prompt import Prompt
 from millpond.prefix.query import PrefixQuery
 from millpond.sample.state import SamplingState
-from millpond.types import Finish, PrefixReport, Request
+from millpond.types import Finish, PrefixReport, Request, TokenLogprob
 
 
 class Status(Enum):
@@ -59,6 +59,10 @@ class Sequence:
     """Where this prompt left what was known (models with recurrent layers): a snapshot there serves the next such."""
     stop_token: int | None = None
     """The drawn token that ended the answer; it is not part of ``tokens``."""
+    scored: int = 0
+    """Tokens of the prompt whose successors have their log-probabilities, where they are asked for."""
+    scores: list[TokenLogprob] = field(default_factory=list)
+    """Those of which the client has yet to be told."""
     fault: Exception | None = None
     """Why its own part of a step could not be made: it drew something instead, which nobody may have."""
 
@@ -112,6 +116,11 @@ class Sequence:
     @property
     def prompt_length(self) -> int:
         return len(self.request.tokens)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether its client asks what the model thinks of the prompt."""
+        return self.request.params.prompt_logprobs is not None
 
     @property
     def answered(self) -> bool:

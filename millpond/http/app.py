@@ -28,23 +28,27 @@ from millpond.http.openai.errors import error_response
 from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
 from millpond.http.respond import endpoint
-from millpond.http.responses.rendering import RESPONSES, input_tokens
+from millpond.http.responses import routes as responses
 from millpond.http.tokens import detokenize, tokenize, tokenizer_info
 
 RENDERINGS = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/messages": MESSAGES,
-    "/v1/responses": RESPONSES,
 }
-"""The APIs that generate, by their paths."""
+"""APIs that generate, by their paths, which need nothing but the request."""
 COUNTING = "/v1/messages/count_tokens"
 ASKED = {**RENDERINGS, COUNTING: MESSAGES}
 """Whose refusals an API's clients read, by path."""
 ROUTES = [
     *(Route(path, endpoint(rendering), methods=["POST"]) for path, rendering in RENDERINGS.items()),
     Route(COUNTING, count_tokens, methods=["POST"]),
-    Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
+    Route("/v1/responses", responses.create, methods=["POST"]),
+    Route("/v1/responses/input_tokens", responses.input_tokens, methods=["POST"]),
+    Route("/v1/responses/resp_{response}", responses.retrieve),
+    Route("/v1/responses/resp_{response}", responses.delete, methods=["DELETE"]),
+    Route("/v1/responses/resp_{response}/input_items", responses.input_items),
+    Route("/v1/responses/resp_{response}/cancel", responses.cancel, methods=["POST"]),
     Route("/api/hello", hello),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
@@ -108,7 +112,7 @@ def _cors(origins: Collection[str]) -> list[Middleware]:
         Middleware(
             Cors,
             allow_origins=list(origins),
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             allow_private_network=True,
             expose_headers=exposed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 from starlette.requests import Request
@@ -35,8 +36,9 @@ async def explain(http: Request) -> Response:
         nonlocal asked
         entries = []
         tokenizer, info, client = admit(http, model, asked)
+        spelling = partial(model.spellings.find, salt)
         with front.permit(model, asked.prompt_count, client):
-            prompts = deque(await front.in_text_thread(lambda: read_prompts(asked, tokenizer, info)))
+            prompts = deque(await front.in_text_thread(lambda: read_prompts(asked, tokenizer, info, spelling)))
             asked = asked.without_content()
             try:
                 async with asyncio.timeout(front.config.queue_timeout or None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from millpond.dialects.pieces import Piece, Said
 from millpond.types import Finish, TokenLogprob
@@ -22,6 +22,9 @@ class ChoiceDelta:
     finish: Finish | None
     stopped_by: str = ""
     """The stop string that has ended it."""
+    scored: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's next tokens, where that is asked; before anything of the answer. The first token has no
+    log-probability: NaN."""
 
     @property
     def text(self) -> str:
@@ -31,11 +34,14 @@ class ChoiceDelta:
     @property
     def silent(self) -> bool:
         """There is nothing to show."""
-        return not (self.pieces or self.logprobs or self.finish)
+        return not (self.pieces or self.logprobs or self.finish or self.scored)
 
     def parts(self) -> Iterator[ChoiceDelta]:
         """The same in so many that each is little work: the pieces go with the first, the end with the last."""
         rest = self
+        while len(rest.scored) > MOST_LOGPROBS:
+            yield replace(self, scored=rest.scored[:MOST_LOGPROBS])
+            rest = replace(rest, scored=rest.scored[MOST_LOGPROBS:])
         while len(rest.logprobs) > MOST_LOGPROBS:
             yield replace(rest, logprobs=rest.logprobs[:MOST_LOGPROBS], finish=None, stopped_by="")
             rest = replace(rest, pieces=(), logprobs=rest.logprobs[MOST_LOGPROBS:])

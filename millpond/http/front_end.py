@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -21,6 +22,8 @@ from millpond.config import ServeConfig
 from millpond.http.errors import ApiError, shown, too_many
 from millpond.http.json_body import JsonBodies
 from millpond.http.keys import Keys
+from millpond.http.response_store import ResponseStore
+from millpond.http.response_table import NAME
 from millpond.http.served_model import STOP_SECONDS, ServedModel
 from millpond.http.snapshot import Snapshot
 from millpond.http.threads import Threads
@@ -50,6 +53,7 @@ class FrontEnd:
         """Answers that hold a place."""
         self._held_by: Counter[str] = Counter()
         self.bodies = JsonBodies(config.max_values)
+        self.responses = ResponseStore(_responses_path(config), config.responses_size, config.responses_ttl)
         self._pool = Threads(TEXT_THREADS, "text")
         self._replacing = asyncio.Lock()
         self._loaded = asyncio.Event()
@@ -184,8 +188,15 @@ class FrontEnd:
         self.model.client.kill()
 
     def close(self) -> None:
-        """End the text threads."""
+        """End the text threads, and write what waits for the disk."""
         self._pool.close()
+        self.responses.close()
+
+
+def _responses_path(config: ServeConfig) -> Path | None:
+    """Beside the cached prefixes, which say as much; nowhere where those are not on a disk either."""
+    folder = config.cache_folder if config.cache_ssd and config.cache_ram != 0 else None
+    return folder / NAME if folder is not None else None
 
 
 def front_end_of(request: Request) -> FrontEnd:

@@ -7,6 +7,7 @@ what comes from the engine: a client that reads slowly is not the engine's delay
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from millpond.http.clock import Clock, Phase
 from millpond.http.errors import unavailable
 from millpond.http.events import Begun, ChoiceDelta, Event, Usage
 from millpond.http.served_model import ServedModel
+from millpond.http.spellings import Listener
 from millpond.text.answer import AnswerText
 from millpond.text.tokenizer import TextError
 from millpond.types import Delta, ErrorKind, Finish, PrefixReport, Request, TokenLogprob, Verdict
@@ -31,6 +33,9 @@ class _Choice:
     index: int
     prompt_tokens: int
     answer: AnswerText
+    listener: Listener
+    first_token: int | None
+    """Of its prompt, where the log-probabilities of that are asked."""
     prefix: PrefixReport | None = None
     """What the prefix cache did for it, once its prompt has been begun."""
     pending: deque[TokenLogprob] = field(default_factory=deque)
@@ -60,9 +65,18 @@ class _Choice:
             rest = self.answer.finish()
             pieces, settled, stopped = pieces + rest.pieces, settled + rest.tokens, rest.stopped
         self._settle(settled)
+        self.listener.hear(pieces)
         finish = Finish.STOP if stopped else delta.finish
         logprobs = [self.pending.popleft() for _ in range(min(settled, len(self.pending)))]
         return ChoiceDelta(self.index, pieces, logprobs, finish, self.answer.stopped_by if stopped else "")
+
+    def score(self, delta: Delta) -> ChoiceDelta | None:
+        """What a delta tells of the prompt, behind its first token, of which the model thinks nothing."""
+        scored = list(delta.prompt_logprobs or ())
+        if self.first_token is not None and (scored or delta.tokens or delta.finish is not None):
+            scored.insert(0, TokenLogprob(self.first_token, math.nan, []))
+            self.first_token = None
+        return ChoiceDelta(self.index, (), [], None, scored=scored) if scored else None
 
     def _judged(self, verdict: Verdict) -> None:
         """Note which of the next tokens were guessed."""
@@ -90,6 +104,10 @@ class _Choice:
         return self._accepted + sum(max(0, min(end, count) - begin) for begin, end in self._spans)
 
 
+def _first_scored(request: Request) -> int | None:
+    return request.tokens[0] if request.params.prompt_logprobs is not None else None
+
+
 class Generation:
     """Iterate inside ``async with``: every way out cancels what still runs.
 
@@ -114,7 +132,13 @@ class Generation:
         for request in requests[::n]:
             self._meters.asked(n, request.params.max_tokens)
         self._choices = [
-            _Choice(index, len(request.tokens), answer)
+            _Choice(
+                index,
+                len(request.tokens),
+                answer,
+                Listener(model.spellings, request.cache_salt),
+                _first_scored(request),
+            )
             for index, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
         self._requests = deque(requests)
@@ -211,6 +235,8 @@ class Generation:
                 if first:
                     self._queue.put_nowait(Begun(choice.index, choice.prompt_tokens, delta.prefix.cached))
             self._clocked(choice, clock, delta)
+            if scored := choice.score(delta):
+                self._queue.put_nowait(scored)
             if not delta.tokens and delta.finish is None:
                 continue
             if self._queue.qsize() >= self._config.stream_buffer and not self._hungry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -12,6 +12,7 @@ import msgspec
 
 from millpond.http.speculation_fields import SpeculativeOptions
 from millpond.http.values import deeper_than
+from millpond.text.spelled import Spelled
 from millpond.types import SamplingParams
 
 SEED_MASK = 2**64 - 1
@@ -26,6 +27,15 @@ MOST_DEEP = 64
 """Levels of arguments that a template may look into."""
 LONGEST_SALT = 256
 """Characters of a ``cache_salt``."""
+
+
+Spelling = Callable[[str, str], str]
+"""A call's name and arguments → the arguments as the model wrote them; empty where that is not known."""
+
+
+def as_it_is(_name: str, _arguments: str) -> str:
+    """The spelling of whoever has none in mind."""
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +57,17 @@ class Call:
     arguments: str
     """A JSON text; models write others, too."""
 
-    def for_template(self) -> dict[str, object]:
-        """Templates look into arguments, so they are given as values."""
+    def for_template(self, spelling: Spelling) -> dict[str, object]:
+        """Templates look into arguments, so they are given as values; as a text they are what the model wrote."""
+        written = spelling(self.name, self.arguments)
         try:
-            arguments = json.loads(self.arguments or "{}", strict=False)
+            arguments = json.loads(written or self.arguments or "{}", strict=False)
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict) or deeper_than(arguments, MOST_DEEP):
             arguments = {"_raw": self.arguments}
+        elif written:
+            arguments = Spelled(arguments, written)
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
@@ -96,11 +109,11 @@ class Message:
             yield from (part.name, part.arguments) if isinstance(part, Call) else (part.text,)
         yield from (text for text in (self.name, self.tool_call_id) if text is not None)
 
-    def for_template(self) -> dict[str, object]:
+    def for_template(self, spelling: Spelling = as_it_is) -> dict[str, object]:
         """As chat templates know messages."""
         said = "".join(part.text for part in self.parts if isinstance(part, Text))
         thought = "\n".join(part.text for part in self.parts if isinstance(part, Reasoning))
-        calls = [part.for_template() for part in self.parts if isinstance(part, Call)]
+        calls = [part.for_template(spelling) for part in self.parts if isinstance(part, Call)]
         made: dict[str, object] = {"role": self.role, "content": said}
         extra: dict[str, object] = {"name": self.name, "tool_call_id": self.tool_call_id}
         extra |= {"reasoning_content": thought or None, "tool_calls": calls or None}

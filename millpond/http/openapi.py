@@ -219,6 +219,13 @@ class Operation:
 _ANSWERING = (404, 408, 429, 503, 504)
 _PREFIX = headers(x_millpond_prefix_cache="PrefixCache", x_millpond_ignored="Ignored")
 
+_RESPONSE_ID: Schema = {"name": "response", "in": "path", "required": True, "schema": STRING}
+
+
+def _query(name: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
 _TOKENIZED: Mapping[str, Schema] = {"prompt": STRING, "content": STRING, "messages": READ_BY_HAND["messages"]}
 _TOKENIZING: dict[str, Schema] = dict.fromkeys(
     ("add_special_tokens", "parse_special", "return_token_strs"), nullable({"type": "boolean"})
@@ -277,6 +284,31 @@ OPERATIONS: Mapping[str, Operation] = {
         _ANSWERING,
         ref("ResponsesRequest"),
     ),
+    "/v1/responses/resp_{response}": Operation(
+        "getResponse", "A response that is kept.", {200: ref("Response")}, (404,), parameters=(_RESPONSE_ID,)
+    ),
+    "DELETE /v1/responses/resp_{response}": Operation(
+        "deleteResponse",
+        "Keep a response no longer.",
+        {200: ref("DeletedResponse")},
+        (404,),
+        parameters=(_RESPONSE_ID,),
+    ),
+    "/v1/responses/resp_{response}/input_items": Operation(
+        "listInputItems",
+        "What was before a kept answer.",
+        {200: ref("ItemList")},
+        (404,),
+        parameters=(
+            _RESPONSE_ID,
+            _query("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
+            _query("order", {"type": "string", "enum": ["asc", "desc"]}),
+            _query("after", STRING),
+        ),
+    ),
+    "/v1/responses/resp_{response}/cancel": Operation(
+        "cancelResponse", "Refused: none runs in the background.", {}, (404,), parameters=(_RESPONSE_ID,)
+    ),
     "/tokenize": Operation(
         "tokenize",
         "The tokens of a text, or of the prompt that a chat would have.",
@@ -320,7 +352,7 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "/openapi.json": Operation("getDocument", "This document.", {200: {"type": "object"}}),
 }
-"""Path → what it is. A path that the application lacks is left out of the document."""
+"""Path, behind its method where it has several, → what it is. What an application lacks is left out of the document."""
 
 
 async def openapi(request: Request) -> Response:
@@ -336,11 +368,12 @@ async def openapi(request: Request) -> Response:
 
 def document(routes: Iterable[BaseRoute]) -> Schema:
     """The whole document for an application with these routes."""
-    paths = {}
+    paths: dict[str, Schema] = {}
     for route in routes:
         if isinstance(route, Route) and (path := route.path_format) in OPERATIONS:
-            methods = sorted((route.methods or set()) - {"HEAD"})
-            paths[path] = {method.lower(): _operation(path, OPERATIONS[path]) for method in methods}
+            for method in sorted((route.methods or set()) - {"HEAD"}):
+                operation = OPERATIONS.get(f"{method} {path}", OPERATIONS[path])
+                paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
     return {
         "openapi": "3.1.1",
         "info": {

@@ -58,9 +58,26 @@ _TOKEN: dict[str, Schema] = {
 }
 
 
+_PROMPT = listed(
+    nullable(
+        {
+            "type": "object",
+            "additionalProperties": record({"logprob": NUMBER, "rank": COUNT, "decoded_token": STRING}),
+        }
+    )
+)
+
+
 def _completion(finish: Schema, usage: Schema, *optional: str) -> Schema:
     choice = record(
-        {"index": COUNT, "text": STRING, "logprobs": nullable(ref("CompletionLogprobs")), "finish_reason": finish}
+        {
+            "index": COUNT,
+            "text": STRING,
+            "logprobs": nullable(ref("CompletionLogprobs")),
+            "finish_reason": finish,
+            "prompt_logprobs": _PROMPT,
+        },
+        "prompt_logprobs",
     )
     return record(
         {**_HEAD, "object": constant("text_completion"), "choices": listed(choice), "usage": usage}, *optional
@@ -69,7 +86,8 @@ def _completion(finish: Schema, usage: Schema, *optional: str) -> Schema:
 
 def _chat(kind: str, choice: dict[str, Schema], finish: Schema, usage: Schema, *optional: str) -> Schema:
     rendered = record({"index": COUNT, **choice, "logprobs": nullable(ref("ChatLogprobs")), "finish_reason": finish})
-    return record({**_HEAD, "object": constant(kind), "choices": listed(rendered), "usage": usage}, *optional)
+    whole = {**_HEAD, "object": constant(kind), "choices": listed(rendered), "usage": usage, "prompt_logprobs": _PROMPT}
+    return record(whole, "prompt_logprobs", *optional)
 
 
 _CALL = record({"id": STRING, "type": constant("function"), "function": record({"name": STRING, "arguments": STRING})})
@@ -147,8 +165,8 @@ SCHEMAS: dict[str, Schema] = {
     "CompletionLogprobs": record(
         {
             "tokens": listed(STRING),
-            "token_logprobs": listed(NUMBER),
-            "top_logprobs": nullable(listed({"type": "object", "additionalProperties": NUMBER})),
+            "token_logprobs": listed(nullable(NUMBER)),
+            "top_logprobs": nullable(listed(nullable({"type": "object", "additionalProperties": NUMBER}))),
             "text_offset": listed(COUNT),
         }
     ),

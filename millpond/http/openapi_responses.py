@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from millpond.http.openapi_answers import COUNT, STRING, Schema, constant, listed, nullable, one_of, record, ref
 from millpond.http.responses.items import ROLES
-from millpond.http.responses.schemas import LONGEST_USER
+from millpond.http.responses.schemas import LONGEST_ID, LONGEST_USER
 from millpond.http.thinking import EFFORTS
 from millpond.http.tool_fields import MOST_TOOLS, NAME_PATTERN
 
@@ -24,6 +24,7 @@ _ITEM: Schema = {
     "anyOf": [
         record({"role": one_of(*ROLES), "content": _CONTENT}),
         _of_type("message", role=one_of(*ROLES), content=_CONTENT),
+        _of_type("item_reference", id=STRING),
         _of_type("reasoning", "encrypted_content", encrypted_content=nullable(STRING)),
         _of_type("function_call", call_id=STRING, name=STRING, arguments=STRING),
         _of_type("function_call_output", call_id=STRING, output=_CONTENT),
@@ -74,7 +75,8 @@ _ASKED: dict[str, Schema] = {
     "temperature": nullable({"type": "number", "minimum": 0, "maximum": 2}),
     "top_p": nullable({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
     "stream": _FLAG,
-    "store": {**_FLAG, "description": "Nothing is kept, whatever is asked; the answer says so."},
+    "store": {**_FLAG, "description": "Whether the answer is kept, for previous_response_id; by default it is."},
+    "previous_response_id": nullable({"type": "string", "maxLength": LONGEST_ID}),
     "include": nullable(listed(STRING)),
     "metadata": nullable(_OBJECT),
     "user": nullable({"type": "string", "maxLength": LONGEST_USER}),
@@ -123,7 +125,7 @@ _RESPONSE = record(
         "max_output_tokens": nullable(COUNT),
         "metadata": _OBJECT,
         "parallel_tool_calls": {"type": "boolean"},
-        "previous_response_id": {"type": "null"},
+        "previous_response_id": nullable(STRING),
         "reasoning": _OBJECT,
         "store": {"type": "boolean"},
         "temperature": {"type": "number"},
@@ -173,5 +175,15 @@ RESPONSES_SCHEMAS: dict[str, Schema] = {
     "ResponsesRequest": record(_ASKED, *(name for name in _ASKED if name != "input"), more=True),
     "Response": _RESPONSE,
     "ResponseEvent": _EVENT,
+    "ItemList": record(
+        {
+            "object": constant("list"),
+            "data": listed(_OBJECT),
+            "first_id": nullable(STRING),
+            "last_id": nullable(STRING),
+            "has_more": {"type": "boolean"},
+        }
+    ),
+    "DeletedResponse": record({"id": STRING, "object": constant("response.deleted"), "deleted": {"type": "boolean"}}),
     "InputTokens": record({"object": constant("response.input_tokens"), "input_tokens": COUNT}),
 }

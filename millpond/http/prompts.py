@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from millpond.client.public import public
 from millpond.http.errors import ApiError, PromptTooLong, bad_value
-from millpond.http.generation_request import Conversation, GenerationRequest
+from millpond.http.generation_request import Conversation, GenerationRequest, Spelling, as_it_is
 from millpond.http.speculation_fields import check_mode
 from millpond.http.thinking import template_settings
 from millpond.text.tokenizer import TemplateError, TextError, Tokenizer
@@ -47,10 +47,12 @@ def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
     check_mode(asked.speculative, info)
 
 
-def read_prompts(asked: GenerationRequest, tokenizer: Tokenizer, info: ModelInfo) -> list[TokenPrompt]:
+def read_prompts(
+    asked: GenerationRequest, tokenizer: Tokenizer, info: ModelInfo, spelling: Spelling = as_it_is
+) -> list[TokenPrompt]:
     """Apply the template, tokenise what is text, check what is token ids. Raises ApiError 400."""
     if isinstance(asked.prompt, Conversation):
-        return [_chat_prompt(asked, asked.prompt, tokenizer, info)]
+        return [_chat_prompt(asked, asked.prompt, tokenizer, info, spelling)]
     for prompt in asked.prompt.prompts:  # before any work is done for the others
         if not isinstance(prompt, str) and len(prompt) >= info.context_length:
             raise _prompt_too_long(asked, len(prompt), info.context_length)
@@ -75,7 +77,7 @@ def prediction_tokens(text: str, tokenizer: Tokenizer, most: int, *, parse_speci
 
 
 def _chat_prompt(
-    asked: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer, info: ModelInfo
+    asked: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer, info: ModelInfo, spelling: Spelling
 ) -> TokenPrompt:
     messages, context, param = conversation.messages, info.context_length, asked.prompt_field
     tools = [tool.for_template() for tool in conversation.tools]
@@ -92,7 +94,7 @@ def _chat_prompt(
         # Control tokens recognised are one token each, which is the least that they can be.
         if many or _surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
             raise _prompt_too_long(asked, context + 1, context, "more than ")
-        shown = [message.for_template() for message in messages]
+        shown = [message.for_template(spelling) for message in messages]
         tokens = tokenizer.chat_tokens(shown, conversation.generation_prompt, conversation.continued, tools, settings)
     except TextError as error:
         raise _unreadable(asked, error) from error

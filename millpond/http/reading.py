@@ -25,9 +25,10 @@ SMALL_BODY = 16 * 1024
 
 
 async def read_request(
-    http: Request, front: FrontEnd, parse: Callable[[Mapping[str, object]], Parsed]
+    http: Request, front: FrontEnd, parse: Callable[[Mapping[str, object]], Parsed], *, on_loop: bool = True
 ) -> tuple[Parsed, ServedModel]:
-    """The request and the model that it names, its unknown fields counted.
+    """The request and the model that it names, its unknown fields counted. ``on_loop``: ``parse`` waits for nothing, so
+    that a small body may be read on the event loop.
 
     Raises ApiError, ClientDisconnect.
     """
@@ -37,7 +38,7 @@ async def read_request(
     def read() -> Parsed:
         return parse(front.bodies.read(body))
 
-    parsed = read() if len(body) <= SMALL_BODY else await front.in_text_thread(read, urgent=False)
+    parsed = read() if on_loop and len(body) <= SMALL_BODY else await front.in_text_thread(read, urgent=False)
     model = front.model_for(parsed.asked.model)
     front.unknown_fields += parsed.unknown_fields
     return parsed, model

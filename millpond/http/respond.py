@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -54,10 +55,11 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
         nonlocal asked
         clock = Clock(front.config, asyncio.get_running_loop().time())
         tokenizer, info, client = admit(http, model, asked)
+        salt = salt_of(http, asked)
         guessing = speculation(asked.speculative, model.speculation, info.speculation)
 
         def read() -> tuple[list[TokenPrompt], list[Shape], list[int], list[AnswerText]]:
-            prompts = read_prompts(asked, tokenizer, info)
+            prompts = read_prompts(asked, tokenizer, info, partial(model.spellings.find, salt))
             shapes = [shape_of(asked, prompt.tokens, tokenizer, info) for prompt in prompts]
             prediction = _prediction(asked, guessing or model.speculation, tokenizer, info)
             return prompts, shapes, prediction, _answers(asked, prompts, tokenizer)
@@ -78,7 +80,7 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
                     params=asked.params(prompt.max_tokens, choice, ends, model.sampling),
                     priority=-asked.priority,
                     client=client,
-                    cache_salt=salt_of(http, asked),
+                    cache_salt=salt,
                     speculation=guessing,
                     prediction=prediction,
                     grammar=shapes[number].grammar,

@@ -17,6 +17,7 @@ from millpond.http.generation_request import SamplingDefaults
 from millpond.http.meters import Meters
 from millpond.http.names import ModelNames
 from millpond.http.snapshot import ModelSnapshot
+from millpond.http.spellings import Spellings
 from millpond.text.tokenizer import Tokenizer, TokenizerError
 from millpond.types import ErrorKind, ModelInfo, Speculation
 
@@ -46,6 +47,7 @@ class ServedModel:
         self.sampling = sampling
         self.speculation = speculation
         self.meters = Meters()
+        self.spellings = Spellings()
         self.created = int(time.time())
         self.tokenizer: Tokenizer | None = None
         self.loaded = False

@@ -34,6 +34,8 @@ class End(StrEnum):
     """More is on disk, but cached blocks may not take as much memory as that needs."""
     SELFCHECK = "selfcheck"
     """Computed afresh on purpose, to compare."""
+    UNWANTED = "unwanted"
+    """What the model thinks of each token of the prompt was asked, so that all of it had to be computed."""
     OFF = "off"
     """This model or this server does not cache prefixes."""
 

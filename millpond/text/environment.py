@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from millpond.text.allowance import Allowance
+from millpond.text.spelled import Spelled
 
 MOST_MADE = 100_000
 """Items or digits of what ``*`` and ``**`` make."""
@@ -39,7 +40,7 @@ class Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension])
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
+        self.globals["strftime_now"] = _Days()
         self.globals["dict"] = _Dict()
         self.globals["namespace"] = _Namespace
         self.filters = {name: _spending(work, allowance) for name, work in self.filters.items()}
@@ -146,7 +147,10 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: jinja's own filter escapes HTML."""
+    """Plain JSON: jinja's own filter escapes HTML. What a model has written stays so, unless a template has a form of
+    its own for it."""
+    if isinstance(value, Spelled) and not (ensure_ascii or indent or separators or sort_keys):
+        return value.text
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -154,5 +158,15 @@ def _raise_exception(message: object) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+class _Days:
+    """``strftime_now``: the date, and of each day the time at which it was first asked. Were it the time of every
+    request, none would begin like another, and nothing of its prompt could be cached."""
+
+    def __init__(self) -> None:
+        self._moment = datetime.min
+
+    def __call__(self, form: str) -> str:
+        now = datetime.now()
+        if now.date() != self._moment.date():
+            self._moment = now
+        return self._moment.strftime(form)

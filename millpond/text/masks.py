@@ -22,6 +22,7 @@ from millpond.text.allowance import Allowance
 from millpond.text.control import any_of
 from millpond.text.environment import Environment
 from millpond.text.errors import TextError
+from millpond.text.spelled import Spelled
 
 _PRIVATE = range(0xE000, 0xF900)
 _TAKEN = re.compile(r"[\ue000-\uf8ff]|\\u[ef][0-9a-f]{3}")
@@ -151,10 +152,11 @@ class _Disguise:
                 value = value.replace(start, self._private[start], 1)
             return self._hidden(value, spared)
         if isinstance(value, Mapping):
-            return {
+            hidden = {
                 self._hidden(name, spared) if isinstance(name, str) else name: self._value(part, name in _NAMED, spared)
                 for name, part in value.items()
             }
+            return Spelled(hidden, self._hidden(value.text, spared)) if isinstance(value, Spelled) else hidden
         if isinstance(value, list | tuple):
             return [self._value(part, named, spared) for part in value]
         return value
@@ -181,6 +183,8 @@ def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
+        if isinstance(value, Spelled):
+            yield value.text
         for name, part in value.items():
             if isinstance(name, str) and not name.isidentifier():
                 yield name

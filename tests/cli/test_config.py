@@ -58,6 +58,8 @@ GOOD = {
     "ssd_policy": ("all", "all"),
     "ssd_durability": ("durable", "durable"),
     "ssd_ttl": ("2w", 1_209_600),
+    "responses_size": ("1MB", 10**6),
+    "responses_ttl": ("1d", 86_400),
     "ssd_daily_writes": ("5kb", 5000),
     "ssd_min_free": ("0", 0),
     "spec": ("off", "off"),

@@ -110,6 +110,8 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_limits.py::test_places_per_client_without_keys",
         "http/test_limits.py::test_places_per_key",
     ),
+    "responses_size": ("http/test_kept_responses.py::test_where_nothing_is_kept",),
+    "responses_ttl": ("http/test_kept_responses.py::test_kept_over_a_restart",),
     "keepalive": ("http/test_watchdog.py::test_comments_come_while_steps_do",),
     "stall_timeout": (
         "http/test_watchdog.py::test_an_engine_that_hangs_is_killed_and_everybody_is_told",

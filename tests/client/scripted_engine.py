@@ -142,6 +142,11 @@ class Engine:
         params = request.params
         count = 0
         await self.begin(request)
+        if params.prompt_logprobs is not None and len(request.tokens) > 1:
+            scored = [likeliest(token, params.prompt_logprobs) for token in request.tokens[1:]]
+            scored = [msgspec.structs.replace(one, rank=1) for one in scored]
+            self.send(wire.Deltas([Delta(request.id, [], prompt_logprobs=scored[:5])]))
+            self.send(wire.Deltas([Delta(request.id, [], prompt_logprobs=scored[5:])]))
         if "written" in self.script.words:
             await self.recite(request)
             return

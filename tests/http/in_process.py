@@ -11,7 +11,7 @@ import httpx
 
 from millpond import wire
 from millpond.client import EngineClient
-from millpond.config import ServeConfig
+from millpond.config import read_config
 from millpond.http.app import create_app
 from millpond.http.front_end import FrontEnd
 from millpond.http.generation_request import NO_DEFAULTS
@@ -34,9 +34,11 @@ def served(name: str, client: EngineClient, read_tokenizer: Callable[[], Tokeniz
 
 
 @contextlib.asynccontextmanager
-async def serving(model: ServedModel) -> AsyncIterator[tuple[httpx.AsyncClient, FrontEnd]]:
-    """Wait until it can answer; stop it in the end."""
-    front = FrontEnd(ServeConfig(), Keys((), None), model)
+async def serving(
+    model: ServedModel, keys: Keys | None = None, **settings: str
+) -> AsyncIterator[tuple[httpx.AsyncClient, FrontEnd]]:
+    """Wait until it can answer; stop it in the end. Unless ``settings`` say otherwise, nothing is kept on a disk."""
+    front = FrontEnd(read_config({"cache_ssd": "0", **settings}, {}), keys or Keys((), None), model)
     await model.client.start()
     del model
     try:

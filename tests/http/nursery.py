@@ -178,6 +178,7 @@ def report(watched: int, child: int, pipe: int) -> None:
 def become_server(request: bytes, stderr: int) -> int:
     """As if the interpreter had just been started for it; its end is an interpreter's end, too."""
     os.dup2(stderr, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     wanted = json.loads(request)

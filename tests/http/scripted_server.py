@@ -19,7 +19,7 @@ ENGINE = (sys.executable, str(Path(__file__).parent.parent / "client" / "scripte
 def main() -> int:
     script, folder, *rest = sys.argv[1:]
     try:
-        config = read_config({"port": "0", **dict(zip(rest[::2], rest[1::2], strict=True))}, {})
+        config = read_config({"port": "0", "cache_ssd": "0", **dict(zip(rest[::2], rest[1::2], strict=True))}, {})
         configure(config.log_level, config.log_format)
         names = ModelNames.of(config.model_name, "org/test-model", "test-model", Path(folder))
         # The engine is told a script instead of the folder that the tokenizer comes from.

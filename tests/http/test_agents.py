@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from agents import AGENTS, missing
+from agents import AGENTS, missing, started
 from middleman import between
 from tool_model import tool_model
 from tool_tokenizer import write_tool_tokenizer
@@ -53,7 +53,7 @@ def test_a_tool_is_run_and_its_result_heard(
     heard = tokenizer.vocabulary["<tool_response>"]
     script = f"written,context=200000,step=7,result={heard}"
     with launch([sys.executable, SERVER, script, str(folder)]) as server:
-        ran = AGENTS[agent](server.url, "test-model", "Write a proof with a command.", tmp_path / "home")
+        ran = started(agent, server.url, "test-model", "Write a proof with a command.", tmp_path / "home")
         assert ran.status == 0, ran.output[-3000:]
         assert "millpond-ok" in ran.output
         assert DONE in ran.output
@@ -93,7 +93,7 @@ def test_a_real_model_calls_and_is_asked_again_about_what_is_cached(agent: str, 
     """Whatever its weights, a call that must be made is one; and the second turn finds the first one's prompt."""
     tool, argument = ARGUMENTS[agent]
     with between(real.url, tool, argument, COMMAND) as middleman:
-        ran = AGENTS[agent](middleman.url, "demo", "Write a proof with a command.", tmp_path / "home", small=True)
+        ran = started(agent, middleman.url, "demo", "Write a proof with a command.", tmp_path / "home", small=True)
     # The demo model may write on until it has no tokens left, which they take for a failure.
     assert ran.status == 0 or "max_output_tokens" in ran.output, ran.output[-3000:]
     assert (ran.folder / "proof.txt").read_text() == "millpond-ok\n"
@@ -110,7 +110,7 @@ def test_a_second_session_finds_the_first_ones_system_and_tools(tmp_path: Path, 
     for asked in ("Say what a pond is.", "Write a proof, please, with some command or other."):
         before = len(told(real, "claude"))
         with between(real.url, tool, argument, COMMAND) as middleman:
-            AGENTS["claude"](middleman.url, "demo", asked, tmp_path / "home", small=True)
+            started("claude", middleman.url, "demo", asked, tmp_path / "home", small=True)
     bodies = [body for body in middleman.bodies if body.get("tools")]
     assert "x-anthropic-billing-header" in json.dumps(bodies[0]["system"])
     alone = {**bodies[0], "messages": [{"role": "user", "content": "x"}]}

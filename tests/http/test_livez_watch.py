@@ -180,6 +180,7 @@ def test_every_field_has_its_worst() -> None:
     assert set(ResponsesRequest.model_fields) <= set(WORST[RESPONSES])
     assert set(TokenizeRequest.model_fields) <= set(WORST[TOKENIZE])
     assert set(DetokenizeRequest.model_fields) <= set(WORST[DETOKENIZE])
+    posted.remove("/v1/responses/resp_{response}/cancel")  # which has no body
     assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT, RESPONSES, INPUT, TOKENIZE, DETOKENIZE}
     assert all(len(body) <= worst_bodies.BYTES + 1000 for path in WORST for name, body in worst(path))
 

@@ -149,7 +149,8 @@ def test_a_kept_thought_that_was_changed_is_none() -> None:
 
 
 def prompt(tokenizer: Tokenizer, **body: object) -> list[int]:
-    return read_prompts(parse(body).generation(), tokenizer, INFO)[0].tokens
+    asked = parse(body)
+    return read_prompts(asked.generation(asked.input, ()), tokenizer, INFO)[0].tokens
 
 
 def test_a_conversation_has_the_prompt_that_chats_have(folder: Path) -> None:
@@ -253,7 +254,7 @@ async def test_tools_that_nobody_runs_here(folder: Path) -> None:
     ("field", "value", "message"),
     [
         ("input", [], "input: must be a string or a list of items, not empty"),
-        ("input", [{"type": "item_reference", "id": "x"}], 'input[0].type: "item_reference" is not supported'),
+        ("input", [{"type": "item_reference", "id": "x"}], "input[0].id: x is not kept here"),
         ("input", [{"role": "tool", "content": ""}], "input[0].role: must be one of user, assistant"),
         ("input", [{"role": "user", "content": [{"type": "input_image"}]}], 'input[0].content[0].type: "input_image"'),
         ("input", [{"type": "function_call", "name": "f"}], "input[0].call_id: must be a string"),
@@ -266,7 +267,7 @@ async def test_tools_that_nobody_runs_here(folder: Path) -> None:
         ("text", {"format": {"type": "xml"}}, "text.format.type: must be text, json_object or json_schema"),
         ("text", {"format": {"type": "json_schema", "schema": 3}}, "text.format.schema: must be a JSON schema"),
         ("reasoning", {"effort": "some"}, "reasoning.effort: must be one of"),
-        ("previous_response_id", "resp_1", 'previous_response_id: "resp_1" is not supported'),
+        ("previous_response_id", "resp_1", "previous_response_id: resp_1 is not kept here"),
         ("background", True, "background: true is not supported"),
         ("truncation", "auto", 'truncation: "auto" is not supported'),
         ("max_output_tokens", 0, "max_output_tokens: must be an integer of at least 1"),

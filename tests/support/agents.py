@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from millpond.cli.agents import lines
 from millpond.hub.cache import cache_root
 
 PACKAGES = {
@@ -24,6 +26,7 @@ PACKAGES = {
     "opencode": ("opencode-linux-x64", "1.18.33", "package/bin/opencode"),
 }
 SECONDS = 120
+CONTEXT = 100_000
 TOOLS = {"*": False, "bash": True}
 
 
@@ -62,14 +65,15 @@ class Ran:
     """Where it worked."""
 
 
-def run(agent: str, arguments: Sequence[str], home: Path, environment: Mapping[str, str]) -> Ran:
-    """Run it in a folder of its own, with nothing of this process's environment and no way out of the machine."""
+def run(agent: str, line: str, arguments: Sequence[str], home: Path, environment: Mapping[str, str]) -> Ran:
+    """Run the shell's ``line`` that starts it, with more arguments, in a folder of its own, with nothing of this
+    process's environment and no way out of the machine."""
     work = home / "work"
     work.mkdir(parents=True, exist_ok=True)
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     own = {
         "HOME": str(home),
-        "PATH": os.environ["PATH"],
+        "PATH": f"{program(agent).parent}:{os.environ['PATH']}",
         "LANG": "C.UTF-8",
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
@@ -77,7 +81,7 @@ def run(agent: str, arguments: Sequence[str], home: Path, environment: Mapping[s
         **environment,
     }
     done = subprocess.run(
-        [str(program(agent)), *arguments],
+        ["sh", "-c", f"{line} {shlex.join(arguments)}"],
         cwd=work,
         env=own,
         stdin=subprocess.DEVNULL,
@@ -90,25 +94,14 @@ def run(agent: str, arguments: Sequence[str], home: Path, environment: Mapping[s
     return Ran(done.returncode, done.stdout, work)
 
 
-def claude(url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
-    """``small``: with few tools and a short system prompt."""
-    environment = {
-        "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_API_KEY": "x",
-        "ANTHROPIC_MODEL": model,
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        **({"CLAUDE_CODE_SIMPLE": "1"} if small else {}),
-    }
-    return run("claude", ["-p", prompt, "--allowedTools", "Bash", "--output-format", "json"], home, environment)
+def claude(line: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
+    """``line``: of ``millpond agents``; ``small``: with few tools and a short system prompt."""
+    environment = {"CLAUDE_CODE_SIMPLE": "1"} if small else {}
+    return run("claude", line, ["-p", prompt, "--allowedTools", "Bash", "--output-format", "json"], home, environment)
 
 
-def codex(url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
-    settings = home / ".codex" / "config.toml"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(
-        f'model = "{model}"\nmodel_provider = "millpond"\n[model_providers.millpond]\nname = "Millpond"\n'
-        f'base_url = "{url}/v1"\nenv_key = "MILLPOND_KEY"\nwire_api = "responses"\n'
-    )
+def codex(line: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
+    home.mkdir(parents=True, exist_ok=True)
     arguments = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", prompt]
     if small:
         instructions = home / "instructions.md"
@@ -122,34 +115,23 @@ def codex(url: str, model: str, prompt: str, home: Path, *, small: bool = False)
             "include_environment_context=false",
         )
         arguments[1:1] = [part for setting in settings_of for part in ("-c", setting)]
-    return run("codex", arguments, home, {"MILLPOND_KEY": "x"})
+    return run("codex", line, arguments, home, {})
 
 
-def opencode(url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
+def opencode(line: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
     settings = home / ".config" / "opencode" / "opencode.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    provider = {
-        "npm": "@ai-sdk/openai-compatible",
-        "options": {"baseURL": f"{url}/v1", "apiKey": "x"},
-        "models": {model: {"limit": {"context": 100_000, "output": 4096}}},
-    }
-    settings.write_text(
-        json.dumps(
-            {
-                "provider": {"millpond": provider},
-                "model": f"millpond/{model}",
-                "small_model": f"millpond/{model}",
-                "permission": {"bash": "allow"},
-                "autoupdate": False,
-                "share": "disabled",
-                "agent": {
-                    "mini": {"mode": "primary", "prompt": "You run commands.", "tools": {"*": False, "bash": True}}
-                },
-            }
-        )
-    )
+    mini = {"mode": "primary", "prompt": "You run commands.", "tools": TOOLS}
+    own = {"permission": {"bash": "allow"}, "autoupdate": False, "share": "disabled", "agent": {"mini": mini}}
+    settings.write_text(json.dumps(own))
     arguments = ["run", *(["--agent", "mini"] if small else []), prompt]
-    return run("opencode", arguments, home, {"OPENCODE_DISABLE_MODELS_FETCH": "1"})
+    return run("opencode", line, arguments, home, {"OPENCODE_DISABLE_MODELS_FETCH": "1"})
 
 
 AGENTS = {"claude": claude, "codex": codex, "opencode": opencode}
+NAMES = {"claude": "Claude Code", "codex": "Codex", "opencode": "opencode"}
+
+
+def started(agent: str, url: str, model: str, prompt: str, home: Path, *, small: bool = False) -> Ran:
+    """Run an agent as ``millpond agents`` says it is started."""
+    return AGENTS[agent](lines(url, model, CONTEXT, "x")[NAMES[agent]], prompt, home, small=small)

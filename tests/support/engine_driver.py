@@ -58,6 +58,7 @@ class Outcome:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: Finish | None = None
     failure: Failed | None = None
     endings: int = 0
@@ -131,6 +132,8 @@ class Driver:
                 assert outcome.prefix is None, "told twice"
                 outcome.prefix = delta.prefix
             outcome.logprobs += delta.logprobs or []
+            assert not delta.prompt_logprobs or not outcome.tokens, "after the first token"
+            outcome.prompt_logprobs += delta.prompt_logprobs or []
             if delta.verdict is not None:
                 assert 0 <= delta.verdict.accepted <= len(delta.tokens)
                 outcome.accepted += delta.verdict.accepted

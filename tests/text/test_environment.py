@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta, tzinfo
+
 import jinja2
 import pytest
 from jinja2.exceptions import SecurityError
@@ -90,3 +92,24 @@ def test_the_sandbox_holds(template: str) -> None:
 def test_nothing_else_is_read() -> None:
     with pytest.raises(TypeError, match="no loader"):
         ours("{% include '/etc/passwd' %}")
+
+
+def test_a_day_has_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(M7) Prompts of one day begin alike, and none has the date of another."""
+
+    class Now(datetime):
+        moment = datetime(2026, 11, 28, 23, 59, 58, tzinfo=UTC)
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return cls.moment
+
+    monkeypatch.setattr("millpond.text.environment.datetime", Now)
+    template = Environment(Allowance(5)).from_string("{{ strftime_now('%d %H:%M:%S') }}")
+    assert template.render() == "28 23:59:58"
+    Now.moment += timedelta(seconds=1)
+    assert template.render() == "28 23:59:58"
+    Now.moment += timedelta(seconds=1)
+    assert template.render() == "29 00:00:00"
+    Now.moment += timedelta(hours=5)
+    assert template.render() == "29 00:00:00"

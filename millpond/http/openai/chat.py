@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 
+import msgspec
+
 from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Piece, Said, Thought
 from millpond.http.events import Delta
 from millpond.http.openai.choices import Choice, ChoicesWriter, Json, described
 from millpond.http.openai.errors import error_response
-from millpond.http.openai.logprobs import ChatLogprobs
+from millpond.http.openai.logprobs import ChatLogprobs, PromptLogprobs
 from millpond.http.openai.schemas import ChatRequest, parse, unknown_fields
 from millpond.http.rendering import Answering, Parsed, Rendering
 from millpond.types import Finish
@@ -19,19 +21,28 @@ from millpond.types import Finish
 class ChatWriter(ChoicesWriter):
     """Chat answers in the API's shape."""
 
-    def __init__(self, answering: Answering, *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(
+        self, answering: Answering, *, include_usage: bool, logprobs: bool, prompt_logprobs: int | None
+    ) -> None:
         self._answering = answering
         self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
         head: Json = {"id": f"chatcmpl-{answering.id}", **described(answering)}
         chunk, whole = head | {"object": "chat.completion.chunk"}, head | {"object": "chat.completion"}
         super().__init__(chunk, whole, include_usage=include_usage)
 
     def choice(self) -> Choice:
-        return Choice(ChatLogprobs(self._answering.tokenizer).render if self._logprobs else None)
+        tokenizer, top = self._answering.tokenizer, self._prompt_logprobs
+        prompt = PromptLogprobs(tokenizer, top) if top is not None else None
+        return Choice(ChatLogprobs(tokenizer).render if self._logprobs else None, prompt)
 
-    def opening(self, choice: int) -> Json:
+    def _after(self, prompt_logprobs: msgspec.Raw | None) -> bytes:
+        """A chat has one prompt."""
+        return b"" if prompt_logprobs is None else b',"prompt_logprobs":' + bytes(prompt_logprobs)
+
+    def opening(self, index: int, choice: Choice) -> Json:  # noqa: ARG002 - all begin alike
         delta = {"role": "assistant", "content": ""}
-        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def deltas(self, delta: Delta, choice: Choice) -> Iterator[Json]:
         """A chunk for each piece. The end of calls has one of its own: clients look at it apart."""
@@ -86,7 +97,12 @@ def _finish(finish: str | None, calls: int, broken: bool) -> str | None:
 def read(fields: Mapping[str, object]) -> Parsed:
     """Raises ApiError."""
     asked = parse(ChatRequest, fields)
-    writer = partial(ChatWriter, include_usage=asked.include_usage, logprobs=asked.logprobs)
+    writer = partial(
+        ChatWriter,
+        include_usage=asked.include_usage,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.prompt_logprobs,
+    )
     return Parsed(asked.generation(), writer, len(unknown_fields(ChatRequest, fields)))
 
 

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgspec
 
@@ -13,9 +14,10 @@ from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Piece, Said
 from millpond.http.errors import ApiError
 from millpond.http.events import Begun, Delta, Event, Usage
 from millpond.http.openai.errors import error_body
-from millpond.http.openai.logprobs import GrowingLogprobs, Render
+from millpond.http.openai.logprobs import GrowingLogprobs, PromptLogprobs, Render
 from millpond.http.rendering import Answering
 from millpond.http.sse import COMMENT
+from millpond.types import Finish
 
 Json = dict[str, object]
 """JSON values, in which there may be ``msgspec.Raw``."""
@@ -24,10 +26,16 @@ Json = dict[str, object]
 class Choice:
     """One choice, as far as it is there. In a stream nothing of it is kept."""
 
-    def __init__(self, render: Render | None) -> None:
+    def __init__(self, render: Render | None, prompt: PromptLogprobs | None = None, *, echoed: bool = False) -> None:
+        """``prompt``: takes what the model thinks of the prompt, where that is wanted; ``echoed``: the choice's own
+        log-probabilities begin with that."""
         self.render = render
         """None: log-probabilities are not wanted."""
         self._logprobs = GrowingLogprobs(render) if render is not None else None
+        self._prompt = prompt
+        self._echoed = echoed
+        self.opened = False
+        """In a stream: something of it has been told."""
         self._pieces: list[Piece] = []
         self.calls = 0
         """Begun so far."""
@@ -35,7 +43,15 @@ class Choice:
         """One has ended without its end."""
         self.finish: str | None = None
 
+    def score(self, delta: Delta) -> None:
+        """Take what a delta tells of the prompt."""
+        if self._echoed and self._logprobs is not None:
+            self._logprobs.add(delta.scored)
+        if self._prompt is not None:
+            self._prompt.add(delta.scored)
+
     def add(self, delta: Delta) -> None:
+        self.score(delta)
         self._pieces += delta.pieces
         self.broken = self.broken or any(isinstance(piece, CallEnded) and not piece.whole for piece in delta.pieces)
         if self._logprobs is not None:
@@ -69,14 +85,19 @@ class Choice:
     def logprobs(self) -> Json | None:
         return self._logprobs.whole() if self._logprobs is not None else None
 
+    @property
+    def prompt_logprobs(self) -> msgspec.Raw | None:
+        return self._prompt.whole() if self._prompt is not None else None
+
 
 class ChoicesWriter(ABC):
     """An AnswerWriter; subclasses say how a choice looks. What all chunks begin with is encoded once."""
 
     keepalive = COMMENT
 
-    def __init__(self, chunk: Json, whole: Json, *, include_usage: bool) -> None:
-        """``chunk`` and ``whole``: what stands before the choices."""
+    def __init__(self, chunk: Json, whole: Json, *, include_usage: bool, silent: bool = False) -> None:
+        """``chunk`` and ``whole``: what stands before the choices. ``silent``: no token of an answer was asked for."""
+        self._silent = silent
         self._chunk = b"data: " + _opened(chunk)
         self._chunk_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._whole = _opened(whole)
@@ -88,7 +109,7 @@ class ChoicesWriter(ABC):
         """One that is still empty."""
 
     @abstractmethod
-    def opening(self, choice: int) -> Json | None:
+    def opening(self, index: int, choice: Choice) -> Json | None:
         """What comes before a choice's first text in a stream, if anything does."""
 
     @abstractmethod
@@ -102,15 +123,18 @@ class ChoicesWriter(ABC):
     def frames(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Usage):
             if self._include_usage:
-                yield self._chunk + b'],"usage":' + _usage(event) + b"}\n\n"
+                yield self._chunk + b'],"usage":' + self._usage(event) + b"}\n\n"
             yield b"data: [DONE]\n\n"
             return
         if isinstance(event, Begun):
             return
-        begun = event.choice in self._choices
-        choice = self._choices[event.choice]
-        if not begun and (opening := self.opening(event.choice)) is not None:
+        event, choice = self._heard(event), self._choices[event.choice]
+        if event.scored:
+            choice.score(event)
+            return
+        if not choice.opened and (opening := self.opening(event.choice, choice)) is not None:
             yield self._frame(opening)
+        choice.opened = True
         if not event.silent:
             yield from map(self._frame, self.deltas(event, choice))
 
@@ -118,15 +142,31 @@ class ChoicesWriter(ABC):
         return b"data: " + error_body(error) + b"\n\n"
 
     def add(self, delta: Delta) -> None:
-        self._choices[delta.choice].add(delta)
+        self._choices[delta.choice].add(self._heard(delta))
+
+    def _heard(self, delta: Delta) -> Delta:
+        """As much of it as was asked for."""
+        if not self._silent:
+            return delta
+        return replace(delta, pieces=(), logprobs=[], finish=Finish.LENGTH if delta.finish else None)
 
     def body(self, usage: Usage) -> Iterator[bytes]:
         """In the order of the API: choices between what is known before and after them."""
+        first = self._choices[0].prompt_logprobs if self._choices else None
         yield self._whole
         for index in range(len(self._choices)):
             choice = self.whole(index, self._choices.pop(index))  # it is not needed twice
             yield (b"," if index else b"") + msgspec.json.encode(choice)
-        yield b'],"usage":' + _usage(usage) + b"}"
+        yield b'],"usage":' + self._usage(usage) + self._after(first) + b"}"
+
+    def _after(self, prompt_logprobs: msgspec.Raw | None) -> bytes:  # noqa: ARG002 - of the first choice
+        """What comes behind all of an answer."""
+        return b""
+
+    def _usage(self, usage: Usage) -> bytes:
+        if self._silent:
+            usage = replace(usage, completion_tokens=0, accepted_tokens=0, rejected_tokens=0, thought_tokens=0)
+        return _usage(usage)
 
     def _frame(self, choice: Json) -> bytes:
         return self._chunk + msgspec.json.encode(choice) + self._chunk_end

@@ -4,6 +4,7 @@ grows with it, so that no answer is large work at its end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -13,6 +14,12 @@ from millpond.types import TokenLogprob
 
 LOWEST = -9999.0
 """What stands for minus infinity, which JSON does not have."""
+
+
+def _shown(logprob: float) -> float | None:
+    """The first token of a prompt has none."""
+    return None if math.isnan(logprob) else max(logprob, LOWEST)
+
 
 Rendered = Mapping[str, Sequence[object] | None]
 Render = Callable[[Sequence[TokenLogprob]], Rendered]
@@ -58,18 +65,21 @@ class ChatLogprobs:
 
 
 class CompletionLogprobs:
-    """Of a text completion's choice, piece by piece: text offsets run on from piece to piece."""
+    """Of a text completion's choice, its prompt first where that is repeated, piece by piece: text offsets run on from
+    piece to piece."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, top: int) -> None:
+        """``top``: how many of the likeliest tokens are shown."""
         self._tokenizer = tokenizer
+        self._most = top
         self._offset = 0
 
     def render(self, entries: Sequence[TokenLogprob]) -> Rendered:
-        """``text_offset`` counts characters of the answer before each token."""
+        """``text_offset`` counts characters of the choice's text before each token."""
         return {
             "tokens": [self._tokenizer.token_text(entry.token) for entry in entries],
-            "token_logprobs": [max(entry.logprob, LOWEST) for entry in entries],
-            "top_logprobs": [self._top(entry) for entry in entries] if any(entry.top for entry in entries) else None,
+            "token_logprobs": [_shown(entry.logprob) for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries] if self._most else None,
             "text_offset": [self._next_offset(entry) for entry in entries],
         }
 
@@ -80,7 +90,39 @@ class CompletionLogprobs:
         self._offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(entry.token))
         return offset
 
-    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
         """The likeliest tokens and the chosen one, as the API defines it: up to one more than asked for."""
-        pairs = [*entry.top, (entry.token, entry.logprob)]
+        if math.isnan(entry.logprob):
+            return None
+        pairs = [*entry.top[: self._most], (entry.token, entry.logprob)]
         return {self._tokenizer.token_text(token): max(logprob, LOWEST) for token, logprob in pairs}
+
+
+class PromptLogprobs:
+    """The ``prompt_logprobs`` of one choice, as vLLM has them: of each token of the prompt those of the likeliest and
+    its own, by their ids."""
+
+    def __init__(self, tokenizer: Tokenizer, top: int) -> None:
+        """``top``: how many of the likeliest tokens are shown."""
+        self._tokenizer = tokenizer
+        self._most = top
+        self._json = bytearray()
+
+    def add(self, entries: Sequence[TokenLogprob]) -> None:
+        for entry in entries:
+            shown = None if math.isnan(entry.logprob) else self._places(entry)
+            self._json += (b"," if self._json else b"") + msgspec.json.encode(shown)
+
+    def whole(self) -> msgspec.Raw:
+        return msgspec.Raw(b"[" + self._json + b"]")
+
+    def _places(self, entry: TokenLogprob) -> dict[str, object]:
+        best = [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top[: self._most], 1)]
+        return {
+            str(token): {
+                "logprob": max(logprob, LOWEST),
+                "rank": rank,
+                "decoded_token": self._tokenizer.token_text(token),
+            }
+            for token, logprob, rank in (*best, (entry.token, entry.logprob, entry.rank))
+        }

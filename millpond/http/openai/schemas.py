@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Self, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from millpond.http.errors import ApiError, bad_value, unsupported
@@ -77,7 +78,6 @@ NOT_IMPLEMENTED: dict[str, tuple[Neutral, str]] = {
     "stop_token_ids": (_empty, "none"),
     "include_stop_str_in_output": (_one_of(False), "false"),
     "bad_words": (_empty, "none"),
-    "prompt_logprobs": (_one_of(False, 0), "none"),
     "typical_p": (_one_of(1, 1.0), "1"),
     "length_penalty": (_one_of(1, 1.0), "1"),
     "use_beam_search": (_one_of(False), "false"),
@@ -131,6 +131,7 @@ class OpenAIRequest(BaseModel):
     repetition_penalty: float = Field(1.0, gt=0, le=100, description="a number above 0, at most 100")
     stream: bool = Field(False, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="an integer from 0 to 20")
     user: str = Field("", max_length=LONGEST_USER, description=f"a string of at most {LONGEST_USER} characters")
     ignore_eos: bool = Field(False, description="true or false")
     priority: int = Field(0, ge=-100, le=100, description="an integer from -100 to 100; the lowest goes first")
@@ -199,6 +200,8 @@ class OpenAIRequest(BaseModel):
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise bad_value("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_value("prompt_logprobs", self.prompt_logprobs, "absent where stream is true")
         if self.stream_options is not None and not self.stream:
             raise bad_value("stream_options", self.stream_options.model_dump(), "absent unless stream is true")
         return self
@@ -220,6 +223,7 @@ class OpenAIRequest(BaseModel):
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             min_tokens=self.min_tokens,
         )
         return GenerationRequest(
@@ -330,6 +334,7 @@ class ChatRequest(OpenAIRequest):
 class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="an integer of at least 0")
     prompt: tuple[str | tuple[int, ...], ...] = Field(
         description="a string, a list of strings, a list of token ids, or a list of such lists"
     )
@@ -342,16 +347,25 @@ class CompletionRequest(OpenAIRequest):
     def _prompts(cls, value: object) -> tuple[str | tuple[int, ...], ...]:
         return _read_prompts(value)
 
-    @model_validator(mode="after")
-    def _completion_together(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise unsupported("echo", True, "false when logprobs is given")
-        return self
-
     def generation(self) -> GenerationRequest:
-        """What it asks of the model."""
+        """What it asks of the model; an answer without tokens is one that nobody is shown."""
         asked = self._asking(PlainPrompts(self.prompt, self.echo), "prompt", self.logprobs)
-        return replace(asked, default_tokens=16, parse_special=self.parse_special)
+        scored = [top for top in (self.prompt_logprobs, self.logprobs if self.echo else None) if top is not None]
+        sampling = msgspec.structs.replace(asked.sampling, prompt_logprobs=max(scored, default=None))
+        most = None if self.max_tokens is None else max(1, self.max_tokens)
+        return replace(
+            asked,
+            sampling=sampling,
+            max_tokens=most,
+            silent=self.max_tokens == 0,
+            default_tokens=16,
+            parse_special=self.parse_special,
+        )
+
+    def without_content(self) -> Self:
+        """What of it an answer's writer may need; its prompts are not."""
+        nothing: dict[str, object] = {"prompt": (), "prediction": None, "stop": (), "logit_bias": {}}
+        return self.model_copy(update={**nothing, "response_format": None, "structured_outputs": None})
 
 
 def _read_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:

@@ -4,7 +4,7 @@ answer that follow each other are one message of it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from millpond.http.errors import ApiError, bad_value, missing, unsupported
 from millpond.http.generation_request import Call, Message, Part, Reasoning, Text
@@ -20,16 +20,17 @@ KINDS = ("message", "reasoning", *_CALLS, *_RESULTS)
 Item = Mapping[str, object]
 
 
-def read_input(value: object, instructions: str | None, box: Toolbox) -> tuple[Message, ...]:
-    """Check an ``input`` value. Raises ApiError 400."""
+def read_input(
+    value: object, instructions: str | None, box: Toolbox, before: Sequence[Item] = ()
+) -> tuple[Message, ...]:
+    """Check an ``input`` value, which comes behind the items ``before``. Raises ApiError 400."""
     messages = [Message("system", (Text(instructions),))] if instructions else []
-    if isinstance(value, str) and value:
-        return (*messages, Message("user", (Text(value),)))
-    if not isinstance(value, list) or not value:
+    items = [{"role": "user", "content": value}] if isinstance(value, str) and value else value
+    if not isinstance(items, list) or not items:
         raise bad_value("input", value, ITEMS)
     answer: list[Part] = []
-    for index, item in enumerate(value):
-        where = f"input[{index}]"
+    for index, item in enumerate([*before, *items], -len(before)):
+        where = f"input[{index}]" if index >= 0 else f"previous_response_id[{index}]"
         if not isinstance(item, dict):
             raise bad_value(where, item, "an object with a type")
         part = _part(item, where, box)

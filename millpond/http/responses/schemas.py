@@ -5,7 +5,7 @@ Values are strict. A field that is null counts as absent. Unknown fields are cou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -15,12 +15,13 @@ from millpond.http.fields import checked
 from millpond.http.form_fields import schema_form
 from millpond.http.generation_request import SAMPLING_FIELDS, AnswerForm, Conversation, GenerationRequest
 from millpond.http.openai.forms import ANY_OBJECT
-from millpond.http.responses.items import ITEMS, read_input
+from millpond.http.responses.items import ITEMS, Item, read_input
 from millpond.http.responses.tools import CHOICE, TOOLS, Toolbox, read_choice, read_tools
 from millpond.http.thinking import EFFORTS
 from millpond.types import SamplingParams
 
 LONGEST_USER = 1024
+LONGEST_ID = 128
 TEXT = "an object with a format, whose type is text, json_object or json_schema"
 REASONING = "an object with effort and summary"
 
@@ -34,7 +35,6 @@ def _never(_value: object) -> bool:
 
 
 NOT_IMPLEMENTED: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    "previous_response_id": (_never, "absent: responses are not kept here; send the items again"),
     "background": (_one_of(False), "false"),
     "conversation": (_never, "absent"),
     "prompt": (_never, "absent"),
@@ -63,6 +63,9 @@ class ResponsesRequest(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     stream: bool = Field(False, description="true or false")
     store: bool = Field(True, description="true or false")
+    previous_response_id: str = Field(
+        "", max_length=LONGEST_ID, description=f"the id of a response, at most {LONGEST_ID} characters long"
+    )
     include: list[str] = Field(default_factory=list, description="a list of strings")
     metadata: dict[str, object] = Field(default_factory=dict, description="an object")
     user: str = Field("", max_length=LONGEST_USER, description=f"a string of at most {LONGEST_USER} characters")
@@ -102,10 +105,10 @@ class ResponsesRequest(BaseModel):
                 return schema_form(asked.get("schema"), "text.format.schema", strict=asked.get("strict") is True)
         raise bad_value("text.format.type", asked.get("type"), "text, json_object or json_schema")
 
-    def generation(self) -> GenerationRequest:
-        """What it asks of the model. Raises ApiError 400."""
+    def generation(self, items: object, before: Sequence[Item]) -> GenerationRequest:
+        """What it asks of the model: to answer these items, behind those of earlier responses. Raises ApiError 400."""
         choice, effort = read_choice(self.tool_choice, self.tools), self.reasoning.get("effort")
-        messages = read_input(self.input, self.instructions, self.tools)
+        messages = read_input(items, self.instructions, self.tools, before)
         conversation = Conversation(
             messages,
             tools=() if choice.none else self.tools.tools,
@@ -129,17 +132,17 @@ class ResponsesRequest(BaseModel):
             user=self.user,
         )
 
-    def told(self, fields: Mapping[str, object]) -> Mapping[str, object]:
-        """What the answer repeats of the request. Nothing is stored, whatever was asked."""
+    def told(self, fields: Mapping[str, object], *, kept: bool) -> Mapping[str, object]:
+        """What the answer repeats of the request, and whether it is kept."""
         tools = [tool for tool in _listed(fields.get("tools")) if tool.get("type") not in self.tools.dropped]
         return {
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
             "metadata": self.metadata,
             "parallel_tool_calls": self.parallel_tool_calls,
-            "previous_response_id": None,
+            "previous_response_id": self.previous_response_id or None,
             "reasoning": {"effort": self.reasoning.get("effort"), "summary": None},
-            "store": False,
+            "store": kept,
             "temperature": self.temperature,
             "text": {"format": self.text.get("format") or {"type": "text"}},
             "tool_choice": self.tool_choice or "auto",

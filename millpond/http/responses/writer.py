@@ -30,12 +30,22 @@ class ResponseWriter:
 
     keepalive = COMMENT
 
-    def __init__(self, answering: Answering, box: Toolbox, told: Mapping[str, object], *, keeps_thoughts: bool) -> None:
-        """``told``: what of the request the answer repeats. ``keeps_thoughts``: the client sends them back."""
+    def __init__(
+        self,
+        answering: Answering,
+        box: Toolbox,
+        told: Mapping[str, object],
+        *,
+        keeps_thoughts: bool,
+        keep: Callable[[Json], None] | None = None,
+    ) -> None:
+        """``told``: what of the request the answer repeats. ``keeps_thoughts``: the client sends them back. ``keep``
+        is given the whole answer before its client is."""
         self._answering = answering
         self._box = box
         self._told = told
         self._keeps_thoughts = keeps_thoughts
+        self._keep = keep
         self._created = int(time.time())
         self._number = 0
         self._output: list[Json] = []
@@ -56,8 +66,8 @@ class ResponseWriter:
                 yield self._event("response.in_progress", response=self._response("in_progress"))
             case Usage():
                 yield from self._closed(self._finish is Finish.STOP)
-                status = self._status()
-                yield self._event(f"response.{status}", response=self._response(status, event))
+                whole = self._answer(event)
+                yield self._event(f"response.{whole['status']}", response=whole)
             case _:
                 self._finish = event.finish or self._finish
                 for piece in event.pieces:
@@ -169,7 +179,7 @@ class ResponseWriter:
 
     def body(self, usage: Usage) -> Iterator[bytes]:
         self._end(whole=self._finish is Finish.STOP)
-        yield msgspec.json.encode(self._response(self._status(), usage))
+        yield msgspec.json.encode(self._answer(usage))
 
     def _grow(self, kind: str, made: Callable[[], Json], text: str) -> None:
         if self._item.get("type") != kind:
@@ -223,6 +233,13 @@ class ResponseWriter:
 
     def _status(self) -> str:
         return "incomplete" if self._finish is Finish.LENGTH or self._broken else "completed"
+
+    def _answer(self, usage: Usage) -> Json:
+        """All of it, at its end."""
+        whole = self._response(self._status(), usage)
+        if self._keep is not None:
+            self._keep(whole)
+        return whole
 
     def _response(self, status: str, usage: Usage | None = None) -> Json:
         cut = status == "incomplete"

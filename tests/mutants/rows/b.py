@@ -263,8 +263,8 @@ BREAKS = [
     Break(
         name="B14-read-on-the-loop",
         file="millpond/http/reading.py",
-        old="if len(body) <= SMALL_BODY else await",
-        new="if True else await",
+        old="if on_loop and len(body) <= SMALL_BODY else await",
+        new="if on_loop else await",
         by=("test_a_large_body_is_read_in_a_text_thread",),
     ),
     Break(
