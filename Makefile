@@ -73,7 +73,7 @@ test: lint
 # Leaves the commit that passed in .test-all.
 test-all: lint
 	@rm -f .test-all
-	$(BIN)/pytest -q -rs -n 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD > .test-all; fi
 
 test-mutants: setup

@@ -78,6 +78,12 @@ def gemma3_folder() -> Path:
     return resolve("gemma3-270m", SilentProgress()).path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: at the end each would keep one process busy, and the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Where everything that tests need was installed (MILLPOND_TEST_SKIPS=fail), a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -71,7 +71,7 @@ _CONFIG = record(
     more=True,
 )
 _ASKED: dict[str, Schema] = {
-    "model": STRING,
+    "model": nullable(STRING),
     "messages": {**listed(_MESSAGE), "minItems": 1},
     "max_tokens": {**COUNT, "description": "More than the context has room for is as much as it has."},
     "system": nullable({"anyOf": [STRING, listed(_TEXT)]}),
@@ -117,7 +117,7 @@ _PART: Schema = {
 
 ANTHROPIC_SCHEMAS: dict[str, Schema] = {
     "MessagesRequest": record(_ASKED, *_OPTIONAL, more=True),
-    "CountTokensRequest": record(_ASKED, *_OPTIONAL, "max_tokens", more=True),
+    "CountTokensRequest": record({**_ASKED, "max_tokens": nullable(COUNT)}, *_OPTIONAL, "max_tokens", more=True),
     "TokenCount": record({"input_tokens": COUNT}),
     "AnsweredMessage": record(
         {

@@ -63,7 +63,7 @@ _FORMAT: Schema = {
     ]
 }
 _ASKED: dict[str, Schema] = {
-    "model": STRING,
+    "model": nullable(STRING),
     "input": {"anyOf": [{**STRING, "minLength": 1}, {**listed(_ITEM), "minItems": 1}]},
     "instructions": nullable(STRING),
     "tools": nullable({**listed(_TOOL), "maxItems": MOST_TOOLS}),
