@@ -44,7 +44,7 @@ MIXED = (
     ("POST", chunked(chunk(BODY) + b"0\r\n\r\n"), 200),
     ("GET", get(PATH.encode()), 405),
     ("POST", post(body=json.dumps({**ASKED, "stream": True}).encode()), 200),
-    ("POST", post(body=json.dumps({**ASKED, "max_tokens": 0}).encode()), 400),
+    ("POST", post(body=json.dumps({**ASKED, "max_tokens": -1}).encode()), 400),
     ("GET", get(b"/v1/models", b"Content-Length: 5") + b"12345", 200),
 )
 

@@ -73,6 +73,7 @@ SHARED: dict[str, tuple[Json, ...]] = {
     **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n"), ANYTHING),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), ANYTHING),
     **dict.fromkeys(("stream", "ignore_eos", "priority", "model", "user", "cache_salt", "logprobs"), ANYTHING),
+    "prompt_logprobs": ANYTHING,
     "seed": (lambda: "9" * 1_000_000, *ANYTHING),
     "stop": (
         text("a"),
