@@ -24,6 +24,7 @@ LARGE_FIELDS = frozenset(
 """Those of any API in which more can be meant. What else is large is no value that any field may have, or nobody's
 field: nothing is made of it."""
 _PARTS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_WHOLE: Final = msgspec.json.Decoder(msgspec.Raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class JsonBodies:
 
     def _read_parts(self, body: bytearray) -> object:
         if not body.lstrip(b" \t\r\n").startswith(b"{"):
-            msgspec.json.decode(body, type=msgspec.Raw)
+            _WHOLE.decode(body)
             return TooLarge(len(body))
         return {name: self._read_part(name, part) for name, part in _PARTS.decode(body).items()}
 

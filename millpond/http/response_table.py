@@ -65,6 +65,10 @@ class _Answered(msgspec.Struct):
     output: list[_Named] = []
 
 
+_NAMED = msgspec.json.Decoder(list[_Named])
+_ANSWERED = msgspec.json.Decoder(_Answered)
+
+
 class ResponseTable:
     """One open connection. Methods raise sqlite3.Error."""
 
@@ -92,8 +96,8 @@ class ResponseTable:
 
     def keep(self, kept: Kept) -> None:
         """Enter a response as the one used last, and let go what there is no room or no reason for any more."""
-        asked = msgspec.json.decode(kept.items, type=list[_Named])
-        answered = msgspec.json.decode(kept.response, type=_Answered).output
+        asked = _NAMED.decode(kept.items)
+        answered = _ANSWERED.decode(kept.response).output
         with self._transaction():
             now = time.time()
             number = self._db.execute(

@@ -17,6 +17,8 @@ from millpond.http.response_table import Kept, LineTooLong
 Item = Mapping[str, object]
 Json = dict[str, object]
 REFERENCE = "item_reference"
+_ITEMS = msgspec.json.Decoder(list[Json])
+_RESPONSE = msgspec.json.Decoder(Json)
 SECONDS = 30.0
 """How long the database may take; a second's wait for another process is the longest that it knows of."""
 _PREFIXES = {
@@ -92,12 +94,12 @@ class History:
 
 def asked(kept: Kept) -> list[Item]:
     """The items that a response answered."""
-    return [*msgspec.json.decode(kept.items, type=list[Json])]
+    return [*_ITEMS.decode(kept.items)]
 
 
 def answered(kept: Kept) -> list[Item]:
     """The items of its answer."""
-    output = msgspec.json.decode(kept.response, type=Json).get("output")
+    output = _RESPONSE.decode(kept.response).get("output")
     return [item for item in output if isinstance(item, dict)] if isinstance(output, list) else []
 
 
