@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from millpond.http.errors import ApiError, bad_value
-from millpond.http.values import more_values_than
+from millpond.http.values import more_names_than, more_values_than
 
 LARGE = 256 * 1024
 """Bytes of a value that take a few milliseconds at most to read, whatever they are."""
@@ -23,6 +23,8 @@ LARGE_FIELDS = frozenset(
 )
 """Those of any API in which more can be meant. What else is large is no value that any field may have, or nobody's
 field: nothing is made of it."""
+MOST_NAMES = 1000
+"""Of a large body itself: many times as many as any API has."""
 _PARTS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _WHOLE: Final = msgspec.json.Decoder(msgspec.Raw)
 
@@ -66,6 +68,8 @@ class JsonBodies:
         if not body.lstrip(b" \t\r\n").startswith(b"{"):
             _WHOLE.decode(body)
             return TooLarge(len(body))
+        if more_names_than(body, MOST_NAMES):
+            raise ApiError(413, f"the request's body has more than {MOST_NAMES} fields", code="too_many_values")
         return {name: self._read_part(name, part) for name, part in _PARTS.decode(body).items()}
 
     def _read_part(self, name: str, part: msgspec.Raw) -> object:

@@ -36,7 +36,8 @@ class Marks:
         Of an assistant's message the end is enough: templates leave out what earlier answers reasoned, which stands
         first.
         """
-        found = set(re.findall(rf"{self._key}(\d{{{_WIDTH + 1}}})", text))
+        # One by one: a single call that found them all would hold the interpreter meanwhile.
+        found = {mark[1] for mark in re.finditer(rf"{self._key}(\d{{{_WIDTH + 1}}})", text)}
         return [
             index
             for index, message in enumerate(messages)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from millpond.http import values
 from millpond.http.errors import ApiError
-from millpond.http.json_body import LARGE, JsonBodies, TooLarge
-from millpond.http.values import more_values_than
+from millpond.http.json_body import LARGE, MOST_NAMES, JsonBodies, TooLarge
+from millpond.http.values import more_names_than, more_values_than
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text('a,:[{"\\\n', max_size=6),
@@ -77,6 +77,26 @@ def test_of_what_no_field_may_have_nothing_is_made(name: str) -> None:
     assert (read["prompt"], read["seed"]) == (json.loads(pairs), 1)
     assert read[name] == TooLarge(len(pairs))
     assert JsonBodies(1_000_000).read(bytearray(body.replace(b" ", b"")[:-1] + b"}"))["seed"] == 1
+
+
+@given(value=st.dictionaries(st.text(), JSON, max_size=12), size=st.integers(1, 9), plain=st.booleans())
+def test_names_of_the_whole_are_counted(value: dict[str, object], size: int, plain: bool) -> None:
+    """(B14) Whatever is in the values."""
+    body = bytearray(json.dumps(value, ensure_ascii=plain).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(values, "PIECE", size)
+        assert not more_names_than(body, max(1, len(value)))
+        assert len(value) < 2 or more_names_than(body, len(value) - 1)
+
+
+def test_names_without_end_are_refused_before_any_is_made() -> None:
+    """(B14) Of a hundred thousand nothing is known but their number; a long list is none."""
+    names = ",".join(f'"k{number}":0' for number in range(MOST_NAMES))
+    listed = f'"prompt":[{"1," * LARGE}1]'
+    assert len(JsonBodies(1_000_000).read(bytearray(f"{{{names[7:]},{listed}}}".encode()))) == MOST_NAMES
+    with pytest.raises(ApiError, match=f"more than {MOST_NAMES} fields") as raised:
+        JsonBodies(1_000_000).read(bytearray(f"{{{names},{listed}}}".encode()))
+    assert raised.value.status == 413
 
 
 @pytest.mark.parametrize("long", ["[" + "1," * LARGE + "1]", '"' + "a" * LARGE + '"', "1" * LARGE])

@@ -83,7 +83,8 @@ class History:
 
     def keeper(self, items: object, previous: str | None) -> Callable[[Json], None]:
         """What keeps an answer to these items, once it is whole; event loop."""
-        kept_items = msgspec.json.encode(named(items))
+        # One by one: a single call that wrote them all would hold the interpreter meanwhile.
+        kept_items = b"[%b]" % b",".join([msgspec.json.encode(item) for item in named(items)])
 
         def keep(response: Json) -> None:
             kept = Kept(self._owner, str(response["id"]), previous or "", kept_items, msgspec.json.encode(response))

@@ -28,12 +28,14 @@ MOST_LISTED = 100
 USUALLY_LISTED = 20
 
 
-def read(history: History, fields: Mapping[str, object]) -> Parsed:
-    """Text threads only, as it may wait for what is kept. Raises ApiError."""
+def read(history: History, fields: Mapping[str, object], *, to_answer: bool = True) -> Parsed:
+    """Text threads only, as it may wait for what is kept; without ``to_answer`` nothing will be. Raises
+    ApiError."""
     request = parse(fields)
     before = history.before(request.previous_response_id)
     items = history.resolved(request.input, before)
-    keep = history.keeper(items, request.previous_response_id) if request.store and history.keeps else None
+    keeps = to_answer and request.store and history.keeps
+    keep = history.keeper(items, request.previous_response_id) if keeps else None
     writer = partial(
         ResponseWriter,
         box=request.tools,
@@ -58,7 +60,7 @@ async def create(http: Request) -> Response:
 
 async def input_tokens(http: Request) -> Response:
     """POST /v1/responses/input_tokens: how many tokens a prompt has. Raises ApiError."""
-    return await count(http, partial(read, _history(http)), _counted, on_loop=False)
+    return await count(http, partial(read, _history(http), to_answer=False), _counted, on_loop=False)
 
 
 def _counted(tokens: int) -> Mapping[str, object]:
