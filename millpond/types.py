@@ -138,6 +138,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What the client expects of the answer, for guessing."""
     grammar: Grammar | None = None
     """None: the answer may look like anything."""
+    shared: list[int] = []
+    """Positions in the prompt behind which others will go on in their own ways, as its client says: where something is
+    to be kept that is not kept everywhere."""
 
 
 class Finish(StrEnum):
@@ -196,6 +199,11 @@ class PrefixReport(msgspec.Struct, frozen=True, array_like=True):
     @property
     def cached(self) -> int:
         return self.memory + self.disk
+
+    @property
+    def differs(self) -> bool:
+        """Nothing known goes on like this prompt."""
+        return self.end == "differs"
 
 
 GROUP_SIZES = (32, 64, 128)

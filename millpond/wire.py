@@ -26,7 +26,7 @@ from millpond.types import (
     SpecSettings,
 )
 
-VERSION = 12
+VERSION = 13
 MAX_FRAME = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 

@@ -112,7 +112,9 @@ class Waiting(Protocol):
     def queue(self) -> Iterable[tuple[str, int]]:
         """Requests without a row and how many of their tokens have been read, in order of arrival."""
 
-    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
+    def offer(
+        self, name: str, cached: int, wants: bytes | None, held: bool = False, stops: tuple[int, ...] = ()
+    ) -> None:
         """See Scheduler.offer."""
 
 
@@ -252,12 +254,15 @@ class Prefixes:
                 continue
             self._ends[query.last_key] += 1
             if done:
-                waiting.offer(name, 0, self._cache.wants(query, done), stop=sequences[name].branch)
+                waiting.offer(name, 0, self._cache.wants(query, done), stops=sequences[name].stops)
             else:
                 offer = self._offer_by_all(name, query, now, group)
                 step = self._form.layout.step
-                sequences[name].branch = query.match.depth // step * step if self._form.layout.state else 0
-                waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].branch)
+                if self._form.layout.state:
+                    shared = (place // BLOCK * BLOCK for place in sequences[name].request.shared)
+                    places = {query.match.depth, *shared}
+                    sequences[name].stops = tuple(sorted({place // step * step for place in places}))
+                waiting.offer(name, offer.position, offer.wants, offer.held, sequences[name].stops)
         # Of the very moment for which they were told to wait: one a little later would miss a deadline in between.
         self._assemble(waiting, sequences, room_bytes if group.world == 1 else 0)
         patience = self._cache.patience(now)
@@ -378,7 +383,7 @@ class Prefixes:
 
     def _snapshot_due(self, sequence: Sequence, end: int) -> bool:
         assert self._form is not None
-        if end == sequence.branch:
+        if end in sequence.stops:
             return True
         per_token = self._form.token_bytes
         apart = SNAPSHOT_SHARE * self._form.state_bytes // per_token if per_token else PURE_APART

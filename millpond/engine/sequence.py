@@ -55,8 +55,9 @@ class Sequence:
     """What the cache did for its prompt, once it has been begun for the first time."""
     snapshot_at: int = 0
     """Where the last snapshot of recurrent layers was taken or restored."""
-    branch: int = 0
-    """Where this prompt left what was known (models with recurrent layers): a snapshot there serves the next such."""
+    stops: tuple[int, ...] = ()
+    """Where snapshots of recurrent layers are taken in any case: this prompt left there what was known, and so may the
+    next one, or its client has said that others will."""
     stop_token: int | None = None
     """The drawn token that ended the answer; it is not part of ``tokens``."""
     scored: int = 0
@@ -83,7 +84,7 @@ class Sequence:
 
     def back_to_waiting(self) -> None:
         """What was computed of it is lost; it begins again with all its tokens, unless it has ended."""
-        self.prompt, self.snapshot_at, self.branch = None, 0, 0
+        self.prompt, self.snapshot_at, self.stops = None, 0, ()
         if self.health is Health.SPOILT:
             self.health = Health.RECOMPUTED
         if self.status is not Status.ENDED:

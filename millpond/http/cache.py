@@ -17,7 +17,7 @@ from millpond.http.errors import from_engine, unavailable
 from millpond.http.front_end import front_end_of
 from millpond.http.openai.chat import CHAT
 from millpond.http.openai.completions import COMPLETIONS
-from millpond.http.prompts import read_prompts
+from millpond.http.prompts import TokenPrompt, read_prompts
 from millpond.http.reading import admit, read_request
 from millpond.http.rendering import Parsed
 from millpond.http.sse import WatchedResponse, send_parts
@@ -43,8 +43,8 @@ async def explain(http: Request) -> Response:
             try:
                 async with asyncio.timeout(front.config.queue_timeout or None):
                     while prompts:
-                        tokens = prompts.popleft().tokens
-                        entries.append(_entry(len(tokens), await model.client.explain(tokens, salt)))
+                        entries.append(_entry(prompts[0], await model.client.explain(prompts[0].tokens, salt)))
+                        prompts.popleft()
             except TimeoutError:
                 kind = ErrorKind.QUEUE_TIMEOUT
                 raise from_engine(EngineError(kind, f"{kind.value}: the engine did not get round to it")) from None
@@ -61,12 +61,13 @@ def _read(fields: Mapping[str, object]) -> Parsed:
     return (COMPLETIONS if fields.get("messages") is None else CHAT).read(fields)
 
 
-def _entry(prompt_tokens: int, report: PrefixReport) -> dict[str, object]:
+def _entry(prompt: TokenPrompt, report: PrefixReport) -> dict[str, object]:
     return {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(prompt.tokens),
         "cached_tokens": report.cached,
         "memory_tokens": report.memory,
         "disk_tokens": report.disk,
         "known_tokens": report.known,
         "end": report.end,
+        "at": prompt.places.at(report.known) if report.differs else "",
     }

@@ -26,6 +26,8 @@ class GenerationRecord:
     seed: int
     usage: Usage
     prefix: PrefixReport
+    differs: str
+    """The part of the request with which its prompt leaves all that the prefix cache knows."""
     first_seconds: float | None
     """To the first token of any choice."""
 
@@ -39,6 +41,7 @@ class GenerationRecord:
             "cached_disk": self.prefix.disk,
             "known_tokens": self.prefix.known,
             "cache_end": self.prefix.end,
+            "differs": self.differs or None,
             "completion_tokens": self.usage.completion_tokens,
             "accepted_draft_tokens": self.usage.accepted_tokens,
             "rejected_draft_tokens": self.usage.rejected_tokens,

@@ -19,6 +19,7 @@ from millpond.config import ServeConfig
 from millpond.http.clock import Clock, Phase
 from millpond.http.errors import unavailable
 from millpond.http.events import Begun, ChoiceDelta, Event, Usage
+from millpond.http.places import Places
 from millpond.http.served_model import ServedModel
 from millpond.http.spellings import Listener
 from millpond.text.answer import AnswerText
@@ -124,7 +125,9 @@ class Generation:
         answers: Sequence[AnswerText],
         n: int,
         start: float,
+        places: Places,
     ) -> None:
+        """``places``: of the first prompt."""
         self._client = model.client
         self._config = config
         self._meters = model.meters
@@ -149,6 +152,7 @@ class Generation:
         self._hungry = True
         """The reader waits for an event, or has yet to begin: it has not been given the time to take what is queued."""
         self._start = start
+        self._places = places
         self.first_seconds: float | None = None
         """From ``start`` to the first token of any choice."""
 
@@ -312,3 +316,8 @@ class Generation:
             reports[0].end,
             sum(report.known for report in reports),
         )
+
+    def differs(self) -> str:
+        """The part of the request with which the first prompt leaves all that is known; empty where none does."""
+        report = self._choices[0].prefix
+        return self._places.at(report.known) if report is not None and report.differs else ""

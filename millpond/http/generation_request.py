@@ -87,6 +87,8 @@ class Tool:
     """Arguments follow the schema to the letter."""
     where: str = "tools"
     """The field of its schema, for messages about that."""
+    shared: bool = field(default=False, compare=False)
+    """Its client will send others that are alike up to its end."""
 
     def for_template(self) -> dict[str, object]:
         """As chat templates know tools."""
@@ -102,6 +104,10 @@ class Message:
     parts: tuple[Part, ...]
     name: str | None = None
     tool_call_id: str | None = None
+    where: str = field(default="", compare=False)
+    """The part of the request that it is, or with which it begins."""
+    shared: bool = field(default=False, compare=False)
+    """Its client will send others that are alike up to its end."""
 
     def texts(self) -> Iterator[str]:
         """All that a template may show of it beside its role."""

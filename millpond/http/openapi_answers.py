@@ -182,6 +182,7 @@ SCHEMAS: dict[str, Schema] = {
                         "disk_tokens": COUNT,
                         "known_tokens": COUNT,
                         "end": {**STRING, "description": "Why no more is cached."},
+                        "at": {**STRING, "description": "The part of the request that is not known any more."},
                     }
                 )
             ),

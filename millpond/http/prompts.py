@@ -7,11 +7,12 @@ whatever the length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millpond.client.public import public
 from millpond.http.errors import ApiError, PromptTooLong, bad_value
 from millpond.http.generation_request import Conversation, GenerationRequest, Spelling, as_it_is
+from millpond.http.places import NOWHERE, Places, places_of, shared_ends
 from millpond.http.speculation_fields import check_mode
 from millpond.http.thinking import template_settings
 from millpond.text.tokenizer import TemplateError, TextError, Tokenizer
@@ -34,6 +35,10 @@ class TokenPrompt:
     max_tokens: int
     clamped: bool = False
     """More were asked for than the context has room for."""
+    places: Places = NOWHERE
+    """Where in it the parts of its request are."""
+    shared: tuple[int, ...] = ()
+    """Positions behind which the client's next prompts may differ, as it says."""
 
 
 def check_limits(asked: GenerationRequest, info: ModelInfo) -> None:
@@ -95,13 +100,17 @@ def _chat_prompt(
         if many or _surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
             raise _prompt_too_long(asked, context + 1, context, "more than ")
         shown = [message.for_template(spelling) for message in messages]
-        tokens = tokenizer.chat_tokens(shown, conversation.generation_prompt, conversation.continued, tools, settings)
+        prompt = tokenizer.chat_prompt(shown, conversation.generation_prompt, conversation.continued, tools, settings)
     except TextError as error:
         raise _unreadable(asked, error) from error
     except TemplateError as error:
         where = param if error.index is None else f"{param}[{error.index}]"
         raise ApiError(400, f"{where}: {public(str(error))}", param=where, code="template_error") from error
-    return _checked(asked, tokens, "", context)
+    return replace(
+        _checked(asked, prompt.tokens, "", context),
+        places=places_of(conversation, prompt, tokenizer),
+        shared=tuple(shared_ends(conversation, prompt)),
+    )
 
 
 def _plain_prompt(

@@ -84,6 +84,7 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
                     speculation=guessing,
                     prediction=prediction,
                     grammar=shapes[number].grammar,
+                    shared=list(prompt.shared),
                 )
                 for number, prompt in enumerate(prompts)
                 for choice in range(asked.n)
@@ -94,7 +95,7 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
             clamped = prompts[0].clamped
             told = Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n, clamped)
             writer = writer_of(told)
-            generation = Generation(model, front.config, requests, answers, asked.n, clock.start)
+            generation = Generation(model, front.config, requests, answers, asked.n, clock.start, prompts[0].places)
             del prompts, shapes, prediction, requests, answers
             async with generation:
                 try:
@@ -103,8 +104,9 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
                     else:
                         await _collect(send, generation, writer, ignored)
                 finally:
-                    usage, prefix, first = generation.usage(), generation.prefix(), generation.first_seconds
-                    record = GenerationRecord(base, asked.stream, choices, seed, usage, prefix, first)
+                    usage, prefix, differs = generation.usage(), generation.prefix(), generation.differs()
+                    first = generation.first_seconds
+                    record = GenerationRecord(base, asked.stream, choices, seed, usage, prefix, differs, first)
                     context_of(http.scope).generation = record
 
     return WatchedResponse(work)
@@ -173,7 +175,8 @@ async def _collect(send: Send, generation: Generation, writer: AnswerWriter, mor
 
 
 def _prefix_headers(generation: Generation) -> Headers:
-    """What the prefix cache did for the request, as a structured field: tokens by tier and why no more were cached.
+    """What the prefix cache did for the request, as a structured field: tokens by tier, why no more were cached, and
+    where the prompt is no longer what is known.
 
     Nothing when a stream's headers go out, with a comment, before that is known.
     """
@@ -181,4 +184,6 @@ def _prefix_headers(generation: Generation) -> Headers:
         return []
     report = generation.prefix()
     shown = f"memory={report.memory}, disk={report.disk}, known={report.known}, end={report.end}"
+    if differs := generation.differs():
+        shown += f', at="{differs}"'
     return [(b"x-millpond-prefix-cache", shown.encode())]

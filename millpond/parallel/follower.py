@@ -248,7 +248,14 @@ class Worker:
             if sequence.status is not Status.DECODING:
                 yield name, sequence.prompt.length if sequence.prompt is not None else 0
 
-    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:  # noqa: ARG002
+    def offer(
+        self,
+        name: str,
+        cached: int,
+        wants: bytes | None,  # noqa: ARG002
+        held: bool = False,
+        stops: tuple[int, ...] = (),  # noqa: ARG002
+    ) -> None:
         """Tell rank 0, if it does not know. See Scheduler.offer."""
         if self._executor.sequences[name].prompt is None and self._offered.get(name) != (cached, held):
             self._offered[name] = cached, held

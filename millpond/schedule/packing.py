@@ -138,8 +138,7 @@ class Packer:
             return self._steadily(request, start), None
         aligned = request.prefill // self._grid * self._grid
         target = aligned if start < aligned else request.prefill
-        if start < request.stop < target:
-            target = request.stop
+        target = next((stop for stop in request.stops if start < stop < target), target)
         size = target - start
         finishes = target == request.prefill
         time_left = self._time_left_ms(request if finishes else None)

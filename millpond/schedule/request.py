@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class SchedulerRequest:
     """A request that waits (``in_row`` false; ``done`` > 0 once its prefill has started) or holds a row.
 
-    ``cached``, ``wants``, ``held`` and ``stop`` are what the prefix cache offers it; see Scheduler.offer.
+    ``cached``, ``wants``, ``held`` and ``stops`` are what the prefix cache offers it; see Scheduler.offer.
 
     All sizes are tokens. A request is adopted with ``prefill`` of its ``tokens`` computed; the last one goes through
     the first batched decode.
@@ -44,7 +44,7 @@ class SchedulerRequest:
     cached: int = 0
     wants: bytes | None = None
     held: bool = False
-    stop: int = 0
+    stops: tuple[int, ...] = ()
 
     @property
     def prefill(self) -> int:
@@ -77,4 +77,4 @@ class SchedulerRequest:
     def back_to_waiting(self, tokens: int) -> None:
         """Forget everything computed; ``tokens`` have to be computed again."""
         self.tokens, self.done, self.length, self.in_row = tokens, 0, 0, False
-        self.cached, self.wants, self.held, self.stop = 0, None, False, 0
+        self.cached, self.wants, self.held, self.stops = 0, None, False, ()

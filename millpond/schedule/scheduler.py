@@ -146,19 +146,21 @@ class Scheduler:
         request.probation = request.probation or probation
         request.apart = request.apart or apart
 
-    def offer(self, name: str, cached: int, wants: bytes | None, held: bool = False, stop: int = 0) -> None:
+    def offer(
+        self, name: str, cached: int, wants: bytes | None, held: bool = False, stops: tuple[int, ...] = ()
+    ) -> None:
         """What the prefix cache can do for a request without a row, told anew before each plan.
 
         ``cached`` tokens will be restored when its prefill starts, if it has not. ``wants`` names the block that it
         computes next: one request at a time computes a block, others that want the same wait for it. ``held``: it must
-        not start yet. ``stop``: a chunk must end at this position.
+        not start yet. ``stops``: a chunk must end at each of these positions, ascending.
 
         Raises KeyError for an unknown name, ValueError for an impossible size.
         """
         request = self._requests[name]
         if not 0 <= cached <= request.prefill:
             raise ValueError(f"request {name!r} is offered {cached} tokens, at most {request.prefill} can be restored")
-        request.cached, request.wants, request.held, request.stop = cached, wants, held, stop
+        request.cached, request.wants, request.held, request.stops = cached, wants, held, stops
 
     def proven(self, name: str) -> None:
         """A step that decoded this request succeeded: it is no longer on probation."""

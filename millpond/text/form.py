@@ -143,4 +143,4 @@ def _message(role: str) -> dict[str, object]:
 def _shows(render: Render, form: Form, messages: Sequence[Message]) -> bool:
     marks = Marks()
     text = render(form.adapt(marks.around(messages)))
-    return text is not None and not marks.hidden(messages, text) and not _PRINTED_LIST.search(text)
+    return text is not None and not marks.shown(messages, text).hidden and not _PRINTED_LIST.search(text)

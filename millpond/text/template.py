@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -20,7 +21,7 @@ from millpond.observe.log import fields
 from millpond.text.allowance import Allowance, EndlessError
 from millpond.text.environment import Environment
 from millpond.text.form import Form, probe
-from millpond.text.marks import Marks
+from millpond.text.marks import Marks, Shown, Span
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,15 @@ class TemplateError(Exception):
 
 class EndlessTemplateError(Exception):
     """A template does not come to an end with the simplest conversations: it cannot be used at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt."""
+
+    text: str
+    spans: list[Span]
+    """Where what messages say stands in it, in characters; none where that is not known."""
 
 
 class ChatTemplate:
@@ -100,7 +110,7 @@ class ChatTemplate:
         continued: bool = False,
         tools: Sequence[Tool] = (),
         settings: Settings = NO_SETTINGS,
-    ) -> str:
+    ) -> Rendered:
         """The prompt of a conversation. Raises TemplateError.
 
         ``generation_prompt``: end with the beginning of an answer. ``continued``: end within the last message, so that
@@ -113,34 +123,38 @@ class ChatTemplate:
             raise TemplateError("a conversation has at least one message")
         with self._allowance.given():
             try:
-                hidden = self._hidden(messages, partial(run, generation_prompt=generation_prompt))
+                shown = self._shown(messages, partial(run, generation_prompt=generation_prompt))
                 text = self._continued(messages, run) if continued else run(messages, generation_prompt)
             except Exception as error:
                 # The template is a program of the model's authors: it may raise anything, on purpose or not.
                 log.info("chat template failed", extra=fields(error=type(error).__name__, reason=error))
                 raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
-        if hidden:
-            raise _not_shown(messages, hidden[0])
-        return text
+        if shown is None:
+            return Rendered(text, [])
+        if shown.hidden:
+            raise _not_shown(messages, shown.hidden[0])
+        # An answer that goes on has the beginning of what was marked.
+        return Rendered(text, shown.spans if shown.text.startswith(text) else [])
 
-    def _hidden(self, messages: Sequence[Message], run: Run) -> list[int]:
-        """Indexes of the messages that the template does not show. Raises EndlessError."""
+    def _shown(self, messages: Sequence[Message], run: Run) -> Shown | None:
+        """What the template does with the messages; None where it has something against them. Raises EndlessError."""
         try:
-            hidden = self._marked(messages, run)
+            shown = self._marked(messages, run)
+            hidden = shown.hidden
             if hidden and all(messages[index].get("role") == "assistant" for index in hidden):
                 # Perhaps all of such an answer is a thought, cut off in the midst of it: would it show another?
                 said = {index: {**messages[index], "content": "Hello."} for index in hidden}
                 others = [said.get(index, message) for index, message in enumerate(messages)]
-                hidden = self._marked(others, run)
-            return hidden
+                hidden = self._marked(others, run).hidden
+            return replace(shown, hidden=hidden)
         except EndlessError:
             raise
         except Exception:  # noqa: BLE001 - what the template has against the messages is told without the marks
-            return []
+            return None
 
-    def _marked(self, messages: Sequence[Message], run: Run) -> list[int]:
+    def _marked(self, messages: Sequence[Message], run: Run) -> Shown:
         marks = Marks()
-        return marks.hidden(messages, run(marks.around(messages)))
+        return marks.shown(messages, run(marks.around(messages)))
 
     def _continued(self, messages: Sequence[Message], run: Callable[[Sequence[Message], bool], str]) -> str:
         """The prompt up to the end of what the last message says."""

@@ -10,9 +10,12 @@ into text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 
@@ -27,6 +30,7 @@ from millpond.text.encoder import Encoder
 from millpond.text.ends import configured_ends, turn_ends
 from millpond.text.errors import TextError
 from millpond.text.loading import TokenizerError, load_backend
+from millpond.text.marks import Span
 from millpond.text.masks import Masks
 from millpond.text.read_answer import ReadAnswer
 from millpond.text.settings import TokenizerSettings, read_settings
@@ -36,16 +40,26 @@ from millpond.text.template import (
     ChatTemplate,
     EndlessTemplateError,
     Message,
+    Rendered,
     Settings,
     TemplateError,
     Tool,
 )
 from millpond.text.template_files import TemplateFileError, find_template
 
-__all__ = ["Message", "TemplateError", "TextError", "Tokenizer", "TokenizerError"]
+__all__ = ["ChatPrompt", "Message", "Span", "TemplateError", "TextError", "Tokenizer", "TokenizerError"]
 
 _BLANKS = 4
 """White space that a template may write behind a mark, in tokens."""
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation as a model reads it."""
+
+    tokens: list[int]
+    spans: tuple[Span, ...]
+    """Where what messages say stands in them, from its first token to the one behind it, in order; none where that is
+    not known."""
 
 
 class Tokenizer:
@@ -55,6 +69,7 @@ class Tokenizer:
         """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
         self._backend = backend
         self._decoding = decoding_of(backend)
+        self._spelled: dict[int, bytes] = {}
         self._special_tokens = dict(settings.special_tokens)
         source = find_template(folder)
         self._template = None if source is None else ChatTemplate(source, settings.special_tokens)
@@ -129,7 +144,18 @@ class Tokenizer:
         tools: Sequence[Tool] = (),
         settings: Settings = NO_SETTINGS,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant to answer, who may call ``tools``.
+        """``chat_prompt``, its token ids alone."""
+        return self.chat_prompt(messages, generation_prompt, continued, tools, settings).tokens
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = True,
+        continued: bool = False,
+        tools: Sequence[Tool] = (),
+        settings: Settings = NO_SETTINGS,
+    ) -> ChatPrompt:
+        """A conversation, ready for the assistant to answer, who may call ``tools``.
 
         The template alone decides about BOS and writes control tokens. What the messages say is text, whatever it
         spells, except for the marks of thoughts and calls in the assistant's own answers, which are as they were
@@ -139,12 +165,15 @@ class Tokenizer:
         """
         masked = None if self._template is None else self._masks.of(messages, tools)
         if masked is None:
-            return self._encode(self._render(messages, generation_prompt, continued, tools, settings))
+            rendered = self._render(messages, generation_prompt, continued, tools, settings)
+            tokens = self._encode(rendered.text)
+            return ChatPrompt(tokens, self._in_tokens(rendered, tokens, str))
         try:
-            text = self._render(masked.messages, generation_prompt, continued, masked.tools, settings)
+            rendered = self._render(masked.messages, generation_prompt, continued, masked.tools, settings)
         except TemplateError as error:
             raise TemplateError(masked.lifted(str(error)), error.index) from error
-        return self._encoder.plain(masked.lifted(self._encoder.named(text)))
+        tokens = self._encoder.plain(masked.lifted(self._encoder.named(rendered.text)))
+        return ChatPrompt(tokens, self._in_tokens(rendered, tokens, masked.lifted))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens and unknown ids left out. Raises TextError."""
@@ -183,6 +212,13 @@ class Tokenizer:
         """What one token stands for, maybe only part of a character; special tokens are spelled out."""
         return self._decoding.token_bytes(token)
 
+    def spelled(self, tokens: Sequence[int]) -> list[bytes]:
+        """``token_bytes`` of each."""
+        known = self._spelled
+        for token in set(tokens) - known.keys():
+            known[token] = self.token_bytes(token)
+        return [known[token] for token in tokens]
+
     def token_text(self, token: int) -> str:
         """``token_bytes`` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token).decode("utf-8", "replace")
@@ -198,10 +234,28 @@ class Tokenizer:
         continued: bool = False,
         tools: Sequence[Tool] = (),
         settings: Settings = NO_SETTINGS,
-    ) -> str:
+    ) -> Rendered:
         if self._template is None:
             raise TemplateError("this model has no chat template; use /v1/completions")
         return self._template.render(messages, generation_prompt, continued, tools, settings)
+
+    def _in_tokens(self, rendered: Rendered, tokens: Sequence[int], lifted: Callable[[str], str]) -> tuple[Span, ...]:
+        """The spans of a prompt in its tokens; none where these spell another text, as by some normalizers."""
+        edges = sorted({edge for _, begin, end in rendered.spans for edge in (begin, end)} | {len(rendered.text)})
+        parts = [
+            lifted(rendered.text[begin:end]).encode(errors="surrogatepass") for begin, end in pairwise((0, *edges))
+        ]
+        pieces, text = self.spelled(tokens), b"".join(parts)
+        spelled = b"".join(pieces)
+        if not spelled.endswith(text) or spelled[: -len(text) or None].strip(b" "):  # some put a blank first
+            return ()
+        ends, extra = list(accumulate(map(len, pieces))), len(spelled) - len(text)
+        bytes_before = dict(zip(edges, accumulate(map(len, parts)), strict=True))
+
+        def token(edge: int) -> int:
+            return bisect_right(ends, bytes_before[edge] + extra)
+
+        return tuple(Span(message, token(begin), token(end)) for message, begin, end in rendered.spans)
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -220,7 +274,7 @@ class Tokenizer:
             return self._render(
                 [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}],
                 generation_prompt=False,
-            )
+            ).text
         except TemplateError:
             return None
 

@@ -249,6 +249,23 @@ def test_recurrent_models_learn_where_prompts_branch(kind: str) -> None:
         right(kind, tokens, outcome)
 
 
+@pytest.mark.parametrize("kind", SOLO_KINDS)
+def test_recurrent_models_are_told_where_prompts_branch(kind: str) -> None:
+    """(M7) With a snapshot where the client has said so, the second prompt resumes there already."""
+    cached = prefix_cache(model(kind))
+    system = prompt(140)
+    for number in range(3):
+        tokens = system + prompt(40, seed=number)
+        asked = msgspec.structs.replace(request("x", tokens, ANSWER, logprobs=TOP), shared=[70, 140, 179])
+        driven = driver(kind, cached)
+        driven.submit(asked)
+        driven.run()
+        outcome = driven.outcomes["x"]
+        assert outcome.prefix is not None
+        assert outcome.prefix.memory == (128 if number else 0)
+        right(kind, tokens, outcome)
+
+
 # --- what is computed --------------------------------------------------------------------------------------------
 
 

@@ -248,6 +248,7 @@ def test_explain_runs_nothing_and_is_the_truth(plain: Server) -> None:
             "disk_tokens": 0,
             "known_tokens": size - 1,
             "end": "prompt",
+            "at": "",
         }
     assert (unknown["cached_tokens"], unknown["end"]) == (0, "differs")
     assert (elsewhere["cached_tokens"], elsewhere["known_tokens"]) == (0, 0)
@@ -255,6 +256,18 @@ def test_explain_runs_nothing_and_is_the_truth(plain: Server) -> None:
     assert (answer.prompt_tokens, answer.memory, answer.disk, answer.known, answer.end) == tuple(
         part[name] for name in ("prompt_tokens", "memory_tokens", "disk_tokens", "known_tokens", "end")
     )
+
+
+def test_what_a_client_changed_is_named(plain: Server) -> None:
+    """(M7) In the header, in the log and by those who ask before."""
+    messages = [user(f"Say a word about number {number}.") for number in range(4)]
+    chat(plain, messages, "changed")
+    messages[2] = user("Forget that one.")
+    [entry] = explain(plain, messages=messages, cache_salt="changed")
+    assert (entry["end"], entry["at"]) == ("differs", "messages[2]")
+    answer = chat(plain, messages, "changed")
+    assert (answer.known, answer.end, answer.at) == (entry["known_tokens"], "differs", "messages[2]")
+    assert logged(plain, answer)["differs"] == "messages[2]"
 
 
 @pytest.mark.parametrize(

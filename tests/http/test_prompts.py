@@ -12,7 +12,7 @@ from millpond.http.errors import ApiError
 from millpond.http.generation_request import GenerationRequest
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest, parse
 from millpond.http.prompts import read_prompts
-from millpond.text.tokenizer import Message, Tokenizer
+from millpond.text.tokenizer import ChatPrompt, Message, Tokenizer
 from millpond.types import ModelInfo
 
 CONTEXT = 512
@@ -27,7 +27,7 @@ class CountingTokenizer(Tokenizer):
         self.read += len(text)
         return super().text_tokens(text, parse_special=parse_special)
 
-    def chat_tokens(self, messages: Sequence[Message], *_: object, **__: object) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *_: object, **__: object) -> ChatPrompt:
         raise AssertionError
 
 

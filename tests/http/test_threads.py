@@ -24,7 +24,7 @@ from millpond.http.front_end import TEXT_THREADS, FrontEnd
 from millpond.http.json_body import JsonBodies
 from millpond.http.threads import Threads
 from millpond.text.template import ChatTemplate
-from millpond.text.tokenizer import Message, Tokenizer
+from millpond.text.tokenizer import ChatPrompt, Message, Tokenizer
 
 
 class WatchedTokenizer(Tokenizer):
@@ -37,9 +37,9 @@ class WatchedTokenizer(Tokenizer):
         self.note()
         return super().encode(text, parse_special=parse_special)
 
-    def chat_tokens(self, messages: Sequence[Message], *how: Any) -> list[int]:  # noqa: ANN401 - handed on
+    def chat_prompt(self, messages: Sequence[Message], *how: Any) -> ChatPrompt:  # noqa: ANN401 - handed on
         self.note()
-        return super().chat_tokens(messages, *how)
+        return super().chat_prompt(messages, *how)
 
     def note(self) -> None:
         self.threads.add(threading.current_thread().name)

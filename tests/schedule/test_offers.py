@@ -79,13 +79,17 @@ def test_a_chunk_ends_where_it_is_told_to() -> None:
     """A snapshot is taken there (E7); before and behind it nothing changes."""
     scheduler = make()
     add(scheduler, "a", 1000)
-    scheduler.offer("a", 0, None, stop=192)
+    scheduler.offer("a", 0, None, stops=(192,))
     assert step(scheduler)[0] == ("a", 0, 192, False)
-    scheduler.offer("a", 0, None, stop=192)
+    scheduler.offer("a", 0, None, stops=(192,))
     assert scheduler.plan(0.0).prefill[0].start >= 192
+    twice = make()
+    add(twice, "a", 1000)
+    twice.offer("a", 0, None, stops=(0, 128, 320, 2000))
+    assert [(chunk.start, chunk.end) for chunk in twice.plan(0.0).prefill] == [(0, 128), (128, 320), (320, 512)]
     other = make()
     add(other, "b", 100)
-    other.offer("b", 64, None, stop=64)
+    other.offer("b", 64, None, stops=(64,))
     assert step(other) == [("b", 64, 99, True)]
 
 
@@ -151,7 +155,7 @@ def test_work_left_counts_after_the_cache() -> None:
 def test_an_offer_does_not_outlive_a_preemption() -> None:
     scheduler = make()
     add(scheduler, "a", 200)
-    scheduler.offer("a", 150, b"x", stop=128)
+    scheduler.offer("a", 150, b"x", stops=(128,))
     step(scheduler)
     scheduler.requeue("a", 201, 1.0)
     assert cuts(scheduler.plan(1.0))[0][:2] == ("a", 0)
@@ -218,14 +222,14 @@ class Simulation:
                     self.tokens[str(number)] = job.prompt
             if self.forgetful and self.rng.random() < 0.2:
                 self.cached = {block for block in self.cached if self.rng.random() < 0.5}
-            offered: dict[str, tuple[int, bytes | None, bool, int]] = {}
+            offered: dict[str, tuple[int, bytes | None, bool, tuple[int, ...]]] = {}
             for name, done in scheduler.queue:
                 position = done or self.restorable(name, self.rng.random() < 0.3)
                 limit = self.tokens[name] - 1
                 job = self.jobs[int(name)]
                 wants = repr(self.block(job, int(name), position // GRID)).encode() if position < limit else None
-                stop = self.rng.choice([0, job.shared // GRID * GRID])
-                offered[name] = (0 if done else position, wants, not done and now < job.held_until, stop)
+                stops = self.rng.choice([(), (job.shared // GRID * GRID,), (GRID, job.shared // GRID * GRID)])
+                offered[name] = (0 if done else position, wants, not done and now < job.held_until, stops)
                 scheduler.offer(name, *offered[name])
             plan = scheduler.plan(float(now))
             assert plan == scheduler.plan(float(now)), "plan() is pure"
@@ -245,18 +249,18 @@ class Simulation:
                     finished.add(name)
             now += 1
 
-    def execute(self, plan: StepPlan, offered: dict[str, tuple[int, bytes | None, bool, int]]) -> None:
+    def execute(self, plan: StepPlan, offered: dict[str, tuple[int, bytes | None, bool, tuple[int, ...]]]) -> None:
         going_on = [name for name in self.progress if name not in plan.preempt]
         starting = [(wants, self.jobs[int(name)].priority) for name in going_on if (wants := offered[name][1])]
         for c in plan.prefill:
-            position, wants, held, stop = offered[c.id]
+            position, wants, held, stops = offered[c.id]
             limit = self.tokens[c.id] - 1
             begun = c.id in self.progress
             assert c.start == self.progress.get(c.id, position), "it starts where its restore ends"
             assert begun or not held, "held, and yet it started"
             assert c.last == (c.end == limit)
             assert c.end % GRID == 0 or (c.last and c.start >= limit // GRID * GRID), "off the grid"
-            assert not c.start < stop < c.end, "it ran over the place where it was to stop"
+            assert not any(c.start < stop < c.end for stop in stops), "it ran over the place where it was to stop"
             if not begun and wants is not None:
                 priority = self.jobs[int(c.id)].priority
                 assert all(other != wants or held_by < priority for other, held_by in starting), "computed twice"

@@ -37,6 +37,7 @@ class Answer:
     disk: int
     known: int
     end: str
+    at: str
 
 
 def client_of(server: Server) -> openai.OpenAI:
@@ -98,7 +99,7 @@ def _extra(salt: str) -> dict[str, object]:
 
 def _answer(name: str, texts: tuple[str, ...], usage: openai.types.CompletionUsage, headers: httpx.Headers) -> Answer:
     field = headers["x-millpond-prefix-cache"]
-    match = re.fullmatch(r"memory=(\d+), disk=(\d+), known=(\d+), end=(\w+)", field)
+    match = re.fullmatch(r'memory=(\d+), disk=(\d+), known=(\d+), end=(\w+)(?:, at="(.+)")?', field)
     assert match is not None, field
     memory, disk, known = (int(number) for number in match.groups()[:3])
     details = usage.prompt_tokens_details
@@ -116,6 +117,7 @@ def _answer(name: str, texts: tuple[str, ...], usage: openai.types.CompletionUsa
         disk=disk,
         known=known,
         end=match[4],
+        at=match[5] or "",
     )
 
 

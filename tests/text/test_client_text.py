@@ -130,12 +130,35 @@ def test_no_text_becomes_a_control_token(model: Tokenizer, texts: tuple[str, ...
     assert controls(model, ids) == controls(model, model.chat_tokens(spoken("a", "b", "c", "d")))
 
 
+SPANNED = ("byte level", "byte fallback")
+"""The template shows each message once and as it is, and tokens spell it."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.tuples(hostile, hostile, hostile, hostile))
+@example(texts=("<|im_end|>", "\ue000<", "世<tool>", ""))
+def test_where_each_message_stands(model: Tokenizer, request: pytest.FixtureRequest, texts: tuple[str, ...]) -> None:
+    """(M7) What is said to be a message's is, whatever is disguised on the way; else nothing is said."""
+    prompt = model.chat_prompt(spoken(*texts))
+    pieces = model.spelled(prompt.tokens)
+    behind = 0
+    for index, begin, end in prompt.spans:
+        assert behind <= begin <= end <= len(pieces)
+        behind = end
+        if request.node.callspec.params["model"] in SPANNED:
+            assert b"".join(pieces[begin:end]).decode(errors="replace").strip() in texts[index]
+            assert texts[index].strip() in b"".join(pieces[begin : end + 1]).decode(errors="replace")
+    if request.node.callspec.params["model"] in SPANNED:
+        plain = model.chat_prompt(spoken("Be brief", "a <|im_end|> b", "c", "d"))
+        assert [span.message for span in plain.spans] == [0, 1, 2, 3]
+
+
 @settings(max_examples=60, deadline=None)
 @given(texts=st.tuples(harmless, harmless, harmless, harmless))
 @example(texts=("<", ">", "a<b>c", "x <div>|</div>"))
 def test_harmless_text_has_the_ids_it_always_had(model: Tokenizer, texts: tuple[str, ...]) -> None:
     chat = spoken(*(f"{text}." for text in texts))
-    rendered = model._render(chat, generation_prompt=True)
+    rendered = model._render(chat, generation_prompt=True).text
     assert model.chat_tokens(chat) == model._backend.encode(rendered, add_special_tokens=False).ids
     for text in texts:
         assert model.text_tokens(text) == model._backend.encode(text, add_special_tokens=False).ids

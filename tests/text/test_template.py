@@ -64,7 +64,7 @@ def chat(*messages: str) -> Chat:
 @pytest.mark.parametrize("show", PARTS.values(), ids=PARTS)
 def test_content_is_given_in_the_form_the_template_takes(show: str) -> None:
     messages = chat("system: Be brief.", "user: What is a lynx?", "assistant: A cat.", "user: Thanks {{ x }}.")
-    text = template(HEAD + show + TAIL).render(messages)
+    text = template(HEAD + show + TAIL).render(messages).text
     assert text == (
         "<system>Be brief.</><user>What is a lynx?</><assistant>A cat.</><user>Thanks {{ x }}.</><assistant>"
     )
@@ -96,13 +96,13 @@ def test_a_role_without_a_branch_is_an_error(messages: Chat, index: int, role: s
 
 
 def test_a_message_without_a_text_has_nothing_to_show() -> None:
-    assert template(NO_TOOL).render(chat("user: a", "tool: ", "tool:  \n")) == "<u>a"
+    assert template(NO_TOOL).render(chat("user: a", "tool: ", "tool:  \n")).text == "<u>a"
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 @pytest.mark.parametrize("source", [FIRST_SYSTEM, STRICT_SYSTEM])
 def test_system_messages_at_the_beginning_become_one_if_only_one_is_shown(source: str, role: str) -> None:
-    text = template(source).render(chat("system: Be brief.", f"{role}: Be kind.", "system: Be.", "user: Hi"))
+    text = template(source).render(chat("system: Be brief.", f"{role}: Be kind.", "system: Be.", "user: Hi")).text
     assert text.startswith(
         ("<s>Be brief.\n\nBe kind.\n\nBe.</s><user>Hi", "<system>Be brief.\n\nBe kind.\n\nBe.<user>Hi")
     )
@@ -111,11 +111,11 @@ def test_system_messages_at_the_beginning_become_one_if_only_one_is_shown(source
 def test_a_system_message_and_a_developers_become_one_if_only_one_is_shown() -> None:
     made = template(DEVELOPER_FIRST)
     assert made.form.developer == "developer"
-    assert made.render(chat("developer: A", "system: B", "developer: C", "user: Hi")) == "<dev>A\n\nB\n\nC<user>Hi"
+    assert made.render(chat("developer: A", "system: B", "developer: C", "user: Hi")).text == "<dev>A\n\nB\n\nC<user>Hi"
 
 
 def test_system_messages_stay_apart_where_each_is_shown() -> None:
-    text = template(CHATML).render(chat("system: A", "developer: B", "user: Hi", "system: C"))
+    text = template(CHATML).render(chat("system: A", "developer: B", "user: Hi", "system: C")).text
     assert [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>")[1:]] == [
         "system\nA", "system\nB", "user\nHi", "system\nC", "assistant\n",
     ]  # fmt: skip
@@ -124,8 +124,8 @@ def test_system_messages_stay_apart_where_each_is_shown() -> None:
 @pytest.mark.parametrize("source", [FIRST_SYSTEM, STRICT_SYSTEM])
 def test_a_late_system_message_is_a_users_where_it_is_not_shown(source: str) -> None:
     """(M7) In its place, so that what stands before it stays as it was."""
-    before = template(source).render(chat("system: A", "user: Hi"), generation_prompt=False)
-    text = template(source).render(chat("system: A", "user: Hi", "assistant: Ho", "system: B", "user: Hey"))
+    before = template(source).render(chat("system: A", "user: Hi"), generation_prompt=False).text
+    text = template(source).render(chat("system: A", "user: Hi", "assistant: Ho", "system: B", "user: Hey")).text
     assert text.startswith(before)
     assert "<system-reminder>\nB\n</system-reminder>\n\nHey" in text
 
@@ -148,7 +148,7 @@ def test_half_a_message_is_not_enough(cut: str) -> None:
 
 def test_trimming_and_cutting_reasoning_are_no_loss() -> None:
     messages = chat("user:  Hi \n", "assistant: <think>\nhm\n</think>\n\nYes.", "user: And?")
-    assert template(REASONING).render(messages) == "<user>Hi<assistant>Yes.<user>And?"
+    assert template(REASONING).render(messages).text == "<user>Hi<assistant>Yes.<user>And?"
 
 
 def test_an_answer_that_is_all_thought_is_no_loss() -> None:
@@ -156,7 +156,7 @@ def test_an_answer_that_is_all_thought_is_no_loss() -> None:
     cut = "{% set text = m.content.split('<think>')[0] if m.role == 'assistant' else m.content %}"
     made = template("{% for m in messages %}" + cut + "<{{ m.role }}>{{ text }}{% endfor %}")
     messages = chat("user: Hi", "assistant: <think>Let me see", "user: And?")
-    assert made.render(messages) == "<user>Hi<assistant><user>And?"
+    assert made.render(messages).text == "<user>Hi<assistant><user>And?"
     without = template("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
     with pytest.raises(TemplateError, match="role assistant") as caught:
         without.render(messages)
@@ -165,19 +165,19 @@ def test_an_answer_that_is_all_thought_is_no_loss() -> None:
 
 def test_editing_within_a_message_is_no_loss() -> None:
     made = template("{% for m in messages %}{{ m.content.replace('/no_think', '') }}{% endfor %}")
-    assert made.render(chat("system: Be /no_think brief.")) == "Be  brief."
+    assert made.render(chat("system: Be /no_think brief.")).text == "Be  brief."
 
 
 def test_json_of_a_message_is_no_loss() -> None:
     made = template("{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
-    assert made.render(chat('user: "Größe"\n<b>')) == '"\\"Größe\\"\\n<b>"'
+    assert made.render(chat('user: "Größe"\n<b>')).text == '"\\"Größe\\"\\n<b>"'
 
 
 def test_a_message_may_be_long_or_many() -> None:
     many = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i} " * 10} for i in range(20_000)]
-    assert template(CHATML).render(many).count("<|im_start|>") == 20_001
+    assert template(CHATML).render(many).text.count("<|im_start|>") == 20_001
     long = "x" * 1_000_000
-    assert long in template(REASONING).render(chat(f"user: {long}"))
+    assert long in template(REASONING).render(chat(f"user: {long}")).text
 
 
 CONTINUED = [CHATML, TURNS, REASONING, HEAD + PARTS["first part"] + TAIL, HEAD + PARTS["either"] + TAIL]
@@ -193,12 +193,12 @@ def test_a_continued_message_ends_the_prompt_as_in_transformers(source: str, ans
     (theirs,), _ = render_jinja_template(
         [made.form.adapt(messages)], chat_template=source, continue_final_message=True, bos_token="<bos>"
     )
-    assert made.render(messages, generation_prompt=False, continued=True) == theirs
+    assert made.render(messages, generation_prompt=False, continued=True).text == theirs
     assert theirs.endswith((answer, answer.rstrip()))
 
 
 def test_without_a_generation_prompt_nothing_is_begun() -> None:
-    text = template(CHATML).render(chat("user: Hi", "assistant: Yes"), generation_prompt=False)
+    text = template(CHATML).render(chat("user: Hi", "assistant: Yes"), generation_prompt=False).text
     assert text.endswith("<|im_start|>assistant\nYes<|im_end|>\n")
 
 
@@ -226,7 +226,7 @@ def test_a_template_that_some_messages_keep_busy_is_an_error_for_them_alone() ->
     for content in ("go", "let's go!"):
         with pytest.raises(TemplateError, match="without coming to an end"):
             made.render(chat(f"user: {content}"))
-    assert made.render(chat("user: Hi"))
+    assert made.render(chat("user: Hi")).text
 
 
 @pytest.mark.parametrize("source", ["{{ 9 ** (9 ** 9) }}", "{{ 'x' * 9999999999 }}", "{{ 9999999999 * [1] }}"])

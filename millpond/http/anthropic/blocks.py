@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from millpond.http.errors import bad_value, missing, unsupported
 from millpond.http.generation_request import Call, Message, Part, Reasoning, Text, Tool
@@ -26,11 +27,12 @@ Block = Mapping[str, object]
 def read_system(value: object) -> tuple[Message, ...]:
     """The system prompt: a text or a list of them. Raises ApiError 400."""
     if isinstance(value, str):
-        return (Message("system", (Text(value),)),) if value else ()
+        return (Message("system", (Text(value),), where="system"),) if value else ()
     texts = [_text(block, where) for block, where in _blocks(value, "system", "text")]
+    shared = marked(value)
     if texts and BILLING.fullmatch(texts[0]):
         del texts[0]
-    return (Message("system", (Text(BETWEEN.join(texts)),)),) if texts else ()
+    return (Message("system", (Text(BETWEEN.join(texts)),), where="system", shared=shared),) if texts else ()
 
 
 def read_messages(value: object, tools: Mapping[str, Tool]) -> tuple[Message, ...]:
@@ -42,6 +44,8 @@ def read_messages(value: object, tools: Mapping[str, Tool]) -> tuple[Message, ..
     """What an answer said behind its calls: it had heard their results by then."""
     for index, message in enumerate(value):
         made = list(_messages(message, f"messages[{index}]", tools))
+        if marked(message.get("content")):
+            made[-1] = replace(made[-1], shared=True)
         if made[0].role == "assistant":
             _append(found, *held, made[0])
             held = made[1:]
@@ -57,16 +61,16 @@ def _append(found: list[Message], *messages: Message) -> None:
     """Two of one role, one behind the other, are one: clients may send them, and templates may not take them."""
     for message in messages:
         if found and found[-1].role == message.role and message.role in ("user", "assistant"):
-            found[-1] = _in_order(message.role, (*found[-1].parts, *message.parts))
+            found[-1] = _in_order(message.role, (*found[-1].parts, *message.parts), found[-1].where)
         else:
             found.append(message)
 
 
-def _in_order(role: str, parts: Sequence[Part]) -> Message:
+def _in_order(role: str, parts: Sequence[Part], where: str) -> Message:
     """As templates show a message: thoughts, what is said, calls."""
     said = BETWEEN.join(part.text for part in parts if isinstance(part, Text) and part.text)
     thoughts = [part for part in parts if isinstance(part, Reasoning)]
-    return Message(role, (*thoughts, Text(said), *(part for part in parts if isinstance(part, Call))))
+    return Message(role, (*thoughts, Text(said), *(part for part in parts if isinstance(part, Call))), where=where)
 
 
 def _messages(value: object, where: str, tools: Mapping[str, Tool]) -> Iterator[Message]:
@@ -76,7 +80,7 @@ def _messages(value: object, where: str, tools: Mapping[str, Tool]) -> Iterator[
     if role not in ROLES:
         raise bad_value(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     if isinstance(content, str):
-        yield Message(role, (Text(content),))
+        yield Message(role, (Text(content),), where=where)
         return
     parts, results = list[Part](), list[Message]()
     for block, place in _blocks(content, f"{where}.content", *_KINDS[role]):
@@ -92,9 +96,9 @@ def _messages(value: object, where: str, tools: Mapping[str, Tool]) -> Iterator[
     yield from results
     behind = max((place for place, part in enumerate(parts, start=1) if isinstance(part, Call)), default=len(parts))
     if parts or not results:
-        yield _in_order(role, parts[:behind])
+        yield _in_order(role, parts[:behind], where)
     if behind < len(parts):
-        yield _in_order(role, parts[behind:])
+        yield _in_order(role, parts[behind:], where)
 
 
 _KINDS = {
@@ -142,7 +146,7 @@ def _call(block: Block, where: str) -> Call:
 def _result(block: Block, where: str, tools: Mapping[str, Tool]) -> Message:
     own, content = _string(block, "tool_use_id", where), block.get("content")
     if content is None or isinstance(content, str):
-        return Message("tool", (Text(content or ""),), tool_call_id=own)
+        return Message("tool", (Text(content or ""),), tool_call_id=own, where=where)
     texts = []
     for part, place in _blocks(content, f"{where}.content", "text", "tool_reference"):
         if part["type"] == "text":
@@ -152,7 +156,12 @@ def _result(block: Block, where: str, tools: Mapping[str, Tool]) -> Message:
         if tool is None:
             raise bad_value(f"{place}.tool_name", part["tool_name"], "the name of one of the tools")
         texts.append(json.dumps(tool.for_template(), ensure_ascii=False))
-    return Message("tool", (Text(BETWEEN.join(texts)),), tool_call_id=own)
+    return Message("tool", (Text(BETWEEN.join(texts)),), tool_call_id=own, where=where)
+
+
+def marked(blocks: object) -> bool:
+    """Whether the client says of one of these that the next request will be alike up to its end."""
+    return isinstance(blocks, list) and any(isinstance(one, dict) and one.get("cache_control") for one in blocks)
 
 
 def referred(messages: Sequence[object]) -> set[str]:

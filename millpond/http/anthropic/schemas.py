@@ -6,11 +6,12 @@ Values are strict. A field that is null counts as absent. Unknown fields are cou
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from millpond.http.anthropic.blocks import read_messages, read_system, referred
+from millpond.http.anthropic.blocks import marked, read_messages, read_system, referred
 from millpond.http.errors import bad_value, missing, unsupported
 from millpond.http.fields import checked
 from millpond.http.form_fields import schema_form
@@ -207,7 +208,8 @@ def _read_tool(value: object, where: str) -> tuple[Tool, bool]:
         raise bad_value(f"{where}.defer_loading", deferred, "true or false")
     if isinstance(schema, dict):
         schema = {key: part for key, part in schema.items() if key != "$schema"}
-    return checked_tool({**value, "input_schema": schema}, where, "input_schema"), bool(deferred)
+    tool = checked_tool({**value, "input_schema": schema}, where, "input_schema")
+    return replace(tool, shared=marked([value])), bool(deferred)
 
 
 def check_refused(fields: Mapping[str, object]) -> None:

@@ -42,8 +42,8 @@ def _message(value: object, where: str) -> Message:
         parts = (*_thoughts(value, where), *parts, *read_calls(value.get("tool_calls"), f"{where}.tool_calls"))
     elif value.get("tool_calls"):
         raise bad_value(f"{where}.tool_calls", value["tool_calls"], "absent but for role assistant")
-    extra = [_text_or_none(value.get(name), f"{where}.{name}") for name in ("name", "tool_call_id")]
-    return Message(role, parts, *extra)
+    speaker, own = (_text_or_none(value.get(name), f"{where}.{name}") for name in ("name", "tool_call_id"))
+    return Message(role, parts, speaker, own, where)
 
 
 def _thoughts(value: Mapping[str, object], where: str) -> Iterator[Reasoning]:

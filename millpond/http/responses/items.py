@@ -24,35 +24,34 @@ def read_input(
     value: object, instructions: str | None, box: Toolbox, before: Sequence[Item] = ()
 ) -> tuple[Message, ...]:
     """Check an ``input`` value, which comes behind the items ``before``. Raises ApiError 400."""
-    messages = [Message("system", (Text(instructions),))] if instructions else []
+    messages = [Message("system", (Text(instructions),), where="instructions")] if instructions else []
     items = [{"role": "user", "content": value}] if isinstance(value, str) and value else value
     if not isinstance(items, list) or not items:
         raise bad_value("input", value, ITEMS)
     answer: list[Part] = []
+    begun = ""
     for index, item in enumerate([*before, *items], -len(before)):
         where = f"input[{index}]" if index >= 0 else f"previous_response_id[{index}]"
         if not isinstance(item, dict):
             raise bad_value(where, item, "an object with a type")
         part = _part(item, where, box)
         if isinstance(part, Message) and part.role != "assistant":
-            messages += _answered(answer)
+            messages += (*_answered(answer, begun), part)
             answer = []
-            messages.append(part)
-        elif isinstance(part, Message):
-            answer += part.parts
         elif part is not None:
-            answer.append(part)
-    return (*messages, *_answered(answer))
+            begun = begun if answer else where
+            answer += part.parts if isinstance(part, Message) else (part,)
+    return (*messages, *_answered(answer, begun))
 
 
-def _answered(parts: list[Part]) -> list[Message]:
+def _answered(parts: list[Part], where: str) -> list[Message]:
     """What an assistant thought, said and called, as one message; nothing where there is nothing."""
     if not parts:
         return []
     thoughts = "\n".join(part.text for part in parts if isinstance(part, Reasoning))
     said = "\n".join(part.text for part in parts if isinstance(part, Text) and part.text)
     calls = [part for part in parts if isinstance(part, Call)]
-    return [Message("assistant", (*([Reasoning(thoughts)] if thoughts else []), Text(said), *calls))]
+    return [Message("assistant", (*([Reasoning(thoughts)] if thoughts else []), Text(said), *calls), where=where)]
 
 
 def _part(item: Item, where: str, box: Toolbox) -> Message | Reasoning | Call | None:
@@ -66,7 +65,7 @@ def _part(item: Item, where: str, box: Toolbox) -> Message | Reasoning | Call | 
         return _call(item, where, box)
     if kind in _RESULTS:
         own = _string(item, "call_id", where)
-        return Message("tool", (Text(_texts(item.get("output"), f"{where}.output")),), tool_call_id=own)
+        return Message("tool", (Text(_texts(item.get("output"), f"{where}.output")),), tool_call_id=own, where=where)
     wrong = unsupported if isinstance(kind, str) else bad_value
     raise wrong(f"{where}.type", kind, ", ".join(KINDS))
 
@@ -77,7 +76,7 @@ def _message(item: Item, where: str) -> Message:
         raise bad_value(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     if item.get("content") is None:
         raise missing(f"{where}.content", "a string or a list of parts")
-    return Message(str(role), (Text(_texts(item["content"], f"{where}.content")),))
+    return Message(str(role), (Text(_texts(item["content"], f"{where}.content")),), where=where)
 
 
 def _texts(value: object, where: str) -> str:

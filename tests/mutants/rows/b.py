@@ -311,14 +311,14 @@ BREAKS = [
     Break(
         name="B15-nothing-is-missed",
         file="millpond/text/template.py",
-        old="        if hidden:\n            raise _not_shown(messages, hidden[0])\n",
+        old="        if shown.hidden:\n            raise _not_shown(messages, shown.hidden[0])\n",
         new="",
         by=("test_a_role_without_a_branch_is_an_error",),
     ),
     Break(
         name="B15-the-end-is-enough",
         file="millpond/text/marks.py",
-        old='message.get("role") == "assistant" or _begin(index) in found',
+        old='message.get("role") == "assistant" or index in begun',
         new="True",
         by=("test_half_a_message_is_not_enough",),
     ),
