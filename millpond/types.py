@@ -141,6 +141,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     shared: list[int] = []
     """Positions in the prompt behind which others will go on in their own ways, as its client says: where something is
     to be kept that is not kept everywhere."""
+    pooled: bool = False
+    """One vector is to be made of the prompt but for its last token, which is never read, and no answer."""
 
 
 class Finish(StrEnum):
@@ -372,6 +374,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """Where the step had draft tokens."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """Of the prompt's next tokens, when asked for; before the first delta with ``tokens``."""
+    embedding: bytes | None = None
+    """The prompt's vector, float32, little-endian; with the end of a request that asked for it."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -419,6 +423,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What is done for answers that are the same whatever the load, and what it costs; empty where nothing is."""
     grammars: str = ""
     """Why answers cannot be made to follow a grammar; empty when they can."""
+    embedding_size: int = 0
+    """Numbers in a prompt's vector; 0: none can be made."""
+    embedding_reason: str = ""
+    """Why; empty where they can."""
     remarks: list[str] = []
     """What of the model's files is not used, or not as they say."""
 

@@ -17,6 +17,7 @@ from millpond.engine.link import FrontEndLink
 from millpond.engine.loop import Engine
 from millpond.engine.prepare import prepare
 from millpond.engine.steady import NO_GUESSES
+from millpond.model.pooling import Embedder
 from millpond.observe.log import fields
 from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.types import ModelInfo, SpecMode
@@ -87,6 +88,8 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
                 ranks=group.world,
                 grammars=ready.unguided,
                 remarks=list(model.remarks),
+                embedding_size=model.embedder.size if isinstance(model.embedder, Embedder) else 0,
+                embedding_reason=model.embedder if isinstance(model.embedder, str) else "",
             )
         )
     )

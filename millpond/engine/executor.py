@@ -37,6 +37,7 @@ from millpond.engine.sequence import Sequence
 from millpond.grammar.constraint import Constraint
 from millpond.kv.batch import Batch
 from millpond.model.forwards import prefill, prefill_together
+from millpond.model.pooling import Embedder, Pooled
 from millpond.model.scoring import score
 from millpond.model.shard import agreement
 from millpond.sample.state import SamplingState
@@ -84,8 +85,10 @@ class Executor:
         """A new request waits, whose answer has to satisfy ``constraint``: that is the business of the rank that draws.
         What is its own is made now, where it fails alone: raises what that raises, and nothing has happened then."""
         sampling = SamplingState(request.params, self._model.vocab_size, request.tokens, constraint)
-        sequence = Sequence(request, sampling)
-        if not sequence.scoring:
+        embedder = self._model.embedder
+        pooled = Pooled(embedder) if request.pooled and isinstance(embedder, Embedder) else None
+        sequence = Sequence(request, sampling, pooled=pooled)
+        if not sequence.apart:
             self.prefixes.arrive(sequence)
         self.group.tell(Arrive(replace(request, prediction=[], grammar=None)))
         self.sequences[request.id] = sequence
@@ -108,7 +111,7 @@ class Executor:
         """Read chunks of different prompts in one forward. ``chunk_read`` goes on with each. Raises what the model's
         code raises; what its prompts hold is of no use then."""
         self.group.tell(Prefill(tuple(chunks)))
-        if any(self.sequences[chunk.id].scoring for chunk in chunks):
+        if any(self.sequences[chunk.id].apart for chunk in chunks):
             for chunk in chunks:
                 self._read_alone(self.sequences[chunk.id], chunk)
             return
@@ -124,8 +127,12 @@ class Executor:
             prefill_together(self._model.network, prompts, parts)
 
     def _read_alone(self, sequence: Sequence, chunk: PrefillChunk) -> None:
-        """Read a chunk; of what has not been measured of its prompt before, what the model thinks of it, too."""
+        """Read a chunk for a vector; or, of what has not been measured of its prompt before, what the model thinks of
+        it, too."""
         assert sequence.prompt is not None
+        if sequence.pooled is not None:
+            sequence.pooled.read(sequence.prompt, sequence.tokens[chunk.start : chunk.end])
+            return
         network, count = self._model.network, sequence.request.params.prompt_logprobs
         begin, end = chunk.start, chunk.end
         if count is not None:
@@ -139,9 +146,12 @@ class Executor:
         prefill(network, sequence.prompt, sequence.tokens[begin : chunk.end])
 
     def chunk_read(self, chunk: PrefillChunk) -> None:
-        """Keep the blocks that a chunk fills; after its last one a prompt gets the next row. Raises what MLX raises."""
+        """Keep the blocks that a chunk fills; after its last one a prompt gets the next row, if an answer is wanted.
+        Raises what MLX raises."""
         sequence = self.sequences[chunk.id]
         assert sequence.prompt is not None
+        if sequence.pooled is not None:
+            return
         self.prefixes.chunk_done(sequence, chunk.start, chunk.end)
         self.lane.reserve(len(sequence.tokens) - 1, chunk.end / len(sequence.tokens))
         if chunk.last:

@@ -302,7 +302,7 @@ class Engine:
         done = [chunk for chunk in chunks if self._chunk_read(chunk)]
         elapsed = (time.monotonic() - started) * 1000
         longest = max(chunk.end - chunk.start for chunk in chunks)
-        if not any(self._sequences[chunk.id].scoring for chunk in chunks):
+        if not any(self._sequences[chunk.id].apart for chunk in chunks):
             self._costs.observe_prefill(max(chunk.start for chunk in chunks), longest, elapsed, len(chunks))
         return done
 
@@ -310,6 +310,8 @@ class Engine:
         try:
             self._executor.chunk_read(chunk)
             self._speculator.chunk_read(self._sequences[chunk.id], chunk.end - chunk.start)
+            if chunk.last and self._sequences[chunk.id].pooled is not None:
+                self._requests.pooled(chunk.id)
         except Exception as error:  # noqa: BLE001 - model code raises what it likes; Recovery logs it
             self._recovery.chunk_failed(chunk.id, error)
             return False

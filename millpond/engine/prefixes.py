@@ -317,7 +317,7 @@ class Prefixes:
         """The prompt to go on with, ``position`` of its tokens restored. ``alone``: there is no row."""
         found, self._assembly = self._assembly, None
         if self._cache is None or self._form is None or sequence.query is None:
-            unwanted = self._cache is not None and sequence.scoring
+            unwanted = self._cache is not None and sequence.apart
             sequence.report = sequence.report or PrefixReport(end=(End.UNWANTED if unwanted else End.OFF).value)
             return new_prompt(self._network, self._kept_as)
         end, known = self._cache.explain(sequence.query, position)

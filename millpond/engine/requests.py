@@ -163,6 +163,13 @@ class Requests:
             self._ended(drawn.name)
         return count
 
+    def pooled(self, name: str) -> None:
+        """A prompt of which only a vector is wanted has been read. Raises ArithmeticError."""
+        pooled = self._executor.sequences[name].pooled
+        assert pooled is not None
+        self._outbox.send(Deltas([Delta(name, [], Finish.STOP, embedding=pooled.vector())]))
+        self._ended(name)
+
     def end(self, name: str, why: Finish | Exception) -> None:
         """Tell the client that its request is over without a token, and let it go. An unknown name is already over."""
         sequence = self._executor.sequences.get(name)
@@ -202,6 +209,8 @@ def _impossible(request: Request, model: LoadedModel) -> str:
         return "a request needs at least one prompt token and max_tokens of at least 1"
     if len(request.tokens) + most > model.context_length:
         return f"prompt and max_tokens exceed the context of {model.context_length} tokens"
+    if request.pooled and isinstance(model.embedder, str):
+        return f"this model makes no embeddings: {model.embedder}"
     return _unknown(request.tokens, model)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from millpond.model.pooling import Pooled
 from millpond.model.prompt import Prompt
 from millpond.prefix.query import PrefixQuery
 from millpond.sample.state import SamplingState
@@ -64,6 +65,8 @@ class Sequence:
     """Tokens of the prompt whose successors have their log-probabilities, where they are asked for."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Those of which the client has yet to be told."""
+    pooled: Pooled | None = None
+    """What has been read for its vector, where that is all that is asked."""
     fault: Exception | None = None
     """Why its own part of a step could not be made: it drew something instead, which nobody may have."""
 
@@ -85,6 +88,8 @@ class Sequence:
     def back_to_waiting(self) -> None:
         """What was computed of it is lost; it begins again with all its tokens, unless it has ended."""
         self.prompt, self.snapshot_at, self.stops = None, 0, ()
+        if self.pooled is not None:
+            self.pooled.reset()
         if self.health is Health.SPOILT:
             self.health = Health.RECOMPUTED
         if self.status is not Status.ENDED:
@@ -122,6 +127,11 @@ class Sequence:
     def scoring(self) -> bool:
         """Whether its client asks what the model thinks of the prompt."""
         return self.request.params.prompt_logprobs is not None
+
+    @property
+    def apart(self) -> bool:
+        """Whether all of its prompt is read, by itself: without the prefix cache, and not for it."""
+        return self.scoring or self.pooled is not None
 
     @property
     def answered(self) -> bool:

@@ -24,6 +24,7 @@ from millpond.http.metrics import metrics
 from millpond.http.models import get_model, list_models
 from millpond.http.openai.chat import CHAT
 from millpond.http.openai.completions import COMPLETIONS
+from millpond.http.openai.embeddings import embeddings
 from millpond.http.openai.errors import error_response
 from millpond.http.openapi import openapi
 from millpond.http.probes import health, livez, readyz
@@ -49,6 +50,7 @@ ROUTES = [
     Route("/v1/responses/resp_{response}", responses.delete, methods=["DELETE"]),
     Route("/v1/responses/resp_{response}/input_items", responses.input_items),
     Route("/v1/responses/resp_{response}/cancel", responses.cancel, methods=["POST"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/api/hello", hello),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),

@@ -66,6 +66,8 @@ def _shown(model: ServedModel) -> dict[str, object]:
             "row_counts_alike": info.alike,
             "deterministic": info.deterministic,
             "grammars": _told(info.grammars),
+            "embedding_size": info.embedding_size,
+            "embedding_reason": _told(info.embedding_reason),
             "remarks": [_told(remark) for remark in info.remarks],
         }
     return shown

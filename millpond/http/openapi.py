@@ -309,6 +309,13 @@ OPERATIONS: Mapping[str, Operation] = {
     "/v1/responses/resp_{response}/cancel": Operation(
         "cancelResponse", "Refused: none runs in the background.", {}, (404,), parameters=(_RESPONSE_ID,)
     ),
+    "/v1/embeddings": Operation(
+        "createEmbeddings",
+        "A vector of each text, of a model that declares how they are made.",
+        {200: ref("Embeddings")},
+        _ANSWERING,
+        ref("EmbeddingsRequest"),
+    ),
     "/tokenize": Operation(
         "tokenize",
         "The tokens of a text, or of the prompt that a chat would have.",

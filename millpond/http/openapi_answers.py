@@ -14,6 +14,11 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
 
 
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_SOME: Schema = {"minItems": 1, "maxItems": 2048}
+
+
 def ref(name: str) -> Schema:
     """A reference to a schema of the document."""
     return {"$ref": f"#/components/schemas/{name}"}
@@ -186,6 +191,38 @@ SCHEMAS: dict[str, Schema] = {
                     }
                 )
             ),
+        }
+    ),
+    "EmbeddingsRequest": record(
+        {
+            "model": nullable(STRING),
+            "input": {"anyOf": [_TEXT, _IDS, {**listed(_TEXT), **_SOME}, {**listed(_IDS), **_SOME}]},
+            "encoding_format": nullable(one_of("float", "base64")),
+            "dimensions": nullable({"type": "integer", "minimum": 1}),
+            "user": nullable(STRING),
+        },
+        "model",
+        "encoding_format",
+        "dimensions",
+        "user",
+        more=True,
+    ),
+    "Embeddings": record(
+        {
+            "object": constant("list"),
+            "data": listed(
+                record(
+                    {
+                        "object": constant("embedding"),
+                        "index": COUNT,
+                        "embedding": {
+                            "anyOf": [listed(NUMBER), {**STRING, "description": "float32, little-endian, base64"}]
+                        },
+                    }
+                )
+            ),
+            "model": STRING,
+            "usage": record({"prompt_tokens": COUNT, "total_tokens": COUNT}),
         }
     ),
     "DetokenizeRequest": record({"tokens": listed(COUNT)}, more=True),

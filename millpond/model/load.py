@@ -32,6 +32,7 @@ from millpond.model.config_rope import UnmappedRopeError
 from millpond.model.context import context_of
 from millpond.model.lanes import SlotsLane
 from millpond.model.leaves import leaf_specs, leaves_of
+from millpond.model.pooling import Embedder, NotPooled, embedder_of
 from millpond.model.rotary import share_angles
 from millpond.model.shard import CannotShard, shard
 from millpond.model.upstream import (
@@ -94,6 +95,8 @@ class LoadedModel:
     """What was done to the files' content on the way; empty for those that mlx-lm reads as they are."""
     blocks: BlockFormat | str
     """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
+    embedder: Embedder | str = ""
+    """What makes vectors of prompts, or why nothing does."""
     steady: tuple[int, ...] = ()
     """Numbers of rows that decode forwards are filled up to, so that a row's numbers are the same whoever is beside it;
     none where that is not asked for."""
@@ -147,6 +150,10 @@ def load(
     except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
         raise ModelError(f"cannot run the model in {str(folder)!r}: {_told(error)}") from error
     specs, form, sizes, blocks = _kept(network, cache, _form(packing))
+    try:
+        embedder: Embedder | str = embedder_of(folder, network)
+    except NotPooled as error:
+        embedder = str(error)
     return LoadedModel(
         network=network,
         context_length=context_length,
@@ -163,6 +170,7 @@ def load(
         remarks=checkpoint.remarks,
         reading=checkpoint.reading,
         blocks=blocks,
+        embedder=embedder,
     )
 
 

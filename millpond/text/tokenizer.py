@@ -85,6 +85,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
         self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
+        self._frame = _frame(backend)
         self.line_ends = _single(self._encoder, "\n", "\n\n")
         """Ids of tokens that end lines and nothing else."""
         self.eos_token_ids = self._find_ends(folder, self._id_of(settings.special_tokens.get("eos_token")))
@@ -131,6 +132,12 @@ class Tokenizer:
         """
         ids = self.text_tokens(text, parse_special=parse_special)
         return ids if parse_special and ids[:1] == self._prefix[:1] else self._prefix + ids
+
+    def whole(self, text: str) -> list[int]:
+        """Ids of a text by itself, with what tokenizer.json puts around every text: what models that make vectors of
+        texts were trained with. Nothing in it is a control token. Raises TextError."""
+        before, behind = self._frame
+        return [*before, *self._encoder.plain(text), *behind]
 
     def text_tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Like ``encode``, but of a text that stands behind another: nothing is put first."""
@@ -287,6 +294,14 @@ def _single(encoder: Encoder, *texts: str) -> list[int]:
             ids = encoder.plain(text)
             found += ids if len(ids) == 1 else []
     return found
+
+
+def _frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that tokenizer.json puts before and behind every text."""
+    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    found = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
+    start = next(found, None)
+    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
 
 
 def _prefix(backend: tokenizers.Tokenizer, add_bos: bool | None, bos: int | None) -> list[int]:

@@ -11,6 +11,7 @@ The model path of the Start message selects the script, as words joined by comma
 - ``figures``: beats tell made-up numbers of the engine's own work, all of them so many times as requests have ended;
 - ``rows=N``: report max_batch N; ``context=N``: report that context length; ``deaf``: ignore Stop and SIGTERM;
 - ``spec=MODES``: guess ahead, in modes joined by + (none: the model cannot); without the word nothing is guessed;
+- ``embeds=N``: makes vectors of N numbers, which are the prompt's tokens over and over; else none;
 - ``tell``: the device is what Start says of guessing, as JSON;
 - ``written``: what is answered stands in the file that SCRIPTED_ANSWERS names, a list of lists of token ids, one for
   each request in turn, ``step=N`` tokens at a time; each ends with ``stop``, unless max_tokens come first.
@@ -36,6 +37,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import zlib
 from pathlib import Path
 
@@ -120,6 +122,8 @@ class Engine:
             kv_limit_bytes=4096,
             fingerprint="ab" * 32,
             speculation=self.modes,
+            embedding_size=int(self.script.number("embeds", 0)),
+            embedding_reason="" if "embeds" in self.script.words else "it is a script",
             speculation_reason="" if self.modes else "its caches cannot take a guess back",
         )
 
@@ -142,6 +146,15 @@ class Engine:
         params = request.params
         count = 0
         await self.begin(request)
+        if request.pooled:
+            await asyncio.sleep(self.script.number("slow", 0.002))
+            command = next((token for token in request.tokens if token >= COMMANDS), None)
+            if command is None:
+                size = self.info().embedding_size
+                numbers = (request.tokens[:-1] * size)[:size]
+                vector = struct.pack(f"<{size}f", *numbers)
+                self.send(wire.Deltas([Delta(request.id, [], Finish.STOP, embedding=vector)]))
+                return
         if params.prompt_logprobs is not None and len(request.tokens) > 1:
             scored = [likeliest(token, params.prompt_logprobs) for token in request.tokens[1:]]
             scored = [msgspec.structs.replace(one, rank=1) for one in scored]

@@ -20,6 +20,7 @@ NEEDED = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
     "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     "/v1/responses": {"input": "a", "max_output_tokens": 1},
+    "/v1/embeddings": {"input": "a"},
 }
 ODD: tuple[object, ...] = ({"no_such_name": 1}, [[]])
 """No field takes both."""
@@ -38,7 +39,7 @@ def test_the_page_is_what_would_be_written(api: Api) -> None:
 @pytest.mark.anyio
 async def test_each_line_is_true(api: Api, tmp_path: Path) -> None:
     folder = write_tool_tokenizer(tmp_path / "model")
-    async with serving(served("m", scripted("context=4000"), lambda: Tokenizer.load(folder))) as (http, _):
+    async with serving(served("m", scripted("context=4000,embeds=8"), lambda: Tokenizer.load(folder))) as (http, _):
         assert (await http.post(api.path, json=NEEDED[api.path])).status_code == 200
         for name in api.fields:
             answers = [await http.post(api.path, json={**NEEDED[api.path], name: value}) for value in ODD]

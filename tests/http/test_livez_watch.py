@@ -32,6 +32,7 @@ from worst_bodies import (
     CONTEXT,
     COUNT,
     DETOKENIZE,
+    EMBED,
     EXPLAIN,
     INPUT,
     PLAIN,
@@ -44,6 +45,7 @@ from worst_bodies import (
 
 from millpond.http.anthropic.schemas import MessagesRequest
 from millpond.http.app import ROUTES
+from millpond.http.openai.embeddings import EmbeddingsRequest
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest
 from millpond.http.responses.schemas import ResponsesRequest
 from millpond.http.tokens import DetokenizeRequest, TokenizeRequest
@@ -77,6 +79,7 @@ QUICK = {
     COUNT: ("messages[7]",),
     RESPONSES: ("input[3]", "tools[0]"),
     INPUT: ("input[2]",),
+    EMBED: ("input[3]", "input[8]"),
     TOKENIZE: ("prompt[1]",),
     DETOKENIZE: ("tokens[0]",),
 }
@@ -140,7 +143,7 @@ def send_raw(server: Server, sent: bytes) -> None:
 @pytest.fixture(scope="module")
 def wide(start_server: StartServer) -> Iterator[Server]:
     """A server of a model with a long context."""
-    with start_server(f"context={CONTEXT},rows=32,slow=0.001") as server:
+    with start_server(f"context={CONTEXT},rows=32,slow=0.001,embeds=64") as server:
         yield server
         assert not [line for line in server.lines if "Traceback" in line or "unexpected" in line]
 
@@ -188,10 +191,11 @@ def test_every_field_has_its_worst() -> None:
     posted = {route.path for route in ROUTES if isinstance(route, Route) and "POST" in (route.methods or ())}
     assert set(MessagesRequest.model_fields) <= set(WORST[CLAUDE])
     assert set(ResponsesRequest.model_fields) <= set(WORST[RESPONSES])
+    assert set(EmbeddingsRequest.model_fields) <= set(WORST[EMBED])
     assert set(TokenizeRequest.model_fields) <= set(WORST[TOKENIZE])
     assert set(DetokenizeRequest.model_fields) <= set(WORST[DETOKENIZE])
     posted.remove("/v1/responses/resp_{response}/cancel")  # which has no body
-    assert posted == {CHAT, PLAIN, EXPLAIN, CLAUDE, COUNT, RESPONSES, INPUT, TOKENIZE, DETOKENIZE}
+    assert posted == {CHAT, PLAIN, EXPLAIN, EMBED, CLAUDE, COUNT, RESPONSES, INPUT, TOKENIZE, DETOKENIZE}
     assert all(len(body) <= worst_bodies.BYTES + 1000 for path in WORST for name, body in worst(path))
 
 
@@ -213,7 +217,7 @@ def test_livez_answers_while_much_is_asked_at_once(wide: Server, watcher: Watche
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [CHAT, PLAIN, EXPLAIN, CLAUDE, RESPONSES])
+@pytest.mark.parametrize("path", [CHAT, PLAIN, EXPLAIN, EMBED, CLAUDE, RESPONSES])
 def test_livez_answers_while_the_worst_of_each_field_comes(wide: Server, watcher: Watcher, path: str) -> None:
     """(B14)"""
     for name, body in worst(path):

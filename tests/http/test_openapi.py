@@ -56,6 +56,7 @@ FEW = 50
 """Boundaries of an operation that are all tried in any run."""
 LATER_WORDS = ("prompt is too long: ", "tools: this model's chat template", "messages", "tool_choice: ")
 """The same in words."""
+DIMENSIONS = 8
 COMMANDS = range(900, 906)
 """Token ids that the scripted engine obeys, by dying for example."""
 
@@ -214,11 +215,12 @@ def run(operation: Operation, mode: GenerationMode, most: int, one: Callable[[Ca
 
 def harmless(body: object) -> None:
     """Take the scripted engine's commands out of a prompt."""
-    if not isinstance(body, dict) or not isinstance(body.get("prompt"), list):
+    if not isinstance(body, dict):
         return
-    for prompt in (body["prompt"], *body["prompt"]):
-        if isinstance(prompt, list):
-            prompt[:] = [1 if isinstance(token, int) and token in COMMANDS else token for token in prompt]
+    for value in (body.get("prompt"), body.get("input")):
+        for prompt in (value, *value) if isinstance(value, list) else ():
+            if isinstance(prompt, list):
+                prompt[:] = [1 if isinstance(token, int) and token in COMMANDS else token for token in prompt]
 
 
 def whole(value: object) -> object:
@@ -280,9 +282,12 @@ def fit(body: object, stream: bool) -> None:
         message["role"] = "user" if message["role"] == "tool" else message["role"]
     if body.get("continue_final_message"):
         body["messages"][-1]["role"], body["add_generation_prompt"] = "assistant", False
-    if isinstance(prompt := body.get("prompt"), list):
+    if isinstance(body.get("prompt"), list):
         body["n"] = 1
-        for tokens in (prompt, *prompt):
+    if body.get("dimensions"):
+        body["dimensions"] = min(body["dimensions"], DIMENSIONS)
+    for value in (body.get("prompt"), body.get("input")):
+        for tokens in (value, *value) if isinstance(value, list) else ():
             if isinstance(tokens, list):
                 tokens[:] = [token % 800 if type(token) is int else token for token in tokens]
 
@@ -291,7 +296,7 @@ def examine(
     start_server: StartServer, good: int, bad: int, left_out: Collection[str] = (), every: int = 1
 ) -> Examination:
     """``left_out``: paths that are not asked; ``every``: see ``boundaries``."""
-    with start_server("slow=0,context=256,rows=8") as server:
+    with start_server(f"slow=0,context=256,rows=8,embeds={DIMENSIONS}") as server:
         examination = Examination(server)
         for operation in described(examination.schema):
             if operation.path in left_out:

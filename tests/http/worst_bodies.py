@@ -13,6 +13,7 @@ CHAT, PLAIN, EXPLAIN = "/v1/chat/completions", "/v1/completions", "/v1/cache/exp
 CLAUDE, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 RESPONSES, INPUT = "/v1/responses", "/v1/responses/input_tokens"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+EMBED = "/v1/embeddings"
 BYTES = 8 * 1024 * 1024 - 1000
 VALUES = 299_000
 CONTEXT = 131_072
@@ -238,6 +239,11 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
         **dict.fromkeys(("parallel_tool_calls", "reasoning", "store", "previous_response_id"), ANYTHING),
         "no_such_field": (LISTS, OBJECTS),
     },
+    EMBED: {
+        "input": (*PROMPTS, many('"a"', 2048), many("[5]", 2048)),
+        **dict.fromkeys(("model", "encoding_format", "dimensions", "user"), ANYTHING),
+        "no_such_field": (LISTS, OBJECTS),
+    },
     TOKENIZE: {
         "prompt": (TEXT, text("a b ", 1_000_000), text("\\u4e2d\\n", 6_000_000), LISTS),
         "content": (LISTS,),
@@ -297,6 +303,8 @@ def body(endpoint: str, field: str, value: Json) -> bytes:
     needed = {"messages": HELLO} if endpoint in (CHAT, CLAUDE, COUNT) else {"prompt": '"hi"'}
     if endpoint == DETOKENIZE:
         needed = {"tokens": "[5]"}
+    if endpoint == EMBED:
+        needed = {"input": '"hi"'}
     if endpoint in (RESPONSES, INPUT):
         needed = {"input": '"hi"', "max_output_tokens": "2"}
     fields = {"max_tokens": "2", **needed, field: value()}

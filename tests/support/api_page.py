@@ -13,11 +13,13 @@ from pathlib import Path
 from anthropic.types.beta.message_create_params import MessageCreateParamsBase
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase
+from openai.types.embedding_create_params import EmbeddingCreateParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel
 
 from millpond.http.anthropic.schemas import MessagesRequest
 from millpond.http.openai import schemas as openai
+from millpond.http.openai.embeddings import EmbeddingsRequest
 from millpond.http.responses import schemas as responses
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
@@ -96,6 +98,13 @@ APIS = (
         responses.ResponsesRequest,
         ResponseCreateParamsBase.__annotations__.keys() | {"stream"},
         _refused(responses.NOT_IMPLEMENTED, responses.ResponsesRequest.model_fields),
+    ),
+    Api(
+        "Embeddings",
+        "/v1/embeddings",
+        EmbeddingsRequest,
+        EmbeddingCreateParams.__annotations__.keys(),
+        {},
     ),
 )
 

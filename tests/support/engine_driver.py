@@ -59,6 +59,7 @@ class Outcome:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: bytes | None = None
     finish: Finish | None = None
     failure: Failed | None = None
     endings: int = 0
@@ -139,6 +140,7 @@ class Driver:
                 outcome.accepted += delta.verdict.accepted
                 outcome.rejected += delta.verdict.rejected
             if delta.finish is not None:
+                outcome.embedding = delta.embedding
                 outcome.finish = delta.finish
                 outcome.endings += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -155,9 +156,9 @@ def config_of(kind: str) -> dict[str, object]:
     return {**CONFIGS, **CONFIGS_WIDE, **CONFIGS_MIXED}[kind]
 
 
-def build(kind: str, seed: int = 0) -> nn.Module:
+def build(kind: str, seed: int = 0, config: Mapping[str, object] | None = None) -> nn.Module:
     """A model of ``kind`` in float32, with weights large enough that its next token depends on the whole context."""
-    config = config_of(kind)
+    config = config or config_of(kind)
     module = import_module(f"mlx_lm.models.{config['model_type']}")
     network = module.Model(module.ModelArgs.from_dict(config))
     mx.random.seed(seed)
@@ -175,12 +176,12 @@ def build(kind: str, seed: int = 0) -> nn.Module:
     return network
 
 
-def save(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a tiny model of ``kind`` as an MLX folder (no tokenizer)."""
+def save(kind: str, folder: Path, seed: int = 0, config: Mapping[str, object] | None = None) -> Path:
+    """Write a tiny model of ``kind`` as an MLX folder (no tokenizer); ``config`` instead of its usual one."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = dict(tree_flatten(build(kind, seed).parameters()))
+    weights = dict(tree_flatten(build(kind, seed, config).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config_of(kind)))
+    (folder / "config.json").write_text(json.dumps(config or config_of(kind)))
     return folder
 
 

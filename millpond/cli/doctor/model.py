@@ -113,7 +113,8 @@ def _writing(folder: Path, info: ModelInfo) -> Finding:
     calls = f"calls as {dialect.name} writes them" if dialect.calls_tools else "no tools in its chat template"
     channels = "thoughts in a channel of their own" if dialect.messages else "no thoughts"
     thoughts = f"thoughts between {' and '.join(dialect.thoughts)}" if dialect.thoughts else channels
-    told = f"{calls}; {thoughts}"
+    vectors = f"; vectors of {info.embedding_size} numbers" if info.embedding_size else ""
+    told = f"{calls}; {thoughts}{vectors}"
     if info.grammars:
         return warn("answers", f"{told}; no forms and forced calls: {info.grammars}", "another model, if it matters")
     return ok("answers", f"{told}; forms and forced calls")
