@@ -109,6 +109,11 @@ class Message:
     shared: bool = field(default=False, compare=False)
     """Its client will send others that are alike up to its end."""
 
+    @property
+    def calls(self) -> bool:
+        """Whether it calls something."""
+        return any(isinstance(part, Call) for part in self.parts)
+
     def texts(self) -> Iterator[str]:
         """All that a template may show of it beside its role."""
         for part in self.parts:

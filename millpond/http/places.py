@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from millpond.http.generation_request import Call, Conversation, Message, Tool
+from millpond.http.generation_request import Conversation, Tool
 from millpond.text.tokenizer import ChatPrompt, Span, Tokenizer
 
 HEADER_TOKENS = 16
@@ -61,24 +61,23 @@ def _starts(conversation: Conversation, prompt: ChatPrompt, tokenizer: Tokenizer
     for index, begin, end in (*prompt.spans, Span(len(messages), len(tokens), len(tokens))):
         name = messages[index].where if index < len(messages) else ""
         silent = range(before + 1, min(index + 1, len(messages)))
-        caller = _caller(messages, range(max(0, before), index))
-        if _shows_tools(conversation.tools, tokens[behind:begin], tokenizer) and not caller:
+        caller = next((each for each in range(max(0, before), index) if messages[each].calls), None)
+        if caller is not None:
+            ended = (place for place in range(behind, begin) if tokens[place] in tokenizer.eos_token_ids)
+            yield behind, f"{messages[caller].where}.tool_calls"
+            yield next(ended, begin), messages[caller + 1].where if caller + 1 < len(messages) else ""
+        elif _shows_tools(conversation.tools, tokens[behind:begin], tokenizer):
             yield behind, TOOLS
-        elif caller:
-            yield behind, f"{caller}.tool_calls"
         elif before >= 0 or begin <= HEADER_TOKENS:
             yield behind, messages[silent[0]].where if silent else name
         else:
             yield behind, TEMPLATE
             yield begin - HEADER_TOKENS, name
         yield begin, name
-        # Where a message was longer before, the first token behind it is the one that differs.
-        behind, before = end + 1, index
-
-
-def _caller(messages: Sequence[Message], indexes: Iterable[int]) -> str:
-    """The first of these that calls something."""
-    return next((messages[i].where for i in indexes if any(isinstance(part, Call) for part in messages[i].parts)), "")
+        # Where a message was longer before, the first token behind it is the one that differs. Answers are known
+        # without it, as they were drawn.
+        answered = index < len(messages) and messages[index].role == "assistant"
+        behind, before = end + (not answered), index
 
 
 def _shows_tools(tools: Sequence[Tool], tokens: Sequence[int], tokenizer: Tokenizer) -> bool:

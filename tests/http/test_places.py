@@ -218,6 +218,26 @@ def test_a_message_that_changed_is_named(tokenizer: Tokenizer, texts: list[str],
     assert now.places.at(differs) == (f"messages[{index}]" if differs < len(now.tokens) else "")
 
 
+@pytest.mark.parametrize(
+    ("asked", "body", "last", "name"),
+    [
+        (asked_chat, CHAT, 3, "messages[3]"),
+        (asked_chat, CHAT, 5, "messages[5]"),
+        (asked_messages, MESSAGES, 2, "messages[2].content[0]"),
+        (asked_responses, RESPONSES, 4, "input[4]"),
+    ],
+)
+def test_a_conversation_that_goes_on(
+    tokenizer: Tokenizer, asked: Callable[[Json], GenerationRequest], body: Json, last: int, name: str
+) -> None:
+    """(M7) An answer is known without the token that ended it: the next turn leaves it at its first new message."""
+    field = "input" if "input" in body else "messages"
+    now = prompt_of(asked({**body, field: body[field][: last + 1]}), tokenizer)
+    before = prompt_of(asked({**body, field: body[field][:last]}), tokenizer)
+    ended = [place for place in range(known(now, before)) if now.tokens[place] in tokenizer.eos_token_ids]
+    assert now.places.at(ended[-1]) == name
+
+
 def test_what_a_template_says_by_itself(tmp_path: Path) -> None:
     """(M7) Another day is not the client's doing."""
     days = [

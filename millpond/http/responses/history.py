@@ -68,13 +68,15 @@ class History:
         for index, item in enumerate(value):
             if not _is_reference(item):
                 found.append(item)
-            elif item.get("id") not in known:
-                found.append(self._item(item.get("id"), f"input[{index}].id"))
+                continue
+            own = item.get("id")
+            if not isinstance(own, str):
+                raise bad_value(f"input[{index}].id", own, "the id of an item")
+            if own not in known:
+                found.append(self._item(own, f"input[{index}].id"))
         return found
 
-    def _item(self, id_: object, where: str) -> Item:
-        if not isinstance(id_, str):
-            raise bad_value(where, id_, "the id of an item")
+    def _item(self, id_: str, where: str) -> Item:
         kept = self._store.with_item(self._owner, id_).result(SECONDS) if self.keeps else None
         for item in (*asked(kept), *answered(kept)) if kept is not None else ():
             if item.get("id") == id_:

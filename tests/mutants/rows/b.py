@@ -212,6 +212,13 @@ BREAKS = [
         by=("test_the_event_loop_runs_while_a_long_text_becomes_tokens",),
     ),
     Break(
+        name="B4-an-id-that-is-none",
+        file="millpond/http/responses/history.py",
+        old="            if not isinstance(own, str):\n",
+        new="            if not own:\n",
+        by=("test_anything_in_place_of_anything",),
+    ),
+    Break(
         name="B15-control-tokens-in-messages",
         file="millpond/text/tokenizer.py",
         old="        if masked is None:\n",
