@@ -15,6 +15,8 @@ SWITCH_SECONDS = 0.0005
 YOUNG_OBJECTS = 50_000
 """Made since the last collection when the next one comes. By Python's own 700, a large body is looked through some
 hundreds of times while it is being read."""
+YOUNG_COLLECTIONS = 1
+"""Of those, when what has outlived them is looked through, too: by Python's own ten, half a million objects at once."""
 
 
 def settle() -> None:
@@ -23,4 +25,4 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, 20, 50)
+    gc.set_threshold(YOUNG_OBJECTS, YOUNG_COLLECTIONS, 1000 // YOUNG_COLLECTIONS)

@@ -61,7 +61,7 @@ MOST_HELD = 4
 SLACK = 2 * 1024 * 1024
 """Bytes that the allocator may keep for itself meanwhile."""
 MOST_SLOWER = 1.5
-TRIES = 3
+TRIES, GOOD_TRIES = 5, 2
 WATCHER = str(Path(__file__).with_name("livez_watcher.py"))
 QUICK = {
     CHAT: (
@@ -164,16 +164,16 @@ def slowness() -> float:
 
 
 def check(watcher: Watcher, name: str, send: Callable[[], None]) -> None:
-    """The median of three: what the machine does otherwise is not the server's fault."""
+    """Twice of five times: what the server does comes every time, and what the machine does otherwise does not."""
     silences: list[float] = []
+    slower = slowness()
     for _ in range(TRIES):
         watcher.silence()
         send()
         silences.append(watcher.silence())
-        if sorted(silences)[len(silences) // 2] < MOST_SILENCE and len(silences) == 2:
-            return  # both, so that the third cannot change it
-    slower = slowness()
-    assert statistics.median(silences) < MOST_SILENCE * slower, (name, silences, slower)
+        if sum(silence < MOST_SILENCE * slower for silence in silences) == GOOD_TRIES:
+            return
+    raise AssertionError(name, silences, slower)
 
 
 def check_body(wide: Server, watcher: Watcher, name: str, path: str, body: bytes) -> None:
