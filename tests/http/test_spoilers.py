@@ -29,7 +29,7 @@ Json = dict[str, Any]
 TURNS = 10
 CACHED = 0.95
 """Of a prompt, from the second turn on."""
-RULES = " ".join(f"Rule {number}: before step {number * 7} look at file_{number}.txt." for number in range(90))
+RULES = " ".join(f"Rule {number}: before step {number * 7} look at file_{number}.txt." for number in range(110))
 NAMES = ("read_file", "write_file", "list_folder", "run_command", "search_text", "fetch_page", "make_plan", "ask_user")
 PROPERTIES = {"path": {"enum": ["a.txt", "b é.txt"]}, "lines": {"type": "integer", "minimum": 0, "maximum": 99}}
 SCHEMA = {"type": "object", "properties": PROPERTIES, "required": ["path", "lines"], "additionalProperties": False}
