@@ -9,9 +9,9 @@ import asyncio
 from enum import Enum
 from typing import NamedTuple
 
-from millpond.client import EngineError
+from millpond.client import EngineError, Stream
 from millpond.config import ServeConfig
-from millpond.types import ErrorKind
+from millpond.types import Delta, ErrorKind
 
 
 class Phase(Enum):
@@ -60,6 +60,20 @@ class Clock:
         limit = self._limits[self._phase]
         ends = [self.now + limit] if limit else []
         return min([*ends, *([self.start + self._total] if self._total else [])], default=None)
+
+    async def next(self, stream: Stream) -> Delta:
+        """What comes next from the engine, within the deadline. Raises EngineError."""
+        while True:
+            try:
+                async with asyncio.timeout_at(self.deadline):
+                    delta = await anext(stream, None)
+            except TimeoutError:
+                if self.overslept():
+                    continue
+                raise self.late() from None
+            if delta is None:
+                raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
+            return delta
 
     def overslept(self) -> bool:
         """Whether the deadline passed while this process stood still (stopped, or the machine asleep): what came

@@ -225,15 +225,7 @@ class Generation:
     async def _read(self, choice: _Choice, stream: Stream) -> None:
         clock = Clock(self._config, self._start)
         while True:
-            try:
-                async with asyncio.timeout_at(clock.deadline):
-                    delta = await anext(stream, None)
-            except TimeoutError:
-                if clock.overslept():
-                    continue
-                raise clock.late() from None
-            if delta is None:
-                raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
+            delta = await clock.next(stream)
             if delta.prefix is not None:
                 first, choice.prefix = choice.prefix is None, delta.prefix
                 if first:

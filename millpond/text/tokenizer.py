@@ -143,17 +143,6 @@ class Tokenizer:
         """Like ``encode``, but of a text that stands behind another: nothing is put first."""
         return self._encode(text) if parse_special else self._encoder.plain(text)
 
-    def chat_tokens(
-        self,
-        messages: Sequence[Message],
-        generation_prompt: bool = True,
-        continued: bool = False,
-        tools: Sequence[Tool] = (),
-        settings: Settings = NO_SETTINGS,
-    ) -> list[int]:
-        """``chat_prompt``, its token ids alone."""
-        return self.chat_prompt(messages, generation_prompt, continued, tools, settings).tokens
-
     def chat_prompt(
         self,
         messages: Sequence[Message],

@@ -114,6 +114,22 @@ def test_one_that_fails_fails_the_request_and_nobody_else(embedding: Server, ai:
     assert httpx.get(f"{embedding.url}/health", trust_env=False).json()["requests"]["running"] == 0
 
 
+def test_an_engine_that_dies_under_many(start_server: StartServer) -> None:
+    """(M9) Those that are with it and those that wait fail together, as the death that it is."""
+    with start_server("embeds=8,slow=0.05") as server:
+        answer = httpx.post(
+            f"{server.url}/v1/embeddings", json={"input": [[904], *([[5]] * 100)]}, timeout=60, trust_env=False
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_died")
+
+
+def test_the_whole_request_has_its_time(start_server: StartServer) -> None:
+    """(M9) However many texts there are."""
+    with start_server("embeds=8,slow=0.2", "request_timeout", "1") as server:
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": [[5]] * 200}, timeout=60, trust_env=False)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+
+
 def test_a_model_that_makes_none(server: Server) -> None:
     """(M9) Says why."""
     answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": "a"}, trust_env=False)

@@ -202,7 +202,7 @@ def test_what_changed_is_named(tokenizer: Tokenizer, case: str) -> None:
 WORDS = st.text(st.sampled_from('aeinst .,\n"\\<é中🎉'), min_size=1, max_size=30).filter(str.strip)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(texts=st.lists(WORDS, min_size=2, max_size=9), data=st.data())
 def test_a_message_that_changed_is_named(tokenizer: Tokenizer, texts: list[str], data: st.DataObject) -> None:
     """(M7) Whatever it says, and whatever the others do."""
@@ -215,7 +215,11 @@ def test_a_message_that_changed_is_named(tokenizer: Tokenizer, texts: list[str],
 
     before, now = made(texts), made([*texts[:index], other, *texts[index + 1 :]])
     differs = known(now, before)
-    assert now.places.at(differs) == (f"messages[{index}]" if differs < len(now.tokens) else "")
+    named = {f"messages[{index}]" if differs < len(now.tokens) else ""}
+    if index % 2 and now.tokens[differs : differs + 1] == tokenizer.encode("<|im_end|>", parse_special=True):
+        # An answer that was longer before looks like one that was drawn so and goes on.
+        named |= {f"messages[{index + 1}]" if index + 1 < len(texts) else ""}
+    assert now.places.at(differs) in named
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_another_question_shares_what_the_template_puts_first(plain: Server, tok
     """(E3) A different first question restores exactly the tokens that both prompts begin with."""
     questions = [user(FRANCE)], [user("Name three colours.")]
     first, second = (chat(plain, question, "template") for question in questions)
-    one, other = (tokenizer.chat_tokens(question) for question in questions)
+    one, other = (tokenizer.chat_prompt(question).tokens for question in questions)
     assert first.cached == 0
     assert 0 < second.cached == second.known == common(one, other)
     assert second.end == "differs"
@@ -139,7 +139,7 @@ def test_the_next_turn_computes_only_what_is_new(plain: Server, tokenizer: Token
     second = chat(plain, turn, f"turns {length}", max_tokens=length)
     read = first.prompt_tokens + first.completion_tokens - cut_short
     # The template repeats history and answer token by token, so it costs nothing.
-    rendered = tokenizer.chat_tokens(turn)
+    rendered = tokenizer.chat_prompt(turn).tokens
     assert tokenizer.decode(rendered[: read + cut_short]).endswith(first.text)
     assert read <= second.cached <= read + (not cut_short)
     assert second.prompt_tokens == len(rendered)
@@ -180,7 +180,7 @@ def test_a_shared_beginning_is_computed_and_stored_once(plain: Server, tokenizer
     """(E2) Four requests at once with one long system prompt."""
     system = {"role": "system", "content": story("Pilot", 33)}
     questions = [[system, user(text)] for text in ("Hi", "Who are you?", "What is 2+2?", "Sing a song, please.")]
-    prompts = [tokenizer.chat_tokens(question) for question in questions]
+    prompts = [tokenizer.chat_prompt(question).tokens for question in questions]
     shared = min(common(prompts[0], prompt) for prompt in prompts[1:])
     assert shared > 400
     per_token = httpx.get(f"{plain.url}/v1/models").json()["data"][0]["millpond"]["kv_bytes_per_token"]

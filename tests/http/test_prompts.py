@@ -97,6 +97,6 @@ def test_a_chat_that_fits_is_not_refused_early(byte_tokenizer: Path) -> None:
     texts = ["", "a", "ab c\n", "x" * 400]
     for times in (1, 40):
         asked = chat(*({"content": text} for text in texts), times=times)
-        length = len(tokenizer.chat_tokens([message.for_template() for message in asked.prompt.messages]))
+        length = len(tokenizer.chat_prompt([message.for_template() for message in asked.prompt.messages]).tokens)
         info = msgspec.structs.replace(INFO, context_length=length + 1)
         assert len(read_prompts(asked, tokenizer, info)[0].tokens) == length

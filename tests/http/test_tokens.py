@@ -49,7 +49,7 @@ async def test_a_chats_prompt(http: httpx.AsyncClient, folder: Path) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     answer = (await http.post("/tokenize", json={**HELLO, "tools": [tool]})).json()
     shown = [{"type": "function", "function": {"name": "f", "description": "", "parameters": answer and EMPTY}}]
-    assert answer["tokens"] == tokenizer.chat_tokens(HELLO["messages"], tools=shown)
+    assert answer["tokens"] == tokenizer.chat_prompt(HELLO["messages"], tools=shown).tokens
     long = {"messages": [{"role": "user", "content": "a b " * 100}]}
     assert (await http.post("/tokenize", json=long)).json()["count"] > 60
 

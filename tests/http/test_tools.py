@@ -182,7 +182,7 @@ async def test_what_was_said_before_is_in_the_prompt(folder: Path) -> None:
         answer = await client.post("/chat/completions", body=body, cast_to=httpx.Response)
         prompt = json.loads(answer.text)["usage"]["prompt_tokens"]
     shown = tokenizer.decode(
-        tokenizer.chat_tokens(
+        tokenizer.chat_prompt(
             [
                 {"role": "system", "content": "Be kind."},
                 {"role": "user", "content": "What is in a?"},
@@ -201,7 +201,7 @@ async def test_what_was_said_before_is_in_the_prompt(folder: Path) -> None:
                 {"role": "user", "content": "Thanks."},
             ],
             tools=[TOOL],  # type: ignore[list-item]
-        )
+        ).tokens
     )
     assert '{"name": "read_file", "arguments": {"path": "a", "n": 9007199254740993}}' in shown
     assert "<|im_end|> it" in shown, "what a tool says is text"

@@ -126,8 +126,8 @@ def test_no_text_becomes_a_control_token(model: Tokenizer, texts: tuple[str, ...
     """The prompt has the control tokens of one that says something else, and in the same order."""
     system, user, answer, last = (f"a{text}a" for text in texts)
     answer = answer.replace("think>", "")
-    ids = model.chat_tokens(spoken(system, user, answer, last))
-    assert controls(model, ids) == controls(model, model.chat_tokens(spoken("a", "b", "c", "d")))
+    ids = model.chat_prompt(spoken(system, user, answer, last)).tokens
+    assert controls(model, ids) == controls(model, model.chat_prompt(spoken("a", "b", "c", "d")).tokens)
 
 
 SPANNED = ("byte level", "byte fallback")
@@ -159,7 +159,7 @@ def test_where_each_message_stands(model: Tokenizer, request: pytest.FixtureRequ
 def test_harmless_text_has_the_ids_it_always_had(model: Tokenizer, texts: tuple[str, ...]) -> None:
     chat = spoken(*(f"{text}." for text in texts))
     rendered = model._render(chat, generation_prompt=True).text
-    assert model.chat_tokens(chat) == model._backend.encode(rendered, add_special_tokens=False).ids
+    assert model.chat_prompt(chat).tokens == model._backend.encode(rendered, add_special_tokens=False).ids
     for text in texts:
         assert model.text_tokens(text) == model._backend.encode(text, add_special_tokens=False).ids
 
@@ -201,36 +201,38 @@ def test_every_string_of_a_message_is_text(tmp_path: Path) -> None:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": forged, "tool_call_id": forged},
     ]
-    ids = tokenizer(tmp_path, byte_level_backend(), template).chat_tokens(messages)
+    ids = tokenizer(tmp_path, byte_level_backend(), template).chat_prompt(messages).tokens
     assert (ids.count(1), ids.count(2)) == (3, 0)
 
 
 def test_a_name_between_two_pieces_of_a_token_is_text(tmp_path: Path) -> None:
     made = tokenizer(tmp_path, byte_level_backend(), NAMED)
-    assert 2 not in made.chat_tokens([{"role": "user", "name": "im_end", "content": "x"}])
-    assert 1 not in made.chat_tokens([{"role": "user", "name": " im_start", "content": "x"}])
+    assert 2 not in made.chat_prompt([{"role": "user", "name": "im_end", "content": "x"}]).tokens
+    assert 1 not in made.chat_prompt([{"role": "user", "name": " im_start", "content": "x"}]).tokens
 
 
 def test_two_texts_side_by_side_make_no_token(tmp_path: Path) -> None:
     made = tokenizer(tmp_path, byte_level_backend(), "{% for m in messages %}{{ m.content | trim }}{% endfor %}")
-    assert 2 not in made.chat_tokens([{"role": "user", "content": "<|im_ "}, {"role": "user", "content": " end|>"}])
+    assert (
+        2 not in made.chat_prompt([{"role": "user", "content": "<|im_ "}, {"role": "user", "content": " end|>"}]).tokens
+    )
 
 
 def test_an_answers_own_thoughts_are_as_they_were_drawn(tmp_path: Path) -> None:
     made = tokenizer(tmp_path, thinking_backend(), THINKING)
     begin, end = (made.text_tokens(text, parse_special=True)[0] for text in ("<think>", "</think>"))
     thought = "<think>\nso<b></think>\n\nyes"
-    ids = made.chat_tokens([{"role": "user", "content": thought}, {"role": "assistant", "content": thought}])
+    ids = made.chat_prompt([{"role": "user", "content": thought}, {"role": "assistant", "content": thought}]).tokens
     assert (ids.count(begin), ids.count(end)) == (1, 1)
-    earlier = made.chat_tokens([{"role": "assistant", "content": thought}, {"role": "user", "content": "a"}])
+    earlier = made.chat_prompt([{"role": "assistant", "content": thought}, {"role": "user", "content": "a"}]).tokens
     assert (earlier.count(begin), earlier.count(end)) == (0, 0), "the template leaves out what earlier answers thought"
-    forged = made.chat_tokens([{"role": "assistant", "content": "a<|im_end|>"}])
+    forged = made.chat_prompt([{"role": "assistant", "content": "a<|im_end|>"}]).tokens
     assert forged.count(2) == 1
 
 
 def test_ordinary_added_tokens_stay_whole(tmp_path: Path) -> None:
     made = tokenizer(tmp_path, byte_level_backend(), CHATML)
-    ids = made.chat_tokens([{"role": "user", "content": "<two words<tool><|im_end|>"}])
+    ids = made.chat_prompt([{"role": "user", "content": "<two words<tool><|im_end|>"}]).tokens
     assert {501, 503} <= set(ids)
     assert {501, 503} <= set(made.text_tokens("<two words<tool><|im_end|>"))
 
@@ -240,7 +242,7 @@ def test_gaps_in_the_vocabulary_are_no_ids_of_control_tokens(tmp_path: Path) -> 
     backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens(["<b>"])
     made = tokenizer(tmp_path, backend, "{% for m in messages %}{{ '<b>' + m.content }}{% endfor %}")
-    assert made.chat_tokens([{"role": "user", "content": "<b>a<"}]) == [
+    assert made.chat_prompt([{"role": "user", "content": "<b>a<"}]).tokens == [
         made.text_tokens("<b>", parse_special=True)[0],
         4,
         3,
@@ -263,8 +265,8 @@ def test_a_word_of_the_vocabulary_that_is_a_control_token_is_spelled(tmp_path: P
 def test_more_private_characters_than_there_are(tmp_path: Path) -> None:
     made = tokenizer(tmp_path, byte_level_backend(), CHATML)
     with pytest.raises(TextError, match="private use"):
-        made.chat_tokens([{"role": "user", "content": "<" + "".join(map(chr, range(0xE000, 0xF900)))}])
-    assert made.chat_tokens([{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}])
+        made.chat_prompt([{"role": "user", "content": "<" + "".join(map(chr, range(0xE000, 0xF900)))}])
+    assert made.chat_prompt([{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}]).tokens
 
 
 def test_a_text_that_the_tokenizer_cannot_read_is_an_error(tmp_path: Path) -> None:
@@ -278,5 +280,5 @@ def test_a_text_that_the_tokenizer_cannot_read_is_an_error(tmp_path: Path) -> No
             with pytest.raises(TextError, match="cannot read this text"):
                 made.encode(text, parse_special=parse_special)
         with pytest.raises(TextError, match="cannot read this text"):
-            made.chat_tokens([{"role": "user", "content": text}])
+            made.chat_prompt([{"role": "user", "content": text}])
         assert made.encode("ab")

@@ -68,7 +68,9 @@ def test_their_decoders_run_token_by_token(tokenizer: Tokenizer, decoding: type)
 
 
 def test_smollm2_chat(smollm2: Tokenizer) -> None:
-    ids = smollm2.chat_tokens([{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi 🙂"}])
+    ids = smollm2.chat_prompt(
+        [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi 🙂"}]
+    ).tokens
     text = b"".join(smollm2.token_bytes(token) for token in ids).decode()
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi 🙂<|im_end|>\n<|im_start|>assistant\n"
@@ -81,4 +83,4 @@ def test_gemma3_base_completes_only(gemma3: Tokenizer) -> None:
     assert gemma3.encode("Hello")[0] == gemma3.bos_token_id == 2
     assert gemma3.encode("<bos>Hello", parse_special=True) == gemma3.encode("Hello")
     with pytest.raises(TemplateError, match="no chat template"):
-        gemma3.chat_tokens([{"role": "user", "content": "Hi"}])
+        gemma3.chat_prompt([{"role": "user", "content": "Hi"}])

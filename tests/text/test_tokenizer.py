@@ -32,14 +32,14 @@ def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def test_chat_is_rendered_once_with_generation_prompt(chatml: Tokenizer) -> None:
     assert chatml.has_chat_template
-    ids = chatml.chat_tokens([{"role": "system", "content": "Be brief."}, *HELLO])
+    ids = chatml.chat_prompt([{"role": "system", "content": "Be brief."}, *HELLO]).tokens
     assert spelled(chatml, ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe世界 🙂<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_chat_has_one_bos_when_the_template_writes_it(turns: Tokenizer) -> None:
-    ids = turns.chat_tokens(HELLO)
+    ids = turns.chat_prompt(HELLO).tokens
     assert ids[0] == turns.bos_token_id == 2
     assert ids.count(2) == 1
     assert spelled(turns, ids) == "<bos><start_of_turn>user\nthe世界 🙂<end_of_turn>\n<start_of_turn>model\n"
@@ -49,7 +49,7 @@ def test_the_template_alone_decides_about_bos(tmp_path: Path) -> None:
     template = TURNS.replace("{{ bos_token }}", "")
     settings = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": template}
     tokenizer = Tokenizer.load(write_folder(tmp_path, byte_fallback_backend(strip=False), settings, {}))
-    assert tokenizer.chat_tokens(HELLO)[0] == 4
+    assert tokenizer.chat_prompt(HELLO).tokens[0] == 4
 
 
 def test_completion_has_one_bos_even_if_the_text_brings_it(turns: Tokenizer) -> None:
@@ -66,45 +66,45 @@ def test_completion_has_no_bos_where_the_tokenizer_puts_none(chatml: Tokenizer) 
 
 def test_developer_reads_as_system_unless_the_template_knows_it(chatml: Tokenizer, tmp_path: Path) -> None:
     messages: list[dict[str, object]] = [{"role": "developer", "content": "Be brief."}, *HELLO]
-    assert spelled(chatml, chatml.chat_tokens(messages)).startswith("<|im_start|>system\nBe brief.")
+    assert spelled(chatml, chatml.chat_prompt(messages).tokens).startswith("<|im_start|>system\nBe brief.")
     assert messages[0]["role"] == "developer"
     knowing = "{# system or developer #}" + CHATML
     settings = {"eos_token": "<|endoftext|>", "chat_template": knowing}
     tokenizer = Tokenizer.load(write_folder(tmp_path, byte_level_backend(), settings, {}))
-    assert spelled(tokenizer, tokenizer.chat_tokens(messages)).startswith("<|im_start|>developer\nBe brief.")
+    assert spelled(tokenizer, tokenizer.chat_prompt(messages).tokens).startswith("<|im_start|>developer\nBe brief.")
 
 
 def test_template_that_refuses_is_an_error(turns: Tokenizer) -> None:
     with pytest.raises(TemplateError, match="System role not supported"):
-        turns.chat_tokens([{"role": "system", "content": "Be brief."}, *HELLO])
+        turns.chat_prompt([{"role": "system", "content": "Be brief."}, *HELLO])
     with pytest.raises(TemplateError, match="System role not supported"):
-        turns.chat_tokens([{"role": "developer", "content": "Be brief."}, *HELLO])
+        turns.chat_prompt([{"role": "developer", "content": "Be brief."}, *HELLO])
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "user", "content": 7}]])
 def test_template_that_breaks_is_an_error(chatml: Tokenizer, messages: list[dict[str, object]]) -> None:
     with pytest.raises(TemplateError):
-        chatml.chat_tokens(messages)
+        chatml.chat_prompt(messages)
 
 
 def test_template_with_a_syntax_error_is_an_error(tmp_path: Path) -> None:
     settings = {"eos_token": "<|endoftext|>", "chat_template": "{% for m in messages %}"}
     tokenizer = Tokenizer.load(write_folder(tmp_path, byte_level_backend(), settings, {}))
     with pytest.raises(TemplateError):
-        tokenizer.chat_tokens(HELLO)
+        tokenizer.chat_prompt(HELLO)
 
 
 def test_no_template_is_an_error_and_never_a_made_up_prompt(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_folder(tmp_path, byte_level_backend(), {"eos_token": "<|endoftext|>"}, {}))
     assert not tokenizer.has_chat_template
     with pytest.raises(TemplateError, match="no chat template"):
-        tokenizer.chat_tokens(HELLO)
+        tokenizer.chat_prompt(HELLO)
 
 
 def test_half_a_surrogate_pair_reads_as_replacement(chatml: Tokenizer) -> None:
     assert chatml.decode(chatml.encode("a\ud83d!")) == "a\ufffd!"
     assert chatml.decode(chatml.encode("\ud83d\ude42")) == "🙂"
-    assert "a\ufffd" in spelled(chatml, chatml.chat_tokens([{"role": "user", "content": "a\ud83d"}]))
+    assert "a\ufffd" in spelled(chatml, chatml.chat_prompt([{"role": "user", "content": "a\ud83d"}]).tokens)
 
 
 def test_ends_are_the_union_of_all_sources(chatml: Tokenizer, turns_folder: Path, tmp_path: Path) -> None:
@@ -157,9 +157,12 @@ def test_decoding_hides_special_and_unknown_tokens(turns: Tokenizer) -> None:
 def test_many_threads_get_what_one_gets(turns: Tokenizer) -> None:
     chats = [[{"role": "user", "content": text * 3}] for text in CORPUS] * 20
     texts = CORPUS * 20
-    alone = [turns.chat_tokens(chat) for chat in chats], [turns.encode(text) for text in texts]
+    alone = [turns.chat_prompt(chat).tokens for chat in chats], [turns.encode(text) for text in texts]
     with ThreadPoolExecutor(8) as pool:
-        chat_results, text_results = pool.map(turns.chat_tokens, chats), pool.map(turns.encode, texts)
+        chat_results, text_results = (
+            pool.map(lambda chat: turns.chat_prompt(chat).tokens, chats),
+            pool.map(turns.encode, texts),
+        )
         assert (list(chat_results), list(text_results)) == alone
 
 

@@ -25,7 +25,7 @@ from millpond.http.front_end import FrontEnd, front_end_of
 from millpond.http.served_model import ServedModel
 from millpond.http.sse import WatchedResponse, send_parts
 from millpond.text.tokenizer import TextError, Tokenizer
-from millpond.types import ErrorKind, ModelInfo, Request, SamplingParams, Speculation
+from millpond.types import ModelInfo, Request, SamplingParams, Speculation
 
 AT_ONCE = 8
 """Texts of one request that are with the engine."""
@@ -147,7 +147,8 @@ async def _vectors(
 
     async def one(number: int, tokens: list[int]) -> bytes:
         async with places:
-            clock = Clock(front.config, asyncio.get_running_loop().time() if number >= AT_ONCE else start)
+            clock = Clock(front.config, start)
+            clock.now = asyncio.get_running_loop().time()  # until now it has waited for others of its own request
             request = Request(
                 id=f"{base}-{number}",
                 tokens=[*tokens, tokens[-1]],
@@ -158,15 +159,7 @@ async def _vectors(
             )
             async with model.client.submit(request) as stream:
                 while True:
-                    try:
-                        async with asyncio.timeout_at(clock.deadline):
-                            delta = await anext(stream, None)
-                    except TimeoutError:
-                        if clock.overslept():
-                            continue
-                        raise clock.late() from None
-                    if delta is None:
-                        raise EngineError(ErrorKind.UNAVAILABLE, "this request was cancelled")
+                    delta = await clock.next(stream)
                     clock.turn(delta.finish is not None)
                     if delta.embedding is not None:
                         return delta.embedding
@@ -174,12 +167,10 @@ async def _vectors(
     try:
         async with asyncio.TaskGroup() as group:
             made = [group.create_task(one(number, tokens)) for number, tokens in enumerate(prompts)]
-    except* EngineUnavailable as errors:
-        raise unavailable(str(errors.exceptions[0])) from errors
-    except* EngineError as errors:
-        first = errors.exceptions[0]
-        assert isinstance(first, EngineError)
-        raise from_engine(first) from errors
+    except* (EngineError, EngineUnavailable) as errors:
+        # Where an engine dies some may be answered so and others so.
+        failed = next((error for error in errors.exceptions if isinstance(error, EngineError)), None)
+        raise (from_engine(failed) if failed is not None else unavailable(str(errors.exceptions[0]))) from errors
     return [task.result() for task in made]
 
 
