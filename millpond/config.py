@@ -18,6 +18,7 @@ from typing import Literal, get_origin
 from msgspec import convert
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from millpond.dialects.families import BY_NAME
 from millpond.hub.cache import NoCache, prefix_folder
 from millpond.paths import expanded
 from millpond.reference import allowed, default, page
@@ -82,6 +83,15 @@ class ServeConfig(BaseModel):
         "model",
         description="How requests that do not say are sampled: as the model's generation_config.json recommends "
         "(model), or at temperature 1 without limits, as OpenAI's API has it (api).",
+    )
+    reasoning_field: Literal["reasoning_content", "reasoning", "both"] = Field(
+        "reasoning_content",
+        description="What chat completions call a model's thoughts; both: under either name, with twice the bytes.",
+    )
+    tool_format: str = Field(
+        "auto",
+        description="How the model writes calls of tools, for one whose folder does not tell: the name of a family, "
+        f"of {', '.join(BY_NAME)}. auto: as its chat template writes them (millpond doctor says which).",
     )
     context_length: int = Field(
         0, ge=0, le=MOST_COUNT, description="Most tokens of prompt and answer together; 0: what the model was made for."
@@ -364,6 +374,13 @@ class ServeConfig(BaseModel):
             raise ValueError(f"must be {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
         return value
 
+    @field_validator("tool_format")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        if value != "auto" and value not in BY_NAME:
+            raise ValueError(f"must be auto or one of {', '.join(BY_NAME)}")
+        return value
+
     @field_validator("draft_model")
     @classmethod
     def _something_to_guess_with(cls, value: str, info: ValidationInfo) -> str:
@@ -374,6 +391,16 @@ class ServeConfig(BaseModel):
                 "must name a model when spec is draft" if not value else "must be a model, named like MODEL"
             )
         return value
+
+    @property
+    def thought_fields(self) -> tuple[str, ...]:
+        """Names under which chats tell thoughts."""
+        return ("reasoning_content", "reasoning") if self.reasoning_field == "both" else (self.reasoning_field,)
+
+    @property
+    def family(self) -> str:
+        """The family whose way of writing calls the user names; empty: it is found out."""
+        return "" if self.tool_format == "auto" else self.tool_format
 
     @property
     def of_the_engine(self) -> dict[str, str]:

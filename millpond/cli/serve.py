@@ -196,8 +196,13 @@ class ServeRun:
         from millpond.text.tokenizer import Tokenizer
 
         def read_tokenizer() -> Tokenizer:
-            tokenizer = Tokenizer.load(self._path)
+            tokenizer = Tokenizer.load(self._path, self._config.family)
             settle()
+            family = tokenizer.family
+            if family.dialect.calls_tools:
+                log.info("answers are read", extra=fields(family=family.dialect.name, by=family.how))
+                if not family.read:
+                    log.warning("the chat template writes calls in another way than they are read; see --tool-format")
             return tokenizer
 
         config = self._config

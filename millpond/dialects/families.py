@@ -1,11 +1,7 @@
-"""The families of models whose way of writing thoughts and calls is known, and how a model's is found.
-
-A model's own folder decides: the text of its chat template, and which marks its vocabulary has as tokens.
-"""
+"""The families of models whose way of writing thoughts and calls is known."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
@@ -27,11 +23,11 @@ THINK = ("<think>", "</think>")
 """What nearly all families put around thoughts."""
 
 
-def _objects(*ends: str) -> partial[Reading[None]]:
-    return partial(_of_objects, ends)
+def of_objects(*ends: str) -> partial[Reading[None]]:
+    return partial(_read_objects, ends)
 
 
-def _of_objects(ends: tuple[str, ...], tape: Tape, _tools: Tools) -> Reading[None]:
+def _read_objects(ends: tuple[str, ...], tape: Tape, _tools: Tools) -> Reading[None]:
     return objects(tape, *ends)
 
 
@@ -106,14 +102,14 @@ DEEPSEEK = tuple(f"<{BAR}tool▁{name}{BAR}>" for name in ("calls▁end", "call�
 KIMI = tuple(f"<|tool_{name}|>" for name in ("calls_section_end", "call_begin", "call_argument_begin", "call_end"))
 HERMES = Dialect(
     "hermes",
-    {"<tool_call>": _objects("</tool_call>")},
+    {"<tool_call>": of_objects("</tool_call>")},
     section=json_objects("</tool_call>"),
     repeated=True,
     inner=("</tool_call>",),
 )
 LLAMA = Dialect(
     "llama",
-    {"<|python_tag|>": _objects()},
+    {"<|python_tag|>": of_objects()},
     leading=_leading_objects,
     section=json_objects("", arguments="parameters"),
 )
@@ -244,7 +240,7 @@ FAMILIES: tuple[tuple[tuple[str, ...], Dialect], ...] = (
         ("<|START_ACTION|>",),
         Dialect(
             "command",
-            {"<|START_ACTION|>": _objects("<|END_ACTION|>")},
+            {"<|START_ACTION|>": of_objects("<|END_ACTION|>")},
             section=json_objects(
                 "<|END_ACTION|>",
                 name="tool_name",
@@ -261,13 +257,13 @@ FAMILIES: tuple[tuple[tuple[str, ...], Dialect], ...] = (
         ("<|tool_call|>",),
         Dialect(
             "granite",
-            {"<|tool_call|>": _objects("<|/tool_call|>")},
+            {"<|tool_call|>": of_objects("<|/tool_call|>")},
             section=json_objects("", listed=True),
             inner=("<|/tool_call|>",),
         ),
     ),
     (("<tool_call>",), HERMES),
-    (("functools",), Dialect("functools", {"functools": _objects()}, section=json_objects("", listed=True))),
+    (("functools",), Dialect("functools", {"functools": of_objects()}, section=json_objects("", listed=True))),
     (
         ("<|python_start|>",),
         Dialect(
@@ -285,18 +281,15 @@ What is more special stands before what is more common."""
 GENERIC = Dialect("json", leading=_leading_objects, section=json_objects(""))
 """Of models whose template shows tools in a way that no family here has."""
 OTHER_THOUGHTS = (("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), THINK)
-
-
-def dialect_of(template: str, vocabulary: Collection[str], *, shows_tools: bool) -> Dialect:
-    """Of a model with this chat template and these added tokens. ``shows_tools``: the template does something with
-    tools; otherwise nothing is ever called."""
-
-    def has(text: str) -> bool:
-        return text in template or text in vocabulary
-
-    found = next((dialect for marks, dialect in FAMILIES if all(map(has, marks))), GENERIC)
-    if not shows_tools and not found.messages:
-        found = replace(found, calls={}, leading=None, section=None)
-    if found.thoughts is None:
-        found = replace(found, thoughts=next((marks for marks in OTHER_THOUGHTS if has(marks[1])), None))
-    return found
+BY_NAME = {dialect.name: dialect for _, dialect in (*FAMILIES, ((), GENERIC))}
+PARSERS = {
+    "function_gemma": "functiongemma",
+    "gemma4": "gemma4",
+    "glm47": "glm",
+    "json_tools": "hermes",
+    "kimi_k2": "kimi",
+    "minimax_m2": "minimax",
+    "pythonic": "lfm2",
+    "qwen3_coder": "qwen_coder",
+}
+"""What mlx-lm calls them, as ``tool_parser_type`` of a tokenizer_config.json has it."""

@@ -112,9 +112,11 @@ _MESSAGE = record(
         "content": nullable(STRING),
         "refusal": {"type": "null"},
         "reasoning_content": STRING,
+        "reasoning": STRING,
         "tool_calls": listed(_CALL),
     },
     "reasoning_content",
+    "reasoning",
     "tool_calls",
 )
 _DELTA = record(
@@ -122,11 +124,13 @@ _DELTA = record(
         "role": constant("assistant"),
         "content": STRING,
         "reasoning_content": STRING,
+        "reasoning": STRING,
         "tool_calls": listed(_CALL_PART),
     },
     "role",
     "content",
     "reasoning_content",
+    "reasoning",
     "tool_calls",
 )
 

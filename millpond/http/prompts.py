@@ -97,7 +97,7 @@ def _chat_prompt(
     many = len(messages) >= context
     try:
         # Control tokens recognised are one token each, which is the least that they can be.
-        if many or _surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
+        if many or surely_longer(tokenizer, texts, context, len(messages), parse_special=True):
             raise _prompt_too_long(asked, context + 1, context, "more than ")
         shown = [message.for_template(spelling) for message in messages]
         prompt = tokenizer.chat_prompt(shown, conversation.generation_prompt, conversation.continued, tools, settings)
@@ -119,7 +119,7 @@ def _plain_prompt(
     context, special = info.context_length, asked.parse_special
     try:
         if isinstance(prompt, str):
-            if _surely_longer(tokenizer, [prompt], context, 0, parse_special=special):
+            if surely_longer(tokenizer, [prompt], context, 0, parse_special=special):
                 raise _prompt_too_long(asked, context + 1, context, "more than ")
             tokens = tokenizer.encode(prompt, parse_special=special)
             return _checked(asked, tokens, prompt if echo else "", context)
@@ -162,9 +162,7 @@ def _unreadable(asked: GenerationRequest, error: TextError) -> ApiError:
     return ApiError(400, f"{asked.prompt_field}: {error}", param=asked.prompt_field, code="unreadable_text")
 
 
-def _surely_longer(
-    tokenizer: Tokenizer, texts: Sequence[str], context: int, least: int, *, parse_special: bool
-) -> bool:
+def surely_longer(tokenizer: Tokenizer, texts: Sequence[str], context: int, least: int, *, parse_special: bool) -> bool:
     """Whether a prompt of these texts and at least ``least`` tokens between them is longer than the context, if that
     can be seen without reading all of it."""
     if sum(map(len, texts)) <= CHARACTERS_PER_TOKEN * context:

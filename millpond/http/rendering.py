@@ -48,6 +48,8 @@ class Answering:
     """Of each prompt the text that is to be repeated; may be empty."""
     n: int
     """Choices of each prompt; they are numbered on from prompt to prompt."""
+    thoughts: tuple[str, ...] = ("reasoning_content",)
+    """The names under which chats tell thoughts."""
     clamped: bool = False
     """The answer ends with the context, before the tokens that were asked for."""
 

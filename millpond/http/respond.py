@@ -93,7 +93,8 @@ def respond(http: HttpRequest, front: FrontEnd, parsed: Parsed, model: ServedMod
             ignored = ignored_header((*asked.ignored, *shapes[0].ignored))
             echoes = [prompt.echo for prompt in prompts]
             clamped = prompts[0].clamped
-            told = Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n, clamped)
+            thoughts = front.config.thought_fields
+            told = Answering(base, model.names.served, info.fingerprint, tokenizer, echoes, asked.n, thoughts, clamped)
             writer = writer_of(told)
             generation = Generation(model, front.config, requests, answers, asked.n, clock.start, prompts[0].places)
             del prompts, shapes, prediction, requests, answers

@@ -19,6 +19,10 @@ class TokenizerSettings:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     add_bos: bool | None = None
     """Whether a plain text begins with BOS; None where only tokenizer.json says it."""
+    tool_parser: str = ""
+    """How mlx-lm calls the model's way of writing calls."""
+    response_template: Mapping[str, object] = field(default_factory=dict)
+    """How answers are to be taken apart, as transformers has it."""
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
@@ -31,9 +35,12 @@ def read_settings(folder: Path) -> TokenizerSettings:
     older = {} if "added_tokens_decoder" in config else read_json(folder / "special_tokens_map.json")
     named = {name: _content(value) for name, value in {**config, **older}.items() if name.endswith("_token")}
     add_bos = config.get("add_bos_token")
+    parser, template = config.get("tool_parser_type"), config.get("response_template")
     return TokenizerSettings(
         special_tokens={name: token for name, token in named.items() if token},
         add_bos=add_bos if isinstance(add_bos, bool) else None,
+        tool_parser=parser if isinstance(parser, str) else "",
+        response_template=template if isinstance(template, dict) else {},
     )
 
 

@@ -11,15 +11,17 @@ into text.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 
-from millpond.dialects.families import dialect_of
+from millpond.dialects.dialect import Dialect
+from millpond.dialects.find import Evidence, Found, find
 from millpond.dialects.reader import AnswerReader
 from millpond.dialects.tagged_calls import Tools
 from millpond.text.answer import Answer, AnswerText
@@ -32,6 +34,7 @@ from millpond.text.errors import TextError
 from millpond.text.loading import TokenizerError, load_backend
 from millpond.text.marks import Span
 from millpond.text.masks import Masks
+from millpond.text.own_writing import TOOL, TOOLS, OwnWriting, own_writing, reads_call
 from millpond.text.read_answer import ReadAnswer
 from millpond.text.settings import TokenizerSettings, read_settings
 from millpond.text.stops import StopStrings
@@ -65,8 +68,11 @@ class ChatPrompt(NamedTuple):
 class Tokenizer:
     """See the module's docstring. Made by ``load``."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
-        """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens."""
+    def __init__(
+        self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path, tool_format: str = ""
+    ) -> None:
+        """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens.
+        ``tool_format``: the family as the user names it; empty: it is found out."""
         self._backend = backend
         self._decoding = decoding_of(backend)
         self._spelled: dict[int, bytes] = {}
@@ -76,12 +82,7 @@ class Tokenizer:
         controls = control_tokens(backend, source or "")
         self._encoder = Encoder(backend, controls)
         self._masks = Masks(controls, source or "", backend.normalizer)
-        added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
-        shows_tools = self._template is not None and "tools" in self._template.reads
-        self.dialect = dialect_of(source or "", added, shows_tools=shows_tools)
-        self.marks = {mark: added[mark] for mark in self.dialect.marks if mark in added}
-        """Those of the dialect that are tokens of their own, with their ids."""
-        self._marks = {index: mark for mark, index in self.marks.items()}
+        self._added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(settings.special_tokens.get("bos_token"))
         self._prefix = _prefix(backend, settings.add_bos, self.bos_token_id)
@@ -89,15 +90,19 @@ class Tokenizer:
         self.line_ends = _single(self._encoder, "\n", "\n\n")
         """Ids of tokens that end lines and nothing else."""
         self.eos_token_ids = self._find_ends(folder, self._id_of(settings.special_tokens.get("eos_token")))
+        self.family = self._find_family(settings, tool_format)
+        """How the model writes, and how that is known."""
+        self.marks = self._marks_of(self.dialect)
+        """Those of the dialect that are tokens of their own, with their ids."""
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, tool_format: str = "") -> Tokenizer:
         """Read the tokenizer in a model folder; nothing is fetched and no code from the folder is run.
 
         Raises TokenizerError when there is none, it needs code of its own, or its chat template cannot be had.
         """
         try:
-            return cls(load_backend(folder), read_settings(folder), folder)
+            return cls(load_backend(folder), read_settings(folder), folder, tool_format)
         except (TemplateFileError, EndlessTemplateError) as error:
             raise TokenizerError(str(error)) from error
 
@@ -114,6 +119,11 @@ class Tokenizer:
         """What the model's folder says of it: names of special tokens with what they spell, and the chat template."""
         template = None if self._template is None else self._template.source
         return {**self._special_tokens, "chat_template": template, "vocab_size": self.vocab_size}
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the model writes thoughts and calls."""
+        return self.family.dialect
 
     @property
     def has_chat_template(self) -> bool:
@@ -189,8 +199,7 @@ class Tokenizer:
         dialect = self.dialect
         if tools is None and not dialect.thoughts and not dialect.messages:
             return self.answer(stops)
-        reader = AnswerReader(dialect, self.marks, tools, thinking=self.in_thought(prompt))
-        return ReadAnswer(self.detokenizer, reader, self._marks, stops, one_call=one_call)
+        return self._read(dialect, self.marks, tools, stops, thinking=self.in_thought(prompt), one_call=one_call)
 
     def in_thought(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends right behind the mark that begins a thought: templates may write it themselves."""
@@ -218,6 +227,51 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """``token_bytes`` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token).decode("utf-8", "replace")
+
+    def _read(
+        self,
+        dialect: Dialect,
+        marks: Mapping[str, int],
+        tools: Tools | None,
+        stops: StopStrings,
+        *,
+        thinking: bool = False,
+        one_call: bool = False,
+    ) -> ReadAnswer:
+        reader = AnswerReader(dialect, marks, tools, thinking=thinking)
+        by_id = {index: mark for mark, index in marks.items()}
+        return ReadAnswer(self.detokenizer, reader, by_id, stops, one_call=one_call)
+
+    def _marks_of(self, dialect: Dialect) -> dict[str, int]:
+        return {mark: self._added[mark] for mark in dialect.marks if mark in self._added}
+
+    def _find_family(self, settings: TokenizerSettings, tool_format: str) -> Found:
+        template = self._template
+        shows_tools = template is not None and "tools" in template.reads
+        own = own_writing(partial(self._rendered_or_none, tools=[TOOL] if shows_tools else [])) if template else None
+        own = own or OwnWriting()
+        written = list(takewhile(lambda token: token not in self.eos_token_ids, self._encode(own.call)))
+        evidence = Evidence(
+            template.source if template else "",
+            self._added.keys(),
+            shows_tools,
+            asked=tool_format,
+            parser=settings.tool_parser,
+            declared=settings.response_template,
+            call=b"".join(self.spelled(written)).decode("utf-8", "replace") if shows_tools else "",
+            thought=own.thought,
+        )
+
+        marks = set(self._added.values()).intersection(written)
+
+        def reads(dialect: Dialect) -> bool:
+            known = self._marks_of(dialect)
+            if dialect.leading is not None and marks - set(known.values()):
+                return False  # it would find the call because it does not see what stands before it
+            answer = self._read(dialect, known, TOOLS, StopStrings())
+            return reads_call([*answer.add(written).pieces, *answer.finish().pieces])
+
+        return find(evidence, reads)
 
     def _encode(self, text: str) -> list[int]:
         """What tokenizer.json makes of a text, control tokens in it recognised."""
@@ -266,11 +320,11 @@ class Tokenizer:
 
     def _render_answer(self, answer: str) -> str | None:
         """A conversation that ends with this answer, without generation prompt; None if the template refuses it."""
+        return self._rendered_or_none([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}])
+
+    def _rendered_or_none(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str | None:
         try:
-            return self._render(
-                [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}],
-                generation_prompt=False,
-            ).text
+            return self._render(messages, generation_prompt=False, tools=tools).text
         except TemplateError:
             return None
 

@@ -19,6 +19,11 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_sampling_defaults.py::test_the_models_file_counts_by_default",
         "http/test_sampling_defaults.py::test_the_setting_says_whose_defaults_count",
     ),
+    "reasoning_field": ("http/test_tools.py::test_thoughts_are_told_under_the_names_that_are_set",),
+    "tool_format": (
+        "http/test_tools.py::test_calls_are_read_as_the_user_names",
+        "text/test_own_writing.py::test_what_the_user_names_counts",
+    ),
     "context_length": (
         "http/test_engine_flags.py::test_settings_from_all_sources_reach_the_engine",
         "engine/test_process.py::test_a_context_beyond_the_models_is_refused",

@@ -7,7 +7,7 @@ import json
 import pytest
 from answers_read import cuts, read, tokens_of
 
-from millpond.dialects.families import BAR, FAMILIES, GENERIC
+from millpond.dialects.families import BAR, BY_NAME
 
 SCHEMA = {
     "type": "object",
@@ -22,7 +22,6 @@ SCHEMA = {
 }
 TOOLS = {"write": SCHEMA, "now": {}}
 ARGUMENTS = {"path": "/a b/ü.txt", "text": 'He said: "no\\n"\n  {x: [1, 2}\n</b>\n', "count": 9007199254740993}
-BY_NAME = {dialect.name: dialect for _, dialect in (*FAMILIES, ((), GENERIC))}
 JSON = json.dumps(ARGUMENTS, ensure_ascii=False)
 CALL = f'{{"name": "write", "arguments": {JSON}}}'
 NOW = '{"name": "now", "arguments": {}}'

@@ -63,3 +63,36 @@ def test_killed_while_it_reads_restores_and_draws(smollm2_folder: Path, tmp_path
         assert again["choices"][0]["text"] == right
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
         assert settled(server)["engine"]["restarts"] == 3
+
+
+SHAPES: tuple[dict[str, object], ...] = (
+    {"structured_outputs": {"regex": "[a-z ]{300,}"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "array", "minItems": 90}}}},
+    {"structured_outputs": {"choice": ["yes " * 60, "no " * 60]}},
+    {"ignore_eos": True},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.models
+def test_killed_while_it_follows_grammars(smollm2_folder: Path, launch: Launch) -> None:
+    """(M3, L16) The next engine compiles them anew, and each answer is what it would have been."""
+    command = [sys.executable, "-m", "millpond.cli.main", "serve", str(smollm2_folder), "--model-name", MODEL]
+    with launch([*command, "--port", "0"]) as server, ThreadPoolExecutor(len(SHAPES)) as pool:
+
+        def asked(most: int) -> list[httpx.Response]:
+            found = [
+                pool.submit(ask, server, max_tokens=most, temperature=0.8, seed=number, prompt=WORDS, **shape)
+                for number, shape in enumerate(SHAPES)
+            ]
+            return [answer.result() for answer in found]
+
+        before = [answer.json()["choices"][0]["text"] for answer in asked(40)]
+        victim = server.engine_pid()
+        dying = [pool.submit(ask, server, max_tokens=300, prompt=WORDS, **shape) for shape in SHAPES]
+        wait_until(server, lambda health: health["engine"]["running"] == len(SHAPES))
+        os.kill(victim, signal.SIGKILL)
+        for answer in dying:
+            assert answer.result().json()["error"]["code"] == "engine_died"
+        wait_until(server, lambda health: health["status"] == "ok")  # type: ignore[comparison-overlap]
+        assert [answer.json()["choices"][0]["text"] for answer in asked(40)] == before

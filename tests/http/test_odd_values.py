@@ -38,6 +38,7 @@ CHAT = {
     "logit_bias": {"5": 1},
     "stop": ["x"],
     "stream_options": {"include_usage": True},
+    "include_reasoning": True,
     "chat_template_kwargs": {"enable_thinking": True},
     "prediction": {"type": "content", "content": [{"type": "text", "text": "p"}]},
 }

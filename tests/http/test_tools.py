@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import openai
@@ -16,6 +18,10 @@ from tool_tokenizer import TEMPLATE, write_tool_tokenizer
 
 from millpond.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from conftest import Launch
+
+SERVER = str(Path(__file__).with_name("scripted_server.py"))
 TOOL: ChatCompletionToolParam = {
     "type": "function",
     "function": {
@@ -39,13 +45,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def answering(folder: Path, answers: Sequence[str], step: int = 1) -> AsyncIterator[openai.AsyncOpenAI]:
+async def answering(
+    folder: Path, answers: Sequence[str], step: int = 1, **settings: str
+) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client of a server whose model answers so, in turn."""
     tokenizer = Tokenizer.load(folder)
     written = folder / "answers.json"
     written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
     client = scripted(f"written,context=4000,step={step}", {"SCRIPTED_ANSWERS": str(written)})
-    async with serving(served("m", client, lambda: Tokenizer.load(folder))) as (http, _):
+    async with serving(served("m", client, lambda: Tokenizer.load(folder)), **settings) as (http, _):
         yield openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0)
 
 
@@ -84,6 +92,46 @@ async def test_a_call(folder: Path, step: int) -> None:
         assert "".join(delta.content or "" for delta in deltas) == "Let me see."  # type: ignore[attr-defined]
         thoughts = [delta.model_dump().get("reasoning_content") or "" for delta in deltas]  # type: ignore[attr-defined]
         assert "".join(thoughts) == "I read it."
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [
+        ("reasoning_content", ("reasoning_content",)),
+        ("reasoning", ("reasoning",)),
+        ("both", ("reasoning_content", "reasoning")),
+    ],
+)
+@pytest.mark.anyio
+async def test_thoughts_are_told_under_the_names_that_are_set(
+    folder: Path, setting: str, names: tuple[str, ...]
+) -> None:
+    async with answering(folder, [f"{THOUGHT}Hello."], reasoning_field=setting) as client:
+        whole = await client.chat.completions.create(model="m", messages=ASKED)
+        deltas, _ = await streamed(client)
+    message = whole.choices[0].message.model_dump()
+    parts = [delta.model_dump() for delta in deltas]  # type: ignore[attr-defined]
+    for name in ("reasoning_content", "reasoning"):
+        expected = "I read it." if name in names else None
+        assert message.get(name) == expected
+        assert ("".join(part.get(name) or "" for part in parts) or None) == expected
+    assert message["content"] == "".join(part.get("content") or "" for part in parts) == "Hello."
+
+
+@pytest.mark.anyio
+async def test_thoughts_that_are_not_asked_for_are_counted_only(folder: Path) -> None:
+    async with answering(folder, [f"{THOUGHT}Hello."]) as client:
+        told = await client.chat.completions.create(model="m", messages=ASKED)
+        whole = await client.chat.completions.create(model="m", messages=ASKED, extra_body={"include_reasoning": False})
+        deltas, _ = await streamed(client, extra_body={"include_reasoning": False})
+    assert "reasoning_content" not in whole.choices[0].message.model_dump()
+    assert whole.choices[0].message.content == "Hello."
+    assert not any(delta.model_dump().get("reasoning_content") for delta in deltas)  # type: ignore[attr-defined]
+    assert "".join(delta.content or "" for delta in deltas) == "Hello."  # type: ignore[attr-defined]
+    assert whole.usage == told.usage
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens
 
 
 @pytest.mark.anyio
@@ -298,3 +346,22 @@ async def test_what_no_template_listens_to_is_named(folder: Path, field: str, va
         with pytest.raises(openai.BadRequestError) as caught:
             await client.post("/chat/completions", body=body, cast_to=httpx.Response)
         assert message in caught.value.message
+
+
+@pytest.mark.parametrize(("family", "calls"), [("auto", 0), ("mistral", 1)])
+def test_calls_are_read_as_the_user_names(
+    folder: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch, family: str, calls: int
+) -> None:
+    """By the whole command, whose log says how."""
+    answer = '[TOOL_CALLS]read_file[ARGS]{"path": "a"}'
+    written = folder / "answers.json"
+    written.write_text(json.dumps([Tokenizer.load(folder).text_tokens(answer)]))
+    monkeypatch.setenv("SCRIPTED_ANSWERS", str(written))
+    command = [sys.executable, SERVER, "written,context=4000", str(folder), "tool_format", family]
+    with launch(command) as server, server.client() as client:
+        whole = client.chat.completions.create(model="test-model", messages=ASKED, tools=[TOOL])
+        assert len(whole.choices[0].message.tool_calls or []) == calls
+        (line,) = [line for line in server.lines if "answers are read" in line]
+        warned = any("chat template writes calls in another way" in line for line in server.lines)
+    assert f"family={'hermes' if family == 'auto' else family} " in line
+    assert warned == bool(calls)

@@ -169,7 +169,9 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
             inside('{"type":"allowed_tools","allowed_tools":{"mode":"auto","tools":', LISTS, "}}"),
             *ANYTHING,
         ),
-        **dict.fromkeys(("parallel_tool_calls", "reasoning_effort", "thinking_token_budget"), ANYTHING),
+        **dict.fromkeys(
+            ("parallel_tool_calls", "reasoning_effort", "thinking_token_budget", "include_reasoning"), ANYTHING
+        ),
         "no_such_field": (LISTS, OBJECTS, PAIRS, TEXT, many("[]"), many('{"a":{"a":{}}}'), text("\\n"), text('\\"')),
     },
     PLAIN: {

@@ -84,7 +84,9 @@ class MadeUpDisk:
     def lose(self, ids: Sequence[RecordId]) -> list[RecordId]:
         lost = set(ids)
         keys = {record.key for record in ids if record.kind is Kind.KV}
-        while found := {r for r, (head, _) in self.store.items() if head.parent in keys and r not in lost}:
+        while found := {
+            r for r, (head, _) in self.store.items() if (head.parent in keys or r.key in keys) and r not in lost
+        }:
             lost |= found
             keys |= {record.key for record in found}
         for record in lost:

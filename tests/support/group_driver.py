@@ -182,6 +182,8 @@ class Group:
                     assert outcome.endings == 0, "a token after the end"
                     outcome.tokens += delta.tokens
                     outcome.logprobs += delta.logprobs or []
+                    outcome.prompt_logprobs += delta.prompt_logprobs or []
+                    outcome.embedding = delta.embedding or outcome.embedding
                     outcome.prefix = delta.prefix or outcome.prefix
                     if delta.verdict is not None:
                         outcome.accepted += delta.verdict.accepted

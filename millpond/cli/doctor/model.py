@@ -69,7 +69,7 @@ def findings(name: str, config: ServeConfig, probed: Probe, quiet: bool) -> Iter
             "prefixes", text, "a --cache-ram above 0" if config.cache_ram == 0 else "take another model if it matters"
         )
     yield _speculation(info, config)
-    yield _writing(source.path, info)
+    yield _writing(source.path, info, config)
 
 
 def cannot_be_loaded(source: ResolvedModel, draft: Path | None, probed: Probe) -> Finding | None:
@@ -104,17 +104,26 @@ def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:
     return warn("guessing", text, "--spec off, or take another model if it matters")
 
 
-def _writing(folder: Path, info: ModelInfo) -> Finding:
+def _writing(folder: Path, info: ModelInfo, config: ServeConfig) -> Finding:
     """How its answers are read: calls of tools, thoughts, and whether they can be made to have a form."""
     try:
-        dialect = Tokenizer.load(folder).dialect
+        family = Tokenizer.load(folder, config.family).family
     except TokenizerError as error:
         return warn("answers", f"its tokenizer cannot be read: {error}", "take another model")
-    calls = f"calls as {dialect.name} writes them" if dialect.calls_tools else "no tools in its chat template"
+    dialect = family.dialect
+    calls = (
+        f"calls as {dialect.name} writes them, by {family.how}"
+        if dialect.calls_tools
+        else "no tools in its chat template"
+    )
     channels = "thoughts in a channel of their own" if dialect.messages else "no thoughts"
     thoughts = f"thoughts between {' and '.join(dialect.thoughts)}" if dialect.thoughts else channels
     vectors = f"; vectors of {info.embedding_size} numbers" if info.embedding_size else ""
     told = f"{calls}; {thoughts}{vectors}"
+    if dialect.calls_tools and not family.read:
+        return warn(
+            "answers", f"{told}; its chat template writes calls in another way", "--tool-format, or another model"
+        )
     if info.grammars:
         return warn("answers", f"{told}; no forms and forced calls: {info.grammars}", "another model, if it matters")
     return ok("answers", f"{told}; forms and forced calls")

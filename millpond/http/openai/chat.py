@@ -22,9 +22,17 @@ class ChatWriter(ChoicesWriter):
     """Chat answers in the API's shape."""
 
     def __init__(
-        self, answering: Answering, *, include_usage: bool, logprobs: bool, prompt_logprobs: int | None
+        self,
+        answering: Answering,
+        *,
+        include_usage: bool,
+        logprobs: bool,
+        prompt_logprobs: int | None,
+        thoughts: bool,
     ) -> None:
+        """``thoughts``: they are told; otherwise only counted."""
         self._answering = answering
+        self._thoughts = answering.thoughts if thoughts else ()
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
         head: Json = {"id": f"chatcmpl-{answering.id}", **described(answering)}
@@ -61,7 +69,7 @@ class ChatWriter(ChoicesWriter):
             case Said(text):
                 return {"content": text}
             case Thought(text):
-                return {"reasoning_content": text}
+                return dict.fromkeys(self._thoughts, text)
             case CallBegun():
                 choice.calls += 1
                 begun = self._call(index, choice.calls - 1, piece, "")
@@ -76,7 +84,7 @@ class ChatWriter(ChoicesWriter):
         called = [self._call(index, number, *call) for number, call in enumerate(choice.called)]
         message: Json = {"role": "assistant", "content": choice.text or (None if called else ""), "refusal": None}
         if choice.thought:
-            message["reasoning_content"] = choice.thought
+            message |= dict.fromkeys(self._thoughts, choice.thought)
         if called:
             message["tool_calls"] = called
         finish = _finish(choice.finish, len(called), choice.broken)
@@ -102,6 +110,7 @@ def read(fields: Mapping[str, object]) -> Parsed:
         include_usage=asked.include_usage,
         logprobs=asked.logprobs,
         prompt_logprobs=asked.prompt_logprobs,
+        thoughts=asked.include_reasoning,
     )
     return Parsed(asked.generation(), writer, len(unknown_fields(ChatRequest, fields)))
 

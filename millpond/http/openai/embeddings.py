@@ -22,6 +22,7 @@ from millpond.http.context import context_of
 from millpond.http.errors import ApiError, PromptTooLong, bad_value, from_engine, unavailable
 from millpond.http.fields import checked
 from millpond.http.front_end import FrontEnd, front_end_of
+from millpond.http.prompts import surely_longer
 from millpond.http.served_model import ServedModel
 from millpond.http.sse import WatchedResponse, send_parts
 from millpond.text.tokenizer import TextError, Tokenizer
@@ -126,6 +127,8 @@ def _tokens(given: Input, index: int, tokenizer: Tokenizer, info: ModelInfo) -> 
     where, most = f"input[{index}]", info.context_length - 2  # one is behind it that is never read, and one is drawn
     if isinstance(given, str):
         try:
+            if surely_longer(tokenizer, [given], info.context_length, 0, parse_special=False):
+                raise PromptTooLong(f"{where}: must have at most {most} tokens, got more", where, most + 1, most)
             tokens = tokenizer.whole(given)
         except TextError as error:
             raise ApiError(400, f"{where}: {error}", param=where, code="unreadable_text") from error

@@ -263,6 +263,7 @@ class ChatRequest(OpenAIRequest):
     thinking_token_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
         None, description="an integer of at least 0"
     )
+    include_reasoning: bool = Field(True, description="true or false")
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, description=_SETTINGS)
 
     @field_validator("messages", mode="plain")
