@@ -55,7 +55,7 @@ class Evidence:
         return text in self.template or text in self.vocabulary or text in json.dumps(self.declared, ensure_ascii=False)
 
 
-class Found(NamedTuple):
+class Family(NamedTuple):
     """How a model writes, and how that is known."""
 
     dialect: Dialect
@@ -65,7 +65,7 @@ class Found(NamedTuple):
     """False: its own template writes calls that are not read."""
 
 
-def find(evidence: Evidence, reads: Reads) -> Found:
+def find(evidence: Evidence, reads: Reads) -> Family:
     """``reads``: whether a dialect's reader finds the call that was given in what the template wrote."""
     found = _with_calls(evidence, reads)
     dialect = found.dialect
@@ -76,19 +76,19 @@ def find(evidence: Evidence, reads: Reads) -> Found:
     return found._replace(dialect=dialect)
 
 
-def _with_calls(evidence: Evidence, reads: Reads) -> Found:
+def _with_calls(evidence: Evidence, reads: Reads) -> Family:
     asked = BY_NAME.get(evidence.asked)
     if asked is not None:
-        return Found(asked, "--tool-format", not evidence.call or asked.messages or reads(asked))
+        return Family(asked, "--tool-format", not evidence.call or asked.messages or reads(asked))
     by_marks = next((dialect for marks, dialect in FAMILIES if all(map(evidence.has, marks))), GENERIC)
     declared = BY_NAME.get(PARSERS.get(evidence.parser, ""))
     likely = [dialect for dialect in (declared, by_marks) if dialect is not None]
     if not evidence.call or by_marks.messages:
-        return Found(likely[0], "its marks" if declared is None else f"tool_parser_type {evidence.parser}")
+        return Family(likely[0], "its marks" if declared is None else f"tool_parser_type {evidence.parser}")
     for dialect in chain(likely, _others(likely), _shaped(evidence.call)):
         if not dialect.messages and reads(dialect):
-            return Found(dialect, "what its chat template writes")
-    return Found(likely[0], "its marks", read=False)
+            return Family(dialect, "what its chat template writes")
+    return Family(likely[0], "its marks", read=False)
 
 
 def _others(likely: Sequence[Dialect]) -> Iterator[Dialect]:

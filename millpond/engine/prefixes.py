@@ -440,7 +440,7 @@ class Prefixes:
         """The step that filled these blocks has been read; those of rows that went wrong are thrown away."""
         for cut in cuts:
             sequence = sequences[cut.name]
-            if sequence.poisoned or len(sequence.processed) < cut.end:
+            if sequence.query is None or sequence.poisoned or len(sequence.processed) < cut.end:
                 continue
             begin = cut.end - BLOCK
             if cut.records:

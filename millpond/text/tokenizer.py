@@ -21,7 +21,7 @@ from typing import NamedTuple
 import tokenizers
 
 from millpond.dialects.dialect import Dialect
-from millpond.dialects.find import Evidence, Found, find
+from millpond.dialects.find import Evidence, Family, find
 from millpond.dialects.reader import AnswerReader
 from millpond.dialects.tagged_calls import Tools
 from millpond.text.answer import Answer, AnswerText
@@ -245,7 +245,7 @@ class Tokenizer:
     def _marks_of(self, dialect: Dialect) -> dict[str, int]:
         return {mark: self._added[mark] for mark in dialect.marks if mark in self._added}
 
-    def _find_family(self, settings: TokenizerSettings, tool_format: str) -> Found:
+    def _find_family(self, settings: TokenizerSettings, tool_format: str) -> Family:
         template = self._template
         shows_tools = template is not None and "tools" in template.reads
         own = own_writing(partial(self._rendered_or_none, tools=[TOOL] if shows_tools else [])) if template else None

@@ -83,6 +83,7 @@ def test_a_table_to_be_pasted(tiny: Path, temporary: Path) -> None:
     assert not (temporary.parent / "user").exists()
 
 
+@pytest.mark.slow
 def test_the_same_as_json(tiny: Path, temporary: Path) -> None:
     command = [*COMMAND, "--json", str(tiny)]
     result = subprocess.run(

@@ -134,6 +134,7 @@ def test_an_answer_goes_on_in_the_next_prompt(steady: OpenModel) -> None:
     assert_equal(answered(steady, longer, steady=CHUNK, cache=cache), alone(steady, longer, steady=CHUNK))
 
 
+@pytest.mark.slow
 def test_nobody_is_preempted(steady: OpenModel) -> None:
     """Rows are promised what they can come to need: where memory is short, requests wait instead."""
     sizes = steady.model.sizes

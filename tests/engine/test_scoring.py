@@ -87,6 +87,25 @@ def test_the_cache_is_neither_asked_nor_filled() -> None:
     assert outcomes[0].tokens == outcomes[1].tokens == outcomes[2].tokens
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v2"])
+def test_an_answer_that_fills_blocks(kind: str) -> None:
+    """Its prompt is nowhere in the cache, so nothing of it can be kept; beside one of which all is."""
+    cache = prefix_cache(model(kind))
+    driven = driver(kind, cache=cache)
+    driven.submit(request("scored", prompt(60), 80, prompt_logprobs=TOP))
+    driven.submit(request("plain", prompt(60, 1), 80))
+    driven.run()
+    for name, seed in (("scored", 0), ("plain", 1)):
+        tokens, network = prompt(60, seed), model(kind).network
+        assert_same_or_tied(network, tokens, driven.outcomes[name].tokens, reference(network, tokens, 80))
+    check(kind, prompt(60), driven.outcomes["scored"].prompt_logprobs)
+    other = prefix_cache(model(kind))
+    without = driver(kind, cache=other)
+    without.submit(request("plain", prompt(60, 1), 80))
+    without.run()
+    assert cache.blocks == other.blocks > 0
+
+
 def test_told_once_though_it_is_computed_twice() -> None:
     """Rows that outgrow the budget give way and come back."""
     limit = 1500 * sum(spec.token_bytes for spec in model("llama").specs)

@@ -248,6 +248,7 @@ HELD: dict[str, tuple[str, bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_request_that_runs_holds_little(start_server: StartServer) -> None:
     """(B14) All kinds wait for the engine side by side. What the first of a kind take is not counted: the allocator

@@ -27,7 +27,7 @@ from millpond.prefix.records import BLOCK
 from millpond.settings import PrefixSettings, SavePolicy
 from millpond.types import ErrorKind, Finish, KvPacking, Request, SpecMode, SpecSettings, Speculation
 
-KINDS = ("llama", "qwen3", pytest.param("deepseek_v2", marks=pytest.mark.slow))
+KINDS = ("llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "deepseek_v2")))
 FORCED = Speculation(mode=SpecMode.NGRAM, adaptive=False)
 ANSWER = 40
 ON_DISK = PrefixSettings(cache_ssd=1 << 30, ssd_policy=SavePolicy.ALL)

@@ -53,6 +53,7 @@ def restored(outcomes: Sequence[Outcome]) -> list[int]:
     return [outcome.prefix.cached if outcome.prefix is not None else -1 for outcome in outcomes]
 
 
+@pytest.mark.slow  # a small model does all of this in test_group_answers
 def test_cold_cached_guessed_and_after_a_restart(smollm2_folder: Path, tmp_path: Path) -> None:
     with Group(smollm2_folder, 1, tmp_path / "alone") as group:
         group.ready()

@@ -424,7 +424,7 @@ def test_beside_a_real_disk() -> None:
 
 @pytest.mark.slow
 def test_beside_a_made_up_disk_for_long() -> None:
-    run(Machine, 3000, 80)
+    run(Machine, 1500, 80)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "lm_eval": ("lm-eval[api]==0.4.13", *OURS),
 }
 INSTALL_SECONDS = 600
-SECONDS = 120
+SECONDS = 600
 NOWHERE = "http://127.0.0.1:9"
 
 

@@ -11,9 +11,11 @@ from lm_eval.tasks import TaskManager
 
 how, where, folder, tasks, name = sys.argv[1:]
 if how == "mlx":
+    import mlx.core as mx
     from mlx_lm.evaluate import MLXLM
 
     model, arguments = MLXLM(folder, use_chat_template=False), {}
+    model._model.set_dtype(mx.float32)  # half precision takes a CPU ten times as long, and rounds
 else:
     settings = {
         "model": "demo",

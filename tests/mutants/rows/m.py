@@ -307,6 +307,13 @@ BREAKS = [
         by=("test_the_cache_is_neither_asked_nor_filled",),
     ),
     Break(
+        name="M8-kept-without-a-place",
+        file="millpond/engine/prefixes.py",
+        old="if sequence.query is None or sequence.poisoned",
+        new="if sequence.poisoned",
+        by=("test_an_answer_that_fills_blocks", "test_two_ranks_find_what_one_finds"),
+    ),
+    Break(
         name="M8-told-again",
         file="millpond/engine/executor.py",
         old="begin = min(end, max(begin, sequence.scored))",
