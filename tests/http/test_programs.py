@@ -154,5 +154,5 @@ def test_lm_eval_finds_what_it_finds_with_mlx_lm(
         for one, other in zip(mine, others, strict=True)
     ]
     print("accuracy", ours["accuracy"], theirs["accuracy"], "likelihoods differ by at most", max(differ))
-    assert ours["accuracy"] == theirs["accuracy"] > 0.4  # by chance a quarter
+    assert ours["accuracy"] == theirs["accuracy"] > 0.6  # by chance a half
     assert max(differ) < 0.1

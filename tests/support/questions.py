@@ -1,4 +1,4 @@
-"""Two hundred questions with four answers each, for whoever measures a model's accuracy."""
+"""Two hundred questions with two answers each, for whoever measures a model's accuracy."""
 
 from __future__ import annotations
 
@@ -104,8 +104,7 @@ def write_task(folder: Path) -> Path:
     chance = random.Random(7)
     lines = []
     for question, answer, others in list(_asked())[:COUNT]:
-        wrong = chance.sample(sorted(set(others) - {answer}), 3)
-        choices = chance.sample([answer, *wrong], 4)
+        choices = chance.sample([answer, chance.choice(sorted(set(others) - {answer}))], 2)
         lines.append(json.dumps({"question": question, "choices": choices, "answer": choices.index(answer)}))
     assert len(lines) == COUNT
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
