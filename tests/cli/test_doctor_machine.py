@@ -21,7 +21,7 @@ from tool_tokenizer import write_tool_tokenizer
 
 from millpond.cli.doctor import machine, model
 from millpond.cli.doctor.finding import Finding, ok
-from millpond.config import read_config
+from millpond.config import ServeConfig, read_config
 from millpond.hub.cache import cache_root
 from millpond.model.load import load
 from millpond.types import ModelInfo
@@ -158,14 +158,15 @@ def test_how_answers_are_read(tmp_path: Path) -> None:
         fingerprint="",
     )
     folder = write_tool_tokenizer(tmp_path / "tools")
-    found = model._writing(folder, info)
-    assert found == ok(
-        "answers", "calls as hermes writes them; thoughts between <think> and </think>; forms and forced calls"
-    )
-    without = model._writing(folder, msgspec.structs.replace(info, grammars="no token ends an answer"))
+    found = model._writing(folder, info, ServeConfig())
+    calls, rest = "calls as hermes writes them", "thoughts between <think> and </think>; forms and forced calls"
+    assert found == ok("answers", f"{calls}, by what its chat template writes; {rest}")
+    without = model._writing(folder, msgspec.structs.replace(info, grammars="no token ends an answer"), ServeConfig())
     assert without.state == "warn"
     assert "no forms and forced calls: no token ends an answer" in without.text
-    assert model._writing(tmp_path, info).state == "warn"
+    assert model._writing(tmp_path, info, ServeConfig()).state == "warn"
+    otherwise = model._writing(folder, info, ServeConfig(tool_format="mistral"))
+    assert (otherwise.state, "its chat template writes calls in another way" in otherwise.text) == ("warn", True)
 
 
 def test_a_draft_model_that_is_not_there(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def examine(
 
 
 def test_the_server_keeps_to_it(start_server: StartServer) -> None:
-    assert examine(start_server, good=8, bad=4, left_out=LARGE, every=11).cases >= 300
+    assert examine(start_server, good=12, bad=6, left_out=LARGE, every=11).cases >= 300
 
 
 @pytest.mark.slow
