@@ -398,11 +398,6 @@ class ServeConfig(BaseModel):
         return ("reasoning_content", "reasoning") if self.reasoning_field == "both" else (self.reasoning_field,)
 
     @property
-    def family(self) -> str:
-        """The family whose way of writing calls the user names; empty: it is found out."""
-        return "" if self.tool_format == "auto" else self.tool_format
-
-    @property
     def of_the_engine(self) -> dict[str, str]:
         """The settings that must be the same for all ranks, by name."""
         return {name: str(getattr(self, name)) for name in OF_THE_ENGINE}

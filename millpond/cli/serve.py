@@ -196,7 +196,7 @@ class ServeRun:
         from millpond.text.tokenizer import Tokenizer
 
         def read_tokenizer() -> Tokenizer:
-            tokenizer = Tokenizer.load(self._path, self._config.family)
+            tokenizer = Tokenizer.load(self._path, self._config.tool_format)
             settle()
             family = tokenizer.family
             if family.dialect.calls_tools:

@@ -39,8 +39,8 @@ class Evidence:
     """Its added tokens."""
     shows_tools: bool
     """Its template does something with tools; otherwise nothing is ever called."""
-    asked: str = ""
-    """The family that the user names; empty: none."""
+    asked: str = "auto"
+    """The family that the user names; auto: none."""
     parser: str = ""
     """``tool_parser_type`` of its tokenizer_config.json."""
     declared: Mapping[str, object] = field(default_factory=dict)

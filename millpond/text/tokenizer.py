@@ -69,10 +69,10 @@ class Tokenizer:
     """See the module's docstring. Made by ``load``."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path, tool_format: str = ""
+        self, backend: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path, tool_format: str = "auto"
     ) -> None:
         """``backend`` becomes this object's own; ``folder`` may hold config files that name more end tokens.
-        ``tool_format``: the family as the user names it; empty: it is found out."""
+        ``tool_format``: the family as the user names it; auto: it is found out."""
         self._backend = backend
         self._decoding = decoding_of(backend)
         self._spelled: dict[int, bytes] = {}
@@ -96,7 +96,7 @@ class Tokenizer:
         """Those of the dialect that are tokens of their own, with their ids."""
 
     @classmethod
-    def load(cls, folder: Path, tool_format: str = "") -> Tokenizer:
+    def load(cls, folder: Path, tool_format: str = "auto") -> Tokenizer:
         """Read the tokenizer in a model folder; nothing is fetched and no code from the folder is run.
 
         Raises TokenizerError when there is none, it needs code of its own, or its chat template cannot be had.
@@ -250,7 +250,9 @@ class Tokenizer:
         shows_tools = template is not None and "tools" in template.reads
         own = own_writing(partial(self._rendered_or_none, tools=[TOOL] if shows_tools else [])) if template else None
         own = own or OwnWriting()
-        written = list(takewhile(lambda token: token not in self.eos_token_ids, self._encode(own.call)))
+        written: list[int] = []
+        with suppress(TextError):  # a vocabulary that cannot spell it
+            written = list(takewhile(lambda token: token not in self.eos_token_ids, self._encode(own.call)))
         evidence = Evidence(
             template.source if template else "",
             self._added.keys(),

@@ -6,7 +6,6 @@ Each package has one whole program for Linux on x86; nothing else is installed, 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from isolated import isolated
 
 from millpond.cli.agents import lines
 from millpond.hub.cache import cache_root
@@ -69,28 +70,8 @@ def run(agent: str, line: str, arguments: Sequence[str], home: Path, environment
     """Run the shell's ``line`` that starts it, with more arguments, in a folder of its own, with nothing of this
     process's environment and no way out of the machine."""
     work = home / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    own = {
-        "HOME": str(home),
-        "PATH": f"{program(agent).parent}:{os.environ['PATH']}",
-        "LANG": "C.UTF-8",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-        **nowhere,
-        **environment,
-    }
-    done = subprocess.run(
-        ["sh", "-c", f"{line} {shlex.join(arguments)}"],
-        cwd=work,
-        env=own,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    command = ["sh", "-c", f"{line} {shlex.join(arguments)}"]
+    done = isolated(command, program(agent).parent, home, work, environment, SECONDS)
     return Ran(done.returncode, done.stdout, work)
 
 

@@ -6,7 +6,6 @@ Fetched once from the package registry, of the versions that stand here.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import venv
@@ -14,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+
+from isolated import isolated
 
 from millpond.hub.cache import cache_root
 
@@ -28,7 +29,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 INSTALL_SECONDS = 600
 SECONDS = 600
-NOWHERE = "http://127.0.0.1:9"
 
 
 class NotFetchedError(Exception):
@@ -63,24 +63,5 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of the environment, ``arguments[0]``, in a folder of its own, with nothing of this process's
     environment and no way out of the machine."""
-    home.mkdir(parents=True, exist_ok=True)
     folder = environment(name) / "bin"
-    own = {
-        "HOME": str(home),
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "LANG": "C.UTF-8",
-        **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
-        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE),
-        **(more or {}),
-    }
-    return subprocess.run(
-        [folder / arguments[0], *arguments[1:]],
-        cwd=home,
-        env=own,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    return isolated([folder / arguments[0], *arguments[1:]], folder, home, home, more or {}, SECONDS)

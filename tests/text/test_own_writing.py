@@ -182,3 +182,14 @@ def test_without_tools_in_the_template_nothing_is_called(tmp_path: Path) -> None
     template = TEMPLATE.replace("{%- if tools %}", "{%- if false %}").replace("for tool in tools", "for tool in []")
     tokenizer = Tokenizer.load(write_tool_tokenizer(tmp_path, template), "hermes")
     assert not tokenizer.dialect.calls_tools
+
+
+def test_a_vocabulary_that_cannot_spell_the_call(tmp_path: Path) -> None:
+    """It is loaded all the same: the marks are all that there is to go by."""
+    folder = folder_of(tmp_path, HERMES, marks=("<tool_call>", "</tool_call>"))
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    added = [token | {"id": 1 + number} for number, token in enumerate(stored["added_tokens"])]
+    (folder / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": added}))
+    family = Tokenizer.load(folder).family
+    assert (family.dialect.name, family.how) == ("hermes", "its marks")

@@ -107,7 +107,7 @@ def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:
 def _writing(folder: Path, info: ModelInfo, config: ServeConfig) -> Finding:
     """How its answers are read: calls of tools, thoughts, and whether they can be made to have a form."""
     try:
-        family = Tokenizer.load(folder, config.family).family
+        family = Tokenizer.load(folder, config.tool_format).family
     except TokenizerError as error:
         return warn("answers", f"its tokenizer cannot be read: {error}", "take another model")
     dialect = family.dialect
