@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-import httpx
-
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def address(text: str) -> str:
     """Check the address of a server as given to a flag."""
+    import httpx
+
     try:
         url = httpx.URL(text)
     except (httpx.InvalidURL, UnicodeError):

@@ -19,9 +19,10 @@ from millpond.model.checkpoint import check_weights, read_arrays
 from millpond.model.config_keys import pattern_change, remarks_of
 from millpond.model.config_rope import check_scaling, rope_changes
 from millpond.model.float8 import block_of, holds_float8, must_widen, quantization_of, widen_float8
+from millpond.model.lean_import import without_tokenizers
 from millpond.model.open_files import limit_kept
 
-with limit_kept():
+with limit_kept(), without_tokenizers():
     from mlx_lm.models.activations import swiglu as swiglu
     from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
     from mlx_lm.models.cache import ArraysCache as ArraysCache
