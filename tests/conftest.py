@@ -78,10 +78,26 @@ def gemma3_folder() -> Path:
     return resolve("gemma3-270m", SilentProgress()).path
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests go first: at the end each would keep one process busy, and the others waiting."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases that do not run often are slow ones. Files with slow tests go first: at the end each would keep one
+    process busy, and the others waiting.
+    """
+    often = [(item, marker) for item in items if (marker := item.get_closest_marker("often"))]
+    wanted = {id(item) for item, marker in often if any(word in item.name for word in marker.args)}
+    whole = {name_of(item) for item, _ in often} if not any("::" in argument for argument in config.args) else set()
+    for item, _ in often:
+        if id(item) not in wanted:
+            item.add_marker("slow")
+    if never := whole - {name_of(item) for item, _ in often if id(item) in wanted}:
+        raise pytest.UsageError(f"no case of these runs often: {sorted(never)}")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def name_of(item: pytest.Item) -> str:
+    """Of a test, its cases apart."""
+    return item.nodeid.partition("[")[0]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

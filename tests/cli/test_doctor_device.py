@@ -102,6 +102,7 @@ def test_the_same_as_json(tiny: Path, temporary: Path) -> None:
     assert (rows["prefill, 8k tokens"]["state"], rows["prefill, 8k tokens"]["figures"]) == ("skipped", {})
 
 
+@pytest.mark.often("15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, tiny: Path, temporary: Path) -> None:
     """Not even while blocks are being written."""

@@ -281,6 +281,7 @@ def test_the_property_list_keeps_the_server_alive() -> None:
 # --- files ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.often("systemd")
 @pytest.mark.parametrize(
     ("kind", "where", "start"),
     [
@@ -322,6 +323,7 @@ def test_output_goes_where_it_is_told_or_is_refused(tmp_path: Path) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.often("systemd")
 @pytest.mark.parametrize("kind", ["systemd", "launchd"])
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -55,6 +55,7 @@ def child_of(pid: int) -> int:
     return int(until(children.read_text).split()[0])
 
 
+@pytest.mark.often("True")
 @pytest.mark.parametrize("stopped", [False, True])
 def test_nobody_outlives_a_killed_front_end(tmp_path: Path, stopped: bool) -> None:
     """An idle engine, one that loads for ever, rank 0 of a group, another rank, the server of a chat and its engine."""

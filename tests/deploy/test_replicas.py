@@ -127,6 +127,7 @@ def test_the_program_accepts_the_file(balancer: str, tmp_path: Path) -> None:
 # --- where a request goes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.often("nginx")
 def test_a_session_stays_where_it_is_and_sessions_spread(shared: Site) -> None:
     places = shared.places()
     assert set(places.values()) == set(NAMES)
@@ -292,6 +293,7 @@ def test_a_request_that_kills_the_engine_is_not_passed_on(shared: Site) -> None:
 # --- replicas that go -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.often("nginx")
 def test_a_replica_that_is_killed_takes_only_its_own_with_it(
     balancer: str, start_server: StartServer, tmp_path: Path
 ) -> None:
@@ -323,6 +325,7 @@ def test_a_replica_that_is_killed_takes_only_its_own_with_it(
         }
 
 
+@pytest.mark.often("nginx")
 @pytest.mark.parametrize("back", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_replica_that_stops_hands_over(balancer: str, start_server: StartServer, tmp_path: Path, back: bool) -> None:
     """It finishes what it has begun, the other gets what it refuses. Started again, its sessions are its own again."""

@@ -103,6 +103,7 @@ def schema_of(arguments: Arguments) -> dict[str, object]:
     return {"properties": {name: {"type": types.get(type(value), "null")} for name, value in arguments.items()}}
 
 
+@pytest.mark.often("hermes", "harmony", "qwen_coder", "mistral", "deepseek_v32")
 @pytest.mark.parametrize("name", WRITTEN)
 @given(data=st.data())
 def test_what_is_written_is_read(name: str, data: st.DataObject) -> None:

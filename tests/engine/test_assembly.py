@@ -107,6 +107,7 @@ def from_memory(made: OpenModel, tokens: list[int], wanted: list[int]) -> list[i
     return driver.outcomes["then"].tokens
 
 
+@pytest.mark.often("-70")
 @pytest.mark.parametrize("more", [0, 70])
 def test_a_lone_prompt_is_put_together_while_the_disk_reads(
     more: int, made: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

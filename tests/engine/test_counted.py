@@ -129,6 +129,7 @@ def of_mlx_lm(model: LoadedModel, rows: int, folder: Path, monkeypatch: pytest.M
         return seen[0]
 
 
+@pytest.mark.often("metal-16", "cuda-1]")
 @pytest.mark.parametrize("rows", [1, ROWS])
 def test_operations_of_a_step(rows: int, model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = of_ours(model, rows, tmp_path)
@@ -138,6 +139,7 @@ def test_operations_of_a_step(rows: int, model: LoadedModel, tmp_path: Path, mon
     assert ours.total() <= MOST * theirs.total()
 
 
+@pytest.mark.often("cuda")
 def test_a_ragged_step_casts_no_indices(model: LoadedModel, tmp_path: Path) -> None:
     """Indices of another type than MLX's own would be cast in every layer."""
     aligned, ragged = (of_ours(model, rows, tmp_path)["AsType"] for rows in (1, ROWS))
@@ -154,6 +156,7 @@ def decoding(model: LoadedModel, most: int) -> Driver:
     return driven
 
 
+@pytest.mark.often("cuda")
 def test_waits_of_a_step(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host waits for a step once, when it reads what was drawn."""
     driven = decoding(model, 40)

@@ -82,6 +82,7 @@ def alone(opened: OpenModel, wanted: dict[str, list[int]], **options: object) ->
     return found
 
 
+@pytest.mark.often("qwen3")
 def test_usually_the_load_shows(opened: OpenModel) -> None:
     """Otherwise nothing here would show anything."""
     crowd, single = answered(opened, prompts()), alone(opened, prompts())
@@ -89,6 +90,7 @@ def test_usually_the_load_shows(opened: OpenModel) -> None:
     assert len(opened.capabilities.alike) > 1
 
 
+@pytest.mark.often("llama")
 def test_answers_are_the_same_whatever_the_load(steady: OpenModel) -> None:
     expected = alone(steady, prompts(), steady=CHUNK)
     assert_equal(answered(steady, prompts(), steady=CHUNK), expected)
@@ -98,6 +100,7 @@ def test_answers_are_the_same_whatever_the_load(steady: OpenModel) -> None:
     assert_equal(answered(steady, two, steady=CHUNK), expected)
 
 
+@pytest.mark.often("llama")
 def test_a_hit_is_a_miss_down_to_the_last_bit(steady: OpenModel, tmp_path: Path) -> None:
     """From memory, from the SSD, and behind another prompt that begins alike."""
     wanted = prompts()
@@ -124,6 +127,7 @@ def test_a_hit_is_a_miss_down_to_the_last_bit(steady: OpenModel, tmp_path: Path)
     assert read.disk == again.memory
 
 
+@pytest.mark.often("qwen3")
 def test_an_answer_goes_on_in_the_next_prompt(steady: OpenModel) -> None:
     """What was drawn is read again, because reading it rounds in another way. Answers that fill a chunk, too."""
     wanted, cache = prompts(), prefix_cache(steady.model)
@@ -149,6 +153,7 @@ def test_nobody_is_preempted(steady: OpenModel) -> None:
     assert driver.beat.counters.preemptions == 0
 
 
+@pytest.mark.often("llama")
 @pytest.mark.parametrize("together", [False, True])
 def test_a_neighbours_content_changes_nothing(together: bool, opened: OpenModel) -> None:
     """As usual, not only where answers are deterministic: at equal shapes, rows get equal bits."""
@@ -230,6 +235,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
     assert_equal(answered(steady, prompts(), steady=CHUNK), alone(steady, prompts(), steady=CHUNK))
 
 
+@pytest.mark.often("llama")
 def test_ranks_run_the_same_forwards_whatever_they_find(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """They compute together: one that stops early, or fills forwards up to other numbers, would hold up the others."""
     run: list[tuple[int, int]] = []

@@ -72,6 +72,7 @@ def assert_near(
         assert_same_or_near(opened.model.network, tokens, got, want, tie)
 
 
+@pytest.mark.often("llama-q4", "gemma3_text")
 @pytest.mark.parametrize("opened", CASES, indirect=True)
 def test_a_batch_answers_what_mlx_lm_does(opened: OpenModel) -> None:
     """Greedy, in ragged rows and alone."""
@@ -84,6 +85,7 @@ def test_a_batch_answers_what_mlx_lm_does(opened: OpenModel) -> None:
         assert_same_or_near(opened.model.network, tokens, alone.outcomes[name].tokens, expected)
 
 
+@pytest.mark.often("gemma3_text")
 @pytest.mark.parametrize("opened", CASES, indirect=True)
 def test_a_hit_is_a_miss(opened: OpenModel, tmp_path: Path) -> None:
     """From memory, and from the SSD after a restart: the very same tokens, as the shapes of all forwards are."""
@@ -104,6 +106,7 @@ def test_a_hit_is_a_miss(opened: OpenModel, tmp_path: Path) -> None:
         assert getattr(driven.outcomes[longest].prefix, place) >= max(LENGTHS) // 64 * 64
 
 
+@pytest.mark.often("llama-q4")
 @pytest.mark.parametrize("opened", CASES, indirect=True)
 def test_draft_tokens_change_nothing(opened: OpenModel) -> None:
     repeated = {f"x{count}": ([11, 12, 13, 14, 15, 16, 17] * 12)[: 40 + count] for count in (0, 7, 14)}
@@ -113,6 +116,7 @@ def test_draft_tokens_change_nothing(opened: OpenModel) -> None:
     assert_near(opened, repeated, guessed, answers(opened, repeated, 2 * ANSWER))
 
 
+@pytest.mark.often("llama-q4")
 @pytest.mark.parametrize("opened", CASES, indirect=True)
 def test_preempted_requests_go_on_where_they_were(opened: OpenModel) -> None:
     prompts = {name: tokens[:70] for name, tokens in crowd().items() if len(tokens) >= 70}
@@ -123,6 +127,7 @@ def test_preempted_requests_go_on_where_they_were(opened: OpenModel) -> None:
     assert_near(opened, prompts, tight, answers(opened, prompts, 230))
 
 
+@pytest.mark.often("True")
 @pytest.mark.parametrize("metal", [False, True])
 def test_rows_of_different_lengths_need_no_kernel_of_their_own(
     metal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -162,6 +167,7 @@ def test_rows_of_different_lengths_need_no_kernel_of_their_own(
 PACKED = [pytest.param((kind, "bf16"), bits, id=f"{kind}-int{bits}") for kind in CONFIGS_WIDE for bits in (8, 4)]
 
 
+@pytest.mark.often("wide_gemma3_text-int4")
 @pytest.mark.parametrize("metal", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "bits"), PACKED)
 def test_packed_keys_and_values(

@@ -98,6 +98,7 @@ def check(requests: Sequence[Request], outcomes: Mapping[str, Outcome]) -> int:
     return whole
 
 
+@pytest.mark.often("gemma3_text")
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", SOLO_KINDS[0]])
 def test_alone_and_together(kind: str) -> None:
     requests = crowd(12)
@@ -114,6 +115,7 @@ def test_neighbours_answers_are_what_they_were() -> None:
     same({one.id: run("llama", requests).outcomes[one.id] for one in free}, expected)
 
 
+@pytest.mark.often("gemma3_text", "llama-1.0")
 @pytest.mark.parametrize(
     ("kind", "chance"), [("llama", 0.0), ("llama", 0.7), ("llama", 1.0), *((kind, 0.7) for kind in SLOT_KINDS[1:])]
 )

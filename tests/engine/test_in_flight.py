@@ -82,6 +82,7 @@ def test_a_step_in_flight_copies_no_rows(model: Callable[[int], LoadedModel], la
     assert share < MOST
 
 
+@pytest.mark.slow
 def test_rows_handed_over_are_copied(model: Callable[[int], LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure sees what it is there for."""
     loaded = model(8)

@@ -32,6 +32,7 @@ def test_batched_answers_equal_single_ones(kind: str) -> None:
         assert_same_or_tied(model(kind).network, tokens, driven.outcomes[name].tokens, expected)
 
 
+@pytest.mark.often("llama")
 @pytest.mark.parametrize("kind", ["gemma3_text", "llama"])
 def test_long_answers_past_the_window_and_the_capacity(kind: str) -> None:
     driven = driver(kind)

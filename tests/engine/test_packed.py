@@ -91,6 +91,7 @@ WAYS: list[Which] = [(kind, packing, True) for kind in CONFIGS_WIDE for packing 
 ]
 
 
+@pytest.mark.often("wide_gemma3_text-int8", "wide_qwen3-groups", "wide_llama-start", "wide_llama-int4")
 @pytest.mark.parametrize(("kind", "packing", "native"), WAYS)
 def test_the_probe_lets_packed_slots_through(kind: str, packing: str, native: bool) -> None:
     found = capabilities(kind, packing, native)
@@ -162,6 +163,7 @@ def test_hit_equals_miss(which: Which, batch: int, tmp_path: Path) -> None:
         assert miss.logprobs == hit.logprobs == read.logprobs == restarted.logprobs
 
 
+@pytest.mark.often("wide_gemma3_text", "wide_llama-int4")
 @pytest.mark.parametrize(
     "which",
     [

@@ -47,6 +47,7 @@ def vector(found: bytes | None) -> NDArray[np.float64]:
     return np.frombuffer(found, "<f4").astype(np.float64)
 
 
+@pytest.mark.often("gemma3_text", "deepseek_v2-mean", "lfm2-last")
 @pytest.mark.parametrize("mode", ["lasttoken", "mean_tokens"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_all_lengths_beside_answers(kind: str, mode: str) -> None:

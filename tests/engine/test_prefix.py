@@ -217,6 +217,7 @@ def test_the_next_turn_finds_the_whole_history(kind: str) -> None:
         history = [*before, *prompt(20 + turn)]
 
 
+@pytest.mark.often("gemma3_text", "64-")
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v2"])
 @pytest.mark.parametrize("shared", [1, 30, 64, 127, 150])
 def test_a_resume_in_the_middle_of_a_block(kind: str, shared: int) -> None:
@@ -375,6 +376,7 @@ def test_rows_prompts_and_blocks_stay_below_one_limit() -> None:
     assert cached.counters.hits > 0
 
 
+@pytest.mark.often("llama")
 @pytest.mark.parametrize("kind", ["llama", "lfm2"])
 def test_an_idle_engine_never_refuses(kind: str) -> None:
     """Distinct prompts of ten times the memory have gone through; the largest request that fits still runs (D7)."""
@@ -444,6 +446,7 @@ def test_preempted_requests_resume_from_the_cache() -> None:
     assert counting.read < 4 * 149 + len(preempted) * 200
 
 
+@pytest.mark.often("gemma3_text")
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_a_layer_of_its_own_shape_is_copied_too(kind: str) -> None:
     """Its record is one array, not a stack: still a buffer of its own, and restored as such (E6, D4)."""
@@ -471,6 +474,7 @@ def test_a_layer_of_its_own_shape_is_copied_too(kind: str) -> None:
     assert held <= cached.nbytes - 1024 * cached.blocks + 64 * arrays + 4096, "a block keeps a larger buffer alive"
 
 
+@pytest.mark.often("qwen3_next", "gemma3_text")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_blocks_hold_no_more_memory_than_they_say(kind: str) -> None:
     """Prompt caches and rows are gone; what remains allocated is what the cache counts (E6).

@@ -128,6 +128,7 @@ def test_a_rest_gives_the_rows_memory_back(folder: Path) -> None:
             assert next(held for held in loads if not held) == 0
 
 
+@pytest.mark.often("abc")
 @pytest.mark.parametrize("rest", [b"", b"\x00\x00\x00\x09abc"])
 def test_it_ends_when_the_front_end_is_gone(folder: Path, rest: bytes) -> None:
     with engine() as (peer, process):
@@ -149,6 +150,7 @@ def test_it_ends_when_the_front_end_is_gone_while_it_loads(tmp_path: Path) -> No
         assert process.wait(SILENCE) == LOST_STATUS
 
 
+@pytest.mark.often("xc1")
 @pytest.mark.parametrize("data", [b"\x00\x00\x00\x02\xc1\xc1", b"\xff\xff\xff\xff"])
 def test_an_undecodable_message_ends_it(folder: Path, data: bytes) -> None:
     with engine() as (peer, process):
@@ -182,6 +184,7 @@ def test_a_context_beyond_the_models_is_refused(folder: Path) -> None:
         assert "context_length: 100000" in fatal.message
 
 
+@pytest.mark.often("llama")
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "mamba"])
 def test_little_memory_means_a_shorter_context_not_refusals(kind: str, tmp_path: Path) -> None:
     """A request that fills the context that the engine names must be accepted, whatever the cache kind (D7)."""

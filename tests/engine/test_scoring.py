@@ -46,6 +46,7 @@ def check(kind: str, tokens: Sequence[int], scores: list[TokenLogprob], top: int
             assert found[one.token] == one.logprob, "the same number wherever it is told"
 
 
+@pytest.mark.often("gemma3_text", "lfm2", "deepseek")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_token_of_the_prompt_but_the_first(kind: str) -> None:
     """Among others that are not scored, in chunks, beyond windows."""
@@ -87,6 +88,7 @@ def test_the_cache_is_neither_asked_nor_filled() -> None:
     assert outcomes[0].tokens == outcomes[1].tokens == outcomes[2].tokens
 
 
+@pytest.mark.often("llama")
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v2"])
 def test_an_answer_that_fills_blocks(kind: str) -> None:
     """Its prompt is nowhere in the cache, so nothing of it can be kept; beside one of which all is."""

@@ -27,6 +27,7 @@ from tiny_models import SLOT_KINDS
 from millpond.types import Finish, Request, SamplingParams, SpecMode, SpecSettings, Speculation
 
 
+@pytest.mark.often("gemma3_text")
 @pytest.mark.parametrize("kind", SLOT_KINDS)
 def test_every_answer_is_that_of_plain_decoding(kind: str) -> None:
     requests = crowd(10, seed=1)
@@ -43,6 +44,7 @@ def test_every_answer_is_that_of_plain_decoding(kind: str) -> None:
             assert counts.drawn / counts.rows > 2
 
 
+@pytest.mark.slow
 def test_with_preemption_cancels_and_cached_prefixes() -> None:
     requests = [request(f"r{n}", prompt(60 + 9 * n, n), 230, temperature=0.7, seed=n) for n in range(4)]
     expected = plain("llama", requests)
@@ -84,6 +86,7 @@ def assert_tied(one: Outcome, other: Outcome) -> None:
         assert abs(likely[ours.token] - likely[theirs.token]) < PACKED_TIE
 
 
+@pytest.mark.often("8-wide_gemma3_text")
 @pytest.mark.parametrize("kind", ["wide_llama", "wide_gemma3_text"])
 @pytest.mark.parametrize("bits", [0, 8])
 def test_blocks_filled_by_bursts_are_those_of_plain_decoding(kind: str, bits: int) -> None:
@@ -170,6 +173,7 @@ def test_models_in_the_solo_lane_do_without() -> None:
     assert driver.beat.counters.spec.steps == 0
 
 
+@pytest.mark.often("qwen3")
 @pytest.mark.parametrize(("drafting", "seed"), [("llama", 0), ("qwen3", 3), ("gemma3_text", 1)])
 def test_a_draft_model_beside_the_served_one(drafting: str, seed: int) -> None:
     """Twins agree always, strangers hardly ever; requests come and go, and every answer is the plain one."""

@@ -59,6 +59,7 @@ def test_a_draft_model_that_fails_costs_its_guesses_and_nothing_else(monkeypatch
     assert calls == 6  # as often as it may fail
 
 
+@pytest.mark.often("Draft-begin", "Controller-choose", "PastOutputs-of", "Lookup-propose", "Draft-read")
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

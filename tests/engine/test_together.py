@@ -64,6 +64,7 @@ def answered(driven: Driver, prompts: dict[str, list[int]], most: int = ANSWER) 
     return {name: outcome.tokens for name, outcome in driven.outcomes.items()}
 
 
+@pytest.mark.often("bf16")
 @pytest.mark.parametrize("stored", ["bf16", "q4"])
 def test_eight_prompts_at_once_on_a_gpu(
     stored: str, reads: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -82,6 +83,7 @@ def test_eight_prompts_at_once_on_a_gpu(
         assert_same_or_near(served.model.network, tokens, together[name], alone[name])
 
 
+@pytest.mark.often("wide_gemma3_text", "qwen3", "llama")
 @pytest.mark.parametrize("kind", [*SLOT_KINDS, *CONFIGS_WIDE])
 def test_prompts_of_different_lengths_behind_different_prefixes(kind: str, reads: list[int]) -> None:
     """Beginnings from the cache, windows that have moved on, tails of any length: as mlx-lm answers each."""

@@ -97,6 +97,7 @@ def test_streamed_and_whole(ai: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
 
 
+@pytest.mark.often("form0", "form3", "form4")
 @pytest.mark.parametrize(
     ("form", "pattern"),
     [
@@ -173,6 +174,7 @@ def calls(ai: openai.OpenAI, seed: int, **more: object) -> list[tuple[str, dict[
     return [(name, json.loads(arguments)) for name, arguments in found]
 
 
+@pytest.mark.often("[1]")
 @pytest.mark.parametrize("seed", range(2))
 def test_calls_that_must_be(ai: openai.OpenAI, seed: int) -> None:
     assert calls(ai, seed, tool_choice="required")
@@ -230,6 +232,7 @@ def test_a_call_or_an_answer_of_a_form(ai: openai.OpenAI) -> None:
     assert False in seen
 
 
+@pytest.mark.slow
 def test_neighbours_notice_nothing(ai: openai.OpenAI) -> None:
     """Their texts, with seeds, are what they are alone."""
 

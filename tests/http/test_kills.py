@@ -47,6 +47,7 @@ def killed_when(server: Server, condition: Callable[[Health], bool], **more: obj
     assert server.engine_pid() != victim
 
 
+@pytest.mark.slow
 @pytest.mark.models
 def test_killed_while_it_reads_restores_and_draws(smollm2_folder: Path, tmp_path: Path, launch: Launch) -> None:
     flags = ["--cache-dir", str(tmp_path / "cache"), "--cache-ssd", "1GB", "--ssd-policy", "all", "--ssd-min-free", "0"]

@@ -199,6 +199,7 @@ def test_every_field_has_its_worst() -> None:
     assert all(len(body) <= worst_bodies.BYTES + 1000 for path in WORST for name, body in worst(path))
 
 
+@pytest.mark.often("/v1/messages]", "/v1/completions", "/v1/embeddings", "explain")
 @pytest.mark.parametrize("path", list(QUICK))
 def test_livez_answers_while_the_worst_of_each_kind_comes(wide: Server, watcher: Watcher, path: str) -> None:
     """(B14)"""
@@ -207,6 +208,7 @@ def test_livez_answers_while_the_worst_of_each_kind_comes(wide: Server, watcher:
         check_body(wide, watcher, name, path, bodies[name])
 
 
+@pytest.mark.slow
 def test_livez_answers_while_much_is_asked_at_once(wide: Server, watcher: Watcher) -> None:
     """(B14) Sixteen long prompts, echoes and logarithms; chunks of a byte, headers and requests without end."""
     for name, asked in COMBINED.items():

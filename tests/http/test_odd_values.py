@@ -131,6 +131,7 @@ def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[st
         yield from places(part, (*path, step))
 
 
+@pytest.mark.often("chat", "messages", "tokenize", "explain", "detokenize", "embeddings", "plain", "references")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.anyio
 async def test_anything_in_place_of_anything(case: str, tmp_path: Path) -> None:

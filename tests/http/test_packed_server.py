@@ -95,6 +95,7 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], millpond
         assert complete(server, PROMPT, ignore_eos=True).cached == 0
 
 
+@pytest.mark.often("wide_llama", "mamba")
 @pytest.mark.parametrize(
     ("kind", "flags", "says"),
     [

@@ -44,6 +44,7 @@ def used() -> tuple[int, int]:
     return len(list(Path("/dev/fd").iterdir())), len(asyncio.all_tasks())
 
 
+@pytest.mark.often("scripted")
 @pytest.mark.parametrize("kind", ["scripted", "real"])
 def test_nothing_of_the_old_model_stays(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
     if kind == "real":

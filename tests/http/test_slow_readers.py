@@ -334,6 +334,7 @@ def real(millpond: Launch, smollm2_folder: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.often("True")
 @pytest.mark.models
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_while_the_prompt_is_read_ends_the_work_within_a_step(real: Server, stream: bool) -> None:

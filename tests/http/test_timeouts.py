@@ -186,6 +186,7 @@ def slow_text(byte_tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.often("request")
 @pytest.mark.parametrize("kind", ["queue_timeout", "request_timeout"])
 def test_reading_a_prompt_counts_and_holds_up_no_exit(launch: Launch, slow_text: Path, kind: str) -> None:
     """(B10, A3) Templates and tokenizers run in threads that nothing can interrupt: the request ends all the same,

@@ -211,6 +211,7 @@ class Comments:
         return self.error
 
 
+@pytest.mark.often("in the middle")
 @pytest.mark.parametrize("prompt", [[A, SILENT], [SILENT]], ids=["in the middle", "before the first token"])
 def test_comments_come_while_steps_do(start_server: StartServer, prompt: list[int]) -> None:
     """Silent streams are kept alive as long as the engine works, on whatever, and fall silent with it."""

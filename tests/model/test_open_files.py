@@ -19,6 +19,7 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 
+@pytest.mark.often("before0")
 @pytest.mark.parametrize(
     ("before", "after"), [((256, 1024), (1024, 1024)), ((256, 5000), (2048, 5000)), ((3000, 5000), (3000, 5000))]
 )

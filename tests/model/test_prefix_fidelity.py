@@ -137,6 +137,7 @@ def test_gemma3_packed_past_its_window(gemma3_folder: Path, tmp_path: Path, batc
     real(gemma3_folder, 540, INT8).check(tmp_path, batch)
 
 
+@pytest.mark.often("gemma3_text-1")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]

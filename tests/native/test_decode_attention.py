@@ -112,6 +112,7 @@ class Story(RuleBasedStateMachine):
         self.arena.trim()
 
 
+@pytest.mark.often("float32", "int4", "odd", "int8, window")
 @pytest.mark.parametrize("name", LAYERS)
 def test_any_story(name: str) -> None:
     class OfLayer(Story):

@@ -321,6 +321,7 @@ def assert_same_or_tied(ours: Outcome, theirs: Outcome, tie: float) -> None:
         assert mine.logprob == pytest.approx(other.logprob, abs=FLIPPED)
 
 
+@pytest.mark.slow
 def test_eight_bits_on_two_ranks_answer_what_eight_bits_on_one_answer(
     folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -346,6 +347,7 @@ def test_eight_bits_on_two_ranks_answer_what_eight_bits_on_one_answer(
 # --- the same answer whatever the load ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_of_two_ranks_do_not_depend_on_the_load(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """To the last bit: one after another, all at once, and from the cache (D4)."""
     with Group(folder("llama"), 2, tmp_path, deterministic=True) as group:

@@ -102,6 +102,7 @@ async def chaos(folder: Path, rounds: int, seed: int) -> None:
     assert client.open_requests == 0
 
 
+@pytest.mark.slow
 def test_every_rank_killed_and_stopped(tmp_path: Path) -> None:
     asyncio.run(chaos(save("llama", tmp_path), 4, 0))  # each way to end each rank
 

@@ -51,6 +51,7 @@ WRONG: dict[str, tuple[Callable[[Group], object], str]] = {
 }
 
 
+@pytest.mark.often("version")
 @pytest.mark.parametrize("what", WRONG)
 def test_a_rank_that_is_not_what_it_should_be_is_refused(what: str, folder: Path, tmp_path: Path) -> None:
     """It hears why, too."""
@@ -93,6 +94,7 @@ def stranger(group: Group) -> socket.socket:
     return socket.create_connection(("127.0.0.1", group.port), timeout=PATIENCE)
 
 
+@pytest.mark.often("no message")
 @pytest.mark.parametrize(
     ("nonsense", "expected"),
     [

@@ -90,6 +90,7 @@ def test_every_rank_is_told_its_place() -> None:
     run(test)
 
 
+@pytest.mark.often("hangs-2", "notices-1")
 @pytest.mark.parametrize("victim", [1, 2])
 @pytest.mark.parametrize("script", ["slow=0.01", "slow=0.01,blind"], ids=["rank 0 notices", "rank 0 hangs"])
 def test_a_killed_follower_ends_all_at_once(caplog: pytest.LogCaptureFixture, script: str, victim: int) -> None:
@@ -152,6 +153,7 @@ def test_what_ranks_write_is_passed_on(capsys: pytest.CaptureFixture[str]) -> No
     assert "rank 2 of 3 is here\n" in said
 
 
+@pytest.mark.often("slow=0.01]")
 @pytest.mark.parametrize("script", ["slow=0.01", "slow=0.01,deafranks"])
 def test_a_stopped_rank_0_is_killed_after_tp_silence(caplog: pytest.LogCaptureFixture, script: str) -> None:
     """stall_timeout is off, and has nothing to do with it."""

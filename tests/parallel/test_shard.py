@@ -40,6 +40,7 @@ def test_a_lone_rank_agrees_with_itself() -> None:
     assert agree(mx.array([3, 0, 255], dtype=mx.int32)).tolist() == [3, 0, 255]
 
 
+@pytest.mark.often("gemma3_text")
 @pytest.mark.parametrize(
     ("kind", "world", "said"),
     [

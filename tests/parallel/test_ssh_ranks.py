@@ -201,6 +201,7 @@ def test_ranks_over_ssh_work_and_are_told_everything(machine: Machine, tmp_path:
     run(test)
 
 
+@pytest.mark.often("ssh")
 @pytest.mark.parametrize("victim", ["follower", "keeper", "ssh"])
 def test_a_lost_remote_rank_ends_the_group_and_comes_back(
     machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture, victim: str
@@ -248,6 +249,7 @@ def test_stopped_remote_ranks_die_with_the_front_end(machine: Machine, tmp_path:
     run(test)
 
 
+@pytest.mark.often("rank-away", "rank-locked")
 @pytest.mark.parametrize(
     ("name", "python", "says"),
     [
@@ -270,6 +272,7 @@ def test_what_cannot_be_started_is_said(
     run(test)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_said(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every machine finds the model itself."""
     monkeypatch.setattr("millpond.client.engine.FIRST_DELAY", 0.01)

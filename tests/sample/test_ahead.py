@@ -59,6 +59,7 @@ def test_each_column_draws_what_it_would_draw_alone(way: str) -> None:
             assert picks.tokens[index].item() == expected.tokens[0].item(), (way, row)
 
 
+@pytest.mark.often("all-random", "top_p-random", "min_p-likeliest")
 @pytest.mark.parametrize("draft", ["random", "likeliest"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_distribution_is_that_of_plain_decoding(way: str, draft: str) -> None:

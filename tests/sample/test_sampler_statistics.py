@@ -65,6 +65,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.often("seed")
 @pytest.mark.parametrize("by", ["position", "seed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()))
 def test_distribution(case: dict[str, Any], by: str) -> None:

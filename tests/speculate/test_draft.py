@@ -145,6 +145,7 @@ class Story:
         return {name: self.chance.randint(1, 6) for name in self.committed if self.chance.random() < share}
 
 
+@pytest.mark.often("gemma3_text on arrays-3", "gemma3_text-3", "llama-8", "llama on arrays-1")
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_proposals_are_the_models_own_greedy_answer(model: LoadedModel, rows: int) -> None:
     """Ragged prompts, around the ends of windows and blocks; drafts taken and refused; rows that sit out."""
@@ -155,6 +156,7 @@ def test_proposals_are_the_models_own_greedy_answer(model: LoadedModel, rows: in
         story.step(story.wanted(1.0 if rows == 1 else 0.8))
 
 
+@pytest.mark.often("gemma3_text on")
 def test_requests_come_and_go_and_fall_behind(model: LoadedModel) -> None:
     """Those who leave are replaced by the last row; those far behind are read on; and everybody stays right."""
     story, fell_behind = Story(model, seed=5), 0
@@ -176,6 +178,7 @@ def test_requests_come_and_go_and_fall_behind(model: LoadedModel) -> None:
     assert fell_behind > 2
 
 
+@pytest.mark.often("gemma3_text")
 def test_sampled_proposals_are_what_one_row_alone_would_draw(model: LoadedModel) -> None:
     """With the parameters and the noise of that very position; penalties are left out."""
     kinds: list[dict[str, object]] = [
@@ -220,6 +223,7 @@ def test_a_draft_equal_to_its_target_is_always_right(folders: dict[str, Path], k
         tokens += answer[done : done + 6]
 
 
+@pytest.mark.often("gemma3_text")
 def test_as_many_as_one_step_can_verify_and_the_same_again(model: LoadedModel) -> None:
     """Nothing was committed in between: the row goes back over all it was fed, and farther."""
     draft, tokens = Draft(model, VOCAB, LIMIT, 0), tokens_of(random.Random(4), 90)
