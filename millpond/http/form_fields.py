@@ -10,6 +10,7 @@ from millpond.http.errors import ApiError, bad_value
 from millpond.http.generation_request import AnswerForm
 from millpond.http.values import deeper_than
 
+ANY_OBJECT: Mapping[str, object] = {"type": "object", "additionalProperties": True}
 MOST_DEEP = 32
 """Levels of a schema."""
 MOST_CHARACTERS = 65_536

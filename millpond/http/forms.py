@@ -14,6 +14,7 @@ from millpond.dialects.call_grammar import Callee, closed
 from millpond.grammar.check import GrammarError, check, check_schema
 from millpond.grammar.lark import json_value
 from millpond.http.errors import ApiError
+from millpond.http.form_fields import ANY_OBJECT
 from millpond.http.generation_request import AnswerForm, Conversation, GenerationRequest, Tool
 from millpond.http.thinking import thought_tokens
 from millpond.text.tokenizer import Tokenizer
@@ -21,7 +22,6 @@ from millpond.types import Grammar, ModelInfo
 
 MOST_SHOWN = 1000
 """Bytes of a header."""
-_ANY_OBJECT = {"type": "object", "additionalProperties": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _fitting(made: Callable[[Wanted], object], wanted: Wanted, callee: Callee, i
             message = f"tools: the schema of {callee.name} cannot be followed: {error}"
             raise ApiError(400, message, param="tools", code="invalid_schema") from error
         ignored.append(f"tools: the schema of {callee.name}")
-        return Callee(callee.name, _ANY_OBJECT)
+        return Callee(callee.name, ANY_OBJECT)
     return callee
 
 
@@ -91,7 +91,7 @@ def _callee(tool: Tool, ignored: list[str]) -> Callee:
         if tool.strict:
             raise ApiError(400, f"{tool.where}: {error}", param=tool.where, code="invalid_schema") from error
         ignored.append(f"{tool.where}: all of it")
-        return Callee(tool.name, _ANY_OBJECT)
+        return Callee(tool.name, ANY_OBJECT)
     ignored += [f"{tool.where}: {name}" for name in left_out]
     return Callee(tool.name, tool.parameters, tool.strict)
 

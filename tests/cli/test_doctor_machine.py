@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from doctor_report import doctor
 from mlx.utils import tree_flatten
+from model_infos import SMALL
 from tool_tokenizer import write_tool_tokenizer
 
 from millpond.cli.doctor import machine, model
@@ -24,7 +25,6 @@ from millpond.cli.doctor.finding import Finding, ok
 from millpond.config import ServeConfig, read_config
 from millpond.hub.cache import cache_root
 from millpond.model.load import load
-from millpond.types import ModelInfo
 
 # --- the machine and the installation ---------------------------------------------------------------------------
 
@@ -114,23 +114,10 @@ def test_more_memory_for_keys_and_values_than_there_is(tmp_path: Path) -> None:
 
 def test_how_tokens_are_guessed_ahead() -> None:
     """What is offered and which of it is used, or why there is nothing."""
-    info = ModelInfo(
-        context_length=512,
-        vocab_size=1000,
-        lane="slots",
-        lane_reason="",
-        cache_kinds=["kv"],
-        dtype="float32",
-        device="cpu",
-        blas="",
-        kv_bytes_per_token=64,
-        max_batch=8,
-        fingerprint="",
-    )
 
     def found(modes: list[str], spec: str, reason: str = "") -> Finding:
         config = read_config({"spec": spec, "draft_model": "demo"}, {})
-        return model._speculation(msgspec.structs.replace(info, speculation=modes, speculation_reason=reason), config)
+        return model._speculation(msgspec.structs.replace(SMALL, speculation=modes, speculation_reason=reason), config)
 
     assert found(["ngram"], "ngram") == ok("guessing", "ngram; ngram unless a request says otherwise")
     assert found(["ngram", "draft"], "off") == ok("guessing", "ngram, draft; off unless a request says otherwise")
@@ -144,28 +131,15 @@ def test_how_tokens_are_guessed_ahead() -> None:
 
 def test_how_answers_are_read(tmp_path: Path) -> None:
     """What of calls and thoughts a model's own files tell, and whether answers can be made to have a form."""
-    info = ModelInfo(
-        context_length=512,
-        vocab_size=1000,
-        lane="slots",
-        lane_reason="",
-        cache_kinds=["kv"],
-        dtype="float32",
-        device="cpu",
-        blas="",
-        kv_bytes_per_token=64,
-        max_batch=8,
-        fingerprint="",
-    )
     folder = write_tool_tokenizer(tmp_path / "tools")
-    found = model._writing(folder, info, ServeConfig())
+    found = model._writing(folder, SMALL, ServeConfig())
     calls, rest = "calls as hermes writes them", "thoughts between <think> and </think>; forms and forced calls"
     assert found == ok("answers", f"{calls}, by what its chat template writes; {rest}")
-    without = model._writing(folder, msgspec.structs.replace(info, grammars="no token ends an answer"), ServeConfig())
+    without = model._writing(folder, msgspec.structs.replace(SMALL, grammars="no token ends an answer"), ServeConfig())
     assert without.state == "warn"
     assert "no forms and forced calls: no token ends an answer" in without.text
-    assert model._writing(tmp_path, info, ServeConfig()).state == "warn"
-    otherwise = model._writing(folder, info, ServeConfig(tool_format="mistral"))
+    assert model._writing(tmp_path, SMALL, ServeConfig()).state == "warn"
+    otherwise = model._writing(folder, SMALL, ServeConfig(tool_format="mistral"))
     assert (otherwise.state, "its chat template writes calls in another way" in otherwise.text) == ("warn", True)
 
 

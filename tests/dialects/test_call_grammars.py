@@ -13,7 +13,7 @@ from grammar_walks import WalkVocabulary
 from millpond.dialects.answer_grammar import Wanted, answer_grammar
 from millpond.dialects.call_grammar import Callee, closed
 from millpond.dialects.dialect import Dialect
-from millpond.dialects.families import DSML, FAMILIES, GENERIC
+from millpond.dialects.families import BY_NAME, DSML
 from millpond.grammar.check import GrammarError
 from millpond.grammar.lark import json_value
 
@@ -41,7 +41,6 @@ WRITE = {
 }
 TOOLS = {"write": WRITE, "now": {}, "say.it": {"type": "object", "properties": {"it": {"type": "string"}}}}
 CALLEES = [Callee(name, schema, strict=True) for name, schema in TOOLS.items()]
-BY_NAME = {dialect.name: dialect for _, dialect in (*FAMILIES, ((), GENERIC))}
 
 
 @lru_cache(maxsize=8)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
+from tool_tokenizer import write_answers
 
 from millpond import wire
 from millpond.client import EngineClient
@@ -31,6 +32,16 @@ def scripted(script: str, environment: Mapping[str, str] | None = None) -> Engin
 
 def served(name: str, client: EngineClient, read_tokenizer: Callable[[], Tokenizer]) -> ServedModel:
     return ServedModel(ModelNames(name, frozenset()), read_tokenizer, client, NO_DEFAULTS, Speculation())
+
+
+@contextlib.asynccontextmanager
+async def writing(
+    folder: Path, answers: Sequence[str], script: str = "context=4000", keys: Keys | None = None, **settings: str
+) -> AsyncIterator[tuple[httpx.AsyncClient, FrontEnd]]:
+    """A server of the model ``m``, which writes these answers, in turn."""
+    client = scripted(f"written,{script}", {"SCRIPTED_ANSWERS": write_answers(folder, answers)})
+    async with serving(served("m", client, lambda: Tokenizer.load(folder)), keys, **settings) as both:
+        yield both
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ import pytest
 from agents import AGENTS, missing, started
 from middleman import between
 from tool_model import tool_model
-from tool_tokenizer import write_tool_tokenizer
+from tool_tokenizer import write_answers, write_tool_tokenizer
 
 from millpond.text.tokenizer import Tokenizer
 
@@ -43,14 +43,11 @@ def test_a_tool_is_run_and_its_result_heard(
 ) -> None:
     """Two turns: the model calls, the agent runs the command, the model has the last word."""
     folder = write_tool_tokenizer(tmp_path / "model")
-    tokenizer = Tokenizer.load(folder)
     name, arguments = CALLS[agent]
     call = f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
     answers = [f"<think>\nI shall.\n</think>\n\nI run it.\n{call}", DONE]
-    written = tmp_path / "answers.json"
-    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
-    monkeypatch.setenv("SCRIPTED_ANSWERS", str(written))
-    heard = tokenizer.vocabulary["<tool_response>"]
+    monkeypatch.setenv("SCRIPTED_ANSWERS", write_answers(folder, answers))
+    heard = Tokenizer.load(folder).vocabulary["<tool_response>"]
     script = f"written,context=200000,step=7,result={heard}"
     with launch([sys.executable, SERVER, script, str(folder)]) as server:
         ran = started(agent, server.url, "test-model", "Write a proof with a command.", tmp_path / "home")

@@ -11,7 +11,8 @@ import anthropic
 import httpx
 import httpx2
 import pytest
-from in_process import scripted, served, serving
+from in_process import scripted, served, serving, writing
+from model_infos import SMALL
 from tool_tokenizer import TEMPLATE, write_tool_tokenizer
 
 from millpond.http.anthropic.schemas import parse as parse_messages
@@ -19,7 +20,6 @@ from millpond.http.openai.schemas import ChatRequest
 from millpond.http.openai.schemas import parse as parse_chat
 from millpond.http.prompts import read_prompts
 from millpond.text.tokenizer import Tokenizer
-from millpond.types import ModelInfo
 
 TOOL = {
     "name": "read_file",
@@ -34,19 +34,6 @@ TOOL = {
 ASKED = [{"role": "user", "content": "What is in a?"}]
 CALL = '<tool_call>\n{"name": "read_file", "arguments": {"path": "a", "n": 9007199254740993}}\n</tool_call>'
 THOUGHT = "<think>\nI read it.\n</think>\n\n"
-INFO = ModelInfo(
-    context_length=4000,
-    vocab_size=1000,
-    lane="slots",
-    lane_reason="",
-    cache_kinds=["kv"],
-    dtype="float32",
-    device="cpu",
-    blas="",
-    kv_bytes_per_token=1,
-    max_batch=8,
-    fingerprint="0" * 64,
-)
 
 
 @pytest.fixture
@@ -58,12 +45,8 @@ def folder(tmp_path: Path) -> Path:
 async def answering(
     folder: Path, answers: Sequence[str], step: int = 1, script: str = "context=4000"
 ) -> AsyncIterator[tuple[anthropic.AsyncAnthropic, httpx.AsyncClient]]:
-    """A client of a server whose model answers so, in turn."""
-    tokenizer = Tokenizer.load(folder)
-    written = folder / "answers.json"
-    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
-    client = scripted(f"written,{script},step={step}", {"SCRIPTED_ANSWERS": str(written)})
-    async with serving(served("m", client, lambda: Tokenizer.load(folder))) as (http, _):
+    """The official client of a server whose model answers so, in turn."""
+    async with writing(folder, answers, f"{script},step={step}") as (http, _):
         assert isinstance(http._transport, httpx.ASGITransport)
         transport = httpx2.ASGITransport(http._transport.app)  # type: ignore[arg-type]
         async with httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60) as own:
@@ -178,7 +161,7 @@ async def test_an_answer_that_fills_the_context_says_so(folder: Path) -> None:
 
 def prompt(tokenizer: Tokenizer, **body: object) -> list[int]:
     asked = parse_messages({"max_tokens": 5, **body}).generation()
-    return read_prompts(asked, tokenizer, INFO)[0].tokens
+    return read_prompts(asked, tokenizer, SMALL)[0].tokens
 
 
 def test_a_conversation_has_the_prompt_that_chats_have(folder: Path) -> None:
@@ -200,7 +183,7 @@ def test_a_conversation_has_the_prompt_that_chats_have(folder: Path) -> None:
             "tools": [{"type": "function", "function": tool}],
         },
     ).generation()
-    expected = read_prompts(chat, tokenizer, INFO)[0].tokens
+    expected = read_prompts(chat, tokenizer, SMALL)[0].tokens
     found = prompt(
         tokenizer,
         system=[{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Always.", "cache_control": {}}],

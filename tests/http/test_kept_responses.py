@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import openai
 import pytest
-from in_process import scripted, served, serving
+from in_process import writing
 from tool_tokenizer import write_tool_tokenizer
 
 from millpond.http.errors import ApiError
@@ -19,7 +18,6 @@ from millpond.http.keys import Keys
 from millpond.http.response_store import ResponseStore
 from millpond.http.responses.history import History
 from millpond.http.responses.routes import read
-from millpond.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import httpx
@@ -42,11 +40,7 @@ def folder(tmp_path: Path) -> Path:
 async def answering(
     folder: Path, answers: Sequence[str], keys: Keys | None = None, **settings: str
 ) -> AsyncIterator[tuple[openai.AsyncOpenAI, httpx.AsyncClient]]:
-    tokenizer = Tokenizer.load(folder)
-    written = folder / "answers.json"
-    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
-    client = scripted("written,context=4000,step=3", {"SCRIPTED_ANSWERS": str(written)})
-    async with serving(served("m", client, lambda: Tokenizer.load(folder)), keys, **settings) as (http, _):
+    async with writing(folder, answers, "context=4000,step=3", keys, **settings) as (http, _):
         yield (
             openai.AsyncOpenAI(base_url="http://test/v1", api_key="the-key-of-ann", http_client=http, max_retries=0),
             http,

@@ -15,7 +15,7 @@ import pytest
 from programs import NotFetchedError, environment, run
 from questions import COUNT, NAME, write_task
 from tool_model import tool_model
-from tool_tokenizer import write_tool_tokenizer
+from tool_tokenizer import write_answers, write_tool_tokenizer
 
 from millpond.text.tokenizer import Tokenizer
 
@@ -40,12 +40,9 @@ def serve(folder: Path) -> list[str]:
 def server(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Its model calls the tool, and once there is a result in the prompt it has the last word."""
     folder = write_tool_tokenizer(tmp_path / "model")
-    tokenizer = Tokenizer.load(folder)
     answers = [f"<think>\nI shall.\n</think>\n\nI ask.\n{CALL}", DONE]
-    written = tmp_path / "answers.json"
-    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
-    monkeypatch.setenv("SCRIPTED_ANSWERS", str(written))
-    heard = tokenizer.vocabulary["<tool_response>"]
+    monkeypatch.setenv("SCRIPTED_ANSWERS", write_answers(folder, answers))
+    heard = Tokenizer.load(folder).vocabulary["<tool_response>"]
     with launch([sys.executable, SERVER, f"written,context=20000,step=3,result={heard}", str(folder)]) as server:
         yield server
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from model_infos import SMALL
 
 from millpond.http.errors import ApiError
 from millpond.http.generation_request import GenerationRequest
 from millpond.http.openai.schemas import ChatRequest, CompletionRequest, parse
 from millpond.http.prompts import read_prompts
 from millpond.text.tokenizer import ChatPrompt, Message, Tokenizer
-from millpond.types import ModelInfo
 
 CONTEXT = 512
 
@@ -39,20 +39,7 @@ def tokenizer(byte_tokenizer: Path) -> CountingTokenizer:
     return made
 
 
-INFO = ModelInfo(
-    context_length=CONTEXT,
-    vocab_size=1000,
-    lane="slots",
-    lane_reason="",
-    cache_kinds=["kv"],
-    dtype="float32",
-    device="cpu",
-    blas="none",
-    kv_bytes_per_token=64,
-    max_batch=8,
-    kv_limit_bytes=4096,
-    fingerprint="ab" * 32,
-)
+INFO = msgspec.structs.replace(SMALL, context_length=CONTEXT)
 
 
 def chat(*messages: dict[str, str], times: int = 1) -> GenerationRequest:

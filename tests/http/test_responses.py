@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from in_process import scripted, served, serving
-from test_anthropic import INFO
+from in_process import scripted, served, serving, writing
+from model_infos import SMALL
 from tool_tokenizer import TEMPLATE, write_tool_tokenizer
 
 from millpond.http.errors import ApiError
@@ -38,11 +38,7 @@ def folder(tmp_path: Path) -> Path:
 async def answering(
     folder: Path, answers: Sequence[str], step: int = 1, script: str = "context=4000"
 ) -> AsyncIterator[tuple[openai.AsyncOpenAI, httpx.AsyncClient]]:
-    tokenizer = Tokenizer.load(folder)
-    written = folder / "answers.json"
-    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
-    client = scripted(f"written,{script},step={step}", {"SCRIPTED_ANSWERS": str(written)})
-    async with serving(served("m", client, lambda: Tokenizer.load(folder))) as (http, _):
+    async with writing(folder, answers, f"{script},step={step}") as (http, _):
         yield openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0), http
 
 
@@ -150,7 +146,7 @@ def test_a_kept_thought_that_was_changed_is_none() -> None:
 
 def prompt(tokenizer: Tokenizer, **body: object) -> list[int]:
     asked = parse(body)
-    return read_prompts(asked.generation(asked.input, ()), tokenizer, INFO)[0].tokens
+    return read_prompts(asked.generation(asked.input, ()), tokenizer, SMALL)[0].tokens
 
 
 def test_a_conversation_has_the_prompt_that_chats_have(folder: Path) -> None:
@@ -193,7 +189,7 @@ def test_a_conversation_has_the_prompt_that_chats_have(folder: Path) -> None:
         ],
         tools=[TOOL],
     )
-    assert found == read_prompts(chat, tokenizer, INFO)[0].tokens
+    assert found == read_prompts(chat, tokenizer, SMALL)[0].tokens
 
 
 GROUP = {"type": "namespace", "name": "files", "tools": [{**TOOL, "name": "close"}, {**TOOL, "name": "read_file"}]}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import scripted, served, serving
-from test_anthropic import INFO
+from in_process import writing
+from model_infos import SMALL
 from tool_tokenizer import write_tool_tokenizer
 
 from millpond.dialects.pieces import CallBegun, CallEnded, CallText, Said
@@ -82,12 +82,9 @@ async def test_the_next_prompt_goes_on_where_the_answer_ended(tmp_path: Path) ->
     """By each API, with the arguments as clients in other languages write them."""
     folder = write_tool_tokenizer(tmp_path / "model")
     tokenizer = Tokenizer.load(folder)
-    written = folder / "answers.json"
     drawn = tokenizer.text_tokens(CALL, parse_special=True)
-    written.write_text(json.dumps([drawn]))
-    client = scripted("written,context=4000", {"SCRIPTED_ANSWERS": str(written)})
     tool = {"name": "read_file", "description": "", "parameters": SCHEMA}
-    async with serving(served("m", client, lambda: Tokenizer.load(folder))) as (http, front):
+    async with writing(folder, [CALL]) as (http, front):
         asked = {"messages": [{"role": "user", "content": ASKED}], "tools": [{"type": "function", "function": tool}]}
         answer = await http.post("/v1/chat/completions", json=asked)
         (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
@@ -118,17 +115,17 @@ async def test_the_next_prompt_goes_on_where_the_answer_ended(tmp_path: Path) ->
     ]
     request = parse_responses({"input": items, "tools": [{"type": "function", **tool}]})
     responses = request.generation(items, ())
-    first = read_prompts(parse_chat(ChatRequest, asked).generation(), tokenizer, INFO)[0].tokens
+    first = read_prompts(parse_chat(ChatRequest, asked).generation(), tokenizer, SMALL)[0].tokens
     for following in (chat, messages, responses):
 
         def find(name: str, text: str) -> str:
             return spelling.find("", name, text)
 
-        tokens = read_prompts(following, tokenizer, INFO, find)[0].tokens
+        tokens = read_prompts(following, tokenizer, SMALL, find)[0].tokens
         whole = tokenizer.decode(tokens)
         assert f'"arguments": {WRITTEN}}}' in whole
         assert tokens[: len(first)] == first
         assert tokens[len(first) : len(first) + len(drawn)] == drawn or WRITTEN in tokenizer.decode(
             tokens[len(first) :]
         )
-        assert WRITTEN not in tokenizer.decode(read_prompts(following, tokenizer, INFO)[0].tokens)
+        assert WRITTEN not in tokenizer.decode(read_prompts(following, tokenizer, SMALL)[0].tokens)

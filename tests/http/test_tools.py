@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import httpx
 import openai
 import pytest
-from in_process import scripted, served, serving
+from in_process import writing
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
-from tool_tokenizer import TEMPLATE, write_tool_tokenizer
+from tool_tokenizer import TEMPLATE, write_answers, write_tool_tokenizer
 
 from millpond.text.tokenizer import Tokenizer
 
@@ -49,11 +49,7 @@ async def answering(
     folder: Path, answers: Sequence[str], step: int = 1, **settings: str
 ) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client of a server whose model answers so, in turn."""
-    tokenizer = Tokenizer.load(folder)
-    written = folder / "answers.json"
-    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
-    client = scripted(f"written,context=4000,step={step}", {"SCRIPTED_ANSWERS": str(written)})
-    async with serving(served("m", client, lambda: Tokenizer.load(folder)), **settings) as (http, _):
+    async with writing(folder, answers, f"context=4000,step={step}", **settings) as (http, _):
         yield openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0)
 
 
@@ -354,9 +350,7 @@ def test_calls_are_read_as_the_user_names(
 ) -> None:
     """By the whole command, whose log says how."""
     answer = '[TOOL_CALLS]read_file[ARGS]{"path": "a"}'
-    written = folder / "answers.json"
-    written.write_text(json.dumps([Tokenizer.load(folder).text_tokens(answer)]))
-    monkeypatch.setenv("SCRIPTED_ANSWERS", str(written))
+    monkeypatch.setenv("SCRIPTED_ANSWERS", write_answers(folder, [answer]))
     command = [sys.executable, SERVER, "written,context=4000", str(folder), "tool_format", family]
     with launch(command) as server, server.client() as client:
         whole = client.chat.completions.create(model="test-model", messages=ASKED, tools=[TOOL])

@@ -28,8 +28,6 @@ from millpond.types import UNPACKED, KvPacking, PrefixReport
 
 ANSWER = 6
 INT8 = KvPacking(bits=8)
-QUICK = ("llama", "gemma3_text", "qwen3_next")
-"""One kind of each sort of layer; tests/engine/test_prefix.py has all of them without the kill."""
 CHILD = Path(__file__).parents[1] / "support" / "prefix_child.py"
 
 
@@ -104,26 +102,23 @@ def real(folder: Path, length: int, packing: KvPacking = UNPACKED) -> Subject:
     return Subject(opened.model, folder, opened.capabilities, prompts)
 
 
-BATCHES = [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
-
-
 @pytest.mark.models
 @pytest.mark.slow  # small models of every kind are below; a server's restarts with this one are in test_prefix_cache
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 def test_smollm2(smollm2_folder: Path, tmp_path: Path, batch: int) -> None:
     real(smollm2_folder, 300).check(tmp_path, batch)
 
 
 @pytest.mark.models
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 def test_gemma3_past_its_window(gemma3_folder: Path, tmp_path: Path, batch: int) -> None:
     real(gemma3_folder, 540).check(tmp_path, batch)
 
 
 @pytest.mark.models
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 def test_smollm2_packed(smollm2_folder: Path, tmp_path: Path, batch: int) -> None:
     """(I1) Against one sequence whose keys and values are packed at the same places."""
     real(smollm2_folder, 300, INT8).check(tmp_path, batch)
@@ -131,17 +126,15 @@ def test_smollm2_packed(smollm2_folder: Path, tmp_path: Path, batch: int) -> Non
 
 @pytest.mark.models
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 def test_gemma3_packed_past_its_window(gemma3_folder: Path, tmp_path: Path, batch: int) -> None:
     """(I1)"""
     real(gemma3_folder, 540, INT8).check(tmp_path, batch)
 
 
-@pytest.mark.often("gemma3_text-1")
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
-)
+@pytest.mark.often("gemma3_text-1")  # tests/engine/test_prefix.py has all of them without the kill
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_every_kind_of_cache(kind: str, tmp_path: Path, batch: int) -> None:
     folder = save(kind, tmp_path / "model")
     opened = open_model(folder)

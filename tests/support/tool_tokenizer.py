@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiny_tokenizers import byte_level_backend, write_folder
 from tokenizers import AddedToken
+
+from millpond.text.tokenizer import Tokenizer
 
 MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>")
 TEMPLATE = """
@@ -44,3 +48,10 @@ def write_tool_tokenizer(folder: Path, template: str = TEMPLATE) -> Path:
     backend.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
     settings = {"chat_template": template, "eos_token": "<|im_end|>"}
     return write_folder(folder, backend, settings, {"model_type": "llama", "vocab_size": 1000})
+
+
+def write_answers(folder: Path, answers: Sequence[str]) -> str:
+    """What SCRIPTED_ANSWERS is to be for a model of this folder that answers so, in turn."""
+    tokenizer, written = Tokenizer.load(folder), folder / "answers.json"
+    written.write_text(json.dumps([tokenizer.text_tokens(answer, parse_special=True) for answer in answers]))
+    return str(written)

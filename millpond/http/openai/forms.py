@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 from millpond.grammar.lark import alternatives, json_value, literal, regex
 from millpond.http.errors import bad_value, unsupported
-from millpond.http.form_fields import SCHEMA, bounded, schema_form
+from millpond.http.form_fields import ANY_OBJECT, SCHEMA, bounded, schema_form
 from millpond.http.generation_request import AnswerForm
 
 MOST_CHOICES = 1024
 FORMAT = "an object whose type is text, json_object or json_schema"
 OUTPUTS = "an object with one of json, regex, choice and json_object"
-ANY_OBJECT: Mapping[str, object] = {"type": "object"}
 _KINDS = ("json", "regex", "choice", "json_object")
 
 

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from millpond.http.errors import bad_value, unsupported
 from millpond.http.fields import checked
-from millpond.http.form_fields import schema_form
+from millpond.http.form_fields import ANY_OBJECT, schema_form
 from millpond.http.generation_request import SAMPLING_FIELDS, AnswerForm, Conversation, GenerationRequest
-from millpond.http.openai.forms import ANY_OBJECT
 from millpond.http.responses.items import ITEMS, Item, read_input
 from millpond.http.responses.tools import CHOICE, TOOLS, Toolbox, read_choice, read_tools
 from millpond.http.thinking import EFFORTS
