@@ -72,6 +72,18 @@ def smollm2_folder() -> Path:
     return resolve("demo", SilentProgress()).path
 
 
+@pytest.fixture(scope="module", params=["thin", pytest.param("demo", marks=pytest.mark.slow)])
+def demo_or_thin(
+    request: pytest.FixtureRequest, smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The demo model, and every time a model like it that answers ten times as fast."""
+    if request.param == "demo":
+        return smollm2_folder
+    import tiny_models
+
+    return tiny_models.thin(smollm2_folder, tmp_path_factory.mktemp("thin") / "model")
+
+
 @pytest.fixture(scope="session")
 def gemma3_folder() -> Path:
     """Gemma 3 270M (base) as an MLX folder, fetched the first time under the Gemma terms of use."""

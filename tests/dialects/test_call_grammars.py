@@ -58,6 +58,7 @@ def check(dialect: Dialect, known: WalkVocabulary, answer: list[int], *, thinkin
     return len(found.calls)
 
 
+@pytest.mark.often("True-", "False-hermes", "False-deepseek_v32")
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("by_token", [True, False])
 def test_answers_that_must_call(name: str, by_token: bool) -> None:

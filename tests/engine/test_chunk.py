@@ -84,6 +84,7 @@ def started(folder: Path, **options: int) -> Prepared:
     return prepare(start, folder, lambda _stage, _done: None, lambda _event: None, ALONE)
 
 
+@pytest.mark.slow
 def test_measured_once(folder: Path, tried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_gpu(monkeypatch)
     for _ in range(2):

@@ -88,7 +88,7 @@ def test_a_batch_answers_what_mlx_lm_does(opened: OpenModel) -> None:
 
 
 @pytest.mark.often("gemma3_text")
-@pytest.mark.parametrize("opened", CASES, indirect=True)
+@pytest.mark.parametrize("opened", EACH_ONCE, indirect=True, ids="-".join)
 def test_a_hit_is_a_miss(opened: OpenModel, tmp_path: Path) -> None:
     """From memory, and from the SSD after a restart: the very same tokens, as the shapes of all forwards are."""
     prompts = crowd()
@@ -109,7 +109,7 @@ def test_a_hit_is_a_miss(opened: OpenModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.often("llama-q4")
-@pytest.mark.parametrize("opened", CASES, indirect=True)
+@pytest.mark.parametrize("opened", EACH_ONCE, indirect=True, ids="-".join)
 def test_draft_tokens_change_nothing(opened: OpenModel) -> None:
     repeated = {f"x{count}": ([11, 12, 13, 14, 15, 16, 17] * 12)[: 40 + count] for count in (0, 7, 14)}
     eager = SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=5, adaptive=False))
@@ -118,7 +118,7 @@ def test_draft_tokens_change_nothing(opened: OpenModel) -> None:
     assert_near(opened, repeated, guessed, answers(opened, repeated, 2 * ANSWER))
 
 
-@pytest.mark.often("llama-q4")
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", EACH_ONCE, indirect=True, ids="-".join)
 def test_preempted_requests_go_on_where_they_were(opened: OpenModel) -> None:
     prompts = {name: tokens[:70] for name, tokens in crowd().items() if len(tokens) >= 70}
@@ -187,6 +187,7 @@ def test_packed_keys_and_values(
     assert hit.outcomes[f"r{max(LENGTHS)}"].prefix is not None
 
 
+@pytest.mark.slow
 def test_packed_where_no_product_takes_packed_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On CUDA, where MLX multiplies with packed numbers of a few shapes only: they are unpacked, also behind tokens
     that are kept as computed, and answers are those of products that take them."""

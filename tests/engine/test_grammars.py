@@ -152,6 +152,7 @@ def test_cached_prefixes_change_nothing() -> None:
     assert any(outcome.prefix is not None and outcome.prefix.cached for outcome in hits.values())
 
 
+@pytest.mark.slow
 def test_preempted_answers_go_on_where_they_were() -> None:
     long = replace(object_grammar(), text='start: /[a-z ]{400,440}/ "." \n')
     shapes = (long, None, replace(long, thinking=thinking(begun=True, most=90)), long)

@@ -18,6 +18,7 @@ def driver(kind: str, **options: int) -> Driver:
     return Driver(model(kind), capabilities=capabilities(kind), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.often("gemma3_text", "mamba", "deepseek_v2", "qwen3_next")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_batched_answers_equal_single_ones(kind: str) -> None:
     """Requests of 1 to 300 tokens join at different steps and leave at different lengths (D1, D4)."""

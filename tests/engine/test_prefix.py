@@ -149,6 +149,7 @@ def tiers(kind: str, folder: Path, policy: SavePolicy = SavePolicy.ALL, **limits
 # --- hit equals miss ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.often("gemma3_text-8", "llama-1", "mamba-3", "qwen3_next-1", "lfm2-1", "deepseek_v2")
 @pytest.mark.parametrize(("kind", "batch"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)])
 def test_hit_equals_miss(kind: str, batch: int, tmp_path: Path) -> None:
     """Computed, from RAM, from the SSD, after a restart; alone and among others (D4, E3, E7, F1)."""
@@ -202,6 +203,7 @@ def test_logits_are_equal_bit_for_bit(kind: str, tmp_path: Path, monkeypatch: py
     assert all(len(each.top) == TOP for each in miss.logprobs)
 
 
+@pytest.mark.often("qwen3_next", "gemma3_text", "mamba")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_next_turn_finds_the_whole_history(kind: str) -> None:
     """Generated tokens are cached up to the last one that was processed (E2)."""
@@ -702,6 +704,7 @@ def test_a_disk_that_is_slower_than_computing_is_not_read(tmp_path: Path) -> Non
         right("llama", tokens, hanging)
 
 
+@pytest.mark.often("mamba", "llama", "gemma3_text")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_memory_cannot_hold_is_restored_as_far_as_it_can(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,7 @@ def test_beats_come_without_being_asked_and_tell_the_load(folder: Path) -> None:
         assert (beat.running, beat.waiting, beat.kv_bytes) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_rest_gives_the_rows_memory_back(folder: Path) -> None:
     """Without another message, and after every request anew."""
     with engine() as (peer, _):

@@ -320,53 +320,53 @@ def test_an_answer_that_has_begun_goes_on(folder: Path) -> None:
 # --- what is wrong ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("max_tokens", None, "max_tokens: is required and must be an integer of at least 0"),
-        ("max_tokens", -1, "max_tokens: must be an integer of at least 0, got -1"),
-        ("messages", [], "messages: must be a non-empty list of messages"),
-        ("messages", [{"role": "tool", "content": ""}], "messages[0].role: must be one of user, assistant, system"),
-        ("messages", [{"role": "user"}], "messages[0].content: is required"),
-        ("messages", [{"role": "user", "content": [{"type": "image"}]}], 'messages[0].content[0].type: "image" is not'),
-        (
-            "messages",
-            [{"role": "user", "content": [{"type": "text"}]}],
-            "messages[0].content[0].text: must be a string",
-        ),
-        ("messages", [{"role": "user", "content": [{"type": "tool_use"}]}], "messages[0].content[0].type:"),
-        ("system", 3, "system: must be a string or a list of blocks"),
-        ("tools", [{"name": "a b", "input_schema": {}}], "tools[0].name: must be 1 to 128"),
-        ("tools", [{"name": "f"}], "tools[0].input_schema: is required"),
-        ("tools", [TOOL, TOOL], "tools[1].name: must be a name that no other tool has"),
-        (
-            "tools",
-            [{"type": "web_search_20250305", "name": "web_search"}],
-            'tools[0].type: "web_search_20250305" is not',
-        ),
-        ("tool_choice", {"type": "tool", "name": "x"}, "tool_choice.name: must be one of the tools (read_file)"),
-        ("tool_choice", "auto", "tool_choice: must be an object of type auto, any, none or tool"),
-        ("thinking", {"type": "enabled"}, "thinking.budget_tokens: must be an integer of at least 1,"),
-        ("thinking", {"type": "enabled", "budget_tokens": 10**30}, "thinking.budget_tokens: must be an integer"),
-        ("output_config", {"effort": "some"}, "output_config.effort: must be one of none, minimal"),
-        ("output_config", {"format": {"type": "xml"}}, "output_config.format: must be an object of type json_schema"),
-        ("stop_sequences", [""], "stop_sequences: must be a list of at most 16 strings"),
-        ("mcp_servers", [{"url": "x"}], "mcp_servers: "),
-        ("container", "x", "container: "),
-        ("context_management", {"edits": [{"type": "clear_tool_uses_20250919"}]}, "context_management.edits[0]: "),
-        ("temperature", 3, "temperature: must be a number from 0 to 2, got 3"),
-    ],
-)
+WRONG: list[tuple[str, object, str]] = [
+    ("max_tokens", None, "max_tokens: is required and must be an integer of at least 0"),
+    ("max_tokens", -1, "max_tokens: must be an integer of at least 0, got -1"),
+    ("messages", [], "messages: must be a non-empty list of messages"),
+    ("messages", [{"role": "tool", "content": ""}], "messages[0].role: must be one of user, assistant, system"),
+    ("messages", [{"role": "user"}], "messages[0].content: is required"),
+    ("messages", [{"role": "user", "content": [{"type": "image"}]}], 'messages[0].content[0].type: "image" is not'),
+    (
+        "messages",
+        [{"role": "user", "content": [{"type": "text"}]}],
+        "messages[0].content[0].text: must be a string",
+    ),
+    ("messages", [{"role": "user", "content": [{"type": "tool_use"}]}], "messages[0].content[0].type:"),
+    ("system", 3, "system: must be a string or a list of blocks"),
+    ("tools", [{"name": "a b", "input_schema": {}}], "tools[0].name: must be 1 to 128"),
+    ("tools", [{"name": "f"}], "tools[0].input_schema: is required"),
+    ("tools", [TOOL, TOOL], "tools[1].name: must be a name that no other tool has"),
+    (
+        "tools",
+        [{"type": "web_search_20250305", "name": "web_search"}],
+        'tools[0].type: "web_search_20250305" is not',
+    ),
+    ("tool_choice", {"type": "tool", "name": "x"}, "tool_choice.name: must be one of the tools (read_file)"),
+    ("tool_choice", "auto", "tool_choice: must be an object of type auto, any, none or tool"),
+    ("thinking", {"type": "enabled"}, "thinking.budget_tokens: must be an integer of at least 1,"),
+    ("thinking", {"type": "enabled", "budget_tokens": 10**30}, "thinking.budget_tokens: must be an integer"),
+    ("output_config", {"effort": "some"}, "output_config.effort: must be one of none, minimal"),
+    ("output_config", {"format": {"type": "xml"}}, "output_config.format: must be an object of type json_schema"),
+    ("stop_sequences", [""], "stop_sequences: must be a list of at most 16 strings"),
+    ("mcp_servers", [{"url": "x"}], "mcp_servers: "),
+    ("container", "x", "container: "),
+    ("context_management", {"edits": [{"type": "clear_tool_uses_20250919"}]}, "context_management.edits[0]: "),
+    ("temperature", 3, "temperature: must be a number from 0 to 2, got 3"),
+]
+
+
 @pytest.mark.anyio
-async def test_what_is_wrong_is_named(folder: Path, field: str, value: object, message: str) -> None:
+async def test_what_is_wrong_is_named(folder: Path) -> None:
     async with answering(folder, ["Hello."]) as (client, _):
-        body = {"model": "m", "messages": ASKED, "max_tokens": 9, "tools": [TOOL], field: value}
-        with pytest.raises(anthropic.BadRequestError) as caught:
-            await client.post("/v1/messages", body=body, cast_to=httpx2.Response)
-        assert caught.value.body["type"] == "error"  # type: ignore[index]
-        error = caught.value.body["error"]  # type: ignore[index]
-        assert error["type"] == "invalid_request_error"
-        assert error["message"].startswith(message), error["message"]
+        for field, value, message in WRONG:
+            body = {"model": "m", "messages": ASKED, "max_tokens": 9, "tools": [TOOL], field: value}
+            with pytest.raises(anthropic.BadRequestError) as caught:
+                await client.post("/v1/messages", body=body, cast_to=httpx2.Response)
+            assert caught.value.body["type"] == "error"  # type: ignore[index]
+            error = caught.value.body["error"]  # type: ignore[index]
+            assert error["type"] == "invalid_request_error"
+            assert error["message"].startswith(message), error["message"]
 
 
 @pytest.mark.anyio

@@ -353,6 +353,7 @@ def test_without_an_ssd_tier_there_are_no_figures_of_it(server: Server) -> None:
 # --- at all times -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_scrape_adds_up(start_server: StartServer) -> None:
     """Answers that finish, stop, fail and are given up, and engines that die, while 200 scrapes look on."""
     with start_server("slow=0.004,queue=0.002", "max_restarts", "1000") as server:

@@ -123,7 +123,7 @@ def test_llm(server: Server, ran: Callable[..., str], tmp_path: Path) -> None:
 def test_lm_eval_finds_what_it_finds_with_mlx_lm(
     smollm2_folder: Path, launch: Launch, tmp_path: Path, ran: Callable[..., str]
 ) -> None:
-    """(M8) Two hundred questions: the same accuracy, and of each answer the same likelihood."""
+    """(M8) The same accuracy, and of each answer the same likelihood."""
     tasks = write_task(tmp_path / "tasks")
     command = [
         sys.executable,

@@ -246,37 +246,37 @@ async def test_tools_that_nobody_runs_here(folder: Path) -> None:
                 await client.responses.create(model="m", input=ASKED, **more)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("input", [], "input: must be a string or a list of items, not empty"),
-        ("input", [{"type": "item_reference", "id": "x"}], "input[0].id: x is not kept here"),
-        ("input", [{"role": "tool", "content": ""}], "input[0].role: must be one of user, assistant"),
-        ("input", [{"role": "user", "content": [{"type": "input_image"}]}], 'input[0].content[0].type: "input_image"'),
-        ("input", [{"type": "function_call", "name": "f"}], "input[0].call_id: must be a string"),
-        ("input", [{"role": "user"}], "input[0].content: is required"),
-        ("tools", [{"type": "function"}], "tools[0].name: must be 1 to 128"),
-        ("tools", [{"type": "robot"}], 'tools[0].type: "robot" is not supported'),
-        ("tools", [{"type": "namespace", "name": "n", "tools": [{}]}], "tools[0].tools[0]: must be"),
-        ("tool_choice", {"type": "function", "name": "x"}, "tool_choice: must be the name of one of the tools"),
-        ("tool_choice", "some", "tool_choice: must be"),
-        ("text", {"format": {"type": "xml"}}, "text.format.type: must be text, json_object or json_schema"),
-        ("text", {"format": {"type": "json_schema", "schema": 3}}, "text.format.schema: must be a JSON schema"),
-        ("reasoning", {"effort": "some"}, "reasoning.effort: must be one of"),
-        ("previous_response_id", "resp_1", "previous_response_id: resp_1 is not kept here"),
-        ("background", True, "background: true is not supported"),
-        ("truncation", "auto", 'truncation: "auto" is not supported'),
-        ("max_output_tokens", 0, "max_output_tokens: must be an integer of at least 1"),
-        ("max_output_tokens", 9000, "max_output_tokens: must be at most"),
-    ],
-)
+WRONG: list[tuple[str, object, str]] = [
+    ("input", [], "input: must be a string or a list of items, not empty"),
+    ("input", [{"type": "item_reference", "id": "x"}], "input[0].id: x is not kept here"),
+    ("input", [{"role": "tool", "content": ""}], "input[0].role: must be one of user, assistant"),
+    ("input", [{"role": "user", "content": [{"type": "input_image"}]}], 'input[0].content[0].type: "input_image"'),
+    ("input", [{"type": "function_call", "name": "f"}], "input[0].call_id: must be a string"),
+    ("input", [{"role": "user"}], "input[0].content: is required"),
+    ("tools", [{"type": "function"}], "tools[0].name: must be 1 to 128"),
+    ("tools", [{"type": "robot"}], 'tools[0].type: "robot" is not supported'),
+    ("tools", [{"type": "namespace", "name": "n", "tools": [{}]}], "tools[0].tools[0]: must be"),
+    ("tool_choice", {"type": "function", "name": "x"}, "tool_choice: must be the name of one of the tools"),
+    ("tool_choice", "some", "tool_choice: must be"),
+    ("text", {"format": {"type": "xml"}}, "text.format.type: must be text, json_object or json_schema"),
+    ("text", {"format": {"type": "json_schema", "schema": 3}}, "text.format.schema: must be a JSON schema"),
+    ("reasoning", {"effort": "some"}, "reasoning.effort: must be one of"),
+    ("previous_response_id", "resp_1", "previous_response_id: resp_1 is not kept here"),
+    ("background", True, "background: true is not supported"),
+    ("truncation", "auto", 'truncation: "auto" is not supported'),
+    ("max_output_tokens", 0, "max_output_tokens: must be an integer of at least 1"),
+    ("max_output_tokens", 9000, "max_output_tokens: must be at most"),
+]
+
+
 @pytest.mark.anyio
-async def test_what_is_wrong_is_named(folder: Path, field: str, value: object, message: str) -> None:
+async def test_what_is_wrong_is_named(folder: Path) -> None:
     async with answering(folder, ["Hello."]) as (client, _):
-        body = {"model": "m", "input": ASKED, "tools": [TOOL], field: value}
-        with pytest.raises(openai.BadRequestError) as caught:
-            await client.post("/responses", body=body, cast_to=httpx.Response)
-        assert message in caught.value.message
+        for field, value, message in WRONG:
+            body = {"model": "m", "input": ASKED, "tools": [TOOL], field: value}
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.post("/responses", body=body, cast_to=httpx.Response)
+            assert message in caught.value.message, (field, value)
 
 
 @pytest.mark.anyio

@@ -4,6 +4,7 @@ they were."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.models, pytest.mark.slow]
 
-SCHEMAS = 120
+SCHEMAS = range(0, 120, int(os.environ.get("MILLPOND_TEST_SCHEMAS_STEP", "2")))
+"""Their numbers: they grow."""
 CHECKED = jsonschema.Draft202012Validator
 NEIGHBOURS = 2
 
@@ -72,17 +74,17 @@ def test_every_finished_answer_is_valid(real: Server) -> None:
 
         expected = [free(seed) for seed in range(NEIGHBOURS)]
         with ThreadPoolExecutor(8) as bounds, ThreadPoolExecutor(NEIGHBOURS) as others:
-            results = bounds.map(bound, range(SCHEMAS))
-            texts = others.map(free, range(40 * NEIGHBOURS))
+            results = bounds.map(bound, SCHEMAS)
+            texts = others.map(free, range(20 * NEIGHBOURS))
             found = list(results)
-            assert list(texts) == expected * 40
+            assert list(texts) == expected * 20
     wrong = [result for result in found if result]
     assert not wrong, wrong[:3]
-    assert sum(result == "" for result in found) >= 0.5 * SCHEMAS
+    assert sum(result == "" for result in found) >= 0.5 * len(SCHEMAS)
 
 
 def test_they_are_of_every_kind() -> None:
-    text = json.dumps([drawn(number) for number in range(SCHEMAS)])
+    text = json.dumps([drawn(number) for number in SCHEMAS])
     for word in ("$ref", "enum", "pattern", "format", "anyOf", "minItems", "option_29", "const", "exclusiveMinimum"):
         assert f'"{word}"' in text
-    assert max(len(json.dumps(drawn(number))) for number in range(SCHEMAS)) > 2000
+    assert max(len(json.dumps(drawn(number))) for number in SCHEMAS) > 2000

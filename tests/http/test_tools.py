@@ -253,36 +253,36 @@ async def test_what_was_said_before_is_in_the_prompt(folder: Path) -> None:
     assert abs(len(tokenizer.encode(shown, parse_special=True)) - prompt) < 60
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("tools", "x", "tools: must be a list"),
-        ("tools", [{"type": "custom", "custom": {}}], 'tools[0].type: "custom" is not supported'),
-        ("tools", [{"type": "function"}], "tools[0].function: must be an object"),
-        ("tools", [{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name: must be 1 to 128"),
-        ("tools", [TOOL, TOOL], "tools[1].function.name: must be a name that no other tool has"),
-        ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
-        ("tools", [{"type": "function", "function": {"name": "f", "strict": 1}}], "strict: must be true or false"),
-        ("tools", [UNFIT], 'tools[0].function.parameters: Unimplemented keys: ["not"]'),
-        ("tools", [], 'tool_choice: must be absent, none or auto where there are no tools, got "required"'),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}, 'one of the tools (read_file), got "f"'),
-        ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{}]}}, "tools: must be"),
-        ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "some", "tools": []}}, "must be"),
-        ("tool_choice", {"type": "custom", "custom": {"name": "f"}}, "is not supported by this server"),
-        ("tool_choice", "some", "tool_choice: must be"),
-        ("parallel_tool_calls", 1, "parallel_tool_calls: must be true or false"),
-        ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]: must be"),
-        ("messages", [{"role": "user", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls: must be absent"),
-    ],
-)
+WRONG: list[tuple[str, object, str]] = [
+    ("tools", "x", "tools: must be a list"),
+    ("tools", [{"type": "custom", "custom": {}}], 'tools[0].type: "custom" is not supported'),
+    ("tools", [{"type": "function"}], "tools[0].function: must be an object"),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name: must be 1 to 128"),
+    ("tools", [TOOL, TOOL], "tools[1].function.name: must be a name that no other tool has"),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
+    ("tools", [{"type": "function", "function": {"name": "f", "strict": 1}}], "strict: must be true or false"),
+    ("tools", [UNFIT], 'tools[0].function.parameters: Unimplemented keys: ["not"]'),
+    ("tools", [], 'tool_choice: must be absent, none or auto where there are no tools, got "required"'),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}, 'one of the tools (read_file), got "f"'),
+    ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{}]}}, "tools: must be"),
+    ("tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "some", "tools": []}}, "must be"),
+    ("tool_choice", {"type": "custom", "custom": {"name": "f"}}, "is not supported by this server"),
+    ("tool_choice", "some", "tool_choice: must be"),
+    ("parallel_tool_calls", 1, "parallel_tool_calls: must be true or false"),
+    ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]: must be"),
+    ("messages", [{"role": "user", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls: must be absent"),
+]
+
+
 @pytest.mark.anyio
-async def test_what_is_wrong_is_named(folder: Path, field: str, value: object, message: str) -> None:
+async def test_what_is_wrong_is_named(folder: Path) -> None:
     async with answering(folder, ["Hello."]) as client:
-        choice = "required" if value == [] else "auto"
-        body = {"model": "m", "messages": ASKED, "tools": [TOOL], "tool_choice": choice, field: value}
-        with pytest.raises(openai.BadRequestError) as caught:
-            await client.post("/chat/completions", body=body, cast_to=httpx.Response)
-        assert message in caught.value.message
+        for field, value, message in WRONG:
+            choice = "required" if value == [] else "auto"
+            body = {"model": "m", "messages": ASKED, "tools": [TOOL], "tool_choice": choice, field: value}
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.post("/chat/completions", body=body, cast_to=httpx.Response)
+            assert message in caught.value.message, (field, value)
 
 
 @pytest.mark.anyio

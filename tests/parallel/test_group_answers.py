@@ -282,6 +282,7 @@ def damage(cache: Path, prompt: Sequence[int], start: int) -> None:
     assert spoilt == 1
 
 
+@pytest.mark.slow
 def test_only_what_every_rank_has_is_restored(folder: Callable[[str], Path], tmp_path: Path) -> None:
     prompts = [prompt(300, 90 + index) for index in range(4)]
 

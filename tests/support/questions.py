@@ -1,14 +1,15 @@
-"""Two hundred questions with two answers each, for whoever measures a model's accuracy."""
+"""Questions with two answers each, for whoever measures a model's accuracy."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "millpond_questions"
-COUNT = 200
+COUNT = int(os.environ.get("MILLPOND_TEST_QUESTIONS", "60"))
 CAPITALS = {
     "France": "Paris",
     "Italy": "Rome",

@@ -203,3 +203,15 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     """Tokens by chance, always the same ones."""
     chooser = random.Random(length * 1000 + seed)
     return [chooser.randrange(VOCAB) for _ in range(length)]
+
+
+def thin(whole: Path, folder: Path) -> Path:
+    """A real model's tokenizer and keys and values as large as its, around random weights that are a fraction of it."""
+    config = json.loads((whole / "config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 64}
+    del config["quantization"]
+    save(config["model_type"], folder, config=config)
+    for file in whole.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+    return folder
