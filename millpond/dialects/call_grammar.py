@@ -62,11 +62,13 @@ class Calls:
         """Parts of which those may be missing that are not needed; ``between`` stands between two of them."""
         rest, choices = "", list[str]()
         for part, needed in reversed(parts):
-            choices = [f"{part} {rest}".strip(), *([] if needed else choices)]
+            if needed:
+                choices.clear()
+            choices.append(f"{part} {rest}".strip())
             rest = self.rules.add("rest", f"({between} {part}){'' if needed else '?'} {rest}".strip())
         if not choices:
             return ""
-        return alternatives(*choices) + ("" if any(needed for _, needed in parts) else "?")
+        return alternatives(*reversed(choices)) + ("" if any(needed for _, needed in parts) else "?")
 
     def line(self) -> str:
         """A line's end, or none."""

@@ -82,16 +82,14 @@ def _value(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: 
     """What is referred to is a rule of its own, however often and from within itself."""
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        target = flat(schema, callee.schema)
-        if "$ref" in target:
-            return _anything(syntax, calls, callee)
+        target = flat(schema, callee.schema, calls.rules.work)
         if len(schema) > 1:  # it says more than what it refers to
             return _value(syntax, calls, callee, target, depth + 1)
         what = f"{callee.name} {reference}"
         return calls.rules.of(what, "shared", lambda: _value(syntax, calls, callee, target, 0))
     if depth > _DEEP:
         return _unsaid(syntax, calls, callee, "what is so deep")
-    schema = flat(schema, callee.schema)
+    schema = flat(schema, callee.schema, calls.rules.work)
     for key in ("anyOf", "oneOf"):
         choices = schema.get(key)
         if isinstance(choices, list) and choices:

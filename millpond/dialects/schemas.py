@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from millpond.dialects.json_values import escaped
+from millpond.grammar.levels import target_of
 
 _DEEP = 16
 """References and alternatives that are followed."""
@@ -44,21 +45,30 @@ def kinds_of(schema: Mapping[str, object], name: str) -> Kinds:
     return Kinds("string" in types, frozenset(types - {"string"}))
 
 
-def flat(schema: Mapping[str, object], root: Mapping[str, object]) -> Mapping[str, object]:
-    """With what it refers to and what all of its parts say, in one."""
-    for _ in range(_DEEP):
-        reference, parts = schema.get("$ref"), schema.get("allOf")
-        if isinstance(reference, str):
-            target = _target(root, reference)
-            schema = {**(target or {}), **{name: value for name, value in schema.items() if name != "$ref"}}
-        elif isinstance(parts, list):
-            merged: dict[str, object] = {}
-            for part in parts:
-                merged |= flat(part, root) if isinstance(part, Mapping) else {}
-            schema = merged | {name: value for name, value in schema.items() if name != "allOf"}
-        else:
-            break
-    return schema
+def flat(
+    schema: Mapping[str, object], root: Mapping[str, object], work: Callable[[int], None] = lambda _: None
+) -> Mapping[str, object]:
+    """With what it refers to and what all of its parts say, in one. Each reference is followed once. ``work`` is told
+    how much is looked at."""
+    merged: dict[str, object] = {}
+    seen: set[str] = set()
+    waiting = [schema]
+    """The last one is next; what comes later counts."""
+    while waiting:
+        part = waiting.pop()
+        work(len(part))
+        reference, parts = part.get("$ref"), part.get("allOf")
+        if not isinstance(reference, str) and not isinstance(parts, list):
+            merged |= part
+            continue
+        waiting.append({name: value for name, value in part.items() if name not in ("$ref", "allOf")})
+        if isinstance(parts, list):
+            waiting += [each for each in reversed(parts) if isinstance(each, Mapping)]
+        if isinstance(reference, str) and reference not in seen:
+            seen.add(reference)
+            target = target_of(root, reference)
+            waiting += [] if target is None else [target]
+    return merged
 
 
 def literal(text: str, kinds: Kinds) -> str:
@@ -90,7 +100,7 @@ def _types(schema: Mapping[str, object], root: Mapping[str, object], depth: int,
         return set()
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        target = _target(root, reference) if reference not in seen else None
+        target = target_of(root, reference) if reference not in seen else None
         seen.add(reference)
         return _types(target, root, depth + 1, seen) if target is not None else set()
     named = schema.get("type")
@@ -114,13 +124,3 @@ def _types(schema: Mapping[str, object], root: Mapping[str, object], depth: int,
 
 def _name_of(value: object) -> str:
     return _NAMES.get(type(value), "array")
-
-
-def _target(root: Mapping[str, object], reference: str) -> Mapping[str, object] | None:
-    if not reference.startswith("#/"):
-        return None
-    here: object = root
-    for step in reference[2:].split("/"):
-        step = step.replace("~1", "/").replace("~0", "~")
-        here = here.get(step) if isinstance(here, Mapping) else None
-    return here if isinstance(here, Mapping) else None

@@ -42,7 +42,7 @@ def _call(tags: Tags, calls: Calls, callee: Callee) -> str:
 
 def _argument(tags: Tags, calls: Calls, callee: Callee, name: str, schema: Schema) -> str:
     """``name``: as an expression."""
-    ways = _ways(schema, callee, 0)
+    ways = _ways(calls, schema, callee, 0)
     if not tags.typed and any(text for text, _ in ways):
         # Among texts only what begins as no text does is read as something else.
         ways = [way for way in ways if way[0] or way[1].get("type") in ("null", "object", "array")]
@@ -74,9 +74,9 @@ def _json(calls: Calls, callee: Callee, schema: Schema) -> str:
     return calls.value(schema, callee)
 
 
-def _ways(schema: Schema, callee: Callee, depth: int) -> list[Way]:
-    """How a value may be written, by what its schema says of it."""
-    schema = flat(schema, callee.schema)
+def _ways(calls: Calls, schema: Schema, callee: Callee, depth: int) -> list[Way]:
+    """How a value may be written, by what its schema says of it. Raises GrammarError."""
+    schema = flat(schema, callee.schema, calls.rules.work)
     if "const" in schema or isinstance(schema.get("enum"), list):
         left = chosen(schema)
         texts = [value for value in left if isinstance(value, str)]
@@ -87,9 +87,12 @@ def _ways(schema: Schema, callee: Callee, depth: int) -> list[Way]:
         if isinstance(parts, list) and depth < _DEEP:
             rest = {name: value for name, value in schema.items() if name != key}
             return [
-                way for part in parts if isinstance(part, dict) for way in _ways({**rest, **part}, callee, depth + 1)
+                way
+                for part in parts
+                if isinstance(part, dict)
+                for way in _ways(calls, {**rest, **part}, callee, depth + 1)
             ]
     kind = schema.get("type")
     if isinstance(kind, list):
-        return [way for one in kind for way in _ways({**schema, "type": one}, callee, depth + 1)]
+        return [way for one in kind for way in _ways(calls, {**schema, "type": one}, callee, depth + 1)]
     return [(kind == "string", schema)]

@@ -12,6 +12,7 @@ from llguidance import LLMatcher
 
 from millpond.grammar.check import GrammarError
 from millpond.grammar.constraint import Constraint
+from millpond.grammar.levels import deep_stacks
 from millpond.grammar.lexicon import Lexicon
 from millpond.types import Grammar
 
@@ -49,7 +50,8 @@ class Grammars:
             raise GrammarError("answers of this model cannot be made to follow a grammar")
         if grammar.text not in self._asked:
             self._asked.add(grammar.text)
-            self._thread.submit(self._compile, self._vocabulary, grammar.text)
+            with deep_stacks():  # its thread is started by the first one
+                self._thread.submit(self._compile, self._vocabulary, grammar.text)
         return False
 
     def keep(self, compiled: Compiled) -> None:

@@ -12,6 +12,8 @@ from functools import lru_cache
 
 from llguidance import LLMatcher, LLParserLimits
 
+from millpond.grammar.levels import MOST_LEVELS, TooManyError, levels_of
+
 MOST_STEP = 1000
 MOST_CHARACTERS = 1 << 20
 """Of a grammar, with all that it is made of."""
@@ -31,7 +33,13 @@ def limits() -> LLParserLimits:
 
 def check_schema(schema: Mapping[str, object]) -> None:
     """Refuses what llguidance accepts, and takes all memory for: an automaton has a state for each remainder of a
-    division. Raises GrammarError."""
+    division. And what it accepts, and ends the process for. Raises GrammarError."""
+    try:
+        levels = levels_of(schema)
+    except TooManyError:
+        raise GrammarError("it is too large to be followed") from None
+    if levels > MOST_LEVELS:
+        raise GrammarError(f"it has {levels} levels, with its references followed; allowed: {MOST_LEVELS}")
     waiting: list[tuple[object, bool]] = [(schema, False)]
     while waiting:
         part, together = waiting.pop()

@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 
 from llguidance import regex_to_lark
 
+from millpond.grammar.check import MOST_CHARACTERS, GrammarError
 from millpond.types import Symbol
+
+MOST_WORK = 100_000
+"""Fields of schemas that are looked at for one grammar."""
 
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _LENIENT = {"lenient": True, "coerce_one_of": True}
@@ -52,25 +56,33 @@ def alternatives(*choices: str) -> str:
 
 @dataclass
 class Rules:
-    """A grammar in the making."""
+    """A grammar in the making. Whatever makes it longer or more work than anybody will do raises GrammarError."""
 
     _bodies: dict[str, str] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
     _known: dict[str, str] = field(default_factory=dict)
     """Name by what it was made for."""
+    _characters: int = 0
+    _work: int = 0
+
+    def work(self, amount: int) -> None:
+        """So much of a schema is looked at: references can make one look at the same again and again."""
+        self._work += amount + 1
+        if self._work > MOST_WORK:
+            raise GrammarError("it has too many alternatives to be followed in the way in which this model calls")
 
     def add(self, name: str, body: str) -> str:
         """A rule, or a terminal: its name, in which ``name`` is made one that is not taken. Attributes may follow it in
         brackets."""
         found, attributes = self._free(name)
-        self._bodies[found + attributes] = body
+        self._put(found + attributes, body)
         return found
 
     def of(self, what: str, name: str, body: Callable[[], str]) -> str:
         """The rule of ``what``, made when it is first asked for; ``body`` may ask for it, too."""
         if what not in self._known:
             self._known[what], _ = self._free(name)
-            self._bodies[self._known[what]] = body()
+            self._put(self._known[what], body())
         return self._known[what]
 
     def _free(self, name: str) -> tuple[str, str]:
@@ -82,8 +94,14 @@ class Rules:
     def once(self, name: str, body: Callable[[], str]) -> str:
         """The same, for what is the same wherever it is needed."""
         if name not in self._bodies:
-            self._bodies[name] = body()
+            self._put(name, body())
         return name
+
+    def _put(self, name: str, body: str) -> None:
+        self._characters += len(body)
+        if self._characters > MOST_CHARACTERS:
+            raise GrammarError(f"its grammar is longer than {MOST_CHARACTERS} characters")
+        self._bodies[name] = body
 
     def text(self, start: str) -> str:
         """The whole grammar of what ``start`` says."""

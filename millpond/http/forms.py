@@ -54,7 +54,10 @@ def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokeniz
     thinking = tokenizer.in_thought(prompt)
 
     def made(wanted: Wanted) -> Grammar | None:
-        found = answer_grammar(wanted, tokenizer.dialect, marks, thinking=thinking, blanks=blanks)
+        try:
+            found = answer_grammar(wanted, tokenizer.dialect, marks, thinking=thinking, blanks=blanks)
+        except RecursionError:
+            raise GrammarError("it has too many levels to be followed in the way in which this model calls") from None
         if found is not None and found.text:
             check(found.text)
         return found

@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from millpond.grammar.levels import deep_stacks
+
 T = TypeVar("T")
 
 
@@ -59,8 +61,9 @@ class Threads:
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}_{number}", daemon=True) for number in range(count)
         ]
-        for thread in self._threads:
-            thread.start()
+        with deep_stacks():
+            for thread in self._threads:
+                thread.start()
 
     def submit(self, work: Callable[[], T], *, urgent: bool = True) -> Future[T]:
         """Run ``work`` as soon as a thread is free. Cancelled before that, it is not run. Any thread."""

@@ -43,6 +43,13 @@ SCHEMAS = {"get_weather": WEATHER, "get_time": TIME}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMAS[name]}} for name in SCHEMAS]
 
 
+CHAINED = {
+    "$ref": "#/$defs/0",
+    "$defs": {str(n): {"prefixItems": [{"$ref": f"#/$defs/{n + 1}"}], "minItems": 1} for n in range(999)} | {"999": {}},
+}
+"""Following it by calls within calls would end the process."""
+
+
 class City(BaseModel):
     name: Annotated[str, Field(max_length=12)]
     size: Literal["small", "large"]
@@ -97,13 +104,14 @@ def test_streamed_and_whole(ai: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
 
 
-@pytest.mark.often("form0", "form3", "form4")
+@pytest.mark.often("form0", "form3", "form4", "form5")
 @pytest.mark.parametrize(
     ("form", "pattern"),
     [
         ({"structured_outputs": {"json": WEATHER}}, r"\{.*\}"),
         ({"structured_outputs": {"json": json.dumps(WEATHER)}}, r"\{.*\}"),
         ({"structured_outputs": {"regex": r"\d{4}-\d\d/[a-f]{1,6}"}}, r"[0-9]{4}-[0-9]{2}/[a-f]{1,6}"),
+        ({"structured_outputs": {"grammar": 'root ::= "ab" | [0-9]{2,4} mark?\nmark ::= "!"'}}, "ab|[0-9]{2,4}!?"),
         ({"structured_outputs": {"choice": ["yes", "no, never", 'so "so"\n']}}, r'yes|no, never|so "so"\n'),
         ({"response_format": {"type": "text"}, "structured_outputs": {"choice": ["b"], "json": None}}, "b"),
     ],
@@ -290,7 +298,14 @@ def named(schema: object, **more: object) -> dict[str, object]:
         ("structured_outputs", {"choice": []}, f"structured_outputs.choice: must be a list of 1 to {MOST_CHOICES}"),
         ("structured_outputs", {"choice": ["a", ""]}, "structured_outputs.choice: must be a list"),
         ("structured_outputs", {"json": "{"}, "structured_outputs.json: must be a JSON schema"),
-        ("structured_outputs", {"grammar": "start: x"}, "structured_outputs.grammar: "),
+        (
+            "structured_outputs",
+            {"grammar": "start: x"},
+            "structured_outputs.grammar: line 1, at 'start: x': ",
+        ),
+        ("structured_outputs", {"grammar": 'root ::= "a" root'}, "structured_outputs.grammar: rule root can never end"),
+        ("structured_outputs", {"json": CHAINED}, "levels, with its references followed; allowed: 400"),
+        ("response_format", named(CHAINED), "levels, with its references followed; allowed: 400"),
         ("structured_outputs", {"regex": "x" * (MOST_CHARACTERS + 1)}, "must be at most 65536 characters long"),
         ("response_format", named({"properties": {"a": {"multipleOf": 99991}}}), "multipleOf is 99991"),
         ("guided_json", {"type": "object"}, "guided_json: "),

@@ -99,6 +99,7 @@ SHARED: dict[str, tuple[Json, ...]] = {
         inside('{"json":', text(), "}"),
         inside('{"choice":', LISTS, "}"),
         inside('{"json":', PAIRS, "}"),
+        inside('{"grammar":', lambda: json.dumps("root ::= " + "[a-z] root? | " * 4500 + '"a"'), "}"),
         *ANYTHING,
     ),
     "speculative": (PAIRS, TEXT),

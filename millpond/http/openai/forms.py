@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from millpond.grammar.check import GrammarError
+from millpond.grammar.gbnf import expression_of
 from millpond.grammar.lark import alternatives, json_value, literal, regex
-from millpond.http.errors import bad_value, unsupported
+from millpond.http.errors import ApiError, bad_value, unsupported
 from millpond.http.form_fields import ANY_OBJECT, SCHEMA, bounded, schema_form
 from millpond.http.generation_request import AnswerForm
 
 MOST_CHOICES = 1024
 FORMAT = "an object whose type is text, json_object or json_schema"
-OUTPUTS = "an object with one of json, regex, choice and json_object"
-_KINDS = ("json", "regex", "choice", "json_object")
+OUTPUTS = "an object with one of json, regex, choice, grammar and json_object"
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 def read_response_format(value: object, param: str = "response_format") -> AnswerForm | None:
@@ -66,7 +68,12 @@ def read_structured_outputs(value: object) -> AnswerForm | None:
     if not isinstance(found, str) or not found:
         raise bad_value(param, found, "a string, not empty")
     bounded(len(found), param)
-    return AnswerForm(param, regex(found))
+    if name == "regex":
+        return AnswerForm(param, regex(found))
+    try:
+        return AnswerForm(param, expression_of(found))
+    except GrammarError as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
 
 def _parsed(value: object, param: str) -> object:
