@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -113,9 +114,14 @@ def test_the_deepest_that_are_allowed_end_nobody() -> None:
 
 def test_what_is_merged_is_followed_once() -> None:
     itself = {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}], "type": "object"}}}
-    assert flat(itself, itself)["type"] == "object"
+    looked_at = itertools.count()
+
+    def work(_: int) -> None:
+        assert next(looked_at) < 1000
+
+    assert flat(itself, itself, work)["type"] == "object"
     doubled = chain({"allOf": ["next", "next"]}, 100)
-    assert flat(doubled, doubled)["type"] == "string"
+    assert flat(doubled, doubled, work)["type"] == "string"
     layers = {
         "allOf": [{"$ref": "#/$defs/a", "title": "of the part"}, {"description": "second"}],
         "title": "its own",

@@ -484,6 +484,7 @@ def test_policy_off_reads_and_changes_nothing(reader: Server, cache: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("demo_or_thin", ["demo"], indirect=True)  # as above
 def test_conversations_outlive_their_servers(demo_or_thin: Path, millpond: Launch, tmp_path: Path) -> None:
     """(A2, F1, F6, L) second-use saves live conversations at a stop, with all writes pending, although used once.
 
