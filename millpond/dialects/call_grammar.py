@@ -122,7 +122,7 @@ def parameters(
     found = flat(schema, callee.schema)
     properties, required = found.get("properties"), found.get("required")
     named = properties if isinstance(properties, Mapping) else {}
-    needed = set(required) if isinstance(required, list) else set()
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
     for name in sorted(needed):
         if name not in named or not readable(name) or named[name] is False:
             raise GrammarError(f"{name!r} has to be given, and cannot be in the way in which this model calls")
@@ -193,7 +193,13 @@ def _values(schema: Schema) -> Sequence[object]:
 def chosen(schema: Schema) -> list[object]:
     """The values that a schema with ``enum`` or ``const`` leaves, by what else it says."""
     kind = schema.get("type")
-    kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else None
+    kinds = (
+        {kind}
+        if isinstance(kind, str)
+        else {one for one in kind if isinstance(one, str)}
+        if isinstance(kind, list)
+        else None
+    )
     return [
         value
         for value in _values(schema)

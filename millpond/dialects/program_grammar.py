@@ -12,6 +12,8 @@ from millpond.grammar.check import GrammarError
 from millpond.grammar.lark import alternatives, json_value, literal
 
 _KEY = "/[A-Za-z_][A-Za-z0-9_]{0,40}/"
+_ABOUT = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+"""Fields that change nothing about what is written."""
 _DEEP = 8
 """Levels of a schema that are followed; what is deeper may be anything."""
 
@@ -83,7 +85,7 @@ def _value(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: 
     reference = schema.get("$ref")
     if isinstance(reference, str):
         target = flat(schema, callee.schema, calls.rules.work)
-        if len(schema) > 1:  # it says more than what it refers to
+        if schema.keys() - _ABOUT - {"$ref"}:  # it says more than what it refers to
             return _value(syntax, calls, callee, target, depth + 1)
         what = f"{callee.name} {reference}"
         return calls.rules.of(what, "shared", lambda: _value(syntax, calls, callee, target, 0))
@@ -94,7 +96,13 @@ def _value(syntax: Syntax, calls: Calls, callee: Callee, schema: Schema, depth: 
         choices = schema.get(key)
         if isinstance(choices, list) and choices:
             rest = {name: value for name, value in schema.items() if name != key}
-            parts = [{**rest, **part} for part in choices if isinstance(part, Mapping)]
+            parts = [
+                {**rest, **({} if part is True else part)}
+                for part in choices
+                if part is True or isinstance(part, Mapping)
+            ]
+            if not parts:
+                raise GrammarError("no value can be written in the way in which this model calls")
             return alternatives(*(_value(syntax, calls, callee, part, depth + 1) for part in parts))
     if "const" in schema or isinstance(schema.get("enum"), list):
         left = [_constant(syntax, calls, value) for value in chosen(schema)]

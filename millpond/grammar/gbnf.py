@@ -20,15 +20,18 @@ MOST_DEEP = 16
 """Parentheses within each other."""
 MOST_PARTS = 2000
 """Rules, and parentheses in them: llguidance follows them by calls within calls."""
+MOST_REPEATS = 500
+"""Things that are repeated or may be missing: a step has to do with all of them at once."""
+MOST_NAMES = 5000
 MOST_TIMES = 10_000
 _TOKEN = re.compile(
     r"""
     (?P<blank> \s+ | \#[^\n]* )
-    | (?P<rule> [A-Za-z_][\w-]* ) [ \t]* ::=
-    | (?P<name> [A-Za-z_][\w-]* )
-    | " (?P<text> (?: [^"\\\n] | \\. )* ) "
-    | \[ (?P<set> (?: [^\]\\\n] | \\. )* ) \]
-    | (?P<times> [?*+] | \{ [ ]* \d* [ ]* (?: , [ ]* \d* [ ]* )? \} )
+    | (?P<rule> [\w-]+ ) [ \t]* ::=
+    | (?P<name> [\w-]+ )
+    | " (?P<text> (?: [^"\\] | \\. )* ) "
+    | \[ (?P<set> (?: [^\]\\] | \\. )* ) \]
+    | (?P<times> [?*+] | \{ \s* \d* \s* (?: , \s* \d* \s* )? \} )
     | (?P<mark> [.()|] )
     """,
     re.VERBOSE | re.ASCII,
@@ -51,6 +54,11 @@ def expression_of(text: str) -> str:
     numbers = {name: f"r{number}" for number, name in enumerate(rules)}
     bodies = [f"{numbers[name]}: {body.written(numbers)}" for name, body in rules.items()]
     return "\n".join(["%lark {", f"start: {numbers[ROOT]}", *bodies, "}"])
+
+
+def _number(digits: str) -> int:
+    """At most six digits of it: what has more is too large anyhow."""
+    return int(digits.lstrip("0")[:6] or 0)
 
 
 def _ending(rules: Mapping[str, _Alternatives]) -> set[str]:
@@ -140,6 +148,9 @@ class _Reader:
         self._at = 0
         self._parts = 0
         """Rules and parentheses so far."""
+        self._repeats = 0
+        self._named = 0
+        """Names of rules within rules."""
 
     def rules(self) -> dict[str, _Alternatives]:
         """By name, in their order. Raises GrammarError."""
@@ -172,15 +183,23 @@ class _Reader:
         match kind, text:
             case "name", _:
                 sequence.append(_Element(text, named=True))
+                self._named += 1
+                if self._named > MOST_NAMES:
+                    raise self._wrong(f"a grammar of at most {MOST_NAMES} names of rules within rules")
             case "text", _:
                 letters = [literal(chr(letter)) for letter, _ in self._letters(text)]
                 sequence.append(_Element(" ".join(letters) or '""'))
             case "set", _:
                 sequence.append(_Element(self._set(text)))
             case "times", _:
-                if not sequence or sequence[-1].times != (1, 1):
+                if not sequence:
                     raise self._wrong("something that can be repeated")
+                if sequence[-1].times != (1, 1):
+                    sequence[-1] = _Element(_Alternatives([[sequence[-1]]]))
                 sequence[-1].times = self._times(text)
+                self._repeats += 1
+                if self._repeats > MOST_REPEATS:
+                    raise self._wrong(f"a grammar of at most {MOST_REPEATS} things that are repeated or may be missing")
             case _, ".":
                 sequence.append(_Element("/(?s:.)/"))
             case _, "|":
@@ -208,8 +227,7 @@ class _Reader:
         least, comma, most = (part.strip() for part in text.strip("{}").partition(","))
         if not least and not most:
             raise self._wrong("a number in braces")
-        lower = int(least[:6] or 0)
-        upper = int(most[:6]) if most else None if comma else lower
+        lower, upper = _number(least), _number(most) if most else None if comma else _number(least)
         if max(lower, upper or 0) > MOST_TIMES or (upper is not None and upper < lower):
             raise self._wrong(f"numbers up to {MOST_TIMES}, the larger one last")
         return lower, upper

@@ -15,7 +15,7 @@ from llguidance import regex_to_lark
 from millpond.grammar.check import MOST_CHARACTERS, GrammarError
 from millpond.types import Symbol
 
-MOST_WORK = 100_000
+MOST_WORK = 30_000
 """Fields of schemas that are looked at for one grammar."""
 
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 from llguidance import LLMatcher, LLTokenizer
 
-from millpond.grammar.check import GrammarError, limits
+from millpond.grammar.check import GrammarError, errors_for_panics, limits
 
 _TRIED = 200
 """Tokens that are compared."""
@@ -44,9 +44,10 @@ class Lexicon:
 
     def matcher(self, grammar: str) -> LLMatcher:
         """At the beginning of an answer; takes milliseconds. Raises GrammarError."""
-        found = LLMatcher(self._tokens, grammar, log_level=0, limits=limits())
-        if not found.is_error():
-            found.compute_bitmask()  # the first one takes longest
+        with errors_for_panics():
+            found = LLMatcher(self._tokens, grammar, log_level=0, limits=limits())
+            if not found.is_error():
+                found.compute_bitmask()  # the first one takes longest
         if found.is_error():
             raise GrammarError(first_line(found.get_error()))
         return found

@@ -65,11 +65,27 @@ def shape_of(asked: GenerationRequest, prompt: Sequence[int], tokenizer: Tokeniz
     try:
         grammar = made(wanted)
     except GrammarError:
-        wanted = replace(wanted, callees=[_fitting(made, wanted, tool, ignored) for tool in callees])
-        grammar = made(wanted)
+        callees = [_fitting(made, wanted, tool, ignored) for tool in callees]
+        grammar = _together(made, wanted, callees, ignored)
     if info.grammars:
         return Shape(None, ())
     return Shape(grammar, tuple(ignored))
+
+
+def _together(
+    made: Callable[[Wanted], Grammar | None], wanted: Wanted, callees: Sequence[Callee], ignored: list[str]
+) -> Grammar | None:
+    """Of tools that fit each by itself. Where all are too much, those that promise nothing have any arguments."""
+    try:
+        return made(replace(wanted, callees=callees))
+    except GrammarError:
+        ignored.append("tools: the schemas of all that are not strict")
+    free = [callee if callee.strict else Callee(callee.name, ANY_OBJECT) for callee in callees]
+    try:
+        return made(replace(wanted, callees=free))
+    except GrammarError as error:
+        message = f"tools: their schemas cannot be followed together: {error}"
+        raise ApiError(400, message, param="tools", code="invalid_schema") from error
 
 
 def _fitting(made: Callable[[Wanted], object], wanted: Wanted, callee: Callee, ignored: list[str]) -> Callee:

@@ -13,9 +13,14 @@ import httpx
 import openai
 import pytest
 from in_process import writing
+from model_infos import SMALL
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from tool_tokenizer import TEMPLATE, write_answers, write_tool_tokenizer
 
+from millpond.grammar.check import check
+from millpond.http.errors import ApiError
+from millpond.http.forms import shape_of
+from millpond.http.openai.schemas import ChatRequest, parse
 from millpond.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -359,3 +364,23 @@ def test_calls_are_read_as_the_user_names(
         warned = any("chat template writes calls in another way" in line for line in server.lines)
     assert f"family={'hermes' if family == 'auto' else family} " in line
     assert warned == bool(calls)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_schemas_that_are_too_much_together(folder: Path, strict: bool) -> None:
+    """Each of them fits by itself. Arguments of those that promise nothing are free then, which is said."""
+    large = {"type": "object", "properties": {"x": {"enum": [f"value {number} of many" for number in range(200)]}}}
+    tools = [
+        {"type": "function", "function": {"name": f"f{number}", "parameters": large, "strict": strict}}
+        for number in range(300)
+    ]
+    asked = parse(ChatRequest, {"messages": ASKED, "tools": tools}).generation()
+    tokenizer = Tokenizer.load(folder)
+    if strict:
+        with pytest.raises(ApiError, match="tools: their schemas cannot be followed together"):
+            shape_of(asked, [1], tokenizer, SMALL)
+        return
+    shape = shape_of(asked, [1], tokenizer, SMALL)
+    assert shape.ignored == ("tools: the schemas of all that are not strict",)
+    assert shape.grammar is not None
+    check(shape.grammar.text)
