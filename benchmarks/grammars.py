@@ -4,7 +4,8 @@
     python benchmarks/grammars.py --url http://127.0.0.1:8123 [--streams 8] [--tokens 150] [--rounds 5]
 
 Each round has, in turn: all streams free, all of them bound by a schema, and one free stream beside bound ones and
-beside free ones. The answers are equally long, so that rates can be compared; ratios are within a round.
+beside free ones, with nothing guessed ahead, so that what is left is what grammars cost, and as it usually is. The
+answers are equally long, so that rates can be compared; ratios are within a round.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Stream:
     """Seconds between its tokens."""
 
 
-def answer(http: httpx.Client, tokens: int, seed: int, schema: object = None) -> Stream:
+def answer(http: httpx.Client, tokens: int, seed: int, schema: object = None, *, plain: bool = False) -> Stream:
+    """``plain``: without draft tokens."""
     body: dict[str, object] = {
         "messages": [{"role": "user", "content": PROMPT}],
         "max_tokens": tokens,
@@ -62,6 +64,8 @@ def answer(http: httpx.Client, tokens: int, seed: int, schema: object = None) ->
         "stream": True,
         "ignore_eos": True,
     }
+    if plain:
+        body["speculative"] = {"mode": "off"}
     if schema is not None:
         body["structured_outputs"] = {"json": schema}
     found, began = Stream(), time.perf_counter()
@@ -88,15 +92,21 @@ def together(http: httpx.Client, count: int, tokens: int, schema: object, seed: 
     return count * tokens / (time.perf_counter() - began)
 
 
-def beside(http: httpx.Client, count: int, tokens: int, schema: object, seed: int) -> Stream:
+def beside(http: httpx.Client, count: int, tokens: int, schema: object, seed: int, *, plain: bool) -> Stream:
     """One free stream beside others that began before it."""
     with ThreadPoolExecutor(count) as pool:
-        others = [pool.submit(answer, http, 2 * tokens, seed + number, schema) for number in range(count - 1)]
+        others = [
+            pool.submit(answer, http, 2 * tokens, seed + number, schema, plain=plain) for number in range(count - 1)
+        ]
         time.sleep(0.5)
-        found = answer(http, tokens, seed)
+        found = answer(http, tokens, seed, plain=plain)
         for other in others:
             other.result()
     return found
+
+
+def spread_of(values: list[float]) -> str:
+    return f"({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
@@ -106,7 +116,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    rates, gaps, worst = [], [], []
+    rates: list[float] = []
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    worst: dict[bool, list[float]] = {True: [], False: []}
     first: dict[str, list[float]] = {"free": [], "2 KB schema, new": [], "the same again": []}
     with httpx.Client(base_url=given.url, timeout=600, trust_env=False) as http:
         together(http, given.streams, 20, None, 0)
@@ -116,10 +128,11 @@ def main() -> None:
             free = together(http, given.streams, given.tokens, None, seed)
             bound = together(http, given.streams, given.tokens, SCHEMA, seed)
             rates.append(bound / free)
-            near_free = beside(http, given.streams, given.tokens, None, seed).gaps
-            near_bound = beside(http, given.streams, given.tokens, SCHEMA, seed).gaps
-            gaps.append(1000 * (statistics.median(near_bound) - statistics.median(near_free)))
-            worst.append(1000 * (sorted(near_bound)[-3] - sorted(near_free)[-3]))
+            for plain in gaps:
+                near_free = beside(http, given.streams, given.tokens, None, seed, plain=plain).gaps
+                near_bound = beside(http, given.streams, given.tokens, SCHEMA, seed, plain=plain).gaps
+                gaps[plain].append(1000 * (statistics.median(near_bound) - statistics.median(near_free)))
+                worst[plain].append(1000 * (sorted(near_bound)[-3] - sorted(near_free)[-3]))
             schema = large_schema(2000 + number)
             first["free"].append(answer(http, 3, seed).first_seconds)
             first["2 KB schema, new"].append(answer(http, 3, seed, schema).first_seconds)
@@ -127,8 +140,10 @@ def main() -> None:
             print(f"round {number + 1}: {free:.1f} tok/s free, {bound:.1f} bound, ratio {rates[-1]:.3f}", flush=True)
     spread = f"({min(rates):.3f} to {max(rates):.3f})"
     print(f"{given.streams} bound streams / free ones: {statistics.median(rates):.3f} {spread}")
-    print(f"a neighbour's median gap, ms more: {statistics.median(gaps):.2f} ({min(gaps):.2f} to {max(gaps):.2f})")
-    print(f"its third longest, ms more: {statistics.median(worst):.2f} ({min(worst):.2f} to {max(worst):.2f})")
+    for plain, more in gaps.items():
+        how, most = "nothing guessed" if plain else "as usual", worst[plain]
+        print(f"a neighbour's median gap, {how}, ms more: {statistics.median(more):.2f} {spread_of(more)}")
+        print(f"its third longest, ms more: {statistics.median(most):.2f} {spread_of(most)}")
     for name, seconds in first.items():
         print(f"first token, {name}: {1000 * statistics.median(seconds):.1f} ms")
 

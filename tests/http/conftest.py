@@ -108,7 +108,8 @@ class Server:
 @pytest.fixture(scope="session")
 def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder's tokenizer: one token per byte, and a template that writes role:content; per message."""
-    folder = tmp_path_factory.mktemp("byte-model")
+    folder = tmp_path_factory.mktemp("models") / "byte-model"
+    folder.mkdir()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: number for number, character in enumerate(alphabet)} | {"<end>": len(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
