@@ -35,7 +35,7 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     folder = Path(start.model_path)
     ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group, blas)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
-    unguessed = NO_GUESSES if ready.steady else capabilities.reason
+    unguessed = NO_GUESSES if ready.steady else capabilities.forward_only
     speculator = open_speculator(
         start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group, unguessed
     )

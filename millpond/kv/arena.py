@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import mlx.core as mx
 
@@ -47,9 +48,17 @@ class Copies:
 class Arena:
     """The running batch's keys and values."""
 
-    def __init__(self, specs: Sequence[LeafSpec], limit_bytes: int = NO_LIMIT, width_step: int = 1) -> None:
-        """``width_step``: see Forward."""
+    def __init__(
+        self,
+        specs: Sequence[LeafSpec],
+        limit_bytes: int = NO_LIMIT,
+        width_step: int = 1,
+        groups: Sequence[int] = (),
+    ) -> None:
+        """``width_step``: see Forward. ``groups``: of each layer, how many leaves it keeps in a list; 0: one, which is
+        in none. Nothing at all: that is so of all."""
         self._limit_bytes = limit_bytes
+        self._groups = groups
         self._width_step = width_step
         self.batch = Batch()
         self.slots: list[Slot] = []
@@ -81,7 +90,7 @@ class Arena:
         """
         row = len(self.lengths)
         self._reserved = (0, 0)
-        if not self.lengths and all(slot.row_count == 1 for slot in self.slots):
+        if not self.lengths and all(slot.row_count <= 1 for slot in self.slots):
             self.slots.clear()
             self.slots = self._first_row(leaves, length)
             return self.batch.join(name, length)
@@ -104,6 +113,13 @@ class Arena:
         copies.wait()
         return slots
 
+    def _handed_out(self) -> Sequence[object]:
+        """The slots, layer by layer, as models expect their caches."""
+        if not any(self._groups):
+            return self.slots
+        rest = iter(self.slots)
+        return [tuple(islice(rest, count)) if count else next(rest) for count in self._groups]
+
     def release(self, name: str, scrub: bool = False) -> None:
         """Free a request's row. ``scrub`` zeroes what it held (non-finite numbers).
 
@@ -121,14 +137,14 @@ class Arena:
         copies = Copies()
         for slot in self.slots:
             slot.scrub(row)
-            copies.add(slot.arrays, slot.nbytes // slot.row_count)
+            copies.add(slot.arrays, slot.nbytes // max(1, slot.row_count))
         copies.wait()
 
     def _move(self, source: int, target: int) -> None:
         """Copy what row ``source`` holds over row ``target``, which has its length."""
         length = self.lengths[target]
-        row_bytes = sum(spec.row_bytes(capacity_bucket(length)) for spec in self._specs) // len(self._specs)
-        many = max(1, AT_ONCE_BYTES // row_bytes)
+        row_bytes = sum(slot.nbytes for slot in self.slots) // sum(slot.row_count for slot in self.slots)
+        many = max(1, AT_ONCE_BYTES // max(1, row_bytes))
         for first in range(0, len(self.slots), many):
             some = self.slots[first : first + many]
             lifted = [slot.lift(source, length) for slot in some]
@@ -142,19 +158,19 @@ class Arena:
         row = self.batch.row(name)
         return [slot.span(row, start, end) if slot.kind is kind else () for slot in self.slots]
 
-    def begin(self, columns: int, filled_to: int = 0) -> Sequence[Slot]:
-        """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache.
-        ``filled_to``: see Forward."""
+    def begin(self, columns: int, filled_to: int = 0) -> Sequence[object]:
+        """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache, a tuple of
+        them where a layer has several. ``filled_to``: see Forward."""
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
         self._forward = Forward(self.lengths, columns, filled_to, self._width_step)
         for slot in self.slots:
             slot.begin(self._forward)
-        return self.slots  # one per layer: a layer of several leaves would be handed a tuple of them
+        return self._handed_out()
 
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
         for slot in self.slots:
-            slot.advance(counts)
+            slot.keep(counts)
         self.batch.advance(counts)
         self._forward = None
 

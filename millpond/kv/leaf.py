@@ -44,7 +44,7 @@ class Slot(Protocol):
     def kind(self) -> Kind: ...
     @property
     def row_count(self) -> int:
-        """Rows that there is room for."""
+        """Rows that there are arrays for."""
 
     @property
     def nbytes(self) -> int: ...
@@ -57,7 +57,7 @@ class Slot(Protocol):
     def begin(self, forward: Forward) -> None:
         """A forward over all rows is about to be built; there is room for it."""
 
-    def advance(self, counts: Sequence[int]) -> None:
+    def keep(self, counts: Sequence[int]) -> None:
         """It has been built, and of row i the first ``counts[i]`` new tokens are kept."""
 
     # --- rows ---

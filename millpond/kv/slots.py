@@ -17,6 +17,7 @@ from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
 from millpond.kv.rows import Forward
 from millpond.kv.segment import KvSegment
+from millpond.kv.states import StateSpec
 from millpond.memory.budget import CacheSizes
 from millpond.native import decode
 from millpond.prefix.records import Kind
@@ -129,7 +130,7 @@ class RingSpec(KvSpec):
         return slot
 
 
-LeafSpec = KvSpec | RingSpec
+LeafSpec = KvSpec | RingSpec | StateSpec
 """What a leaf keeps of each row, by its kind."""
 
 
@@ -177,9 +178,11 @@ class KvSlot:
         window_size: int | None = None,
     ) -> mx.array | None:
         """Mask of the forward under way; see Forward.mask. None when a native slot sees what it would see anyway."""
-        if self.spec.format.native and (window_size or self.window) == self.window:
+        # A ring holds no more than its window, whatever else is asked for.
+        window = min(filter(None, (window_size, self.window)), default=None)
+        if self.spec.format.native and window == self.window:
             return None
-        return self.forward.mask(window_size or self.window, self.capacity)
+        return self.forward.mask(window, self.capacity)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | tuple[Arrays, Arrays]:
         """Write [rows, H, L, D] at each live row's position; what is returned is for attention alone.
@@ -195,6 +198,14 @@ class KvSlot:
         for segment in self.segments:
             packed = len(segment.arrays) > 2
             segment.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.forward)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array] | tuple[Arrays, Arrays]:
+        """What ``update_and_fetch`` has returned in this forward, for layers that attend to those of another. Of a
+        native slot nothing: what is there is its own affair."""
+        if self.spec.format.native:
+            empty = (self.forward.n, self.spec.heads, 0)
+            return mx.zeros((*empty, self.spec.key_dim)), mx.zeros((*empty, self.spec.value_dim))
         sides = self.sides()
         if self.spec.format.unpacked and len(sides) > 1:
             return self._joined(sides)
@@ -264,7 +275,7 @@ class KvSlot:
     def begin(self, forward: Forward) -> None:
         self._forward = forward
 
-    def advance(self, counts: Sequence[int]) -> None:  # noqa: ARG002 - what is not kept lies behind the row's end
+    def keep(self, counts: Sequence[int]) -> None:  # noqa: ARG002 - what is not kept lies behind the row's end
         self._forward = None
 
     def put(self, row: int, leaf: LeafRow, length: int) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 SMALLEST_CAPACITY = 256
 UNLIMITED = 1 << 50
 """Tokens, more than any prompt has."""
+STATE_COPIES = 2
+"""Of recurrent states, those before a forward and those behind it."""
 PREFILL_STEP = 256
 """Tokens by which a request's own cache grows during prefill; it never holds this many unused positions."""
 
@@ -44,7 +46,7 @@ class CacheSizes:
     token_bytes: int
     """Keys and values of one token of a row, in the layers whose cache grows with the context."""
     row_bytes: int = 0
-    """Fixed part of a row: sliding-window rings and recurrent state."""
+    """Fixed part of a row: sliding-window rings."""
     chunk_token_bytes: int = 0
     """What a token of a prompt's chunk adds to the windows while the chunk is being read."""
     exact_token_bytes: int = 0
@@ -53,6 +55,8 @@ class CacheSizes:
     """The same for the windows of one prompt."""
     exact_tokens: int = 0
     """Tokens of a packed row that stay as computed."""
+    state_bytes: int = 0
+    """Recurrent states of a row. A step makes new ones; those before it go when it has been read."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class MemoryBudget:
         sizes, capacity = self.sizes, capacity_bucket(longest)
         exact = min(sizes.exact_tokens, capacity)
         row_bytes = (capacity - exact) * sizes.token_bytes + exact * sizes.exact_token_bytes + sizes.row_bytes
-        return rows_allocated(rows, row_bytes, self.limit_bytes) * row_bytes
+        room = rows_allocated(rows, row_bytes, self.limit_bytes) * row_bytes
+        return room + rows * STATE_COPIES * sizes.state_bytes
 
     def prefill_bytes(self, tokens: int) -> int:
         """Upper bound for the cache of a request that has ``tokens`` computed and no row yet; 0 for none."""
@@ -81,6 +86,7 @@ class MemoryBudget:
             return 0
         sizes = self.sizes
         fixed = sizes.row_bytes + sizes.chunk_token_bytes * self.chunk + sizes.exact_row_bytes
+        fixed += STATE_COPIES * sizes.state_bytes
         return (tokens + PREFILL_STEP - 1) * (sizes.token_bytes + sizes.exact_token_bytes) + fixed
 
     def chunk_after(self, start: int) -> int:

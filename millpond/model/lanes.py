@@ -16,6 +16,7 @@ from millpond.kv.arena import NO_LIMIT, Arena
 from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
 from millpond.kv.slots import LeafSpec
+from millpond.kv.states import NOTES
 from millpond.model.prompt import Prompt
 from millpond.model.upstream import cache_arrays
 from millpond.prefix.records import Kind
@@ -76,10 +77,11 @@ class SlotsLane(Arena):
         limit_bytes: int = NO_LIMIT,
         steady: Sequence[int] = (),
         width_step: int = 1,
+        groups: Sequence[int] = (),
     ) -> None:
         """``steady``: numbers of rows that forwards are filled up to, ascending, where each row attends alone.
-        ``width_step``: see Forward."""
-        super().__init__(specs, limit_bytes, width_step)
+        ``width_step``: see Forward. ``groups``: see Arena."""
+        super().__init__(specs, limit_bytes, width_step, groups)
         self._steady = steady
 
     def adopt(self, name: str, prompt: Prompt) -> None:
@@ -90,7 +92,11 @@ class SlotsLane(Arena):
         filled_to = next((rows for rows in self._steady if rows >= live), 0)
         if filled_to > live:
             tokens = mx.concatenate([tokens, mx.zeros((filled_to - live, columns), tokens.dtype)])
-        logits: mx.array = model(tokens, cache=self.begin(columns, filled_to))
+        caches = self.begin(columns, filled_to)
+        try:
+            logits: mx.array = model(tokens, cache=caches)
+        finally:
+            NOTES.set(None)  # what is built next is none of this forward's
         return logits[:live] if filled_to > live else logits
 
 

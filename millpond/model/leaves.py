@@ -14,6 +14,7 @@ import mlx.core as mx
 from millpond.kv.format import Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
 from millpond.kv.slots import KvSpec, LeafSpec, RingSpec
+from millpond.kv.states import StateSlot, StateSpec
 from millpond.model.upstream import ArraysCache, CacheList, KVCache, LayerCache, PromptCache, RotatingKVCache
 from millpond.prefix.records import Kind
 
@@ -24,6 +25,8 @@ class Leaf:
 
     kind: ClassVar[Kind | None] = None
     """Which records of the prefix cache it belongs to."""
+    packable: ClassVar[bool] = False
+    """Formats that pack pack it."""
     window = 0
     """Sliding-window size in tokens; 0 for other leaves."""
 
@@ -68,6 +71,7 @@ class KvLeaf(Leaf):
     """Keys and values of every position."""
 
     kind = Kind.KV
+    packable = True
     cache: KVCache
 
     def spec(self, form: KvFormat) -> LeafSpec | str:
@@ -147,6 +151,16 @@ class WindowLeaf(KvLeaf):
         return LeafRow(tuple(side[:, :, -kept:] for side in self.in_order()))
 
 
+class RecurrentSlot(StateSlot, ArraysCache):  # type: ignore[misc]  # mlx-lm has no types
+    """Some of mlx-lm's models look for the class, some take a cache apart until IndexError, some ask whether it is
+    true: all of that is the class's. Its lengths and paddings are never set: a step would leave something lazy of them
+    behind."""
+
+    def __init__(self, spec: StateSpec) -> None:
+        ArraysCache.__init__(self, len(spec.shapes))
+        StateSlot.__init__(self, spec)
+
+
 class StateLeaf(Leaf):
     """The state of a recurrent layer, which does not grow."""
 
@@ -154,12 +168,21 @@ class StateLeaf(Leaf):
     cache: ArraysCache
 
     def spec(self, form: KvFormat) -> LeafSpec | str:  # noqa: ARG002 - a state is never packed
-        return "a recurrent state"
+        held = self.span(0, 0)
+        if len(held) < len(self.cache.cache):
+            return "a recurrent state of which a part stays empty"
+        return StateSpec(tuple(tuple(a.shape[1:]) for a in held), tuple(a.dtype for a in held), RecurrentSlot)
 
     def span(self, start: int, end: int) -> Arrays:  # noqa: ARG002 - a state is of now, whatever the positions
         if self.cache.empty() or self.cache.lengths is not None or self.cache.left_padding is not None:
             raise ValueError("the recurrent layer has no state of its own yet")
         return tuple(array for array in self.cache.cache if array is not None)
+
+    def row(self) -> LeafRow:
+        return LeafRow(self.span(0, 0))
+
+    def clear(self) -> None:
+        self.cache.cache = [None] * len(self.cache.cache)
 
     def put(self, arrays: Sequence[mx.array], length: int) -> None:  # noqa: ARG002 - the same
         self.cache.cache = list(arrays)
@@ -183,6 +206,11 @@ def _leaf(cache: LayerCache) -> Leaf:
     return KINDS.get(type(cache), Leaf)(cache)
 
 
+def groups_of(caches: PromptCache) -> tuple[int, ...]:
+    """Of each layer, how many leaves it keeps in a list; 0: one, which is in none."""
+    return tuple(len(leaves_of([cache])) if isinstance(cache, CacheList) else 0 for cache in caches)
+
+
 def leaf_specs(caches: PromptCache, form: KvFormat) -> list[LeafSpec] | str:
     """What slots of that format keep of each leaf, read off caches that a forward has filled; or a sentence that says
     which layers keep what slots cannot hold."""
@@ -190,8 +218,6 @@ def leaf_specs(caches: PromptCache, form: KvFormat) -> list[LeafSpec] | str:
     misfits: dict[str, list[int]] = {}
     for layer, cache in enumerate(caches):
         found = [leaf.spec(form) for leaf in leaves_of([cache])]
-        if len(found) > 1:
-            found = ["several caches at once"]  # the arena hands out one slot per layer
         specs += [spec for spec in found if not isinstance(spec, str)]
         for what in (spec for spec in found if isinstance(spec, str)):
             misfits.setdefault(what, []).append(layer)
@@ -211,6 +237,8 @@ class Rounded:
         self._form = form
         self._exact = leaf.exact(form)
         end = leaf.cache.offset
+        if not end:
+            return
         held = end - leaf.in_order()[0].shape[2]
         first = max(held, done, min(self._exact, end))
         if first < end:
@@ -230,4 +258,13 @@ class Rounded:
 
 def rounded(caches: PromptCache, form: KvFormat, done: int = 0) -> PromptCache:
     """Caches that go on as slots of that format would; the same ones where nothing is packed. See ``Rounded``."""
-    return [cast(LayerCache, Rounded(leaf, form, done)) for leaf in leaves_of(caches)] if form.packs else caches
+    if not form.packs:
+        return caches
+
+    def one(cache: LayerCache) -> LayerCache:
+        if isinstance(cache, CacheList):
+            return cast(LayerCache, tuple(map(one, cache.caches)))
+        (leaf,) = leaves_of([cache])
+        return cast(LayerCache, Rounded(leaf, form, done)) if leaf.packable else cache
+
+    return [one(cache) for cache in caches]

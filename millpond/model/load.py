@@ -6,9 +6,11 @@ knows float32 only (see model/blas.py). Engine thread only.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import cast
@@ -20,21 +22,22 @@ from mlx.utils import tree_flatten, tree_map
 from millpond.hub.errors import SourceError
 from millpond.kv.arena import NO_LIMIT
 from millpond.kv.format import KvFormat
-from millpond.kv.slots import LeafSpec
+from millpond.kv.slots import KvSpec, LeafSpec
 from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
-from millpond.model import attention
+from millpond.model import attention, replay
 from millpond.model.blocks import BlockFormat, block_format
 from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
 from millpond.model.config_rope import UnmappedRopeError
 from millpond.model.context import context_of
 from millpond.model.lanes import SlotsLane
-from millpond.model.leaves import leaf_specs, leaves_of
+from millpond.model.leaves import groups_of, leaf_specs, leaves_of
 from millpond.model.pooling import Embedder, NotPooled, embedder_of
 from millpond.model.rotary import share_angles
 from millpond.model.shard import CannotShard, shard
+from millpond.model.twin import narrow_config, sharing
 from millpond.model.upstream import (
     PromptCache,
     cache_arrays,
@@ -46,6 +49,8 @@ from millpond.model.upstream import (
 from millpond.native import decode, device
 from millpond.prefix.records import Kind
 from millpond.types import GROUP_SIZES, UNPACKED, KvPacking
+
+log = logging.getLogger(__name__)
 
 CACHE_STEP = 256
 """Tokens by which mlx-lm's caches grow."""
@@ -84,6 +89,8 @@ class LoadedModel:
     """What each leaf is; see Leaf.name."""
     specs: list[LeafSpec] | str
     """What slots keep of each leaf, or which layers keep what slots cannot hold."""
+    groups: tuple[int, ...]
+    """Of each layer, how many leaves it keeps in a list; 0: one, which is in none."""
     form: KvFormat
     """How slots and cached blocks keep keys and values."""
     sizes: CacheSizes
@@ -95,6 +102,8 @@ class LoadedModel:
     """What was done to the files' content on the way; empty for those that mlx-lm reads as they are."""
     blocks: BlockFormat | str
     """How its caches are cut into blocks for the prefix cache, or why they cannot be."""
+    narrowed: Callable[[], nn.Module | None]
+    """Makes another network of the same weights whose windows are all narrow; None where it has no wide ones."""
     embedder: Embedder | str = ""
     """What makes vectors of prompts, or why nothing does."""
     steady: tuple[int, ...] = ()
@@ -104,7 +113,8 @@ class LoadedModel:
     def slots_lane(self, limit_bytes: int = NO_LIMIT) -> SlotsLane:
         """A lane without rows yet, which may take so many bytes. Only for a model that slots can hold."""
         assert not isinstance(self.specs, str), self.specs
-        return SlotsLane(self.specs, limit_bytes, self.steady, WIDTH_STEP if device.on_cuda() else 1)
+        step = WIDTH_STEP if device.on_cuda() else 1
+        return SlotsLane(self.specs, limit_bytes, self.steady, step, self.groups)
 
     def identity(self, content: str) -> str:
         """What tells this model from others, hex: the digest of its files and, if they were changed on the way, how."""
@@ -143,6 +153,7 @@ def load(
     if on_cpu and shutil.which(COMPILER) is None:
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network)
+    replay.install(network)
     _evaluate(network, progress)
     cache = new_cache(network)
     try:
@@ -164,14 +175,26 @@ def load(
         score_bytes=0 if on_cpu else _score_bytes(cache, config, 1 if group is None else group.size()),
         kinds=[leaf.name for leaf in leaves_of(cache)],
         specs=specs,
+        groups=groups_of(cache),
         form=form,
         sizes=sizes,
         weight_bytes=_bytes(network),
         remarks=checkpoint.remarks,
         reading=checkpoint.reading,
         blocks=blocks,
+        narrowed=partial(_narrowed, network, config, group),
         embedder=embedder,
     )
+
+
+def _narrowed(network: nn.Module, config: dict[str, object], group: mx.distributed.Group | None) -> nn.Module | None:
+    if (changed := narrow_config(config)) is None:
+        return None
+    try:
+        return sharing(changed, network, lambda twin: None if group is None else shard(twin, config, group))
+    except Exception:  # whatever a class of mlx-lm does with a configuration that nobody has published
+        log.exception("what the model does past its windows could not be tried")
+        return None
 
 
 def _form(packing: KvPacking) -> KvFormat:
@@ -288,13 +311,18 @@ def _kept(
 ) -> tuple[list[LeafSpec] | str, KvFormat, CacheSizes, BlockFormat | str]:
     """See LoadedModel. ``cache`` is filled; ``form`` is what is wished for."""
     specs = leaf_specs(cache, form)
-    if isinstance(specs, str) or any(spec.dtype != mx.float32 for spec in specs):
+    if isinstance(specs, str) or {spec.dtype for spec in keeping_keys(specs)} != {mx.float32}:
         form = replace(form, native=False)
         specs = leaf_specs(cache, form)
     if form.packs:
         _check_packing(specs, form.packing)
     sizes = _measured_sizes(network) if isinstance(specs, str) else _sizes(specs, form)
     return specs, form, sizes, block_format(cache, form)
+
+
+def keeping_keys(specs: Sequence[LeafSpec]) -> list[KvSpec]:
+    """Those that keep keys and values."""
+    return [spec for spec in specs if isinstance(spec, KvSpec)]
 
 
 def _sizes(specs: list[LeafSpec], form: KvFormat) -> CacheSizes:
@@ -305,7 +333,9 @@ def _sizes(specs: list[LeafSpec], form: KvFormat) -> CacheSizes:
 def _check_packing(specs: list[LeafSpec] | str, packing: KvPacking) -> None:
     if isinstance(specs, str):
         raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: {specs}")
-    dims = sorted({dim for spec in specs for dim in (spec.key_dim, spec.value_dim)})
+    dims = sorted({dim for spec in keeping_keys(specs) for dim in (spec.key_dim, spec.value_dim)})
+    if not dims:
+        raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: it keeps no keys and values")
     fitting = [size for size in GROUP_SIZES if not any(dim % size for dim in dims)]
     if packing.group_size not in fitting:
         allowed = f"allowed: {', '.join(map(str, fitting))}" if fitting else "its keys and values cannot be packed"

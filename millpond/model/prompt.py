@@ -56,6 +56,8 @@ class Prompt:
         self.length = start + count
         packed: list[Arrays] = []
         for leaf, pieces in zip(self.leaves, self.pieces, strict=bool(self.pieces)):
+            if not leaf.packable:
+                continue
             first = max(start, leaf.exact(self.form))
             if first < self.length:
                 packed.append(self.form.pack(*leaf.span(first, self.length)))
@@ -71,7 +73,7 @@ class Prompt:
 
     def _span(self, number: int, start: int, end: int) -> Arrays:
         leaf = self.leaves[number]
-        if not self.pieces or end <= leaf.exact(self.form):
+        if not self.pieces or not leaf.packable or end <= leaf.exact(self.form):
             return leaf.span(start, end)
         pieces = [piece for piece in self.pieces[number] if piece.end > start and piece.start < end]
         if not pieces or pieces[0].start > start:
@@ -81,7 +83,7 @@ class Prompt:
     def rows(self) -> Iterator[LeafRow]:
         """Yield each leaf for adoption, dropping it once it is copied."""
         for number, leaf in enumerate(self.leaves):
-            yield self._packed_row(number) if self.pieces else leaf.row()
+            yield self._packed_row(number) if self.pieces and leaf.packable else leaf.row()
             leaf.clear()
             if self.pieces:
                 self.pieces[number] = []

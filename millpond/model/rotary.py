@@ -24,11 +24,11 @@ class Angles:
     def tables(self, offset: int | mx.array, length: int) -> tuple[mx.array, mx.array]:
         """Factors of x and of its swapped halves, [n or 1, 1, length, 2, dims / 2] each.
 
-        ``offset`` is an int, or int32 [n]; one array object stands for one forward, so it is compared by identity.
+        ``offset`` is an int, or int32 [n] or []; one array object stands for one forward: it is compared by identity.
         """
         key = self._key
         if key is None or key[1] != length or not _same(key[0], offset):
-            start = offset if isinstance(offset, int) else offset[:, None]
+            start = offset if isinstance(offset, int) else offset.reshape(-1, 1)
             positions = mx.arange(length, dtype=mx.int32) + start
             angles = positions.reshape(-1, 1, length, 1, 1).astype(mx.float32) * self._rates
             cos, sin = mx.cos(angles), mx.sin(angles)

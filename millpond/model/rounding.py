@@ -97,7 +97,8 @@ def _near(one: mx.array, other: mx.array) -> bool:
 
 def _row_bytes(model: LoadedModel) -> int:
     assert not isinstance(model.specs, str)
-    return sum(spec.row_bytes(capacity_bucket(max(NEIGHBOURS) + 1)) for spec in model.specs)
+    grown = sum(spec.row_bytes(capacity_bucket(max(NEIGHBOURS) + 1)) for spec in model.specs)
+    return max(1, grown + model.sizes.state_bytes)
 
 
 def _steady(model: LoadedModel, widths: Sequence[int]) -> SlotsLane:

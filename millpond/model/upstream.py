@@ -165,6 +165,12 @@ def _takes_keys(held: object) -> bool:
     return isinstance(held, type) and issubclass(held, BaseModelArgs) and held is not BaseModelArgs
 
 
+def empty_model(config: dict[str, object]) -> nn.Module:
+    """A model that config.json, as its class got it, describes; its weights are random, and not computed yet."""
+    model_class, arguments = _get_classes(config)
+    return cast(nn.Module, model_class(arguments.from_dict(config)))
+
+
 def dequantized(model: nn.Module) -> nn.Module:
     """Replace quantised layers by plain ones."""
     return cast(nn.Module, dequantize_model(model))

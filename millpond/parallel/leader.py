@@ -373,11 +373,16 @@ def least_of(found: dict[int, RankReport]) -> RankReport:
                 f"tp: rank {rank} would keep keys and values differently from rank 0: {other.layers[:1]} "
                 f"{other.capabilities.reason!r} and {ours.layers[:1]} {ours.capabilities.reason!r}"
             )
-    uncached = next((each.capabilities.uncached for each in found.values() if each.capabilities.uncached), "")
-    pipelined = all(each.capabilities.pipelined for each in found.values())
-    together = all(each.capabilities.together for each in found.values())
+    all_found = [each.capabilities for each in found.values()]
+    least = replace(
+        ours.capabilities,
+        pipelined=all(each.pipelined for each in all_found),
+        uncached=next((each.uncached for each in all_found if each.uncached), ""),
+        together=all(each.together for each in all_found),
+        forward_only=next((each.forward_only for each in all_found if each.forward_only), ""),
+    )
     return RankReport(
-        capabilities=replace(ours.capabilities, pipelined=pipelined, uncached=uncached, together=together),
+        capabilities=least,
         limit_bytes=min(each.limit_bytes for each in found.values()),
         layers=ours.layers,
     )

@@ -277,7 +277,9 @@ def test_more_conversations_run_at_once() -> None:
     assert most["int8"] >= 1.8 * most["exact"], most
 
 
-@pytest.mark.parametrize(("kind", "word"), [("deepseek_v2", "kv_"), ("mamba", "slots"), ("qwen3_next", "slots")])
+@pytest.mark.parametrize(
+    ("kind", "word"), [("deepseek_v2", "kv_"), ("mamba", "keeps no keys"), ("qwen3_next", "kv_group_size")]
+)
 def test_models_that_cannot_be_packed_say_so(kind: str, word: str) -> None:
     """Latent and recurrent caches: an error that names the setting, not a silent fall-back."""
     packing = KvPacking(bits=8, group_size=32)

@@ -13,7 +13,7 @@ import pytest
 from embedding_model import NORMALIZE, POOLING, TRANSFORMER, declare
 from engine_driver import Driver, prefix_cache, reference, request
 from numpy.typing import NDArray
-from tiny_models import CONFIGS, CONTEXT, SOLO_KINDS, model, prompt, save
+from tiny_models import CONFIGS, CONTEXT, STATE_KINDS, model, prompt, save
 
 from millpond.engine.prepare import OpenModel, open_model
 from millpond.model.load import LoadedModel
@@ -133,7 +133,7 @@ def test_numbers_that_are_none_are_an_error_of_that_prompt_alone(monkeypatch: py
     assert driven.outcomes["answer"].finish is Finish.LENGTH
 
 
-@pytest.mark.parametrize("kind", ["llama", *SOLO_KINDS])
+@pytest.mark.parametrize("kind", ["llama", *STATE_KINDS])
 def test_a_model_that_declares_none_refuses(kind: str) -> None:
     """(M9) A chat model has hidden states, too, that mean nothing by themselves."""
     driven = Driver(model(kind))

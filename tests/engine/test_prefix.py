@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from engine_driver import Driver, Outcome, assert_same_or_tied, disk_cache, prefix_cache, reference, request, settle
 from prefix_support import check_memory, check_tree
-from tiny_models import CONFIGS, SOLO_KINDS, capabilities, model, prompt
+from tiny_models import CONFIGS, STATE_KINDS, capabilities, model, prompt
 
 from millpond.engine import prefixes
 from millpond.engine.link import Inbox
@@ -35,7 +35,7 @@ TOP = 20
 ANSWER = 8
 QUICK = [*((kind, 1) for kind in CONFIGS), ("qwen3", 3), ("mamba", 3), ("llama", 8), ("gemma3_text", 8), ("lfm2", 8)]
 REST = [(kind, batch) for kind in CONFIGS for batch in (1, 3, 8) if (kind, batch) not in QUICK]
-EXACT = ("gemma3_text", *SOLO_KINDS)
+EXACT = ("gemma3_text", *STATE_KINDS)
 """Kinds that resume at the ends of blocks and answers only."""
 
 
@@ -238,7 +238,7 @@ def test_a_resume_in_the_middle_of_a_block(kind: str, shared: int) -> None:
     right(kind, second, again)
 
 
-@pytest.mark.parametrize("kind", SOLO_KINDS)
+@pytest.mark.parametrize("kind", STATE_KINDS)
 def test_recurrent_models_learn_where_prompts_branch(kind: str) -> None:
     """The second prompt that shares a beginning leaves a snapshot where it branches; the third resumes there (E7)."""
     cached = prefix_cache(model(kind))
@@ -252,7 +252,7 @@ def test_recurrent_models_learn_where_prompts_branch(kind: str) -> None:
         right(kind, tokens, outcome)
 
 
-@pytest.mark.parametrize("kind", SOLO_KINDS)
+@pytest.mark.parametrize("kind", STATE_KINDS)
 def test_recurrent_models_are_told_where_prompts_branch(kind: str) -> None:
     """(M7) With a snapshot where the client has said so, the second prompt resumes there already."""
     cached = prefix_cache(model(kind))

@@ -22,13 +22,13 @@ from speculation_support import (
     speculated,
     speculated_if_any,
 )
-from tiny_models import SLOT_KINDS
+from tiny_models import HYBRID_KINDS, SLOT_KINDS
 
 from millpond.types import Finish, Request, SamplingParams, SpecMode, SpecSettings, Speculation
 
 
-@pytest.mark.often("gemma3_text")
-@pytest.mark.parametrize("kind", SLOT_KINDS)
+@pytest.mark.often("gemma3_text", "falcon_h1")
+@pytest.mark.parametrize("kind", [*SLOT_KINDS, *HYBRID_KINDS])
 def test_every_answer_is_that_of_plain_decoding(kind: str) -> None:
     requests = crowd(10, seed=1)
     expected = plain(kind, requests)

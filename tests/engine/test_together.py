@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from engine_driver import Driver, assert_right, assert_same_or_tied, prefix_cache, reference, request
 from gpu_lane import as_on_a_gpu, assert_same_or_near, save_as
-from tiny_models import CONFIGS_WIDE, SLOT_KINDS, SOLO_KINDS, VOCAB, capabilities, model, opened, prompt
+from tiny_models import CONFIGS_WIDE, SLOT_KINDS, STATE_KINDS, VOCAB, capabilities, model, opened, prompt
 
 from millpond.engine import executor
 from millpond.engine.recovery import MOST_COMMON_FAILURES
@@ -167,7 +167,7 @@ def test_common_forwards_that_keep_failing_are_given_up(reads: list[int]) -> Non
     assert sum(count > 1 for count in reads) == MOST_COMMON_FAILURES
 
 
-@pytest.mark.parametrize("kind", SOLO_KINDS)
+@pytest.mark.parametrize("kind", STATE_KINDS)
 def test_recurrent_layers_read_alone(kind: str) -> None:
     assert not capabilities(kind).together
 

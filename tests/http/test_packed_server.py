@@ -102,7 +102,7 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], millpond
         ("deepseek_v2", ("--kv-bits", "8", "--kv-group-size", "32"), "kv_group_size: 32 does not divide"),
         ("wide_llama", ("--kv-bits", "8", "--kv-group-size", "128"), "allowed: 32, 64"),
         ("mamba", ("--kv-bits", "4"), "kv_bits: 4 cannot be used with this model"),
-        ("lfm2", ("--kv-bits", "8"), "kv_bits: 8 cannot be used with this model"),
+        ("lfm2", ("--kv-bits", "8"), "kv_group_size: 64 does not divide"),
     ],
 )
 def test_what_cannot_be_packed_is_an_error_at_start(

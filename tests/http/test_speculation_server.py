@@ -117,12 +117,15 @@ def test_a_draft_model_that_speaks_of_other_tokens_is_an_error_at_start(
         server.wait_for_line("draft_model: it cannot guess for this model, for token")
 
 
-def test_a_draft_model_that_cannot_be_batched_is_an_error_at_start(
-    folder_of: Callable[..., Path], launch: Launch
+@pytest.mark.parametrize(
+    ("kind", "says"), [("recurrent_gemma", "it cannot be run in a batch"), ("lfm2", "it has recurrent layers")]
+)
+def test_a_draft_model_that_cannot_go_along_is_an_error_at_start(
+    kind: str, says: str, folder_of: Callable[..., Path], launch: Launch
 ) -> None:
-    with launch(command(folder_of("llama"), "--draft-model", str(folder_of("mamba"))), ready=False) as server:
+    with launch(command(folder_of("llama"), "--draft-model", str(folder_of(kind))), ready=False) as server:
         assert server.process.wait(120) != 0
-        server.wait_for_line("draft_model: it cannot be run in a batch")
+        server.wait_for_line(f"draft_model: {says}")
 
 
 def test_models_that_cannot_take_a_guess_back_say_so(folder_of: Callable[..., Path], launch: Launch) -> None:
@@ -130,6 +133,6 @@ def test_models_that_cannot_take_a_guess_back_say_so(folder_of: Callable[..., Pa
     with launch(command(folder_of("mamba"))) as server:
         info = told(server)
         assert info["speculation"] == []
-        assert "slots cannot hold" in str(info["speculation_reason"])
+        assert str(info["speculation_reason"]).startswith("its recurrent layers cannot go back: ")
         server.wait_for_line("are not guessed ahead")
         assert answers(server, "ngram") == answers(server, "off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -11,17 +12,29 @@ from tempfile import mkdtemp
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, assert_same_or_tied, reference, request
-from tiny_models import CONFIGS, SLOT_KINDS, SOLO_KINDS, VOCAB, save
+from slot_faults import FAULTS, Fault
+from tiny_models import CONFIGS, HYBRID_KINDS, SLOT_KINDS, SOLO_KINDS, VOCAB, config_of, save
 
 from millpond.kv.format import AS_COMPUTED
 from millpond.kv.slots import KvSlot
+from millpond.model.canary import donates
 from millpond.model.load import LoadedModel, kept_as, load
-from millpond.model.probe import donates, probe
+from millpond.model.probe import differences, probe
 
 
 @cache
 def model(kind: str) -> LoadedModel:
     return load(save(kind, Path(mkdtemp())), 0, lambda fraction: None)
+
+
+def build_half(kind: str, folder: Path) -> Path:
+    """A model whose weights, and so its activations, are in half precision."""
+    save(kind, folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    half = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), half, metadata={"format": "mlx"})
+    return folder
 
 
 class Altered:
@@ -67,11 +80,90 @@ def test_plain_window_and_latent_caches_use_slots(kind: str) -> None:
     assert (found.slots, found.reason, found.pipelined) == (True, "", True)
 
 
+@pytest.mark.parametrize("kind", HYBRID_KINDS)
+def test_recurrent_layers_use_slots_and_can_be_taken_back(kind: str) -> None:
+    found = probe(model(kind))
+    assert (found.slots, found.reason, found.forward_only) == (True, "", "")
+    assert (found.pipelined, found.together, found.uncached) == (True, False, "")
+
+
+def test_recurrent_layers_that_nobody_can_take_back_are_not_guessed_for() -> None:
+    found = probe(model("mamba"))
+    assert (found.slots, found.reason) == (True, "")
+    assert found.forward_only == "its recurrent layers cannot go back: nobody knows how a state came about"
+
+
 @pytest.mark.parametrize("kind", SOLO_KINDS)
-def test_recurrent_caches_use_the_solo_lane_and_say_why(kind: str) -> None:
+def test_where_no_state_is_not_a_state_of_zeros_rows_run_solo(kind: str) -> None:
     found = probe(model(kind))
     assert not found.slots
-    assert re.match(r"layer \d+( and \d+ more)?: a recurrent state, which slots cannot hold", found.reason)
+    assert re.match(r"logits differ from the single-sequence ones \(column 0 of 1, a prompt of 0\)", found.reason)
+
+
+@pytest.mark.parametrize("kind", ["plamo3", "longcat_flash"])
+def test_odd_ones_use_slots(kind: str) -> None:
+    """One asks for a window that is wider than what its caches hold, one keeps two caches in each layer."""
+    found = probe(model(kind))
+    assert (found.slots, found.reason, found.forward_only) == (True, "", "")
+
+
+RECURRENT = ("state", "convolution", "recurrence")
+TOUCHED: dict[str, tuple[str, ...]] = {
+    "llama": ("kv",),
+    "deepseek_v2": ("kv",),
+    "gemma3_text": ("kv", "window", "mask"),
+    "lfm2": ("kv", "state", "convolution"),
+    "mamba2": RECURRENT,
+    **dict.fromkeys(("qwen3_5", "nemotron_h", "falcon_h1", "kimi_linear"), ("kv", *RECURRENT)),
+}
+IN_C = ("llama", "gemma3_text")
+"""Of these, the ones whose attention C computes where that can be had."""
+
+
+def faulty_cases() -> list[object]:
+    cases: list[object] = []
+    for (kind, touched), fault in itertools.product(TOUCHED.items(), FAULTS):
+        if fault.touches in touched:
+            cases.append(pytest.param(kind, fault, False, id=f"{kind}-{fault.name.replace(' ', '_')}"))
+            if kind in IN_C and fault.touches != "mask":
+                cases.append(pytest.param(kind, fault, True, id=f"{kind}-in_c-{fault.name.replace(' ', '_')}"))
+    return cases
+
+
+@pytest.mark.often("gemma3_text", "mamba2", "falcon_h1")
+@pytest.mark.parametrize(("kind", "fault", "in_c"), faulty_cases())
+def test_every_fault_is_noticed(kind: str, fault: Fault, in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = model(kind) if in_c else kept_as(model(kind), AS_COMPUTED)
+    fault.patch(monkeypatch)
+    reason, in_part = differences(healthy)
+    assert reason or in_part
+
+
+@pytest.mark.parametrize("more", [1, -1])
+@pytest.mark.parametrize("kind", ["gemma3_text", "plamo3"])
+def test_windows_that_no_prompt_of_a_start_fills(
+    kind: str, more: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are tried in a model of the same weights whose windows are narrow."""
+    name = "sliding_window" if kind == "gemma3_text" else "window_size"
+    folder = save(kind, tmp_path, config={**config_of(kind), name: 4000, "max_position_embeddings": 8000})
+    wide = load(folder, 0, lambda _: None)
+    assert differences(wide) == ("", "")
+    fault = next(one for one in FAULTS if one.name == f"a window is one too {'wide' if more > 0 else 'narrow'}")
+    fault.patch(monkeypatch)
+    assert differences(wide)[0]
+
+
+def test_half_precision_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounds so much that a position which is off by one is lost in it is tried in float32, too."""
+    monkeypatch.setattr("millpond.model.load._in_float32", lambda network: network)
+    weights = build_half("llama", tmp_path)
+    half = load(weights, 0, lambda _: None)
+    assert half.dtype == "bfloat16"
+    assert differences(half) == ("", "")
+    fault = next(one for one in FAULTS if one.name == "a position is off by one")
+    fault.patch(monkeypatch)
+    assert differences(half)[0]
 
 
 @pytest.mark.parametrize(("case", "word"), [(NeedsIntegerOffset, "offset must be"), (DependsOnNeighbours, "differ")])

@@ -106,7 +106,7 @@ class Driver:
         )
         spec = spec or SpecSettings()
         proposers: dict[SpecMode, Proposer] = {}
-        if self.capabilities.slots:
+        if not self.capabilities.forward_only:
             proposers[SpecMode.NGRAM] = NgramProposer(model.vocab_size, shared=spec.shared)
         if draft is not None:
             proposers[SpecMode.DRAFT] = draft

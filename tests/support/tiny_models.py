@@ -125,6 +125,133 @@ CONFIGS: dict[str, dict[str, object]] = {
     },
 }
 
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
+RECURRENT: dict[str, dict[str, object]] = {
+    "qwen3_5": {**_COMMON, **_LINEAR, "model_type": "qwen3_5", "head_dim": 64, "full_attention_interval": 2},
+    "mamba2": {
+        "model_type": "mamba2",
+        "num_heads": 8,
+        "head_dim": 16,
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "state_size": 32,
+        "num_hidden_layers": 3,
+        "layer_norm_epsilon": 1e-5,
+        "conv_kernel": 4,
+        "n_groups": 2,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": True,
+        "time_step_limit": (0.01, 10),
+        "time_step_rank": "auto",
+        "max_position_embeddings": CONTEXT,
+    },
+    "falcon_h1": {
+        **_COMMON,
+        "model_type": "falcon_h1",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 32,
+        "mamba_n_groups": 1,
+        "attention_in_multiplier": 1.0,
+    },
+    "nemotron_h": {
+        **_COMMON,
+        "model_type": "nemotron_h",
+        "num_hidden_layers": 6,
+        "attention_bias": False,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "ssm_state_size": 32,
+        "conv_kernel": 4,
+        "n_groups": 2,
+        "time_step_limit": (0.001, 10.0),
+        "mlp_bias": False,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "head_dim": 16,
+        "hybrid_override_pattern": ["M", "-", "*", "M", "-", "*"],
+    },
+    "kimi_linear": {
+        **_COMMON,
+        "model_type": "kimi_linear",
+        "head_dim": 32,
+        "linear_attn_config": {"num_heads": 4, "head_dim": 32, "kda_layers": [1, 3], "short_conv_kernel_size": 4},
+        "model_max_length": CONTEXT,
+        "num_experts": 2,
+        "moe_intermediate_size": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+}
+"""Models with recurrent layers, each in a way of its own: states beside keys in a layer, layers without keys, latent
+ones."""
+ODD: dict[str, dict[str, object]] = {
+    "recurrent_gemma": {
+        "model_type": "recurrent_gemma",
+        "hidden_size": 64,
+        "attention_bias": False,
+        "conv1d_width": 4,
+        "intermediate_size": 128,
+        "logits_soft_cap": 30.0,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_window_size": 64,
+        "vocab_size": VOCAB,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "max_position_embeddings": CONTEXT,
+    },
+    "plamo3": {
+        **_COMMON,
+        "model_type": "plamo3",
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "window_size": 48,
+        "sliding_window_pattern": 2,
+    },
+    "longcat_flash": {
+        **_COMMON,
+        "model_type": "longcat_flash",
+        "attention_method": "MLA",
+        "zero_expert_type": "identity",
+        "ffn_hidden_size": 64,
+        "moe_topk": 2,
+        "expert_ffn_hidden_size": 32,
+        "n_routed_experts": 2,
+        "zero_expert_num": 2,
+        "num_layers": 2,
+        "num_hidden_layers": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "routed_scaling_factor": 1.0,
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "attention_bias": False,
+    },
+}
+"""Models of which one thing is special."""
+
 WIDE = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "qwen3": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128},
@@ -149,11 +276,16 @@ CONFIGS_MIXED = {
 """Mixtures of experts."""
 
 SLOT_KINDS = ("llama", "qwen3", "gemma3_text", "deepseek_v2")
-SOLO_KINDS = ("mamba", "lfm2", "qwen3_next")
+STATE_KINDS = ("mamba", "lfm2", "qwen3_next")
+"""With recurrent layers. Of the first nothing can be taken back: its recurrence is a loop in its layers."""
+HYBRID_KINDS = ("lfm2", "qwen3_next", *RECURRENT)
+"""Those of whose recurrences it is noted what they were given."""
+SOLO_KINDS = ("recurrent_gemma",)
+"""Its first token is another thing than a token behind a state of zeros."""
 
 
 def config_of(kind: str) -> dict[str, object]:
-    return {**CONFIGS, **CONFIGS_WIDE, **CONFIGS_MIXED}[kind]
+    return {**CONFIGS, **CONFIGS_WIDE, **CONFIGS_MIXED, **RECURRENT, **ODD}[kind]
 
 
 def build(kind: str, seed: int = 0, config: Mapping[str, object] | None = None) -> nn.Module:

@@ -14,7 +14,7 @@ BREAKS = [
     ),
     Break(
         name="R1-half-precision-is-held-to-float32",
-        file="millpond/model/probe.py",
+        file="millpond/model/parity.py",
         old='if model.form.packs and model.dtype != "float32":',
         new='if model.form.packs and model.dtype == "float32":',
         by=("test_packed_keys_and_values",),
@@ -70,7 +70,7 @@ BREAKS = [
     ),
     Break(
         name="R2-the-canary-sees-whole-rows-only",
-        file="millpond/model/probe.py",
+        file="millpond/model/canary.py",
         old="COPIED * (long - short) / growing",
         new="COPIED * (long - short)",
         by=("test_the_canary_finds_a_copy_of_half_a_layer",),

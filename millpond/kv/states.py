@@ -1,0 +1,230 @@
+"""A recurrent layer's states for all rows of the running batch: arrays [rows, ...] that do not grow with the context.
+
+A forward reads the live rows and gives back new arrays of as many. So a step writes nothing in place, there are no
+spare rows, and whoever holds an old array holds states that still count: that is how a step is taken back. A row that
+joins is put behind the others by a copy of fixed size, one that leaves is overwritten by the last. Of a step of several
+columns a part can be kept where it was noted what the layer was given (``model/replay``). Engine thread only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import mlx.core as mx
+
+from millpond.kv.format import Arrays
+from millpond.kv.leaf import LeafRow
+from millpond.kv.rows import Forward
+from millpond.memory.budget import CacheSizes
+from millpond.prefix.records import Kind
+
+
+class CannotRollBackError(Exception):
+    """A forward of several columns cannot be kept in part by a layer; the probe finds that before any request does."""
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One call of a recurrence while a forward was built."""
+
+    state: mx.array
+    """What it returned."""
+    at: Callable[[mx.array, mx.array], mx.array]
+    """(bool [n, m]: which of the first m columns count, int32 [n]: how many) -> the state behind those that count."""
+
+
+@dataclass
+class Notes:
+    """What the layer of one slot was given in a forward of several columns."""
+
+    recurrences: list[Recurrence] = field(default_factory=list)
+    convolved: list[mx.array] = field(default_factory=list)
+    """Inputs of convolutions, [n, kept + columns, channels], in order."""
+
+
+NOTES: ContextVar[Notes | None] = ContextVar("NOTES", default=None)
+"""Those of the layer that is being built: of the slot that was read last. Nothing where nobody wants to know."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What one recurrent layer keeps of a row, whatever the row's length."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """Of each array, without the rows."""
+    dtypes: tuple[mx.Dtype, ...]
+    holder: Callable[[StateSpec], StateSlot]
+    """What models are given."""
+
+    kind: ClassVar[Kind] = Kind.STATE
+    rewinds: ClassVar[int] = 0
+    deferred: ClassVar[bool] = False
+    token_bytes: ClassVar[int] = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row."""
+        return sum(math.prod(shape) * int(dtype.size) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+
+    @property
+    def sizes(self) -> CacheSizes:
+        return CacheSizes(token_bytes=0, state_bytes=self.nbytes)
+
+    def row_bytes(self, capacity: int) -> int:  # noqa: ARG002 - it does not grow
+        """Bytes of room for a row: none is kept."""
+        return 0
+
+    def slot(self, leaf: LeafRow, length: int, capacity: int) -> StateSlot:  # noqa: ARG002 - the same
+        """One row of ``length`` tokens that holds ``leaf``."""
+        slot = self.holder(self)
+        slot.put(0, leaf, length)
+        return slot
+
+    def nothing(self) -> list[mx.array]:
+        """The states of a row of no tokens, [1, ...] each."""
+        return [mx.zeros((1, *shape), dtype=dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+
+
+class StateSlot:
+    """The states of all rows. What models see adds the class that mlx-lm's models look for."""
+
+    kind = Kind.STATE
+    cache: list[mx.array]
+    """The live rows' states, and perhaps some of rows that have left behind them; mlx-lm's name."""
+
+    def __init__(self, spec: StateSpec) -> None:
+        self.spec = spec
+        self.cache = [array[:0] for array in spec.nothing()]
+        self._forward: Forward | None = None
+        self._before: list[mx.array] = []
+        """As they were before the forward under way."""
+        self._notes: Notes | None = None
+
+    @property
+    def row_count(self) -> int:
+        return int(self.cache[0].shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(array.nbytes) for array in self.cache)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return list(self.cache)
+
+    # --- what models ask of a cache ---
+
+    def __getitem__(self, index: int) -> mx.array:
+        """One array of the rows of the forward under way. IndexError beyond the last is how models take them apart."""
+        array = self.cache[index]
+        NOTES.set(self._notes)
+        return self._filled(self._live(array))
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        self.cache[index] = self._live(value)
+
+    # --- a forward ---
+
+    def begin(self, forward: Forward) -> None:
+        self._forward = forward
+        self._before = [self._live(array) for array in self.cache]
+        self._notes = Notes() if forward.columns > 1 else None
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Raises CannotRollBackError where it cannot be kept in part."""
+        forward, before, notes = self._forward, self._before, self._notes
+        self._forward, self._before, self._notes = None, [], None
+        if forward is None or all(count == forward.columns for count in counts):
+            return
+        if not any(counts):
+            self.cache = before
+            return
+        if notes is None:
+            raise CannotRollBackError("one column is kept by some rows and not by others")
+        kept = mx.array(list(counts), dtype=mx.int32)
+        counted = mx.arange(max(counts), dtype=mx.int32)[None] < kept[:, None]
+        convolved = list(notes.convolved)
+        after = []
+        for array in self.cache:
+            found = next((one for one in notes.recurrences if one.state is array), None)
+            after.append(_behind(array, convolved, kept, forward.columns) if found is None else found.at(counted, kept))
+        if convolved:
+            raise CannotRollBackError("a convolution was computed whose inputs no state holds")
+        self.cache = after
+
+    def _live(self, array: mx.array) -> mx.array:
+        assert self._forward is not None, "no forward under way"
+        n = self._forward.n
+        return array if array.shape[0] == n else array[:n]
+
+    def _filled(self, array: mx.array) -> mx.array:
+        """With rows that hold nothing behind the live ones, as many as the forward has."""
+        assert self._forward is not None
+        missing = self._forward.rows - int(array.shape[0])
+        if not missing:
+            return array
+        return mx.concatenate([array, mx.zeros((missing, *array.shape[1:]), dtype=array.dtype)])
+
+    # --- rows ---
+
+    def put(self, row: int, leaf: LeafRow, length: int) -> None:  # noqa: ARG002 - a state is of all the tokens there are
+        new = list(leaf.arrays) or self.spec.nothing()
+        shapes = tuple(tuple(array.shape[1:]) for array in new)
+        if shapes != self.spec.shapes:
+            raise ValueError(f"states of {shapes} do not fit rows of {self.spec.shapes}")
+        for index, (array, dtype) in enumerate(zip(new, self.spec.dtypes, strict=True)):
+            held, array = self.cache[index], array.astype(dtype)
+            if held.shape[0] > row:
+                self.cache[index] = _replaced(held, row, array)
+            else:
+                self.cache[index] = mx.concatenate([held, array]) if row else _copied(array, 0)
+
+    def span(self, row: int, start: int, end: int) -> Arrays:  # noqa: ARG002 - a state is of now, whatever the positions
+        return tuple(_copied(array, row) for array in self.cache)
+
+    def lift(self, row: int, length: int) -> Sequence[Arrays]:
+        return [self.span(row, 0, length)]
+
+    def land(self, row: int, lifted: Sequence[Arrays]) -> None:
+        (arrays,) = lifted
+        self.cache = [_replaced(held, row, array) for held, array in zip(self.cache, arrays, strict=True)]
+
+    def scrub(self, row: int) -> None:
+        self.land(row, [tuple(self.spec.nothing())])
+
+    # --- room: there is none to make ---
+
+    def fits(self, rows: int, capacity: int) -> bool:  # noqa: ARG002 - it grows when a row joins
+        return True
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """There is always room."""
+
+    def shrink(self, rows: int, capacity: int) -> None:  # noqa: ARG002 - it does not depend on lengths
+        if self.row_count > rows:
+            self.cache = [mx.contiguous(array[:rows]) for array in self.cache]
+
+
+def _copied(array: mx.array, row: int) -> mx.array:
+    """A row in memory of its own: a view could keep all the activations of a chunk alive."""
+    return mx.take(array, mx.array([row], dtype=mx.uint32), axis=0)
+
+
+def _replaced(array: mx.array, row: int, new: mx.array) -> mx.array:
+    """Another array, in place where nobody else holds this one."""
+    return mx.slice_update(array, new, mx.array([row], dtype=mx.uint32), axes=[0])
+
+
+def _behind(array: mx.array, convolved: list[mx.array], kept: mx.array, columns: int) -> mx.array:
+    """The last inputs of the next convolution behind ``kept`` columns."""
+    if not convolved or array.ndim != 3:
+        raise CannotRollBackError("nobody knows how a state came about")
+    given, size = convolved.pop(0), int(array.shape[1])
+    if tuple(given.shape[1:]) != (size + columns, int(array.shape[2])):
+        raise CannotRollBackError("the state of a convolution is not its last inputs")
+    places = kept[:, None] + mx.arange(size, dtype=mx.int32)
+    return mx.take_along_axis(given, places[..., None], axis=1)
