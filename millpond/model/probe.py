@@ -123,27 +123,29 @@ def differences(model: LoadedModel) -> tuple[str, str]:
     """What differs in slots, and what differs where steps are kept in part; or ''."""
     narrow = _narrow(model)
     if model.dtype == "float32":
-        return _compared(narrow, _tolerance(narrow))
+        return _in_float32(narrow)
     reason, in_part = _compared(model, LOOSE)
     if not reason and largest_bytes(model.network) <= total_memory() // MOST_WIDENED:
         with exact(narrow.network):
-            reason, more = _widened(narrow)
+            reason, more = _in_float32(narrow)
             in_part = in_part or more
     return reason, in_part
 
 
-def _widened(model: LoadedModel) -> tuple[str, str]:
-    """The same of a model whose network computes in float32 for now."""
+def _in_float32(model: LoadedModel) -> tuple[str, str]:
+    """The same of a model whose network computes in that, if only for now."""
     try:
-        model = replace(kept_as(model, model.form), dtype="float32")
+        if model.dtype != "float32":
+            model = replace(kept_as(model, model.form), dtype="float32")
         tolerance = _tolerance(model)
-    except Exception as error:  # noqa: BLE001 - its code, or a kernel, knows its own element type only
-        log.info("the model cannot be tried in float32: %s", error)
-        return "", ""
+    except Exception as error:  # noqa: BLE001 - its code, or a kernel, knows one element type, or one sequence, only
+        log.info("what the model's numbers do by themselves could not be tried: %s", error)
+        return ("", "") if model.dtype != "float32" else _compared(model, STRICT)
     return _compared(model, tolerance)
 
 
 def _tolerance(model: LoadedModel) -> float:
+    """How far a row's logits may be from those of the sequence alone. Raises what the model's code raises."""
     return min(LOOSE, max(STRICT, NOISES * noise(model)))
 
 
@@ -155,7 +157,13 @@ def _compared(model: LoadedModel, tolerance: float) -> tuple[str, str]:
 def _narrow(model: LoadedModel) -> LoadedModel:
     """The model with windows that a short prompt fills, where its own are wider."""
     network = model.narrowed()
-    return model if network is None else kept_as(replace(model, network=network), model.form)
+    if network is None:
+        return model
+    try:
+        return kept_as(replace(model, network=network), model.form)
+    except Exception as error:  # noqa: BLE001 - nobody has published such a model
+        log.info("what the model does past its windows could not be tried: %s", error)
+        return model
 
 
 def _readable_together(model: LoadedModel) -> bool:
