@@ -26,6 +26,7 @@ ROWS_PER_SECTION = {
     "K": 3,
     "L": 31,
     "M": 12,
+    "N": 6,
     "R": 5,
 }
 IDS = [f"{section}{number}" for section, count in ROWS_PER_SECTION.items() for number in range(1, count + 1)]

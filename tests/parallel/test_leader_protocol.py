@@ -18,6 +18,7 @@ from engine_driver import request
 from group_driver import PATIENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from rank_stage import BODIES, FOUND, WRONG, scene, threads_may_end
 
 from millpond.engine.group import GroupBroken
@@ -29,7 +30,7 @@ from millpond.engine.orders import (
 )
 from millpond.parallel.backend import versions
 from millpond.parallel.channel import Channel, ChannelError
-from millpond.parallel.leader import Follower
+from millpond.parallel.leader import Follower, least_of
 from millpond.parallel.messages import (
     Alive,
     Broken,
@@ -266,3 +267,11 @@ def test_who_comes_when_all_are_there_finds_the_door_closed() -> None:
         with pytest.raises((OSError, ChannelError)):
             told.connected()
         assert told.reasons.empty()
+
+
+def test_what_one_rank_cannot_do_none_does() -> None:
+    other = structs.replace(FOUND.capabilities, forward_only="it cannot go back", pipelined=False, together=False)
+    least = least_of({0: FOUND, 1: structs.replace(FOUND, capabilities=other, limit_bytes=5)})
+    assert (least.capabilities.forward_only, least.limit_bytes) == ("it cannot go back", 5)
+    assert (least.capabilities.pipelined, least.capabilities.together) == (False, False)
+    assert least.capabilities.slots

@@ -60,7 +60,7 @@ from millpond.wire import Start
 FOREVER = 1000.0
 """Seconds of silence that are allowed: what is tested must be noticed by itself."""
 DIGEST = "d" * 64
-FOUND = RankReport(capabilities=Capabilities(True, "", True, ""), limit_bytes=1 << 20, layers=("kv",))
+FOUND = RankReport(capabilities=Capabilities(True, "", "", True, ""), limit_bytes=1 << 20, layers=("kv",))
 START = Start(model_path="somewhere", max_batch=4, max_itl_ms=400.0)
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
