@@ -21,7 +21,7 @@ NARROW = 24
 """Tokens that a narrow model's windows have."""
 WIDE = 128
 """Windows up to this stay: prompts can be longer."""
-WINDOWS = re.compile(r"(sliding_|attention_|loop_)?window(_size)?|sliding_window_size|attention_chunk_size|index_topk")
+WINDOWS = re.compile(r"(sliding_|attention_|loop_)?window(_size)?|attention_chunk_size|index_topk")
 """Keys of config.json that say how far a token sees, on which no weight's shape depends."""
 
 

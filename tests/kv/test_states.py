@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from millpond.kv.arena import Arena
 from millpond.kv.leaf import LeafRow
-from millpond.kv.states import NOTES, CannotRollBackError, Recurrence, StateSlot, StateSpec
+from millpond.kv.states import NOTES, CannotRollBackError, Notes, Recurrence, StateSlot, StateSpec
 from millpond.prefix.records import Kind
 
 CHANNELS, WINDOW, DECAY = 3, 2, 0.5
@@ -122,7 +122,16 @@ RowsOfStates.TestCase.settings = settings(max_examples=60, stateful_step_count=3
 test_rows_of_states = RowsOfStates.TestCase
 
 
-def one_row(columns: int) -> tuple[Arena, StateSlot]:
+def noted() -> tuple[Arena, Notes]:
+    """A forward of two columns under way, and what was noted of it."""
+    arena, slot = two_rows(2)
+    layer(slot, mx.zeros((2, 2, CHANNELS)))
+    notes = NOTES.get()
+    assert notes is not None
+    return arena, notes
+
+
+def two_rows(columns: int) -> tuple[Arena, StateSlot]:
     arena = Arena([SPEC])
     for name in ("a", "b"):
         arena.put(name, [leaf_row(drawn(3, 1))], 3)
@@ -133,25 +142,19 @@ def one_row(columns: int) -> tuple[Arena, StateSlot]:
 
 def test_what_was_not_noted_cannot_be_kept_in_part() -> None:
     """And says so: a state that is almost right would be a wrong answer."""
-    arena, slot = one_row(1)
+    arena, slot = two_rows(1)
     layer(slot, mx.zeros((2, 1, CHANNELS)))
     with pytest.raises(CannotRollBackError, match="one column"):
         arena.advance([1, 0])
-    arena, slot = one_row(2)
+    arena, slot = two_rows(2)
     slot[1] = slot[1] + 1
     with pytest.raises(CannotRollBackError, match="nobody knows"):
         arena.advance([1, 0])
-    arena, slot = one_row(2)
-    layer(slot, mx.zeros((2, 2, CHANNELS)))
-    notes = NOTES.get()
-    assert notes is not None
+    arena, notes = noted()
     notes.convolved.append(mx.zeros((2, 4, CHANNELS)))
     with pytest.raises(CannotRollBackError, match="whose inputs no state holds"):
         arena.advance([1, 0])
-    arena, slot = one_row(2)
-    layer(slot, mx.zeros((2, 2, CHANNELS)))
-    notes = NOTES.get()
-    assert notes is not None
+    arena, notes = noted()
     notes.convolved[0] = notes.convolved[0][:, 1:]
     with pytest.raises(CannotRollBackError, match="not its last inputs"):
         arena.advance([1, 0])
@@ -165,7 +168,7 @@ def test_states_of_another_shape_are_refused() -> None:
 
 def test_forwards_that_are_filled_up() -> None:
     """Rows behind the live ones hold nothing, and leave nothing."""
-    arena, _ = one_row(1)
+    arena, _ = two_rows(1)
     arena.advance([0, 0])
     (slot,) = arena.begin(1, filled_to=5)
     assert isinstance(slot, StateSlot)
