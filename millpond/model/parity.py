@@ -37,8 +37,12 @@ STRICT = 0.0005
 moves them by 0.007."""
 LOOSE = 0.05
 """The same for kernels of different shapes in half precision."""
-NOISES = 4.0
+NOISES = 5.0
 """Times as far as shapes alone have moved them, they may be apart."""
+COARSE_NOISES = 10.0
+"""Times as far in half precision, where a story has many more shapes than what moves logits is measured with."""
+COARSE = 0.3
+"""Nobody's logits are moved that far by rounding."""
 PACKED = 0.3
 """The same between attention over packed numbers and over the same ones unpacked to half precision, which rounds them
 once more: up to 0.16 in models of random weights. What a neighbour does to a row is held to the other one even then."""
@@ -170,11 +174,12 @@ def noise(model: LoadedModel) -> float:
     """How far logits are moved by nothing but the number of sequences in a forward, as a share of their spread."""
     tokens, answer = list(range(1, 18)), list(range(20, 24))
     found: list[list[mx.array]] = []
-    for count in (1, len(AT_FIRST)):
+    for count in (1, 2, len(AT_FIRST), len(AT_FIRST) + len(LATER)):
         caches = new_cache(model.network)
         model.network(mx.array([tokens] * count, dtype=mx.int32) % model.vocab_size, cache=caches)
         found.append([behind(model, caches, [token % model.vocab_size] * count) for token in answer])
-    return max(apart(one, other) for one, other in zip(*found, strict=True))
+    alone, *beside = found
+    return max(apart(one, other) for others in beside for one, other in zip(others, alone, strict=True))
 
 
 def apart(ours: mx.array, reference: mx.array) -> float:

@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 import mlx.core as mx
 import pytest
 from engine_driver import Driver, assert_same_or_tied, reference, request
+from gpu_lane import as_on_a_gpu, rounding_by_rows, save_as
 from slot_faults import FAULTS, Fault
 from tiny_models import CONFIGS, HYBRID_KINDS, SLOT_KINDS, SOLO_KINDS, VOCAB, config_of, save
 
@@ -105,6 +106,22 @@ def test_odd_ones_use_slots(kind: str) -> None:
     """One asks for a window that is wider than what its caches hold, one keeps two caches in each layer."""
     found = probe(model(kind))
     assert (found.slots, found.reason, found.forward_only) == (True, "", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("llama", "q4"), ("llama", "bf16"), ("deepseek_v2", "q8"), ("gemma3_text", "bf16"), ("lfm2", "bf16")],
+)
+def test_kernels_that_round_by_rows_part_nobody(
+    kind: str, stored: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a GPU: a row's last bits depend on how many there are, in models that make much of last bits."""
+    folder = save_as(kind, stored, tmp_path / "model")
+    as_on_a_gpu(monkeypatch)
+    rounding_by_rows(monkeypatch)
+    found = probe(load(folder, 0, lambda _done: None))
+    assert (found.reason, found.forward_only, found.uncached) == ("", "", "")
+    assert found.together == (kind != "lfm2")
 
 
 RECURRENT = ("state", "convolution", "recurrence")
