@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 from millpond.http.errors import bad_value
 from millpond.http.generation_request import Tool
-from millpond.http.values import deeper_than
+from millpond.http.values import deeper_than, more_values_than
 
 MOST_TOOLS = 1024
 MOST_DEEP = 64
 """Levels of a schema."""
+MOST_VALUES = 20_000
+"""And names in the arguments of a call: reading and writing them holds the interpreter."""
 NAME_PATTERN = r"^[A-Za-z0-9_.\-]{1,128}$"
 NAME = "1 to 128 letters, digits, underscores, dots or hyphens"
 
@@ -21,6 +23,13 @@ def tool_name(value: object, where: str) -> str:
     if not isinstance(value, str) or not re.fullmatch(NAME_PATTERN[1:-1], value):
         raise bad_value(where, value, NAME)
     return value
+
+
+def checked_arguments(text: str, where: str) -> str:
+    """What a model wrote, or a client in its name. Raises ApiError 400 where there is too much in it."""
+    if more_values_than(bytearray(text.encode()), MOST_VALUES):
+        raise bad_value(where, text, f"at most {MOST_VALUES} values and names")
+    return text
 
 
 def checked_tool(fields: Mapping[str, object], where: str, schema_field: str) -> Tool:

@@ -74,6 +74,21 @@ def _without_escapes(body: bytearray) -> Iterator[bytes]:
     yield rest
 
 
+def holds_more_than(value: object, most: int) -> bool:
+    """Whether there are more than ``most`` values in lists and objects, one within the other."""
+    count, level = 0, [value]
+    while level and count <= most:
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        count += len(inner)
+        level = [each for each in inner if isinstance(each, dict | list)]
+    return count > most
+
+
 def deeper_than(value: object, most: int) -> bool:
     """Whether lists and objects stand within each other on more than ``most`` levels."""
     level: list[object] = [value]

@@ -333,6 +333,16 @@ WRONG: list[tuple[str, object, str]] = [
         "messages[0].content[0].text: must be a string",
     ),
     ("messages", [{"role": "user", "content": [{"type": "tool_use"}]}], "messages[0].content[0].type:"),
+    (
+        "messages",
+        [
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {"a": [0] * 20_000}}],
+            }
+        ],
+        "messages[0].content[0].input: must be at most 20000 values",
+    ),
     ("system", 3, "system: must be a string or a list of blocks"),
     ("tools", [{"name": "a b", "input_schema": {}}], "tools[0].name: must be 1 to 128"),
     ("tools", [{"name": "f"}], "tools[0].input_schema: is required"),

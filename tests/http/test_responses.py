@@ -253,6 +253,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("input", [{"role": "user", "content": [{"type": "input_image"}]}], 'input[0].content[0].type: "input_image"'),
     ("input", [{"type": "function_call", "name": "f"}], "input[0].call_id: must be a string"),
     ("input", [{"role": "user"}], "input[0].content: is required"),
+    (
+        "input",
+        [{"type": "function_call", "name": "f", "call_id": "a", "arguments": f"[{'0,' * 20_000}0]"}],
+        "input[0].arguments: must be at most 20000 values and names",
+    ),
     ("tools", [{"type": "function"}], "tools[0].name: must be 1 to 128"),
     ("tools", [{"type": "robot"}], 'tools[0].type: "robot" is not supported'),
     ("tools", [{"type": "namespace", "name": "n", "tools": [{}]}], "tools[0].tools[0]: must be"),

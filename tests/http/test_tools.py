@@ -276,6 +276,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("parallel_tool_calls", 1, "parallel_tool_calls: must be true or false"),
     ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]: must be"),
     ("messages", [{"role": "user", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls: must be absent"),
+    (
+        "messages",
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f"[{'0,' * 20_000}0]"}}]}],
+        "messages[0].tool_calls[0].function.arguments: must be at most 20000 values and names",
+    ),
 ]
 
 

@@ -63,6 +63,10 @@ def tools(rest: str) -> Json:
 
 
 LISTS, OBJECTS = many("[]", VALUES // 2), many('{"a":[]}', VALUES // 4)
+NUMBERS = inside('{"a":', many("0"), "}")
+"""As many values as a text of that size can have: as a string they are one value of the body."""
+MOST = many('"k{}":0', 9_990, ends="{}")
+"""As many as the arguments of a call may have."""
 PAIRS = many('"k{}":0', VALUES // 2, ends="{}")
 TEXT = text()
 ANYTHING: tuple[Json, ...] = (LISTS, TEXT)
@@ -131,6 +135,8 @@ MESSAGES: tuple[Json, ...] = (
     assistant(inside('[{"function":{"name":"f","arguments":', TEXT, "}}]"), "tool_calls"),
     assistant(lambda: json.dumps([{"function": {"name": "f", "arguments": PAIRS()}}]), "tool_calls"),
     assistant(TEXT, "reasoning_content"),
+    assistant(lambda: json.dumps([{"function": {"name": "f", "arguments": NUMBERS()}}]), "tool_calls"),
+    assistant(lambda: json.dumps([{"function": {"name": "f", "arguments": MOST()}}] * 50), "tool_calls"),
 )
 """Called by number: new ones go to the end."""
 PROMPTS: tuple[Json, ...] = (
@@ -197,6 +203,7 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
             many('{"role":"user","content":"a"}', VALUES // 5),
             LISTS,
             TEXT,
+            inside('[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"f","input":', MOST, "}]}]"),
         ),
         "system": (TEXT, many('{"type":"text","text":"a"}', VALUES // 5), LISTS),
         "tools": (
@@ -224,6 +231,8 @@ WORST: dict[str, dict[str, tuple[Json, ...]]] = {
             inside('[{"type":"reasoning","encrypted_content":', TEXT, "}]"),
             inside('[{"type":"function_call_output","call_id":"a","output":', TEXT, "}]"),
             LISTS,
+            lambda: json.dumps([{"type": "function_call", "call_id": "a", "name": "f", "arguments": NUMBERS()}]),
+            lambda: json.dumps([{"type": "function_call", "call_id": "a", "name": "f", "arguments": MOST()}] * 50),
         ),
         "instructions": (TEXT, LISTS),
         "tools": (

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from millpond.http.errors import bad_value, missing, unsupported
 from millpond.http.generation_request import Call, Message, Part, Reasoning, Text, Tool
-from millpond.http.values import deeper_than
+from millpond.http.tool_fields import MOST_VALUES
+from millpond.http.values import deeper_than, holds_more_than
 
 ROLES = ("user", "assistant", "system")
 MOST_DEEP = 64
@@ -140,6 +141,8 @@ def _call(block: Block, where: str) -> Call:
     name, own, given = _string(block, "name", where), _string(block, "id", where), block.get("input")
     if not isinstance(given, dict) or deeper_than(given, MOST_DEEP):
         raise bad_value(f"{where}.input", given, f"an object at most {MOST_DEEP} levels deep")
+    if holds_more_than(given, MOST_VALUES):
+        raise bad_value(f"{where}.input", given, f"at most {MOST_VALUES} values")
     return Call(own, name, json.dumps(given, ensure_ascii=False))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from millpond.http.errors import bad_value, unsupported
 from millpond.http.generation_request import Call, Tool
-from millpond.http.tool_fields import MOST_TOOLS, check_names, checked_tool
+from millpond.http.tool_fields import MOST_TOOLS, check_names, checked_arguments, checked_tool
 
 TOOLS = f"a list of at most {MOST_TOOLS} tools, each an object with type and function"
 CHOICE = (
@@ -107,4 +107,4 @@ def _call(value: object, where: str) -> Call:
         raise bad_value(f"{where}.function.name", name, "a string")
     if arguments is not None and not isinstance(arguments, str):
         raise bad_value(f"{where}.function.arguments", arguments, "a string")
-    return Call(own or "", name, arguments or "")
+    return Call(own or "", name, checked_arguments(arguments or "", f"{where}.function.arguments"))

@@ -10,6 +10,7 @@ from millpond.http.errors import ApiError, bad_value, missing, unsupported
 from millpond.http.generation_request import Call, Message, Part, Reasoning, Text
 from millpond.http.responses.thoughts import opened
 from millpond.http.responses.tools import Toolbox
+from millpond.http.tool_fields import checked_arguments
 
 ROLES = ("user", "assistant", "system", "developer")
 ITEMS = "a string or a list of items, not empty"
@@ -117,7 +118,7 @@ def _call(item: Item, where: str, box: Toolbox) -> Call:
     if item["type"] == "custom_tool_call":
         arguments = json.dumps({"input": _string(item, "input", where)}, ensure_ascii=False)
     else:
-        arguments = _string(item, "arguments", where)
+        arguments = checked_arguments(_string(item, "arguments", where), f"{where}.arguments")
     return Call(own, box.shown(name, space) if isinstance(space, str) else name, arguments)
 
 
