@@ -2,6 +2,7 @@
 # make test    all checks (15 minutes)      make bench   measure a running server (ARGS="--help")
 # make test-all   and those that take long (75 minutes)
 # make test-mutants   breaks each promise of docs/conformance.md in a copy: its tests must fail (an hour; ARGS="B7 -j 1")
+# make coverage   serves every architecture of mlx-lm, built small, and writes docs/models.md (half an hour; ARGS="--new")
 # CUDA=12 or CUDA=13 picks an NVIDIA build on Linux; PYTHON picks the interpreter.
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ RUN_STAMP := $(VENV)/.millpond-run-$(BACKEND)
 DEV_STAMP := $(VENV)/.millpond-dev-$(BACKEND)
 PACKAGE := pyproject.toml setup.py $(wildcard millpond/native/*.c millpond/native/*.h)
 
-.PHONY: setup setup-run serve chat test test-all test-mutants lint format reference bench clean
+.PHONY: setup setup-run serve chat test test-all test-mutants coverage lint format reference bench clean
 
 setup: $(DEV_STAMP)
 
@@ -78,6 +79,9 @@ test-all: lint
 
 test-mutants: setup
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
+
+coverage: setup
+	PYTHONPATH=tests:tests/support $(BIN)/python -m architectures $(ARGS)
 
 bench: setup
 	$(BIN)/millpond bench $(ARGS)

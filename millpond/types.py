@@ -330,6 +330,8 @@ class PrefixCounters(msgspec.Struct):
     disk_tokens: int = 0
     computed_tokens: int = 0
     evicted: int = 0
+    snapshots_dropped: int = 0
+    """Of recurrent layers, from blocks that stayed."""
     unsaved: int = 0
     """Evicted although the policy wanted them saved first."""
     checked: int = 0
@@ -341,6 +343,9 @@ class PrefixLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     ram_bytes: int = 0
     ram_blocks: int = 0
+    ram_snapshots: int = 0
+    """Of recurrent layers; their bytes are among those of the blocks."""
+    ram_snapshot_bytes: int = 0
     ram_limit: int = 0
     saving_records: int = 0
     """Records that wait for the SSD's writer or are being written."""

@@ -159,10 +159,13 @@ class Executor:
             self.lane.adopt(chunk.id, sequence.prompt)
             sequence.joined()
 
-    def set_aside(self, name: str) -> None:
-        """Take a request's row, or what has been read of its prompt. Nothing may be in flight."""
+    def set_aside(self, name: str, *, kept: bool = False) -> None:
+        """Take a request's row, or what has been read of its prompt. Nothing may be in flight. ``kept``: what its row
+        holds is sound, and stays in the prefix cache, from where the request will go on."""
         sequence = self.sequences[name]
-        self.group.tell(SetAside(name, sequence.dirty))
+        self.group.tell(SetAside(name, sequence.dirty, kept))
+        if kept and name in self.batch:
+            self.prefixes.row_done(sequence, self.lane)
         self._free(sequence)
         self._lost(sequence)
 
@@ -172,7 +175,7 @@ class Executor:
         sequence = self.sequences.pop(name)
         self.group.tell(Depart(name, sequence.dirty, sequence.poisoned))
         if name in self.batch:
-            self.prefixes.answer_done(sequence, self.lane)
+            self.prefixes.row_done(sequence, self.lane)
         self._free(sequence)
         return sequence
 
@@ -271,10 +274,10 @@ class Executor:
                 self.read(chunks)
                 for chunk in chunks:
                     self.chunk_read(chunk)
-            case SetAside(name, scrub):
+            case SetAside(name, scrub, kept):
                 if scrub:
                     self.sequences[name].not_finite(guessed=True)
-                self.set_aside(name)
+                self.set_aside(name, kept=kept)
             case Depart(name, scrub, poisoned):
                 if scrub:
                     self.sequences[name].not_finite(guessed=not poisoned)

@@ -214,7 +214,7 @@ class Engine:
         executor = self._executor
         self._stats.preempted(len(plan.preempt))
         for name in plan.preempt:
-            executor.set_aside(name)
+            executor.set_aside(name, kept=True)
         self._begin(plan.prefill)
         if plan.prefill and executor.nbytes > self._limit_bytes * TRIM_SHARE:
             executor.trim()  # the scheduler counts what the rows need, not what the arena still has from before

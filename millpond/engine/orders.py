@@ -32,10 +32,11 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class SetAside(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A request loses its row or its begun prompt, and waits again."""
+    """A request loses its row or its begun prompt, and waits again. ``kept``: what is in its row stays cached."""
 
     name: str
     scrub: bool = False
+    kept: bool = False
 
 
 class Depart(msgspec.Struct, frozen=True, array_like=True, tag=True):

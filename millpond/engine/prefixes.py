@@ -161,6 +161,8 @@ class Prefixes:
         return PrefixLoad(
             ram_bytes=cache.nbytes,
             ram_blocks=cache.blocks,
+            ram_snapshots=cache.snapshots,
+            ram_snapshot_bytes=cache.snapshot_bytes,
             ram_limit=cache.limit_bytes,
             saving_records=saving_records,
             saving_bytes=saving_bytes,
@@ -448,7 +450,7 @@ class Prefixes:
             else:
                 self._keep(sequence, [Made(begin, cut.end, self._cut_row(lane, cut.name, begin, cut.end))])
 
-    def answer_done(self, sequence: Sequence, lane: Lane) -> None:
+    def row_done(self, sequence: Sequence, lane: Lane) -> None:
         """A request leaves its row: keep the tail of its answer, and a snapshot at its end. Nothing is in flight."""
         cache, form, query = self._cache, self._form, sequence.query
         if cache is None or form is None or query is None or sequence.poisoned or not self._keeps_answers:

@@ -290,6 +290,8 @@ def _prefix_cache(to: Families, load: PrefixLoad) -> None:
     to.gauge("millpond_prefix_cache_bytes", "Bytes of cached prefixes in memory.", load.ram_bytes)
     to.gauge("millpond_prefix_cache_limit_bytes", "Most bytes of cached prefixes in memory.", load.ram_limit)
     to.gauge("millpond_prefix_cache_blocks", "Blocks of cached prefixes in memory.", load.ram_blocks)
+    to.gauge("millpond_prefix_cache_snapshots", "Snapshots of recurrent layers in memory.", load.ram_snapshots)
+    to.gauge("millpond_prefix_cache_snapshot_bytes", "Bytes of those snapshots.", load.ram_snapshot_bytes)
     to.counters(
         "millpond_prefix_cache_hits",
         "Prompts begun with a cached prefix, by the slowest tier that a part of it came from.",
@@ -305,6 +307,11 @@ def _prefix_cache(to: Families, load: PrefixLoad) -> None:
     )
     to.counter("millpond_prefix_cache_computed_tokens", "Prompt tokens computed.", counted.computed_tokens)
     to.counter("millpond_prefix_cache_evicted_blocks", "Blocks that left memory to make room.", counted.evicted)
+    to.counter(
+        "millpond_prefix_cache_dropped_snapshots",
+        "Snapshots of recurrent layers that left memory before their blocks.",
+        counted.snapshots_dropped,
+    )
     to.counter(
         "millpond_prefix_cache_unsaved_blocks",
         "Those of them that the SSD should have had and had not.",

@@ -97,8 +97,8 @@ class Arena:
         self._make_room(self.slots, row + 1, max([length + 1, *self.lengths]))
         copies = Copies()
         for slot, leaf in zip(self.slots, leaves if length else self._nothing, strict=True):
-            slot.put(row, leaf, length)
-            copies.add(slot.arrays, leaf.nbytes)
+            copied = slot.put(row, leaf, length)
+            copies.add(slot.arrays, copied)
         copies.wait()
         return self.batch.join(name, length)
 

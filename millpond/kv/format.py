@@ -23,7 +23,7 @@ class KvFormat:
 
     unpacked: bool = False
     """Packed numbers are unpacked before they are multiplied, in each layer and step: a device may have no products
-    with packed ones."""
+    with packed ones, and some models do their own arithmetic with keys and values."""
 
     @property
     def packs(self) -> bool:
@@ -31,22 +31,26 @@ class KvFormat:
 
     def pack(self, keys: mx.array, values: mx.array) -> Arrays:
         """Numbers uint32 [..., d * bits / 32], scales and biases [..., d / group] of keys, then the same of values."""
+        return (*self._packed(keys), *self._packed(values))
+
+    def _packed(self, side: mx.array) -> Arrays:
         bits, size = self.packing.bits, self.packing.group_size
-        if self.native:
-            return (*packing.pack(keys, bits, size), *packing.pack(values, bits, size))
-        return (*mx.quantize(keys, size, bits), *mx.quantize(values, size, bits))
+        if not side.shape[-1]:
+            return (mx.zeros(side.shape, mx.uint32), mx.zeros(side.shape, side.dtype), mx.zeros(side.shape, side.dtype))
+        return packing.pack(side, bits, size) if self.native else tuple(mx.quantize(side, size, bits))
 
     def unpack(self, arrays: Arrays) -> tuple[mx.array, mx.array]:
         """Keys and values [..., d], in the element type they were computed in."""
-        bits, size = self.packing.bits, self.packing.group_size
         keys, scales, biases, values, value_scales, value_biases = arrays
+        return self._whole(keys, scales, biases), self._whole(values, value_scales, value_biases)
+
+    def _whole(self, numbers: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        bits, size = self.packing.bits, self.packing.group_size
+        if not numbers.shape[-1]:
+            return mx.zeros(numbers.shape, scales.dtype)
         if self.native:
-            key, value = (keys, scales, biases), (values, value_scales, value_biases)
-            return packing.unpack(key, bits, size), packing.unpack(value, bits, size)
-        return (
-            mx.dequantize(keys, scales, biases, size, bits),
-            mx.dequantize(values, value_scales, value_biases, size, bits),
-        )
+            return packing.unpack((numbers, scales, biases), bits, size)
+        return mx.dequantize(numbers, scales, biases, size, bits)
 
     def token_bytes(self, heads: int, dims: int, dtype: mx.Dtype) -> int:
         """Bytes of one position of one layer, ``dims`` being those of a key and a value together."""

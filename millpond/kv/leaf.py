@@ -62,8 +62,8 @@ class Slot(Protocol):
 
     # --- rows ---
 
-    def put(self, row: int, leaf: LeafRow, length: int) -> None:
-        """Fill a row with a finished prompt of ``length`` tokens, which may be 0."""
+    def put(self, row: int, leaf: LeafRow, length: int) -> int:
+        """Fill a row with a finished prompt of ``length`` tokens, which may be 0. Bytes that are copied for that."""
 
     def span(self, row: int, start: int, end: int) -> Arrays:
         """What records hold of positions [start, end) of a row, lazily."""

@@ -32,7 +32,7 @@ class Forward:
         self.aligned = min(lengths) == self.longest
         self._lengths = list(lengths)
         self._width_step = 1 if self.aligned and columns == 1 else width_step
-        self._masks: dict[tuple[int | None, int], mx.array | None] = {}
+        self._masks: dict[tuple[int | None, int, bool], mx.array | None] = {}
         self._columns: dict[tuple[int, int | None], mx.array] = {}
 
     @cached_property
@@ -94,18 +94,19 @@ class Forward:
         """Columns of a slot that can hold anything a query of this forward may see, and perhaps some unused ones."""
         return min(-(-(self.longest + self.columns) // self._width_step) * self._width_step, capacity)
 
-    def mask(self, window: int | None, capacity: int) -> mx.array | None:
+    def mask(self, window: int | None, capacity: int, *, chunked: bool = False) -> mx.array | None:
         """Which column each query may see: bool [rows, 1, columns, width], or None when every query sees all of them.
 
         Column j of a row whose newest position is ``last`` holds position last - (last - j) mod capacity: true for a
         ring, and for a plain slot (never full) too, where unused columns come out negative or beyond the query.
+        ``chunked``: of the ``window`` positions only those count that are in the query's own chunk of as many.
         """
-        key = (window, capacity)
+        key = (window, capacity, chunked)
         if key not in self._masks:
-            self._masks[key] = self._build_mask(window, capacity)
+            self._masks[key] = self._build_mask(window, capacity, chunked=chunked)
         return self._masks[key]
 
-    def _build_mask(self, window: int | None, capacity: int) -> mx.array | None:
+    def _build_mask(self, window: int | None, capacity: int, *, chunked: bool = False) -> mx.array | None:
         everything = window is None or self.longest < window
         if self.columns == 1 and self.aligned and everything and self.longest < capacity:
             return None
@@ -115,5 +116,5 @@ class Forward:
         held = last - (last - column) % capacity
         seen = (held >= 0) & (held <= query)
         if window is not None:
-            seen = seen & (held > query - window)
+            seen = seen & (held // window == query // window if chunked else held > query - window)
         return seen[:, None]

@@ -41,7 +41,8 @@ class KvSegment:
         """Write into all arrays: the only way that it is done. MLX copies those that somebody else holds."""
         self.moves += 1
         for array, part in zip(self._arrays, parts, strict=True):
-            array[where] = part
+            if array.size:  # some leaves have keys only; MLX divides by the size of what is written
+                array[where] = part
 
     @property
     def capacity(self) -> int:

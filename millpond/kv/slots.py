@@ -130,6 +130,16 @@ class RingSpec(KvSpec):
         return slot
 
 
+@dataclass(frozen=True)
+class ChunkSpec(RingSpec):
+    """What a layer keeps whose tokens see those of their chunk: positions are cut into chunks of ``window``."""
+
+    def slot(self, leaf: LeafRow, length: int, capacity: int) -> ChunkSlot:  # noqa: ARG002 - a ring does not grow
+        slot = ChunkSlot(self, [KvSegment(self.zeros(self.capacity, packed=self.format.packs), ring=True)])
+        slot.put(0, leaf, length)
+        return slot
+
+
 LeafSpec = KvSpec | RingSpec | StateSpec
 """What a leaf keeps of each row, by its kind."""
 
@@ -164,7 +174,7 @@ class KvSlot:
     def arrays(self) -> list[mx.array]:
         return [array for segment in self.segments for array in segment.arrays]
 
-    # --- what models ask of a cache: offset, make_mask, update_and_fetch, keys_and_values ---
+    # --- what models ask of a cache: offset, make_mask, update_and_fetch, keys_and_values, keys and values ---
 
     @property
     def offset(self) -> mx.array:
@@ -183,6 +193,10 @@ class KvSlot:
         if self.spec.format.native and window == self.window:
             return None
         return self.forward.mask(window, self.capacity)
+
+    def seen(self, forward: Forward) -> mx.array | None:
+        """Its mask in a forward, where a model asks for nothing else."""
+        return forward.mask(self.window, self.capacity)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | tuple[Arrays, Arrays]:
         """Write [rows, H, L, D] at each live row's position; what is returned is for attention alone.
@@ -212,6 +226,24 @@ class KvSlot:
         keys_side, values_side = sides[-1]
         packed = self.spec.format.packs and not self.spec.format.unpacked
         return (keys_side, values_side) if packed else (keys_side[0], values_side[0])
+
+    @property
+    def keys(self) -> mx.array:
+        """Some models tie to these, by setting them, what nothing reads in a step; see ``arrays``."""
+        return self.segments[-1].arrays[0]
+
+    @keys.setter
+    def keys(self, tied: mx.array) -> None:
+        """A step evaluates everything that slots hold anyway."""
+
+    @property
+    def values(self) -> mx.array:
+        """The same."""
+        return self.segments[-1].arrays[len(self.segments[-1].arrays) // 2]
+
+    @values.setter
+    def values(self, tied: mx.array) -> None:
+        """The same."""
 
     @staticmethod
     def _joined(sides: Sequence[Sides]) -> tuple[mx.array, mx.array]:
@@ -278,10 +310,11 @@ class KvSlot:
     def keep(self, counts: Sequence[int]) -> None:  # noqa: ARG002 - what is not kept lies behind the row's end
         self._forward = None
 
-    def put(self, row: int, leaf: LeafRow, length: int) -> None:
+    def put(self, row: int, leaf: LeafRow, length: int) -> int:
         for segment, parts in zip(self.segments, (leaf.exact, leaf.used)[-len(self.segments) :], strict=True):
             if parts:
                 segment.put(row, parts, length)
+        return leaf.nbytes
 
     def span(self, row: int, start: int, end: int) -> Arrays:
         """Positions [start, end) of a row, all in one segment; see KvSegment.span."""
@@ -326,3 +359,18 @@ class RingSlot(KvSlot):
 
     def fits(self, rows: int, capacity: int) -> bool:  # noqa: ARG002 - a ring has room for any number
         return rows <= self.row_count
+
+
+class ChunkSlot(RingSlot):
+    """A layer whose tokens see their chunk only, which is in the ring."""
+
+    def make_mask(
+        self,
+        N: int,  # noqa: N803, ARG002 - as in others
+        return_array: bool = False,  # noqa: ARG002 - the same
+        window_size: int | None = None,  # noqa: ARG002 - no chunk has another size
+    ) -> mx.array | None:
+        return self.seen(self.forward)
+
+    def seen(self, forward: Forward) -> mx.array | None:
+        return forward.mask(self.window, self.capacity, chunked=True)

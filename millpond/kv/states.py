@@ -171,8 +171,9 @@ class StateSlot:
 
     # --- rows ---
 
-    def put(self, row: int, leaf: LeafRow, length: int) -> None:  # noqa: ARG002 - a state is of all the tokens there are
+    def put(self, row: int, leaf: LeafRow, length: int) -> int:  # noqa: ARG002 - a state is of all the tokens there are
         new = list(leaf.arrays) or self.spec.nothing()
+        new = [_widened(array, shape) for array, shape in zip(new, self.spec.shapes, strict=True)]
         shapes = tuple(tuple(array.shape[1:]) for array in new)
         if shapes != self.spec.shapes:
             raise ValueError(f"states of {shapes} do not fit rows of {self.spec.shapes}")
@@ -182,6 +183,7 @@ class StateSlot:
                 self.cache[index] = _replaced(held, row, array)
             else:
                 self.cache[index] = mx.concatenate([held, array]) if row else _copied(array, 0)
+        return self.nbytes
 
     def span(self, row: int, start: int, end: int) -> Arrays:  # noqa: ARG002 - a state is of now, whatever the positions
         return tuple(_copied(array, row) for array in self.cache)
@@ -207,6 +209,12 @@ class StateSlot:
     def shrink(self, rows: int, capacity: int) -> None:  # noqa: ARG002 - it does not depend on lengths
         if self.row_count > rows:
             self.cache = [mx.contiguous(array[:rows]) for array in self.cache]
+
+
+def _widened(array: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """What keeps some tokens, of a prompt of fewer: zeros before them, as where there is nothing."""
+    missing = shape[0] - int(array.shape[1]) if array.ndim == len(shape) + 1 == 2 else 0
+    return mx.pad(array, [(0, 0), (missing, 0)]) if missing > 0 else array
 
 
 def _copied(array: mx.array, row: int) -> mx.array:

@@ -76,7 +76,7 @@ def row_by_row(arrays: Attention, queries: mx.array, slot: KvSlot, scale: float,
     mixed = []
     for row, alone in enumerate(slot.forward.alone):
         keys, values = slot.held(row, alone)
-        mask = alone.mask(slot.window, slot.capacity)
+        mask = slot.seen(alone)
         mixed.append(arrays(queries[row : row + 1], keys, values, None, scale, mask, sinks))
     return mx.concatenate(mixed)
 

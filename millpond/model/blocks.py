@@ -271,6 +271,8 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
         kind = cast(Kind, leaf.kind)
         try:
             arrays = leaf.span(0, 1)
+            if not any(array.size for array in arrays):
+                continue  # it keeps nothing
             dtypes.append(_name(arrays[0].dtype))
             if form.packs and kind is not Kind.STATE:
                 arrays = form.pack(*arrays)

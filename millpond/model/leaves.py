@@ -13,9 +13,17 @@ import mlx.core as mx
 
 from millpond.kv.format import Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
-from millpond.kv.slots import KvSpec, LeafSpec, RingSpec
+from millpond.kv.slots import ChunkSpec, KvSpec, LeafSpec, RingSpec
 from millpond.kv.states import StateSlot, StateSpec
-from millpond.model.upstream import ArraysCache, CacheList, KVCache, LayerCache, PromptCache, RotatingKVCache
+from millpond.model.upstream import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    LayerCache,
+    PromptCache,
+    RotatingKVCache,
+)
 from millpond.prefix.records import Kind
 
 
@@ -78,7 +86,7 @@ class KvLeaf(Leaf):
         return KvSpec(*self._sizes(), form)
 
     def _sizes(self) -> tuple[int, int, int, mx.Dtype]:
-        keys, values = self.cache.keys, self.cache.values
+        keys, values = self.span(0, 1)
         return keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
 
     def exact(self, form: KvFormat) -> int:
@@ -94,12 +102,16 @@ class KvLeaf(Leaf):
         return self.cache.keys[:, :, : self.cache.offset], self.cache.values[:, :, : self.cache.offset]
 
     def span(self, start: int, end: int) -> Arrays:
+        if self.cache.keys is None:  # of a layer whose attention has been taken out: no heads
+            return (mx.zeros((1, 0, end - start, 0)),) * 2
         return self.cache.keys[:, :, start:end], self.cache.values[:, :, start:end]
 
     def put(self, arrays: Sequence[mx.array], length: int) -> None:
         (self.cache.keys, self.cache.values), self.cache.offset = arrays, length
 
     def row(self) -> LeafRow:
+        if self.cache.keys is None:
+            return LeafRow(())
         return LeafRow((self.cache.keys, self.cache.values), self.cache.keys.shape[2] - self.cache.offset)
 
     def clear(self) -> None:
@@ -151,6 +163,48 @@ class WindowLeaf(KvLeaf):
         return LeafRow(tuple(side[:, :, -kept:] for side in self.in_order()))
 
 
+class ChunkLeaf(KvLeaf):
+    """Keys and values of the last positions, as many as a chunk has."""
+
+    kind = Kind.WINDOW
+    cache: ChunkedKVCache
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        return int(self.cache.chunk_size)
+
+    def spec(self, form: KvFormat) -> LeafSpec | str:
+        return ChunkSpec(*self._sizes(), form, window=self.window)
+
+    def exact(self, form: KvFormat) -> int:  # noqa: ARG002 - it forgets the first ones anyway
+        return 0
+
+    def oldest(self, length: int) -> int:
+        return max(0, length - self.window)
+
+    @property
+    def columns_before(self) -> int:
+        return min(int(self.cache.offset - self.cache.start_position), self.window)
+
+    def in_order(self) -> tuple[mx.array, mx.array]:
+        held = self.cache.offset - self.cache.start_position
+        return self.cache.keys[:, :, :held], self.cache.values[:, :, :held]
+
+    def span(self, start: int, end: int) -> Arrays:
+        first = self.cache.start_position
+        if start < first:
+            raise ValueError(f"position {start} has left the chunk, which begins at {first}")
+        return tuple(side[:, :, start - first : end - first] for side in self.in_order())
+
+    def put(self, arrays: Sequence[mx.array], length: int) -> None:
+        super().put(arrays, length)
+        self.cache.start_position = max(0, length - arrays[0].shape[2])
+
+    def row(self) -> LeafRow:
+        kept = min(self.cache.offset, self.window)
+        return LeafRow(tuple(side[:, :, -kept:] for side in self.in_order()))
+
+
 class RecurrentSlot(StateSlot, ArraysCache):  # type: ignore[misc]  # mlx-lm has no types
     """Some of mlx-lm's models look for the class, some take a cache apart until IndexError, some ask whether it is
     true: all of that is the class's. Its lengths and paddings are never set: a step would leave something lazy of them
@@ -188,7 +242,12 @@ class StateLeaf(Leaf):
         self.cache.cache = list(arrays)
 
 
-KINDS: dict[type, type[Leaf]] = {KVCache: KvLeaf, RotatingKVCache: WindowLeaf, ArraysCache: StateLeaf}
+KINDS: dict[type, type[Leaf]] = {
+    KVCache: KvLeaf,
+    RotatingKVCache: WindowLeaf,
+    ChunkedKVCache: ChunkLeaf,
+    ArraysCache: StateLeaf,
+}
 """By mlx-lm's class: one that derives from these may keep something else."""
 
 

@@ -26,7 +26,7 @@ from millpond.kv.slots import KvSpec, LeafSpec
 from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
-from millpond.model import attention, replay
+from millpond.model import attention, ragged, replay
 from millpond.model.blocks import BlockFormat, block_format
 from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
@@ -52,6 +52,8 @@ from millpond.types import GROUP_SIZES, UNPACKED, KvPacking
 
 log = logging.getLogger(__name__)
 
+FILL = 8
+"""Tokens that show what layers keep: states of some models grow with the first few."""
 CACHE_STEP = 256
 """Tokens by which mlx-lm's caches grow."""
 COMPILER = "g++"
@@ -153,6 +155,7 @@ def load(
     if on_cpu and shutil.which(COMPILER) is None:
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network)
+    ragged.install(network)
     replay.install(network)
     _evaluate(network, progress)
     cache = new_cache(network)
@@ -191,7 +194,9 @@ def _narrowed(network: nn.Module, config: dict[str, object], group: mx.distribut
     if (changed := narrow_config(config)) is None:
         return None
     try:
-        return sharing(changed, network, lambda twin: None if group is None else shard(twin, config, group))
+        twin = sharing(changed, network, lambda twin: None if group is None else shard(twin, config, group))
+        ragged.install(twin)
+        return twin
     except Exception:  # whatever a class of mlx-lm does with a configuration that nobody has published
         log.exception("what the model does past its windows could not be tried")
         return None
@@ -300,8 +305,8 @@ def kept_as(model: LoadedModel, form: KvFormat) -> LoadedModel:
 
 
 def _filled(network: nn.Module, cache: PromptCache) -> mx.array:
-    """Run one token to learn what the layers store; config files lie more often. Logits, [1, 1, vocab]."""
-    logits: mx.array = network(mx.array([[0]]), cache=cache)
+    """Run some tokens to learn what the layers store; config files lie more often. Logits, [1, FILL, vocab]."""
+    logits: mx.array = network(mx.zeros((1, FILL), dtype=mx.int32), cache=cache)
     mx.eval(logits, cache_arrays(cache))
     return logits
 
@@ -333,12 +338,16 @@ def _sizes(specs: list[LeafSpec], form: KvFormat) -> CacheSizes:
 def _check_packing(specs: list[LeafSpec] | str, packing: KvPacking) -> None:
     if isinstance(specs, str):
         raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: {specs}")
-    dims = sorted({dim for spec in keeping_keys(specs) for dim in (spec.key_dim, spec.value_dim)})
+    if any(not spec.heads for spec in keeping_keys(specs)):
+        raise ModelError(
+            f"kv_bits: {packing.bits} cannot be used with this model: some of its layers have no attention"
+        )
+    dims = sorted({dim for spec in keeping_keys(specs) for dim in (spec.key_dim, spec.value_dim)} - {0})
     if not dims:
         raise ModelError(f"kv_bits: {packing.bits} cannot be used with this model: it keeps no keys and values")
     fitting = [size for size in GROUP_SIZES if not any(dim % size for dim in dims)]
     if packing.group_size not in fitting:
-        allowed = f"allowed: {', '.join(map(str, fitting))}" if fitting else "its keys and values cannot be packed"
+        allowed = f"allowed: {', '.join(map(str, fitting))}" if fitting else f"no group has fewer than {GROUP_SIZES[0]}"
         raise ModelError(
             f"kv_group_size: {packing.group_size} does not divide this model's head dimensions "
             f"({', '.join(map(str, dims))}); {allowed}"

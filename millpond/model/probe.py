@@ -44,6 +44,7 @@ from millpond.prefix.keys import pack
 from millpond.prefix.match import Part, RestorePlan
 from millpond.prefix.records import BLOCK, Kind
 from millpond.prefix.tree import Tree
+from millpond.types import UNPACKED
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     """Attention over its slots is computed in C."""
     together: bool = False
     """Several prompts can be read in one forward."""
+    unpacked: bool = False
+    """Packed keys and values are unpacked in each step: the model does its own arithmetic with them."""
     alike: list[list[int]] = []
     """Numbers of rows that were tried, grouped by the bits that a row gets in forwards of so many; see rounding."""
 
@@ -86,7 +89,7 @@ class Capabilities(msgspec.Struct, frozen=True):
                 f"kv_bits: {model.form.packing.bits} cannot be used with this model: {self.reason}. "
                 "Leave kv_bits out to serve it"
             )
-        form = replace(model.form, native=self.native)
+        form = replace(model.form, native=self.native, unpacked=self.unpacked)
         return model if form == model.form else kept_as(model, form)
 
 
@@ -95,6 +98,9 @@ def probe(model: LoadedModel) -> Capabilities:
     reason, forward_only = (model.specs, "") if isinstance(model.specs, str) else differences(model)
     if reason and model.form.native:
         return probe(kept_as(model, replace(model.form, native=False)))
+    if reason and model.form.packs and not model.form.unpacked:
+        log.info("packed keys and values are unpacked in each step", extra={"reason": reason})
+        return probe(kept_as(model, replace(model.form, unpacked=True)))
     uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
     pipelined = bool(reason) or donates(model)
     together = not reason and _readable_together(model) and not _attempt(lambda: _reading_together(model))
@@ -107,6 +113,7 @@ def probe(model: LoadedModel) -> Capabilities:
         uncached=uncached,
         native=form.native,
         together=together,
+        unpacked=form.unpacked,
         alike=[] if reason else _alike(model),
     )
 
@@ -148,11 +155,17 @@ def _in_float32(model: LoadedModel) -> tuple[str, str]:
     try:
         if model.dtype != "float32":
             model = replace(kept_as(model, model.form), dtype="float32")
-        tolerance = _tolerance(model)
+        plain = kept_as(model, replace(model.form, packing=UNPACKED)) if model.form.packs else model
+        tolerance = _tolerance(plain)
     except Exception as error:  # noqa: BLE001 - its code, or a kernel, knows one element type, or one sequence, only
         log.info("what the model's numbers do by themselves could not be tried: %s", error)
         return ("", "") if model.dtype != "float32" else _compared(model, STRICT)
-    return _compared(model, tolerance)
+    reason, in_part = _compared(plain, tolerance)
+    if reason or not model.form.packs:
+        return reason, in_part
+    # Of a number half-way between two steps the last bit decides, and a step is more than a position that is off.
+    reason, more = _compared(model, LOOSE)
+    return reason, in_part or more
 
 
 def _coarse(model: LoadedModel) -> float:

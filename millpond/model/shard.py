@@ -10,6 +10,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+REPEATING = ("mlx_lm.models.qwen3_5", "mlx_lm.models.qwen3_5_moe")
+"""mlx-lm's files that give the same key head to several ranks, where there are fewer heads than ranks."""
+
 
 class CannotShard(Exception):  # noqa: N818 - reads as the fact it states
     """The model cannot be divided by so many; the message says what can."""
@@ -22,14 +25,14 @@ def shard(network: nn.Module, config: dict[str, object], group: mx.distributed.G
     divide = getattr(network, "shard", None)
     if divide is None:
         raise CannotShard(f"tp: mlx-lm cannot divide a model of type {kind!r}; serve it with tp 1")
-    for name, count in _heads(config).items():
-        if count % world:
-            allowed = [
-                str(ranks) for ranks in range(1, count + 1) if all(n % ranks == 0 for n in _heads(config).values())
-            ]
+    heads, repeats = _heads(config), type(network).__module__ in REPEATING
+    for name, count in heads.items():
+        if not _shared(name, count, world, repeats=repeats):
+            most = range(1, max(heads.values()) + 1)
+            allowed = [n for n in most if all(_shared(each, m, n, repeats=repeats) for each, m in heads.items())]
             raise CannotShard(
                 f"tp: {world} ranks cannot share this model's {count} {name.removeprefix('num_').replace('_', ' ')}; "
-                f"allowed: {', '.join(allowed)}"
+                f"allowed: {', '.join(map(str, allowed))}"
             )
     try:
         divide(group)
@@ -37,11 +40,16 @@ def shard(network: nn.Module, config: dict[str, object], group: mx.distributed.G
         raise CannotShard(f"tp: this model cannot be divided by {world}: {error}") from error
 
 
+def _shared(name: str, count: int, world: int, *, repeats: bool) -> bool:
+    return not count % world or (repeats and name == "num_key_value_heads" and not world % count)
+
+
 def _heads(config: dict[str, object]) -> dict[str, int]:
     text = config.get("text_config")
     source = {**config, **text} if isinstance(text, dict) else config
     # Latent attention has one set of keys and values, which every rank keeps.
-    names = ["num_attention_heads"] + ([] if source.get("kv_lora_rank") else ["num_key_value_heads"])
+    names = ["num_attention_heads", "linear_num_key_heads", "linear_num_value_heads"]
+    names += [] if source.get("kv_lora_rank") else ["num_key_value_heads"]
     found = {name: source.get(name) for name in names}
     return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
 

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
@@ -27,6 +28,7 @@ with limit_kept(), without_tokenizers():
     from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
     from mlx_lm.models.cache import ArraysCache as ArraysCache
     from mlx_lm.models.cache import CacheList as CacheList
+    from mlx_lm.models.cache import ChunkedKVCache as ChunkedKVCache
     from mlx_lm.models.cache import KVCache as KVCache
     from mlx_lm.models.cache import RotatingKVCache as RotatingKVCache
     from mlx_lm.models.cache import make_prompt_cache
@@ -79,6 +81,8 @@ def load_weights(folder: Path) -> Checkpoint:
     module, level, taken = class_of(config)
     changes: dict[str, object] = {}
     remarks = [f"weights beside the model's own are ignored: {', '.join(files.ignored)}"] if files.ignored else []
+    if adapters := [name for name in ("adapter_config.json", "adapters") if (folder / name).exists()]:
+        remarks.append(f"adapters are not applied: {', '.join(adapters)}")
     if taken is not None:
         changes = rope_changes(level, taken, module) | pattern_change(level, taken)
         check_scaling(level, taken, module)
@@ -137,6 +141,11 @@ def class_of(config: dict[str, object]) -> tuple[str, dict[str, object], frozens
         model_class, arguments = _get_classes(config)
     except SystemExit as error:  # a class that needs a package of its own ends the process when it is imported
         raise ValueError(f"model_type {config['model_type']!r} needs a package that is not installed") from error
+    except ValueError as error:
+        raise ValueError(
+            f"model_type {config['model_type']!r} is not supported by mlx-lm {version('mlx-lm')}, which is installed; "
+            "a newer one may have it"
+        ) from error
     module = sys.modules[model_class.__module__]
     name = module.__name__.rpartition(".")[2]
     keys = frozenset(inspect.signature(arguments).parameters)
@@ -146,7 +155,7 @@ def class_of(config: dict[str, object]) -> tuple[str, dict[str, object], frozens
     text = config.get("text_config")
     level = cast(dict[str, object], text) if isinstance(text, dict) else config
     inner = {
-        held.__name__.rpartition(".")[2]: frozenset(inspect.signature(held.ModelArgs).parameters)
+        held.__name__.rpartition(".")[2]: _keys_in(held)
         for held in vars(module).values()
         if isinstance(held, ModuleType) and hasattr(held, "ModelArgs")
     }
@@ -159,6 +168,15 @@ def class_of(config: dict[str, object]) -> tuple[str, dict[str, object], frozens
     others = [held for held in vars(module).values() if _takes_keys(held) and held is not arguments]
     keys = frozenset().union(*inner.values(), *(inspect.signature(held).parameters for held in others))
     return name, level, keys or None
+
+
+def _keys_in(module: ModuleType) -> frozenset[str]:
+    """What a file's text model takes."""
+    own = frozenset(inspect.signature(module.ModelArgs).parameters)
+    if "text_config" not in own:
+        return own
+    inner = (inspect.signature(held).parameters for held in vars(module).values() if _takes_keys(held))
+    return own.union(*inner)
 
 
 def _takes_keys(held: object) -> bool:

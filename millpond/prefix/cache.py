@@ -86,6 +86,16 @@ class PrefixCache:
         return self._memory.blocks
 
     @property
+    def snapshots(self) -> int:
+        """Snapshots of recurrent layers in memory."""
+        return self._memory.snapshots
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Their bytes."""
+        return self._memory.snapshot_bytes
+
+    @property
     def tree(self) -> Tree:
         return self._tree
 

@@ -15,6 +15,8 @@ GHOSTS = 65536
 """Keys of evicted blocks that are remembered, so that a miss can be explained."""
 LOOK_AT = 16
 """Oldest nodes looked at for one whose data is safe on disk before one that is not has to go."""
+SNAPSHOTS_SHARE = 0.5
+"""Of memory that is short, what snapshots of recurrent layers may take beside blocks."""
 SAVE_AHEAD = 0.9
 """Share of the limit above which the policy ``evicted`` saves what would go next."""
 
@@ -36,9 +38,11 @@ class Evictor:
             self._save_ahead(limit, saver)
         changed = False
         while self._memory.nbytes > limit:
-            spare = self._memory.spare_windows()
-            if spare is not None:
+            if (spare := self._memory.spare_windows()) is not None:
                 self._memory.drop(spare, (Kind.WINDOW,))
+            elif (spare := self._spare_snapshot(limit, saver)) is not None:
+                self._counters.snapshots_dropped += 1
+                self._memory.drop(spare, (Kind.STATE,))
             else:
                 victim = self._victim(self._memory.nbytes - limit, saver)
                 if victim is None:
@@ -63,6 +67,17 @@ class Evictor:
             for node in oldest if saver.healthy else oldest[-1:]:
                 if not node.lost:  # a disk that is too small would let go of another one, and so on for ever
                     saver.want(node, Kind)
+
+    def _spare_snapshot(self, limit: int, saver: Saver | None) -> Node | None:
+        """A node whose snapshot goes before any block does, because all of them take too much; None: none has to."""
+        if self._memory.snapshot_bytes <= SNAPSHOTS_SHARE * limit:
+            return None
+        candidates = self._memory.oldest_snapshots(LOOK_AT)
+        oldest = next(iter(candidates), None)
+        if oldest is None or saver is None or saver.policy is not SavePolicy.EVICTED or not saver.healthy:
+            return oldest
+        saver.want(oldest, (Kind.STATE,))
+        return next((node for node in candidates if Kind.STATE in node.disk), None)
 
     def _victim(self, excess: int, saver: Saver | None) -> Node | None:
         """The least recently used leaf, or one that is safe on disk if the policy wants that; None: none may go yet."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 
 from millpond.prefix.planner import Layout
 from millpond.prefix.records import Kind, Payload
@@ -30,8 +31,16 @@ class MemoryTier:
         self._ends.newer = self._ends.older = self._ends
         self._spare: OrderedDict[Node, None] = OrderedDict()
         """Nodes whose window record is far from any known resume point: the first to go when memory is short."""
+        self._snapshots: OrderedDict[Node, None] = OrderedDict()
+        """Nodes with a snapshot of recurrent layers, by last use: long prompts leave many that nobody comes back to."""
         self.nbytes = 0
         self.blocks = 0
+        self.snapshot_bytes = 0
+
+    @property
+    def snapshots(self) -> int:
+        """How many there are."""
+        return len(self._snapshots)
 
     # --- records ----------------------------------------------------------------------------------------------
 
@@ -40,9 +49,13 @@ class MemoryTier:
         self.nbytes -= self._size(node)
         if not node.records:
             self._enter(node)
+        before = node.records.get(kind)
         node.records[kind] = payload
         node.lost = False
         self.nbytes += self._size(node)
+        if kind is Kind.STATE:
+            self.snapshot_bytes += payload.nbytes - (0 if before is None else before.nbytes)
+            self._snapshots[node] = None
         if kind is Kind.WINDOW:
             self._note_spare(node)
 
@@ -51,7 +64,10 @@ class MemoryTier:
         held = bool(node.records)
         self.nbytes -= self._size(node)
         for kind in list(node.records) if kinds is None else kinds:
-            node.records.pop(kind, None)
+            payload = node.records.pop(kind, None)
+            if kind is Kind.STATE and payload is not None:
+                self.snapshot_bytes -= payload.nbytes
+                del self._snapshots[node]
         if Kind.WINDOW not in node.records:
             self._spare.pop(node, None)
         self.nbytes += self._size(node)
@@ -65,7 +81,9 @@ class MemoryTier:
     # --- order ------------------------------------------------------------------------------------------------
 
     def touch(self, path: list[Node]) -> None:
-        """A chain of nodes, root side first, is used now."""
+        """A chain of nodes, root side first, is used now; of their snapshots only the last."""
+        if path:
+            self._snapshot_used(path[-1])
         for node in reversed(path):
             node.lost = False
             if node.records:
@@ -92,6 +110,7 @@ class MemoryTier:
     def resume_at(self, node: Node, now: float) -> None:
         """Requests will resume at the end of this node: the window records before it are not spare."""
         node.resume = now
+        self._snapshot_used(node)
         here: Node | None = node
         for _ in range(self._layout.trail):
             if here is None:
@@ -109,6 +128,14 @@ class MemoryTier:
             if next(iter(self._spare)).pins:
                 return None
         return None
+
+    def oldest_snapshots(self, most: int) -> list[Node]:
+        """Up to ``most`` nodes that nobody has pinned, those whose snapshot was used least recently first."""
+        return list(islice((node for node in self._snapshots if not node.pins), most))
+
+    def _snapshot_used(self, node: Node) -> None:
+        if node in self._snapshots:
+            self._snapshots.move_to_end(node)
 
     def _note_spare(self, node: Node) -> None:
         """The block whose window just got out of reach of ``node`` becomes spare, unless something else may resume."""

@@ -20,8 +20,10 @@ from tiny_models import CONFIGS, STATE_KINDS, capabilities, model, prompt
 
 from millpond.engine import prefixes
 from millpond.engine.link import Inbox
+from millpond.engine.sequence import Sequence as Running
 from millpond.model.blocks import BlockFormat, Stored
 from millpond.model.load import LoadedModel
+from millpond.model.prompt import Prompt
 from millpond.model.upstream import cache_arrays
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
@@ -446,6 +448,29 @@ def test_preempted_requests_resume_from_the_cache() -> None:
     # Memory is too short for the blocks of all four; the one that comes back first finds all of its own.
     assert cached.counters.memory_tokens >= 2 * BLOCK
     assert counting.read < 4 * 149 + len(preempted) * 200
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_preempted_answers_of_recurrent_models_go_on_from_a_snapshot(kind: str) -> None:
+    """One that loses its row in the middle of its answer is not read again from the end of its prompt (E7, D7)."""
+    sizes, cached = model(kind).sizes, prefix_cache(model(kind))
+    limit = sizes.token_bytes * 1400 + 8 * sizes.state_bytes
+    driven = driver(kind, cached, max_batch=4, max_chunk=64, limit_bytes=limit)
+    begin, begun = driven.prefixes.begin, list[int]()
+
+    def watching(sequence: Running, position: int, alone: bool) -> Prompt:
+        begun.append(position)
+        return begin(sequence, position, alone)
+
+    driven.prefixes.begin = watching  # type: ignore[method-assign]
+    prompts = {f"r{number}": prompt(150, seed=number) for number in range(4)}
+    for name, tokens in prompts.items():
+        driven.submit(request(name, tokens, 150))
+    driven.run()
+    assert driven.beat.counters.preemptions > 0
+    for name, tokens in prompts.items():
+        assert driven.outcomes[name].tokens == expected(kind, tuple(tokens), 150)
+    assert max(begun) > 150, begun
 
 
 @pytest.mark.often("gemma3_text")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from millpond.kv import arena as arena_module
 from millpond.kv.arena import Arena
 from millpond.kv.leaf import LeafRow
 from millpond.kv.states import NOTES, CannotRollBackError, Notes, Recurrence, StateSlot, StateSpec
@@ -180,3 +183,32 @@ def test_forwards_that_are_filled_up() -> None:
     expected = states_of(np.concatenate([drawn(3, 1), np.ones((1, CHANNELS), np.float32)]))
     (held,) = arena.spans("b", 0, 4, Kind.STATE)
     assert all(np.allclose(np.array(one)[0], other, atol=1e-6) for one, other in zip(held, expected, strict=True))
+
+
+WIDE = StateSpec(((256, 1024),), (mx.float32,), StateSlot)
+LAYERS, ROWS = 8, 8
+
+
+def test_a_join_copies_layer_by_layer_and_a_leave_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(D1, N2) States are of fixed size: a join moves what a step moves, and never all layers at once; a leave copies
+    the last row into its place."""
+    monkeypatch.setattr(arena_module, "AT_ONCE_BYTES", WIDE.nbytes)
+    arena = Arena([WIDE] * LAYERS)
+    for row in range(ROWS):
+        arena.put(f"r{row}", [LeafRow((mx.full((1, 256, 1024), row),)) for _ in range(LAYERS)], 10)
+    new = [LeafRow((mx.full((1, 256, 1024), 99.0),)) for _ in range(LAYERS)]
+    mx.eval(arena.arrays(), [leaf.arrays for leaf in new])
+    assert _peak(lambda: arena.put("new", new, 10)) < (LAYERS + 3 * (ROWS + 1)) * WIDE.nbytes
+    assert _peak(lambda: arena.release("r0")) < (LAYERS + 2) * WIDE.nbytes
+    assert arena.batch.names == ("new", *(f"r{row}" for row in range(1, ROWS)))
+    assert [round(float(arena.arrays()[0][row, 0, 0].item())) for row in range(ROWS)] == [99, *range(1, ROWS)]
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Bytes beyond what is held before."""
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    work()
+    mx.synchronize()
+    return mx.get_peak_memory() - before

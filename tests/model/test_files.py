@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -380,3 +381,20 @@ def test_a_context_that_is_named_nowhere_can_be_given(folder: Path) -> None:
     configure(folder, ("max_position_embeddings",))
     assert loaded(folder).context_length == 4096
     assert loaded(folder, 8192).context_length == 8192
+
+
+@pytest.mark.parametrize("kind", ["qwen9", "deepseek_v99"])
+def test_a_type_that_mlx_lm_lacks_is_named_with_its_version(kind: str, tmp_path: Path) -> None:
+    """(N5) Users see what to upgrade."""
+    folder = save("llama", tmp_path)
+    configure(folder, model_type=kind)
+    with pytest.raises(ModelError, match=rf"model_type '{kind}' is not supported by mlx-lm {version('mlx-lm')}"):
+        loaded(folder)
+
+
+def test_adapters_beside_the_weights_are_told(tmp_path: Path) -> None:
+    """The base model is served, and nobody is led to believe anything else."""
+    folder = save("llama", tmp_path)
+    (folder / "adapters").mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    assert loaded(folder).remarks == ("adapters are not applied: adapter_config.json, adapters",)

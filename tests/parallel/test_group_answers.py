@@ -18,7 +18,7 @@ import pytest
 from engine_driver import FLIPPED, PACKED_TIE, Outcome, request
 from group_driver import Group, text
 from msgspec.structs import replace
-from tiny_models import save
+from tiny_models import config_of, save
 
 from millpond.prefix.disk.block_file import decode_head
 from millpond.prefix.disk.index import DiskIndex
@@ -27,7 +27,8 @@ from millpond.prefix.records import BLOCK
 from millpond.settings import PrefixSettings, SavePolicy
 from millpond.types import ErrorKind, Finish, KvPacking, Request, SpecMode, SpecSettings, Speculation
 
-KINDS = ("llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "deepseek_v2")))
+MORE = ("qwen3", "deepseek_v2", "qwen3_5", "sliding_llama")
+KINDS = ("llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE))
 FORCED = Speculation(mode=SpecMode.NGRAM, adaptive=False)
 ANSWER = 40
 ON_DISK = PrefixSettings(cache_ssd=1 << 30, ssd_policy=SavePolicy.ALL)
@@ -200,6 +201,20 @@ def test_what_is_on_the_ssd_is_restored_after_a_restart(stories: tuple[Story, St
     for outcome, asked in zip(two.told["restarted"], PROMPTS, strict=True):
         assert_restored(outcome, len(asked) - 1)
     assert sum(cached(outcome)[1] for outcome in two.told["restarted"]) > sum(map(len, PROMPTS)) // 2
+
+
+@pytest.mark.slow
+def test_more_ranks_than_key_heads(tmp_path: Path) -> None:
+    """Where mlx-lm gives the same key head to several ranks; recurrent layers are divided by their own heads."""
+    heads = {"num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+    folder = save("qwen3_5", tmp_path / "model", config={**config_of("qwen3_5"), **heads})
+    told = []
+    for world in (1, 4):
+        with Group(folder, world, tmp_path / str(world)) as group:
+            assert group.ready().ranks == world
+            told.append([text(outcome) for outcome in group.answers(batch("x")).values()])
+            assert group.stop() == [0] * world
+    assert told[0] == told[1]
 
 
 # --- requests that come and go --------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ class Fault:
 def _wider_window(patch: pytest.MonkeyPatch, more: int) -> None:
     built, job = Forward._build_mask, KvSlot._job
 
-    def mask(self: Forward, window: int | None, capacity: int) -> mx.array | None:
-        return built(self, window and window + more, capacity)
+    def mask(self: Forward, window: int | None, capacity: int, *, chunked: bool = False) -> mx.array | None:
+        return built(self, window and window + more, capacity, chunked=chunked)
 
     def wider_job(self: KvSlot, shape: tuple[int, int, int, int], scale: float, writes: bool) -> bytes:
         own = self.window
@@ -58,10 +58,10 @@ def _stale_mask(patch: pytest.MonkeyPatch) -> None:
     """Rows that have joined or left since are seen as they were."""
     built, known = Forward._build_mask, dict[tuple[object, ...], mx.array | None]()
 
-    def mask(self: Forward, window: int | None, capacity: int) -> mx.array | None:
+    def mask(self: Forward, window: int | None, capacity: int, *, chunked: bool = False) -> mx.array | None:
         key = (window, self.n, self.columns, self.width(capacity))
         if key not in known:
-            known[key] = built(self, window, capacity)
+            known[key] = built(self, window, capacity, chunked=chunked)
         return known[key]
 
     patch.setattr(Forward, "_build_mask", mask)

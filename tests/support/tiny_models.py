@@ -227,6 +227,13 @@ ODD: dict[str, dict[str, object]] = {
         "window_size": 48,
         "sliding_window_pattern": 2,
     },
+    "sliding_llama": {
+        **_COMMON,
+        "model_type": "llama",
+        "head_dim": 16,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "longcat_flash": {
         **_COMMON,
         "model_type": "longcat_flash",
