@@ -1,6 +1,6 @@
 """What guessing gains and costs: answers per second with it, beside the same answers without, on one server.
 
-    python benchmarks/speculation.py URL [--mode ngram|draft] [--streams 1,4,8]
+    python benchmarks/speculation.py URL [--mode ngram|draft|mtp] [--streams 1,4,8]
 
 Requests choose for themselves (``speculative`` in the body), so both ways run in turns on the same process, and figures
 are ratios of neighbouring runs. Prompts are read once before: this is about decoding. The texts must be the same.
@@ -154,7 +154,7 @@ async def measure(url: str, mode: str, streams: list[int], tokens: int, rounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What guessing gains and costs.")
     parser.add_argument("url")
-    parser.add_argument("--mode", default="ngram", choices=["ngram", "draft"])
+    parser.add_argument("--mode", default="ngram", choices=["ngram", "draft", "mtp"])
     parser.add_argument("--streams", default="1,4,8")
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)

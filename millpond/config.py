@@ -28,8 +28,8 @@ from millpond.types import (
     GROUP_SIZES,
     MOST_DRAFT_TOKENS,
     KvPacking,
+    SpecChoice,
     SpecMode,
-    SpecModeName,
     SpecSettings,
     Speculation,
 )
@@ -182,10 +182,11 @@ class ServeConfig(BaseModel):
         ByteSize(100 * 10**9), description="Most bytes written to the SSD per day; 0: no limit."
     )
     ssd_min_free: Size = Field(ByteSize(5 * 10**9), description="Space that the SSD tier leaves free on its disk.")
-    spec: SpecModeName = Field(
-        "ngram",
-        description="How tokens are guessed ahead, which makes answers come faster and never changes them: from the "
-        "text so far (ngram), with draft_model (draft), or not at all (off). A request may choose for itself.",
+    spec: SpecChoice = Field(
+        "auto",
+        description="How tokens are guessed ahead, which makes answers faster and never changes them: from the text so "
+        "far (ngram), with draft_model (draft), with a head of the model for multi-token prediction (mtp), or not at "
+        "all (off). auto: mtp where the model has such a head, else ngram. A request may choose for itself.",
     )
     spec_tokens: int = Field(
         0,
@@ -205,8 +206,7 @@ class ServeConfig(BaseModel):
     draft_model: str = Field(
         "",
         validate_default=True,
-        description="A smaller model with the same tokens that guesses ahead: named like MODEL. Needed where spec is "
-        "draft; with another spec, requests may ask for it.",
+        description="A smaller model with the same tokens, named like MODEL: guesses for spec draft, and on request.",
     )
     tp: int = Field(
         0,

@@ -6,6 +6,7 @@ engine (see wire.py), so there is one definition of a request on both sides of t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Literal, NewType
 
@@ -63,15 +64,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class SpecMode(StrEnum):
     """Who proposes draft tokens; see speculate/proposer.py."""
 
+    AUTO = "auto"
+    """MTP where the model has a head for it, else NGRAM."""
     OFF = "off"
     NGRAM = "ngram"
     """What followed the last tokens earlier in the prompt, in the answer or in the client's prediction."""
     DRAFT = "draft"
     """A second, smaller model."""
+    MTP = "mtp"
+    """A head of the model itself, for multi-token prediction; NGRAM where that knows a long match."""
+
+    def among(self, offered: Collection[str]) -> SpecMode:
+        """What it means where these can be had."""
+        if self is not SpecMode.AUTO:
+            return self
+        return SpecMode.MTP if SpecMode.MTP in offered else SpecMode.NGRAM
 
 
-SpecModeName = Literal["off", "ngram", "draft"]
-"""As settings and requests say it."""
+SpecModeName = Literal["off", "ngram", "draft", "mtp"]
+"""As requests say it."""
+SpecChoice = Literal["auto", SpecModeName]
+"""As settings do."""
 
 
 MOST_DRAFT_TOKENS = 31
@@ -239,6 +252,11 @@ class SpecSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of the draft model; empty without one."""
     shared: bool = False
     """Guesses may come from past answers, too."""
+
+    @property
+    def head(self) -> bool:
+        """The model's own MTP head is to guess, if it has one."""
+        return self.default.mode in (SpecMode.AUTO, SpecMode.MTP)
 
 
 class GroupSettings(msgspec.Struct, frozen=True, kw_only=True):

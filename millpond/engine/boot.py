@@ -36,14 +36,24 @@ def boot(start: Start, blas: str, link: FrontEndLink, group: Group = ALONE) -> E
     ready = prepare(start, folder, _percent_by_percent(link), link.inbox.put, group, blas)
     model, capabilities, budget = ready.model, ready.capabilities, ready.budget
     unguessed = NO_GUESSES if ready.steady else capabilities.forward_only
+    executor = Executor(ready, group)
     speculator = open_speculator(
-        start.spec, model, capabilities, ready.costs, ready.content, ready.draft, ready.draft_bytes, group, unguessed
+        start.spec,
+        model,
+        capabilities,
+        ready.costs,
+        ready.content,
+        ready.draft,
+        ready.draft_bytes,
+        lambda: executor.lane,
+        group,
+        unguessed,
     )
     limits = Limits(
         start.max_batch, start.max_itl_ms, budget.chunk, together=capabilities.together, steady=ready.steady
     )
     scheduler = Scheduler(limits, budget, ready.costs)
-    engine = Engine(ready, scheduler, Executor(ready, group), speculator, link.inbox, link)
+    engine = Engine(ready, scheduler, executor, speculator, link.inbox, link)
     lane, elapsed = "slots" if capabilities.slots else "solo", round(time.monotonic() - began, 2)
     loaded = fields(folder=folder.name, kv_format=model.form.packing.described(model.dtype), seconds=elapsed)
     log.info("model loaded", extra=loaded)

@@ -15,6 +15,7 @@ from millpond.engine.group import ALONE, Group
 from millpond.engine.orders import Trial
 from millpond.engine.speculation import Speculator
 from millpond.memory.shares import DRAFT_BLOCKS_SHARE
+from millpond.model.lanes import Lane
 from millpond.model.load import LoadedModel, ModelError
 from millpond.model.opened import OpenModel, open_model
 from millpond.model.probe import Capabilities
@@ -25,6 +26,7 @@ from millpond.schedule.costs import CostModel
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
 from millpond.speculate.lookup import NgramProposer
+from millpond.speculate.mtp import MtpProposer
 from millpond.speculate.pace import Curve, Pace, measured
 from millpond.speculate.proposer import Proposer
 from millpond.speculate.vocabulary import vocabulary_differs
@@ -65,14 +67,17 @@ def open_speculator(
     content: str,
     draft: OpenModel | None,
     draft_bytes: int,
+    rows: Callable[[], Lane],
     group: Group = ALONE,
     unguessed: str = "",
 ) -> Speculator:
     """With all proposers that this model can have; none where ``unguessed`` says why. ``content``: digest of the served
-    model's folder."""
+    model's folder; ``rows``: the running batch."""
     curve = Curve()
     if not unguessed and settings.default.mode is not SpecMode.OFF:
-        about = (content, model.dtype, repr(model.form), platform.node(), str(os.cpu_count()), str(group.world))
+        where = (platform.node(), str(os.cpu_count()), str(group.world))
+        about: tuple[str, ...] = (content, model.dtype, repr(model.form), *where)
+        about += ("with its head",) if model.headed is not None else ()
         curve = remembered(Curve, about, lambda: _curve(model, capabilities, group), lambda found: found != Curve())
         costs.observe_decode(1, 0, curve.at(1))
     controller = Controller(costs, Pace(curve))
@@ -89,6 +94,12 @@ def open_speculator(
             pipelined=draft.capabilities.pipelined,
         )
         controller.shares[SpecMode.DRAFT] = draft.model.weight_bytes / max(1, model.weight_bytes)
+    if model.headed is not None and not unguessed:
+        ngrams = NgramProposer(model.vocab_size, shared=settings.shared)
+        proposers[SpecMode.MTP] = MtpProposer(
+            model.headed, model.vocab_size, rows, ngrams, pipelined=capabilities.pipelined
+        )
+        controller.shares[SpecMode.MTP] = model.headed.share
     return Speculator(settings, proposers, most_drafts(model), controller)
 
 

@@ -40,6 +40,7 @@ from millpond.prefix.keys import Namespace
 from millpond.schedule.costs import CostModel
 from millpond.settings import PrefixSettings
 from millpond.text.tokenizer import Tokenizer, TokenizerError
+from millpond.types import SpecMode
 from millpond.wire import Start
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,13 @@ def prepare(
             progress=progress,
             share=(group.rank, group.world),
             unanimous=group.unanimous,
+            head=start.spec.head and not start.deterministic,
         )
+        if start.spec.default.mode is SpecMode.MTP and opened.model.headless:
+            raise ModelError(
+                f"spec: mtp cannot be used with this model, whose MTP head is not in use: {opened.model.headless}. "
+                "Leave spec out to serve it"
+            )
         steady = min(start.prefill_chunk or STEADY_CHUNK, STEADY_CHUNK) if start.deterministic else 0
         costs_of_it = ""
         if steady:
@@ -200,7 +207,8 @@ def _prefixes(
     ).digest
     limit = blocks_limit(settings.cache_ram, budget.limit_bytes, group.neighbours, free)
     selfcheck = settings.cache_selfcheck if group.rank == 0 else 0
-    cache = PrefixCache(namespace, blocks.layout, limit, ReadRecord, partial(agree, blocks.form), selfcheck)
+    same = partial(agree, blocks.form, loose=blocks.loose)
+    cache = PrefixCache(namespace, blocks.layout, limit, ReadRecord, same, selfcheck)
     folder = _ssd_folder(settings) if settings.cache_ssd else None
     if folder is None:
         return Prefixes(model.network, model.form, blocks, cache)

@@ -51,7 +51,7 @@ class Speculator:
         self, settings: SpecSettings, proposers: Mapping[SpecMode, Proposer], most: int, controller: Controller
     ) -> None:
         """``most``: draft tokens per row and step unless told otherwise."""
-        self._default = settings.default
+        self._default = structs.replace(settings.default, mode=settings.default.mode.among(proposers))
         self._proposers = dict(proposers)
         self._most = settings.default.tokens or most
         self._controller = controller

@@ -127,7 +127,7 @@ def _answers(asked: GenerationRequest, prompts: Sequence[TokenPrompt], tokenizer
 
 def _prediction(asked: GenerationRequest, guessing: Speculation, tokenizer: Tokenizer, info: ModelInfo) -> list[int]:
     """What the client expects of the answer, where anything is made of it."""
-    if not asked.prediction or guessing.mode not in info.speculation:
+    if not asked.prediction or guessing.mode.among(info.speculation) not in info.speculation:
         return []
     return prediction_tokens(asked.prediction, tokenizer, info.context_length, parse_special=asked.parse_special)
 

@@ -15,6 +15,11 @@ from millpond.types import MOST_DRAFT_TOKENS, ModelInfo, SpecMode, SpecModeName,
 
 LONGEST_NAME = 40
 """Of a field that there is not, as it may stand in a message."""
+MISSING = {
+    "draft": "it was started without a draft model (--draft-model)",
+    "mtp": "no MTP head of the model is in use (--spec auto or mtp, and weights that have one)",
+}
+"""Modes that not every server has, and why not."""
 SPECULATIVE = "an object with mode, tokens and adaptive, each of which may be absent"
 
 
@@ -23,7 +28,7 @@ class SpeculativeOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    mode: SpecModeName | None = Field(None, description='"off", "ngram" or "draft"')
+    mode: SpecModeName | None = Field(None, description='"off", "ngram", "draft" or "mtp"')
     tokens: Annotated[int, Field(ge=1, le=MOST_DRAFT_TOKENS)] | None = Field(
         None, description=f"an integer from 1 to {MOST_DRAFT_TOKENS}"
     )
@@ -48,21 +53,23 @@ def read_speculative(value: object) -> SpeculativeOptions:
 
 
 def check_mode(asked: SpeculativeOptions | None, info: ModelInfo) -> None:
-    """Refuse a draft model where there is none. Raises ApiError 400.
+    """Refuse a draft model, or a head of the model's own, where there is none. Raises ApiError 400.
 
     Guesses from the text itself may be asked for anywhere: a model that cannot use them answers plainly.
     """
-    if asked is None or asked.mode != "draft" or "draft" in info.speculation:
+    mode = None if asked is None else asked.mode
+    if mode is None or mode not in MISSING or mode in info.speculation:
         return
-    why = info.speculation_reason or "it was started without a draft model (--draft-model)"
-    raise unsupported("speculative.mode", asked.mode, f'"off" or "ngram": {why}')
+    others = [f'"{one}"' for one in ("off", "ngram", *MISSING) if one in ("off", "ngram", *info.speculation)]
+    allowed = f"{', '.join(others[:-1])} or {others[-1]}"
+    raise unsupported("speculative.mode", mode, f"{allowed}: {info.speculation_reason or MISSING[mode]}")
 
 
 def speculation(asked: SpeculativeOptions | None, default: Speculation, offered: Sequence[str]) -> Speculation | None:
     """How a request wants its tokens guessed; None where it says nothing. A mode that is not offered means off."""
     if asked is None or (asked.mode is None and asked.tokens is None and asked.adaptive is None):
         return None
-    mode = default.mode if asked.mode is None else SpecMode(asked.mode)
+    mode = default.mode.among(offered) if asked.mode is None else SpecMode(asked.mode)
     return Speculation(
         mode=mode if mode in offered else SpecMode.OFF,
         tokens=default.tokens if asked.tokens is None else asked.tokens,

@@ -174,6 +174,17 @@ class Arena:
         self.batch.advance(counts)
         self._forward = None
 
+    def room(self, columns: int) -> None:
+        """Make room for so many tokens behind the end of every row."""
+        self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
+
+    def beyond(self, leaf: int, ahead: int) -> Slot:
+        """One leaf's slot for a forward of its own, of one column that stands ``ahead`` tokens behind the end of each
+        row, where nobody keeps it: the next forward of all leaves writes there. There is room for it."""
+        slot = self.slots[leaf]
+        slot.begin(Forward([length + ahead for length in self.lengths], 1, 0, self._width_step))
+        return slot
+
     def rewind(self, counts: Sequence[int]) -> None:
         """Take the last ``counts[i]`` tokens of row i back: such as forwards have written. No forward is under way.
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from millpond.kv.format import Arrays, KvFormat
-from millpond.model.leaves import leaves_of
+from millpond.model.leaves import CARRIED, leaves_of
 from millpond.model.prompt import Piece, Prompt, joined, new_prompt
 from millpond.model.upstream import PromptCache
 from millpond.prefix.match import RestorePlan
@@ -123,6 +122,11 @@ class BlockFormat:
     """Bytes of one token in kv records."""
     state_bytes: int
     """Bytes of one snapshot."""
+    state_counts: tuple[int, ...] = ()
+    """Arrays of each recurrent leaf in it."""
+    loose: int = 0
+    """Groups of keys and values, if the last is that of an MTP head which goes on from zeros behind a restored prefix;
+    else 0."""
 
     @property
     def kept_as(self) -> str:
@@ -189,8 +193,7 @@ class BlockFormat:
         states = self.groups[Kind.STATE]
         if states:
             arrays = list(record(plan.parts[-1].node.records[Kind.STATE]).kept())
-            for number, (leaf,) in enumerate(states):
-                count = len(arrays) // (len(states) - number)
+            for (leaf,), count in zip(states, self.state_counts, strict=True):
                 prompt.leaves[leaf].put(arrays[:count], plan.position)
                 arrays = arrays[count:]
 
@@ -227,9 +230,12 @@ class BlockFormat:
             prompt.leaves[leaf].put((keys, values), prompt.length)
 
 
-def agree(form: KvFormat, held: Payload, computed: Payload) -> bool:
-    """Whether two records of the same block hold the same numbers, but for rounding."""
+def agree(form: KvFormat, held: Payload, computed: Payload, *, loose: int = 0) -> bool:
+    """Whether two records of the same block hold the same numbers, but for rounding. ``loose``: see BlockFormat; what
+    such a head keeps need not be the same."""
     left, right = record(held).arrays, record(computed).arrays
+    if loose:
+        left, right = (arrays[: len(arrays) - len(arrays) // loose] for arrays in (left, right))
     if [(a.shape, a.dtype) for a in left] != [(b.shape, b.dtype) for b in right]:
         return False
     if left and left[0].dtype == NUMBERS:
@@ -263,12 +269,14 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
     ``form``: how slots and records keep them.
     """
     leaves = leaves_of(cache)
-    if strange := sorted({leaf.name for leaf in leaves if leaf.kind is None}):
+    if strange := sorted({leaf.name for leaf in leaves if leaf.kind is None and leaf.name != CARRIED}):
         return f"its layers keep {', '.join(strange)}, which cannot be cut into blocks"
     groups: dict[Kind, dict[str, list[int]]] = {kind: {} for kind in Kind}
-    layers, dtypes, token_bytes, state_bytes = [], [], 0, 0
+    layers, dtypes, state_counts, token_bytes, state_bytes = [], [], list[int](), 0, 0
+    loose = bool(leaves) and leaves[-1].name == CARRIED
     for index, leaf in enumerate(leaves):
-        kind = cast(Kind, leaf.kind)
+        if (kind := leaf.kind) is None:
+            continue
         try:
             arrays = leaf.span(0, 1)
             if not any(array.size for array in arrays):
@@ -279,9 +287,10 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
         except (TypeError, ValueError) as error:
             return f"layer {index}: {error}"
         shape = " ".join(f"{_name(a.dtype)}{list(a.shape)}" for a in arrays)
-        layers.append(f"{kind} {leaf.window} {shape}")
+        layers.append(f"{kind} {leaf.window} {shape}{' of a head' if loose and index == len(leaves) - 2 else ''}")
         nbytes = sum(int(a.nbytes) for a in arrays)
         state_bytes += nbytes if kind is Kind.STATE else 0
+        state_counts += [len(arrays)] if kind is Kind.STATE else []
         token_bytes += nbytes if kind is Kind.KV else 0
         groups[kind].setdefault(f"{index}" if kind is Kind.STATE else layers[-1], []).append(index)
     windows = sorted({leaf.window for leaf in leaves} - {0})
@@ -295,6 +304,8 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
         dtype=dtypes[0],
         token_bytes=token_bytes,
         state_bytes=state_bytes,
+        state_counts=tuple(state_counts),
+        loose=len(groups[Kind.KV]) if loose else 0,
     )
 
 

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from millpond.model.lanes import Lane
-from millpond.model.leaves import KvLeaf
+from millpond.model.leaves import CarryLeaf, KvLeaf
 from millpond.model.prompt import Prompt
-from millpond.model.together import TogetherCache
+from millpond.model.together import together
 from millpond.model.upstream import cache_arrays
 
 
@@ -29,12 +29,12 @@ def prefill(network: nn.Module, prompt: Prompt, tokens: Sequence[int]) -> None:
 
 def prefill_together(network: nn.Module, prompts: Sequence[Prompt], chunks: Sequence[Sequence[int]]) -> None:
     """Append to each prompt its own chunk of two or more tokens, in one forward, and wait for it. All leaves hold keys
-    and values."""
+    and values, or what an MTP head goes on from."""
     counts = [len(chunk) for chunk in chunks]
     rows = [[*chunk, *[chunk[-1]] * (max(counts) - len(chunk))] for chunk in chunks]
     offset = mx.array([prompt.length for prompt in prompts], dtype=mx.int32)
-    layers = zip(*(cast(list[KvLeaf], prompt.leaves) for prompt in prompts), strict=True)
-    network(mx.array(rows, dtype=mx.int32), cache=[TogetherCache(layer, counts, offset) for layer in layers])
+    layers = zip(*(cast(list[KvLeaf | CarryLeaf], prompt.leaves) for prompt in prompts), strict=True)
+    network(mx.array(rows, dtype=mx.int32), cache=[together(layer, counts, offset) for layer in layers])
     mx.eval([cache_arrays(prompt.caches) for prompt in prompts])
     for prompt, count in zip(prompts, counts, strict=True):
         prompt.packed_after(prompt.length, count)

@@ -7,6 +7,7 @@ is in this file; the probe checks at start that it still holds. Engine thread on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import mlx.core as mx
@@ -86,7 +87,8 @@ class KvLeaf(Leaf):
         return KvSpec(*self._sizes(), form)
 
     def _sizes(self) -> tuple[int, int, int, mx.Dtype]:
-        keys, values = self.span(0, 1)
+        held = self.cache.keys is not None
+        keys, values = (self.cache.keys, self.cache.values) if held else self.span(0, 1)
         return keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
 
     def exact(self, form: KvFormat) -> int:
@@ -242,11 +244,69 @@ class StateLeaf(Leaf):
         self.cache.cache = list(arrays)
 
 
+class Carry(ArraysCache):  # type: ignore[misc]  # mlx-lm has no types
+    """What an MTP head goes on from, as mlx-lm's caches are: a HeadCarry of single sequences."""
+
+    def __init__(self, recorded: bool) -> None:
+        """``recorded``: the prefix cache keeps it. A model without recurrent layers is restored up to any token, and
+        begins with zeros there: what a head guesses is verified anyway."""
+        super().__init__(size=1)
+        self.recorded = recorded
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """See HeadCarry."""
+        return list(self.cache)
+
+    def shift(self, hidden: mx.array) -> mx.array:
+        """See HeadCarry."""
+        before = mx.zeros_like(hidden[:, :1]) if self[0] is None else self[0]
+        window = mx.concatenate([before, hidden], axis=1)
+        self[0] = mx.contiguous(window[:, -1:])
+        return window[:, :-1]
+
+
+class CarrySlot(RecurrentSlot):
+    """The same of all rows: a window of one token, of which a part of a step is kept as of a convolution's."""
+
+    def shift(self, hidden: mx.array) -> mx.array:
+        """See HeadCarry."""
+        window = mx.concatenate([self[0], hidden], axis=1)
+        if self._notes is not None:
+            self._notes.convolved.append(window)
+        self[0] = mx.contiguous(window[:, -1:])
+        return window[:, :-1]
+
+
+class CarryLeaf(StateLeaf):
+    """The hidden state that an MTP head goes on from."""
+
+    cache: Carry
+
+    @property
+    def kind(self) -> Kind | None:  # type: ignore[override]
+        return Kind.STATE if self.cache.recorded else None
+
+    @property
+    def name(self) -> str:
+        return str(Kind.STATE) if self.cache.recorded else CARRIED
+
+    def spec(self, form: KvFormat) -> LeafSpec | str:
+        spec = super().spec(form)
+        return replace(spec, holder=CarrySlot) if isinstance(spec, StateSpec) else spec
+
+    def row(self) -> LeafRow:
+        return LeafRow(()) if self.cache.empty() else super().row()
+
+
+CARRIED = "carried"
+"""What a leaf is called that no record keeps and that every model can begin without."""
 KINDS: dict[type, type[Leaf]] = {
     KVCache: KvLeaf,
     RotatingKVCache: WindowLeaf,
     ChunkedKVCache: ChunkLeaf,
     ArraysCache: StateLeaf,
+    Carry: CarryLeaf,
 }
 """By mlx-lm's class: one that derives from these may keep something else."""
 

@@ -32,9 +32,10 @@ from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
 from millpond.model.config_rope import UnmappedRopeError
 from millpond.model.context import context_of
+from millpond.model.headed import WithHead
 from millpond.model.lanes import SlotsLane
 from millpond.model.leaves import groups_of, leaf_specs, leaves_of
-from millpond.model.pooling import Embedder, NotPooled, embedder_of
+from millpond.model.pooling import MODULES, Embedder, NotPooled, embedder_of
 from millpond.model.rotary import share_angles
 from millpond.model.shard import CannotShard, shard
 from millpond.model.twin import narrow_config, sharing
@@ -108,9 +109,16 @@ class LoadedModel:
     """Makes another network of the same weights whose windows are all narrow; None where it has no wide ones."""
     embedder: Embedder | str = ""
     """What makes vectors of prompts, or why nothing does."""
+    headless: str = ""
+    """Why its MTP head, which somebody asked for, does not read along; empty where it does, and where nobody did."""
     steady: tuple[int, ...] = ()
     """Numbers of rows that decode forwards are filled up to, so that a row's numbers are the same whoever is beside it;
     none where that is not asked for."""
+
+    @property
+    def headed(self) -> WithHead | None:
+        """The network, where its MTP head reads along."""
+        return self.network if isinstance(self.network, WithHead) else None
 
     def slots_lane(self, limit_bytes: int = NO_LIMIT) -> SlotsLane:
         """A lane without rows yet, which may take so many bytes. Only for a model that slots can hold."""
@@ -129,17 +137,26 @@ def load(
     progress: Callable[[float], None],
     packing: KvPacking = UNPACKED,
     group: mx.distributed.Group | None = None,
+    *,
+    head: bool = False,
 ) -> LoadedModel:
     """Load ``folder``, or this rank's share of it; ``context_length`` 0 means the model's own. ``progress`` gets a
-    fraction in [0, 1].
+    fraction in [0, 1]. ``head``: its MTP head is to read along, if there is one.
 
     Raises ModelError when the folder is not a model that mlx-lm can run.
     """
     try:
-        checkpoint = load_weights(folder)
+        checkpoint = load_weights(folder, head=head)
     except Exception as error:  # whatever mlx-lm does with files that are not what it expects
         raise ModelError(f"cannot load the model in {str(folder)!r}: {_told(error)}") from error
     network, config = checkpoint.network, checkpoint.config
+    headless, remarks = "", checkpoint.remarks
+    if isinstance(checkpoint.head, str):
+        headless = checkpoint.head
+    elif headless := _unwanted_head(folder, group):
+        remarks = (*remarks, f"its MTP head is not used: {headless}")
+    else:
+        network = WithHead(network, checkpoint.head)
     context_length = _context(config, context_length)
     on_cpu = device.on_cpu()
     if on_cpu:
@@ -162,6 +179,8 @@ def load(
     try:
         logits = _filled(network, cache)
     except Exception as error:  # whatever a class of mlx-lm does with shapes that do not go together
+        if isinstance(network, WithHead):
+            return without_head(load(folder, context_length, progress, packing, group), _told(error))
         raise ModelError(f"cannot run the model in {str(folder)!r}: {_told(error)}") from error
     specs, form, sizes, blocks = _kept(network, cache, _form(packing))
     try:
@@ -182,21 +201,36 @@ def load(
         form=form,
         sizes=sizes,
         weight_bytes=_bytes(network),
-        remarks=checkpoint.remarks,
+        remarks=remarks,
         reading=checkpoint.reading,
         blocks=blocks,
         narrowed=partial(_narrowed, network, config, group),
         embedder=embedder,
+        headless=headless,
     )
+
+
+def _unwanted_head(folder: Path, group: mx.distributed.Group | None) -> str:
+    """Why the head of a model that has one does not read along; or ''."""
+    if group is not None:
+        return "heads are not divided over ranks"
+    return "the model makes vectors of prompts" if (folder / MODULES).is_file() else ""
+
+
+def without_head(model: LoadedModel, why: str) -> LoadedModel:
+    """A model that was loaded without its head, and says why."""
+    return replace(model, remarks=(*model.remarks, f"its MTP head is not used: {why}"), headless=why)
 
 
 def _narrowed(network: nn.Module, config: dict[str, object], group: mx.distributed.Group | None) -> nn.Module | None:
     if (changed := narrow_config(config)) is None:
         return None
+    headed = network if isinstance(network, WithHead) else None
+    trunk = network if headed is None else headed.trunk
     try:
-        twin = sharing(changed, network, lambda twin: None if group is None else shard(twin, config, group))
+        twin = sharing(changed, trunk, lambda twin: None if group is None else shard(twin, config, group))
         ragged.install(twin)
-        return twin
+        return twin if headed is None else headed.over(twin)
     except Exception:  # whatever a class of mlx-lm does with a configuration that nobody has published
         log.exception("what the model does past its windows could not be tried")
         return None

@@ -22,7 +22,7 @@ from millpond.model.blocks import BlockFormat, cut_prompt
 from millpond.model.canary import donates
 from millpond.model.forwards import prefill, prefill_together
 from millpond.model.lanes import Lane, SoloLane
-from millpond.model.leaves import rounded
+from millpond.model.leaves import CARRIED, rounded
 from millpond.model.load import LoadedModel, ModelError, kept_as
 from millpond.model.parity import (
     COARSE,
@@ -40,6 +40,7 @@ from millpond.model.prompt import Prompt, new_prompt
 from millpond.model.rounding import alike
 from millpond.model.twin import exact, largest_bytes
 from millpond.model.upstream import cache_arrays, new_cache
+from millpond.observe.log import fields
 from millpond.prefix.keys import pack
 from millpond.prefix.match import Part, RestorePlan
 from millpond.prefix.records import BLOCK, Kind
@@ -99,7 +100,7 @@ def probe(model: LoadedModel) -> Capabilities:
     if reason and model.form.native:
         return probe(kept_as(model, replace(model.form, native=False)))
     if reason and model.form.packs and not model.form.unpacked:
-        log.info("packed keys and values are unpacked in each step", extra={"reason": reason})
+        log.info("packed keys and values are unpacked in each step", extra=fields(reason=reason))
         return probe(kept_as(model, replace(model.form, unpacked=True)))
     uncached = model.blocks if isinstance(model.blocks, str) else _attempt(lambda: restoring(model, model.blocks))
     pipelined = bool(reason) or donates(model)
@@ -202,7 +203,7 @@ def _narrow(model: LoadedModel) -> LoadedModel:
 
 
 def _readable_together(model: LoadedModel) -> bool:
-    return set(model.kinds) <= {Kind.KV, Kind.WINDOW} and not any(model.groups)
+    return set(model.kinds) <= {Kind.KV, Kind.WINDOW, CARRIED} and not any(model.groups)
 
 
 def _reading_together(model: LoadedModel) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from millpond.model.leaves import KvLeaf
+from millpond.model.leaves import CarryLeaf, KvLeaf
 from millpond.model.upstream import Mask
 
 
@@ -62,3 +62,34 @@ class TogetherCache:
     def _filled(self, side: mx.array) -> mx.array:
         missing = self._width - int(side.shape[2])
         return mx.pad(side, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else side
+
+
+class TogetherCarry:
+    """What an MTP head goes on from in each prompt, for one forward: a HeadCarry."""
+
+    def __init__(self, leaves: Sequence[CarryLeaf], counts: Sequence[int]) -> None:
+        """``counts``: new tokens of each prompt."""
+        self._leaves = leaves
+        self._counts = counts
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """See HeadCarry: who reads prompts evaluates their caches."""
+        return []
+
+    def shift(self, hidden: mx.array) -> mx.array:
+        """See HeadCarry; of each row what is behind its own last token is kept."""
+        nothing = mx.zeros_like(hidden[:1, :1])
+        held = [nothing if leaf.cache.empty() else leaf.cache[0] for leaf in self._leaves]
+        window = mx.concatenate([mx.concatenate(held), hidden], axis=1)
+        for row, (leaf, count) in enumerate(zip(self._leaves, self._counts, strict=True)):
+            leaf.cache[0] = mx.contiguous(window[row : row + 1, count : count + 1])
+        return window[:, :-1]
+
+
+def together(leaves: Sequence[KvLeaf | CarryLeaf], counts: Sequence[int], offset: mx.array) -> object:
+    """One layer's caches of several prompts, for one forward; see TogetherCache."""
+    carries = [leaf for leaf in leaves if isinstance(leaf, CarryLeaf)]
+    if carries:
+        return TogetherCarry(carries, counts)
+    return TogetherCache([leaf for leaf in leaves if isinstance(leaf, KvLeaf)], counts, offset)

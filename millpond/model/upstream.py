@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,9 @@ from millpond.model.checkpoint import check_weights, read_arrays
 from millpond.model.config_keys import pattern_change, remarks_of
 from millpond.model.config_rope import check_scaling, rope_changes
 from millpond.model.float8 import block_of, holds_float8, must_widen, quantization_of, widen_float8
+from millpond.model.heads import LAYOUTS, PART, Arrays, HeadLayout, claimed, sorted_out, split, strange_heads
 from millpond.model.lean_import import without_tokenizers
+from millpond.model.mtp import Head, body_of
 from millpond.model.open_files import limit_kept
 
 with limit_kept(), without_tokenizers():
@@ -33,6 +36,7 @@ with limit_kept(), without_tokenizers():
     from mlx_lm.models.cache import RotatingKVCache as RotatingKVCache
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import MODEL_REMAPPING, _get_classes, dequantize_model, load_config, load_model
+    from mlx_lm.utils import infer_quant_config as packing_of
 
 
 class LayerCache(Protocol):
@@ -58,6 +62,8 @@ class Checkpoint:
     """What of the folder is not used, or not as it says; for people."""
     reading: str
     """What was changed of the files' content on the way to the class; empty for those that it reads as they are."""
+    head: Head | str
+    """Its head for multi-token prediction (MTP), or why there is none; empty where nobody asked."""
 
 
 class _ConfigsOnly:
@@ -70,8 +76,9 @@ class _ConfigsOnly:
         return "" if name.endswith(".safetensors") else self._folder / name
 
 
-def load_weights(folder: Path) -> Checkpoint:
+def load_weights(folder: Path, *, head: bool = False) -> Checkpoint:
     """Load a local MLX folder lazily: the weight files that its index names, keys of config.json in the class's words.
+    ``head``: the model's MTP head is wanted, too.
 
     Raises SourceError, WrongWeightsError, UnmappedRopeError, RefusedKeyError, and what mlx-lm raises for a folder that
     it cannot read.
@@ -92,34 +99,106 @@ def load_weights(folder: Path) -> Checkpoint:
     widened = holds_float8(dtypes) and must_widen(quantization)
     if widened:
         arrays = widen_float8(arrays, dtypes, block_of(quantization))
-    overrides: dict[str, object] = dict(changes)
-    if level is not config:
-        overrides = {"text_config": {**level, **changes}}
-    if widened:
-        overrides["quantization_config"] = None  # nothing is packed any more
-
-    def build(arguments: object) -> nn.Module:
-        network = cast(nn.Module, model_class(arguments))
-        upstream_sanitize = getattr(network, "sanitize", dict)
-        upstream_load = network.load_weights
-
-        def load(weights: list[tuple[str, mx.array]], strict: bool) -> None:
-            check_weights(dict(weights), dict(tree_flatten(network.parameters())), dtypes)
-            upstream_load(weights, strict=strict)
-
-        # Both are called once, by load_model, which has no weights to give.
-        network.sanitize = lambda _: upstream_sanitize(arrays)
-        network.load_weights = load
-        return network
-
-    model_class, arguments_class = _get_classes(config)
-    view = cast(Path, _ConfigsOnly(folder))
-    model, config = load_model(
-        view, lazy=True, strict=False, model_config=overrides, get_model_classes=lambda **_: (build, arguments_class)
-    )
-    del model.sanitize, model.load_weights
+    given = _Given(folder, config, level, changes, dtypes, widened)
+    layout, heads = LAYOUTS.get(module), list[Arrays]()
+    layers = level.get("num_hidden_layers")
+    if layout is not None and isinstance(layers, int):
+        arrays, heads = split(arrays, layout, layers)
+    found: Head | str = ""
+    if head:
+        found = _head(given, layout, heads, arrays)
+        if isinstance(found, str) and (heads or claimed(level) or strange_heads(list(arrays), level)):
+            remarks.append(f"its MTP head is not used: {found}")
+    model, config = given.built(arrays)
     reading = repr((sorted(changes.items()), widened)) if changes or widened else ""
-    return Checkpoint(cast(nn.Module, model), cast(dict[str, object], config), tuple(remarks), reading)
+    return Checkpoint(model, config, tuple(remarks), reading, found)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a folder says, but for its tensors."""
+
+    folder: Path
+    config: dict[str, object]
+    level: dict[str, object]
+    """The part of config.json that is about the text model."""
+    changes: dict[str, object]
+    """Of that part."""
+    dtypes: dict[str, str]
+    widened: bool
+    """Nothing is packed any more."""
+
+    def built(
+        self, arrays: Arrays, part: re.Pattern[str] | None = None, more: Mapping[str, object] | None = None
+    ) -> tuple[nn.Module, dict[str, object]]:
+        """A model with these weights, lazily, and config.json as its class got it. ``more``: further changes of it.
+        ``part``: only parameters with such names are there."""
+        changes = {**self.changes, **(more or {})}
+        overrides: dict[str, object] = dict(changes)
+        if self.level is not self.config:
+            overrides = {"text_config": {**self.level, **changes}}
+        if self.widened:
+            overrides["quantization_config"] = None
+        if part is not None and isinstance(packing := self.config.get("quantization"), dict):
+            # What it says of single layers is about others; how these are packed is seen in their tensors.
+            usual = {key: value for key, value in packing.items() if not isinstance(value, dict | bool)}
+            overrides["quantization"] = usual
+
+        def build(arguments: object) -> nn.Module:
+            network = cast(nn.Module, model_class(arguments))
+            upstream_sanitize = getattr(network, "sanitize", dict)
+            upstream_load = network.load_weights
+
+            def load(weights: list[tuple[str, mx.array]], strict: bool) -> None:
+                wanted = dict(tree_flatten(network.parameters()))
+                if part is not None:
+                    wanted = {name: array for name, array in wanted.items() if part.search(name)}
+                check_weights(dict(weights), wanted, self.dtypes)
+                upstream_load(weights, strict=strict)
+
+            # Both are called once, by load_model, which has no weights to give.
+            network.sanitize = lambda _: upstream_sanitize(arrays)
+            network.load_weights = load
+            return network
+
+        model_class, arguments_class = _get_classes(self.config)
+        view = cast(Path, _ConfigsOnly(self.folder))
+        model, config = load_model(
+            view,
+            lazy=True,
+            strict=False,
+            model_config=overrides,
+            get_model_classes=lambda **_: (build, arguments_class),
+        )
+        del model.sanitize, model.load_weights
+        return cast(nn.Module, model), cast(dict[str, object], config)
+
+
+def _head(given: _Given, layout: HeadLayout | None, heads: Sequence[Arrays], arrays: Arrays) -> Head | str:
+    """The first of a model's heads, lazily, or why there is none. ``arrays``: the other tensors."""
+    if not heads:
+        if strange_heads(list(arrays), given.level):
+            return f"how heads of {given.config['model_type']} models are made is not known here"
+        return "config.json speaks of one, but no tensor of it is there" if claimed(given.level) else "there is none"
+    assert layout is not None
+    try:
+        raw = any(name.endswith("conv1d.weight") and array.shape[-1] != 1 for name, array in arrays.items())
+        tensors = sorted_out(heads[0], layout, raw=raw)
+        model, _ = given.built(tensors.layer, PART, layout.one_layer)
+        body = body_of(model)
+        found = Head(body.layers[0], body.norm, embedding_first=layout.embedding_first)
+        nn.quantize(
+            found,
+            class_predicate=lambda path, module: (
+                packing_of(path, module, tensors.joint) if f"{path}.scales" in tensors.joint else False
+            ),
+        )
+        own = {name: array for name, array in tree_flatten(found.parameters()) if name.startswith(Head.OWN)}
+        check_weights(tensors.joint, own, given.dtypes)
+        found.load_weights(list(tensors.joint.items()), strict=False)
+    except Exception as error:  # noqa: BLE001 - whatever mlx-lm does with files that are not what it expects
+        return " ".join(str(error).split()) or type(error).__name__
+    return found
 
 
 def _read_config(folder: Path) -> dict[str, object]:

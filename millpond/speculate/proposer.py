@@ -31,7 +31,7 @@ class Proposer:
     """Proposes draft tokens for the requests of one mode. Engine thread only.
 
     The committed tokens of a request are the only truth, and each call gets all of them: they tell what has become of
-    earlier proposals. (What a forward of the served model knows besides, its hidden states say, would be given here.)
+    earlier proposals. What a forward of the served model knows besides is in its rows, where ``mtp`` finds it.
     What is proposed never changes an answer, and what is raised costs draft tokens and nothing else.
     """
 

@@ -26,7 +26,7 @@ class Answers(msgspec.Struct, frozen=True):
         return self.word in (SAME, TIE)
 
 
-class Report(msgspec.Struct):
+class Report(msgspec.Struct, omit_defaults=True):
     """An architecture on one kind of device."""
 
     name: str
@@ -108,4 +108,6 @@ def read() -> Found:
 
 
 def write(found: Found) -> None:
-    FILE.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    versions = msgspec.json.encode({"mlx_lm": found.mlx_lm, "mlx": found.mlx})
+    lines = b",\n".join(map(msgspec.json.encode, found.reports))  # one each, so that a change shows where it is
+    FILE.write_bytes(b'%b,"reports":[\n%b\n]}\n' % (versions[:-1], lines))

@@ -177,8 +177,8 @@ BAD = [
     ("log_level", "INFO", "'debug', 'info', 'warning' or 'error'"),
     ("sampling_defaults", "vllm", "'model' or 'api'"),
     ("ssd_policy", "some", "'all', 'second-use', 'evicted' or 'off'"),
-    ("spec", "eagle", "'off', 'ngram' or 'draft'"),
-    ("spec", "", "'off', 'ngram' or 'draft'"),
+    ("spec", "eagle", "'auto', 'off', 'ngram', 'draft' or 'mtp'"),
+    ("spec", "", "'auto', 'off', 'ngram', 'draft' or 'mtp'"),
     ("spec_tokens", "-1", "0 to 31"),
     ("spec_tokens", "32", "0 to 31"),
     ("spec_tokens", "2.5", "0 to 31"),
@@ -221,7 +221,7 @@ def test_a_draft_model_is_needed_to_guess_with_one(source: str, tmp_path: Path) 
     for empty in ({"spec": "draft", "draft_model": ""}, {"spec": "draft", "draft_model": " "}):
         with pytest.raises(ConfigError, match=r"^--draft-model: must"):
             read_config(empty, {})
-    for spec in ("off", "ngram", "draft"):
+    for spec in ("auto", "off", "ngram", "draft", "mtp"):
         assert read_config({"spec": spec, "draft_model": "org/small"}, {}).draft_model == "org/small"
     file = tmp_path / "switch.toml"
     file.write_text("spec_adaptive = false\n")
@@ -231,7 +231,7 @@ def test_a_draft_model_is_needed_to_guess_with_one(source: str, tmp_path: Path) 
 
 def test_what_the_engine_is_told_about_guessing() -> None:
     usual = DEFAULTS.spec_settings("")
-    assert usual == SpecSettings(default=Speculation(mode=SpecMode.NGRAM, tokens=0, adaptive=True))
+    assert usual == SpecSettings(default=Speculation(mode=SpecMode.AUTO, tokens=0, adaptive=True))
     told = {"spec": "draft", "spec_tokens": "7", "spec_adaptive": "off", "spec_shared": "on", "draft_model": "demo"}
     config = read_config(told, {})
     assert config.speculation == Speculation(mode=SpecMode.DRAFT, tokens=7, adaptive=False)

@@ -122,6 +122,8 @@ def test_how_tokens_are_guessed_ahead() -> None:
     assert found(["ngram"], "ngram") == ok("guessing", "ngram; ngram unless a request says otherwise")
     assert found(["ngram", "draft"], "off") == ok("guessing", "ngram, draft; off unless a request says otherwise")
     assert found(["ngram", "draft"], "draft").text == "ngram, draft; draft unless a request says otherwise"
+    assert found(["ngram", "mtp"], "auto").text == "ngram, mtp; mtp unless a request says otherwise"
+    assert found(["ngram"], "auto").text == "ngram; ngram unless a request says otherwise"
     without = found([], "ngram", "its state cannot be taken back")
     assert without.state == "warn"
     assert "its state cannot be taken back" in without.text

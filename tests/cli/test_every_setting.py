@@ -71,7 +71,11 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "ssd_ttl": ("http/test_prefix_flags.py::test_ssd_ttl_removes_what_was_not_used",),
     "ssd_daily_writes": ("http/test_prefix_flags.py::test_ssd_daily_writes_stop_for_the_day",),
     "ssd_min_free": ("http/test_prefix_flags.py::test_ssd_min_free_is_left_free",),
-    "spec": ("http/test_speculation_fields.py::test_the_servers_default_is_what_a_silent_request_gets",),
+    "spec": (
+        "http/test_speculation_fields.py::test_the_servers_default_is_what_a_silent_request_gets",
+        "http/test_speculation_server.py::test_a_model_with_a_head_of_its_own",
+        "http/test_speculation_server.py::test_a_head_that_is_not_there_cannot_be_asked_for",
+    ),
     "spec_tokens": ("http/test_speculation_fields.py::test_the_servers_default_is_what_a_silent_request_gets",),
     "spec_adaptive": ("http/test_speculation_fields.py::test_the_engine_is_told_every_setting",),
     "spec_shared": ("http/test_speculation_fields.py::test_the_engine_is_told_every_setting",),

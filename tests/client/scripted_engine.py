@@ -205,7 +205,7 @@ class Engine:
     def depth(self, request: Request) -> int:
         """How many tokens to guess ahead for a request."""
         speculation = request.speculation or self.spec.default
-        return (speculation.tokens or DEPTH) if speculation.mode in self.modes else 0
+        return (speculation.tokens or DEPTH) if speculation.mode.among(self.modes) in self.modes else 0
 
     def burst(self, request: Request, count: int) -> tuple[list[int], Verdict | None]:
         """The tokens of one step behind ``count`` others, and what became of its guesses."""

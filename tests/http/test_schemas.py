@@ -103,6 +103,9 @@ def test_guessing_is_the_servers_unless_said_otherwise(kind: type[OpenAIRequest]
     assert wanted("ngram", speculative={"mode": "off"}) == Speculation(mode=SpecMode.OFF, tokens=5, adaptive=False)
     assert wanted(speculative={"mode": "ngram"}) == Speculation(mode=SpecMode.OFF, tokens=5, adaptive=False)
     assert wanted(speculative={"adaptive": True}) == Speculation(mode=SpecMode.OFF, tokens=5, adaptive=True)
+    default = Speculation(mode=SpecMode.AUTO, tokens=5)
+    for offered, mode in (((), SpecMode.OFF), (("ngram",), SpecMode.NGRAM), (("ngram", "mtp"), SpecMode.MTP)):
+        assert wanted(*offered, speculative={"tokens": 2}) == Speculation(mode=mode, tokens=2)
 
 
 def test_predictions() -> None:

@@ -28,7 +28,7 @@ ANSWER = "user:hi;" * 20
 """What the scripted engine says to it."""
 CHAT = {"messages": HELLO, "max_tokens": 9}
 PLAIN = {"prompt": "abcdefgh", "max_tokens": 9}
-DEFAULTS = {"mode": "ngram", "tokens": 0, "adaptive": True}
+DEFAULTS = {"mode": "auto", "tokens": 0, "adaptive": True}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,10 @@ def test_a_draft_model_must_be_there_to_be_asked_for(start_server: StartServer) 
             assert error["code"] == "unsupported_parameter"
             for said in ('"draft"', '"off" or "ngram"', "--draft-model"):
                 assert said in error["message"]
+        answer = httpx.post(f"{server.url}/v1/completions", json={**PLAIN, "speculative": {"mode": "mtp"}})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "speculative.mode")
+        for said in ('"mtp"', '"off" or "ngram"', "--spec auto or mtp"):
+            assert said in answer.json()["error"]["message"]
         health = server.health()
     assert health["requests"]["submitted"] == 0
 
@@ -198,7 +202,7 @@ def test_a_model_that_cannot_guess_answers_plainly(server: Server) -> None:
         ("speculative", "ngram", "speculative", '"ngram"'),
         ("speculative", [], "speculative", "an object with mode, tokens and adaptive"),
         ("speculative", True, "speculative", "true"),
-        ("speculative", {"mode": "eagle"}, "speculative.mode", '"off", "ngram" or "draft", got "eagle"'),
+        ("speculative", {"mode": "eagle"}, "speculative.mode", '"off", "ngram", "draft" or "mtp", got "eagle"'),
         ("speculative", {"mode": 1}, "speculative.mode", "got 1"),
         ("speculative", {"tokens": 0}, "speculative.tokens", "an integer from 1 to 31, got 0"),
         ("speculative", {"tokens": 32}, "speculative.tokens", "an integer from 1 to 31, got 32"),

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import httpx
+import mtp_models
 import pytest
 import tiny_models
 from metrics_page import scrape
@@ -26,8 +27,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 6
 def folder_of(byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A tiny model with a byte-level tokenizer."""
 
-    def make(kind: str, seed: int = 0) -> Path:
-        made = tiny_models.save(kind, tmp_path_factory.mktemp("guessed") / kind, seed)
+    def make(kind: str, seed: int = 0, *, headed: bool = False) -> Path:
+        made = tmp_path_factory.mktemp("guessed") / kind
+        made = mtp_models.save_headed(kind, made, oracle=True) if headed else tiny_models.save(kind, made, seed)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(byte_tokenizer / name, made / name)
         return made
@@ -136,3 +138,35 @@ def test_models_that_cannot_take_a_guess_back_say_so(folder_of: Callable[..., Pa
         assert str(info["speculation_reason"]).startswith("its recurrent layers cannot go back: ")
         server.wait_for_line("are not guessed ahead")
         assert answers(server, "ngram") == answers(server, "off")
+
+
+def test_a_model_with_a_head_of_its_own(folder_of: Callable[..., Path], launch: Launch) -> None:
+    """(N4) It guesses unless told otherwise, and answers are the same."""
+    folder = folder_of("qwen3_5", headed=True)
+    with launch(command(folder)) as server:
+        info = told(server)
+        assert (info["speculation"], info["speculation_reason"]) == (["ngram", "mtp"], "")
+        plain = answers(server, "off")
+        guessed = answers(server, "mtp", adaptive=False)
+        assert [one[:2] for one in guessed] == [one[:2] for one in plain]
+        assert all(accepted > 30 for _, _, accepted, _ in guessed)
+    with launch(command(folder, "--spec", "ngram")) as server:
+        assert told(server)["speculation"] == ["ngram"]
+        url, body = f"{server.url}/v1/completions", {"prompt": "a", "speculative": {"mode": "mtp"}}
+        refused = httpx.post(url, json={"model": "tiny", **body}, timeout=60)
+        assert refused.status_code == 400
+        assert "no MTP head of the model is in use" in refused.json()["error"]["message"]
+        assert [one[:2] for one in answers(server, "off")] == [one[:2] for one in plain]
+
+
+def test_a_head_that_is_not_there_cannot_be_asked_for(folder_of: Callable[..., Path], launch: Launch) -> None:
+    folder = folder_of("qwen3_5")
+    config = json.loads((folder / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with launch(command(folder, "--spec", "mtp"), ready=False) as server:
+        assert server.process.wait(120) != 0
+        line = server.wait_for_line("spec: mtp cannot be used with this model")
+        assert "config.json speaks of one, but no tensor of it is there" in line
+    with launch(command(folder)) as server:
+        server.wait_for_line("its MTP head is not used: config.json speaks of one")
+        assert told(server)["speculation"] == ["ngram"]

@@ -35,6 +35,7 @@ from millpond.schedule.scheduler import Limits, Scheduler
 from millpond.settings import PrefixSettings, SavePolicy
 from millpond.speculate.controller import Controller
 from millpond.speculate.lookup import NgramProposer
+from millpond.speculate.mtp import MtpProposer
 from millpond.speculate.pace import Curve, Pace
 from millpond.speculate.proposer import Proposer
 from millpond.types import Finish, PrefixReport, Request, SamplingParams, SpecMode, SpecSettings, TokenLogprob
@@ -110,11 +111,15 @@ class Driver:
             proposers[SpecMode.NGRAM] = NgramProposer(model.vocab_size, shared=spec.shared)
         if draft is not None:
             proposers[SpecMode.DRAFT] = draft
+        executor = Executor(ready)
+        if model.headed is not None:
+            ngrams = NgramProposer(model.vocab_size, shared=spec.shared)
+            proposers[SpecMode.MTP] = MtpProposer(model.headed, model.vocab_size, lambda: executor.lane, ngrams)
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec, proposers, 7, self.controller)
         limits = Limits(max_batch, 400, max_chunk, together=self.capabilities.together, steady=steady)
         self.scheduler = Scheduler(limits, ready.budget, ready.costs)
-        self.engine = Engine(ready, self.scheduler, Executor(ready), self.speculator, self.inbox, self)
+        self.engine = Engine(ready, self.scheduler, executor, self.speculator, self.inbox, self)
 
     # the engine's Outbox
 
@@ -194,7 +199,8 @@ def prefix_cache(
 ) -> PrefixCache:
     """A cache for one model, memory only."""
     assert isinstance(model.blocks, BlockFormat), model.blocks
-    return PrefixCache(namespace, model.blocks.layout, limit_bytes, ReadRecord, partial(agree, model.form), selfcheck)
+    same = partial(agree, model.form, loose=model.blocks.loose)
+    return PrefixCache(namespace, model.blocks.layout, limit_bytes, ReadRecord, same, selfcheck)
 
 
 def disk_cache(

@@ -22,7 +22,7 @@ from millpond.hub.weight_sizes import weight_sizes
 from millpond.memory.machine import free_memory, total_memory
 from millpond.memory.shares import fitting_kv, held_in_float32
 from millpond.text.tokenizer import Tokenizer, TokenizerError
-from millpond.types import ModelInfo
+from millpond.types import ModelInfo, SpecMode
 
 REMARKED = "nothing, if the answers are what they should be; else remove what is named, or take another model"
 SMALLER = "take a smaller or more strongly quantised model"
@@ -96,8 +96,9 @@ def _weight_bytes(folder: Path, on_cpu: bool, total: int) -> int:
 def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:
     """Whether tokens can be guessed ahead, and how."""
     if info.speculation:
-        usual = config.spec if config.spec in info.speculation else "off"
-        return ok("guessing", f"{', '.join(info.speculation)}; {usual} unless a request says otherwise")
+        usual = SpecMode(config.spec).among(info.speculation)
+        usual = usual if usual in info.speculation else SpecMode.OFF
+        return ok("guessing", f"{', '.join(info.speculation)}; {usual.value} unless a request says otherwise")
     text = f"tokens cannot be guessed ahead: {info.speculation_reason}"
     if config.spec == "off":
         return ok("guessing", text)
