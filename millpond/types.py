@@ -349,7 +349,6 @@ class PrefixCounters(msgspec.Struct):
     computed_tokens: int = 0
     evicted: int = 0
     snapshots_dropped: int = 0
-    """Of recurrent layers, from blocks that stayed."""
     unsaved: int = 0
     """Evicted although the policy wanted them saved first."""
     checked: int = 0

@@ -78,12 +78,7 @@ def holds_more_than(value: object, most: int) -> bool:
     """Whether there are more than ``most`` values in lists and objects, one within the other."""
     count, level = 0, [value]
     while level and count <= most:
-        inner: list[object] = []
-        for each in level:
-            if isinstance(each, dict):
-                inner += each.values()
-            elif isinstance(each, list):
-                inner += each
+        inner = _inside(level)
         count += len(inner)
         level = [each for each in inner if isinstance(each, dict | list)]
     return count > most
@@ -93,13 +88,18 @@ def deeper_than(value: object, most: int) -> bool:
     """Whether lists and objects stand within each other on more than ``most`` levels."""
     level: list[object] = [value]
     for _ in range(most):
-        inner: list[object] = []
-        for each in level:
-            if isinstance(each, dict):
-                inner += each.values()
-            elif isinstance(each, list):
-                inner += each
-        level = [each for each in inner if isinstance(each, dict | list)]
+        level = [each for each in _inside(level) if isinstance(each, dict | list)]
         if not level:
             return False
     return True
+
+
+def _inside(level: list[object]) -> list[object]:
+    """What these lists and objects hold."""
+    inner: list[object] = []
+    for each in level:
+        if isinstance(each, dict):
+            inner += each.values()
+        elif isinstance(each, list):
+            inner += each
+    return inner

@@ -165,10 +165,9 @@ class WindowLeaf(KvLeaf):
         return LeafRow(tuple(side[:, :, -kept:] for side in self.in_order()))
 
 
-class ChunkLeaf(KvLeaf):
-    """Keys and values of the last positions, as many as a chunk has."""
+class ChunkLeaf(WindowLeaf):
+    """Keys and values of the last positions, as many as a chunk has, in a cache that does not turn."""
 
-    kind = Kind.WINDOW
     cache: ChunkedKVCache
 
     @property
@@ -178,12 +177,6 @@ class ChunkLeaf(KvLeaf):
     def spec(self, form: KvFormat) -> LeafSpec | str:
         return ChunkSpec(*self._sizes(), form, window=self.window)
 
-    def exact(self, form: KvFormat) -> int:  # noqa: ARG002 - it forgets the first ones anyway
-        return 0
-
-    def oldest(self, length: int) -> int:
-        return max(0, length - self.window)
-
     @property
     def columns_before(self) -> int:
         return min(int(self.cache.offset - self.cache.start_position), self.window)
@@ -192,19 +185,9 @@ class ChunkLeaf(KvLeaf):
         held = self.cache.offset - self.cache.start_position
         return self.cache.keys[:, :, :held], self.cache.values[:, :, :held]
 
-    def span(self, start: int, end: int) -> Arrays:
-        first = self.cache.start_position
-        if start < first:
-            raise ValueError(f"position {start} has left the chunk, which begins at {first}")
-        return tuple(side[:, :, start - first : end - first] for side in self.in_order())
-
     def put(self, arrays: Sequence[mx.array], length: int) -> None:
-        super().put(arrays, length)
+        KvLeaf.put(self, arrays, length)
         self.cache.start_position = max(0, length - arrays[0].shape[2])
-
-    def row(self) -> LeafRow:
-        kept = min(self.cache.offset, self.window)
-        return LeafRow(tuple(side[:, :, -kept:] for side in self.in_order()))
 
 
 class RecurrentSlot(StateSlot, ArraysCache):  # type: ignore[misc]  # mlx-lm has no types
