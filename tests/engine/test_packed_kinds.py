@@ -36,7 +36,10 @@ def test_rows_of_different_lengths(name: str) -> None:
     assert model.form.packs
     for _ in range(2):
         driven = Driver(model, capabilities=found.capabilities, cache=cached)
-        prompts = {str(length): [(length * place) % folders.VOCAB for place in range(length)] for length in LENGTHS}
+        # Each begins with a token of its own: what one finds of another's would be packed where it ends.
+        prompts = {
+            str(length): [length * place % folders.VOCAB for place in range(1, length + 1)] for length in LENGTHS
+        }
         for asked, tokens in prompts.items():
             driven.submit(request(asked, tokens, ANSWER))
         driven.run()

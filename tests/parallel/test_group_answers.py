@@ -39,7 +39,7 @@ PARAMS: tuple[dict[str, object], ...] = (
     {"temperature": 0.8, "seed": 1},
     {"logprobs": 5},
     {"repetition_penalty": 1.1},
-    {"temperature": 1.0, "top_p": 0.9, "seed": 4, "logprobs": 2},
+    {"temperature": 1.0, "top_p": 0.9, "seed": 5, "logprobs": 2},
     {"presence_penalty": 0.7, "frequency_penalty": 0.4},
     {"temperature": 0.7, "top_k": 40, "min_p": 0.02, "seed": 6},
     {},

@@ -103,8 +103,9 @@ async def chaos(folder: Path, rounds: int, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_rank_killed_and_stopped(tmp_path: Path) -> None:
-    asyncio.run(chaos(save("llama", tmp_path), 4, 0))  # each way to end each rank
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5"])
+def test_every_rank_killed_and_stopped(kind: str, tmp_path: Path) -> None:
+    asyncio.run(chaos(save(kind, tmp_path), 4, 0))  # each way to end each rank
 
 
 @pytest.mark.slow

@@ -410,6 +410,7 @@ BREAKS = [
         old="        if self._work > MOST_WORK:\n",
         new="        if self._work > 1000 * MOST_WORK:\n",
         by=("test_what_multiplies_is_made_or_refused",),
+        hangs=150.0,
     ),
     Break(
         name="M11-grammars-of-any-length",
@@ -417,6 +418,7 @@ BREAKS = [
         old="        if self._characters > MOST_CHARACTERS:\n",
         new="        if self._characters > 1000 * MOST_CHARACTERS:\n",
         by=("test_what_multiplies_is_made_or_refused",),
+        hangs=150.0,
     ),
     Break(
         name="M3-the-longest-text-first",
