@@ -264,7 +264,7 @@ class Slow(Lexicon):
         self.compiled: list[str] = []
 
     def matcher(self, grammar: str) -> object:  # type: ignore[override]
-        self.may.wait(20)
+        assert self.may.wait(20), "nobody who waits for it may be needed to let it"
         self.compiled.append(grammar)
         return vocabulary().matcher(grammar)
 

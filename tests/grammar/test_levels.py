@@ -216,6 +216,14 @@ def grammar_of(family: str, name: str) -> str:
     return "made"
 
 
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm", "minimax", "qwen_coder"])
+def test_a_grammar_stops_growing(family: str) -> None:
+    """Of families that write each value out where it stands: long before anybody counts what was made."""
+    schema = {"properties": {f"p{number}": link(0) for number in range(300)}, "$defs": {"0": {"enum": ["y" * 20_000]}}}
+    with pytest.raises(GrammarError, match="its grammar is longer than"):
+        answer_grammar(Wanted([Callee("f", schema)], must_call=True), BY_NAME[family], {}, thinking=False, blanks=[])
+
+
 @pytest.mark.often("hermes", "qwen_coder", "llama4", "gemma4", "deepseek_v32")
 @pytest.mark.parametrize("family", BY_NAME)
 def test_what_multiplies_is_made_or_refused(family: str) -> None:
