@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from millpond.kv.slots import KvSlot
 from millpond.model.lanes import SlotsLane
 from millpond.model.leaves import Carry, leaves_of
-from millpond.model.mtp import Head, HeadCache, HeadCarry, body_of
+from millpond.model.mtp import Head, HeadCache, HeadCarry, body_of, embeddings_of
 from millpond.model.upstream import KVCache, LayerCache, PromptCache, new_cache
 from millpond.prefix.records import Kind
 
@@ -58,7 +58,7 @@ class WithHead(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
 
     def embedded(self, tokens: mx.array) -> mx.array:
         """Of tokens int [n, L]: [n, L, D]."""
-        found: mx.array = body_of(self.trunk).embed_tokens(tokens)
+        found: mx.array = embeddings_of(self.trunk)(tokens)
         return found
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -7,6 +7,8 @@ Engine thread only.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import ClassVar, Protocol, cast
 
 import mlx.core as mx
@@ -29,6 +31,29 @@ class HeadCarry(Protocol):
 
     def shift(self, hidden: mx.array) -> mx.array:
         """Of the hidden states behind new tokens, [n, L, D], the last is kept; those before the tokens come back."""
+
+
+class Blocks(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """A layer that is cut into blocks, one of them with attention, as Nemotron's models are."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = list(blocks)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: HeadCache) -> mx.array:
+        """As the layers of other models are called."""
+        for block in self.blocks:
+            x = block(x, mask=mask, cache=cache)  # those without attention look at neither
+        return x
+
+    def attended(self, x: mx.array, mask: mx.array | str | None, cache: HeadCache) -> mx.array:
+        """Only as far as ``cache`` gets keys and values."""
+        before = list(itertools.takewhile(lambda block: block.block_type != "*", self.blocks))
+        for block in before:
+            x = block(x)
+        block = self.blocks[len(before)]
+        found: mx.array = block.mixer(block.norm(x), mask=mask, cache=cache)
+        return found
 
 
 class Head(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
@@ -58,6 +83,8 @@ class Head(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     def follow(self, hidden: mx.array, embedded: mx.array, cache: HeadCache) -> mx.array:
         """Only read tokens, of which ``cache`` gets keys and values: it has once what comes back is evaluated."""
         x = self._joined(hidden, embedded)
+        if isinstance(self.layer, Blocks):
+            return self.layer.attended(x, _mask(x, cache), cache)
         found: mx.array = self.layer.self_attn(self.layer.input_layernorm(x), _mask(x, cache), cache)
         return found
 
@@ -69,7 +96,19 @@ class Head(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
 
 def body_of(network: nn.Module) -> nn.Module:
     """Of a model of a family whose heads are known, all but the output layer."""
-    return cast(nn.Module, network.model)
+    return cast(nn.Module, network.backbone if "backbone" in network else network.model)
+
+
+def embeddings_of(network: nn.Module) -> nn.Module:
+    """The same model's input layer."""
+    body = body_of(network)
+    return cast(nn.Module, body.embeddings if "embeddings" in body else body.embed_tokens)
+
+
+def norm_of(network: nn.Module) -> nn.RMSNorm:
+    """The same model's last norm."""
+    body = body_of(network)
+    return cast(nn.RMSNorm, body.norm_f if "norm_f" in body else body.norm)
 
 
 def _mask(x: mx.array, cache: HeadCache) -> mx.array | str | None:

@@ -21,9 +21,9 @@ from millpond.model.checkpoint import check_weights, read_arrays
 from millpond.model.config_keys import pattern_change, remarks_of
 from millpond.model.config_rope import check_scaling, rope_changes
 from millpond.model.float8 import block_of, holds_float8, must_widen, quantization_of, widen_float8
-from millpond.model.heads import LAYOUTS, PART, Arrays, HeadLayout, claimed, sorted_out, split, strange_heads
+from millpond.model.heads import LAYOUTS, PART, Arrays, HeadLayout, claimed, fitted, sorted_out, split, strange_heads
 from millpond.model.lean_import import without_tokenizers
-from millpond.model.mtp import Head, body_of
+from millpond.model.mtp import Blocks, Head, body_of, norm_of
 from millpond.model.open_files import limit_kept
 
 with limit_kept(), without_tokenizers():
@@ -101,9 +101,8 @@ def load_weights(folder: Path, *, head: bool = False) -> Checkpoint:
         arrays = widen_float8(arrays, dtypes, block_of(quantization))
     given = _Given(folder, config, level, changes, dtypes, widened)
     layout, heads = LAYOUTS.get(module), list[Arrays]()
-    layers = level.get("num_hidden_layers")
-    if layout is not None and isinstance(layers, int):
-        arrays, heads = split(arrays, layout, layers)
+    if layout is not None:
+        arrays, heads = split(arrays, layout, level.get("num_hidden_layers"))
     found: Head | str = ""
     if head:
         found = _head(given, layout, heads, arrays)
@@ -183,18 +182,20 @@ def _head(given: _Given, layout: HeadLayout | None, heads: Sequence[Arrays], arr
     assert layout is not None
     try:
         raw = any(name.endswith("conv1d.weight") and array.shape[-1] != 1 for name, array in arrays.items())
-        tensors = sorted_out(heads[0], layout, raw=raw)
+        own, layout = fitted(heads[0], layout)
+        tensors = sorted_out(own, layout, raw=raw)
         model, _ = given.built(tensors.layer, PART, layout.one_layer)
         body = body_of(model)
-        found = Head(body.layers[0], body.norm, embedding_first=layout.embedding_first)
+        layer = Blocks(body.layers) if layout.in_blocks else body.layers[0]
+        found = Head(layer, norm_of(model), embedding_first=layout.embedding_first)
         nn.quantize(
             found,
             class_predicate=lambda path, module: (
                 packing_of(path, module, tensors.joint) if f"{path}.scales" in tensors.joint else False
             ),
         )
-        own = {name: array for name, array in tree_flatten(found.parameters()) if name.startswith(Head.OWN)}
-        check_weights(tensors.joint, own, given.dtypes)
+        wanted = {name: array for name, array in tree_flatten(found.parameters()) if name.startswith(Head.OWN)}
+        check_weights(tensors.joint, wanted, given.dtypes)
         found.load_weights(list(tensors.joint.items()), strict=False)
     except Exception as error:  # noqa: BLE001 - whatever mlx-lm does with files that are not what it expects
         return " ".join(str(error).split()) or type(error).__name__

@@ -21,7 +21,10 @@ from millpond.speculate.mtp import MtpProposer
 from millpond.types import KvPacking, Request, SpecMode, SpecSettings, Speculation
 
 ALWAYS = SpecSettings(default=Speculation(mode=SpecMode.MTP, tokens=3, adaptive=False))
-PACKED = KvPacking(bits=8, group_size=32)
+PACKED = {
+    "int8": KvPacking(bits=8, group_size=32),
+    "rotated": KvPacking(bits=4, group_size=32, start=64, rotated=True),
+}
 
 
 def run(
@@ -62,10 +65,11 @@ def test_a_head_changes_no_answer(kind: str) -> None:
     assert counts.accepted < counts.proposed / 3
 
 
-def test_packed_keys_beside_a_head() -> None:
+@pytest.mark.parametrize("packing", PACKED)
+def test_packed_keys_beside_a_head(packing: str) -> None:
     requests = [request(f"r{n}", prompt(40 + 13 * n, n), 25, temperature=0.7 * (n % 2), seed=n) for n in range(4)]
-    expected = plain("qwen3_5", requests, PACKED)
-    driver = run(opened_headed("qwen3_5", PACKED), requests, ALWAYS)
+    expected = plain("qwen3_5", requests, PACKED[packing])
+    driver = run(opened_headed("qwen3_5", PACKED[packing]), requests, ALWAYS)
     assert driver.model.form.packs
     same_answers = [driver.outcomes[name].tokens == outcome.tokens for name, outcome in expected.items()]
     assert sum(same_answers) >= 3  # a number that is half-way between two steps may fall to the other side
@@ -73,7 +77,7 @@ def test_packed_keys_beside_a_head() -> None:
     assert driver.beat.counters.spec.proposed > 50
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "mimo", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "mimo", "deepseek_v3", "nemotron_h"])
 def test_a_head_that_is_always_right(kind: str) -> None:
     """Greedy or not: every step brings all it guessed and one more."""
     requests = [request(f"r{n}", prompt(20 + n, n), 41, temperature=0.9 * (n % 2), seed=n) for n in range(4)]
@@ -181,7 +185,7 @@ def conversation(
     return told
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "glm4_moe"])
+@pytest.mark.parametrize("kind", ["qwen3_5", "glm4_moe", "nemotron_h"])
 def test_a_hit_is_as_good_as_a_miss(kind: str) -> None:
     """Answers are the same; where the model has states, the guesses are, too."""
     opened = opened_headed(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import msgspec
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from mtp_models import (
     HEADED,
-    WITH_STATES,
     Weights,
     head_weights,
+    layout_of,
     parameters,
     prefix_of,
     published,
@@ -70,7 +71,7 @@ def test_a_head_is_loaded_beside_its_model(kind: str, tmp_path: Path) -> None:
 def test_what_joins_the_two_vectors(kind: str, tmp_path: Path) -> None:
     """By the tensors as they are called in the file, and in the order that the family has."""
     head = head_of(loaded(save_headed(kind, tmp_path)))
-    given, layout = head_weights(kind), LAYOUTS[kind]
+    given, layout = head_weights(kind), layout_of(kind)
     named = {own: given[f"{prefix_of(kind)}{name}.weight"] for name, own in layout.joint.items()}
     mx.random.seed(1)
     embedded, hidden = mx.random.normal((1, 3, 64)), mx.random.normal((1, 3, 64))
@@ -95,7 +96,7 @@ def test_what_joins_the_two_vectors(kind: str, tmp_path: Path) -> None:
     assert mx.array_equal(followed.values, cache.values)
 
 
-@pytest.mark.parametrize("kind", WITH_STATES)
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_norms_around_zero_are_one_more_once(kind: str, tmp_path: Path) -> None:
     """Whether a head's experts are in arrays of their own or together."""
     converted = trunk_weights(kind) | head_weights(kind)
@@ -124,11 +125,49 @@ def test_latent_keys_are_taken_apart_as_the_models_own_are(kind: str, tmp_path: 
     same(parameters(loaded(write(tmp_path / "published", HEADED[kind], whole)).network), parameters(first.network))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "mimo", "glm4_moe"])
+def test_nemotrons_experts_are_put_together_in_the_head_too(tmp_path: Path) -> None:
+    converted = trunk_weights("nemotron_h") | head_weights("nemotron_h")
+    first = loaded(write(tmp_path / "converted", HEADED["nemotron_h"], converted))
+    apart: Weights = {}
+    for name, array in converted.items():
+        before, _, behind = name.partition("switch_mlp.")
+        if behind:
+            projection = {"fc1.weight": "up_proj.weight", "fc2.weight": "down_proj.weight"}[behind]
+            apart |= {f"{before}experts.{number}.{projection}": expert for number, expert in enumerate(array)}
+        else:
+            apart[name] = array.moveaxis(1, 2) if "conv1d.weight" in name else array
+    # transformers' newer files have the layers' kinds in words, and do not count them.
+    words = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
+    config = dict(HEADED["nemotron_h"])
+    pattern = cast(list[str], config.pop("hybrid_override_pattern"))
+    del config["num_hidden_layers"]
+    config["layers_block_type"] = [words[sign] for sign in pattern]
+    second = loaded(write(tmp_path / "published", config, apart))
+    same(parameters(second.network), parameters(first.network))
+
+
+def test_blocks_that_a_head_cannot_be_made_of(tmp_path: Path) -> None:
+    """A head without attention, one with a recurrent block, and one that nothing ends."""
+    trunk, head = trunk_weights("nemotron_h"), head_weights("nemotron_h")
+    recurrent = {name.replace("q_proj", "A_log"): array for name, array in head.items()}
+    twice = {name.replace("layers.1.mixer", "layers.0.mixer"): array for name, array in head.items()}
+    endless = {name: array for name, array in head.items() if "final" not in name}
+    for number, (tensors, signs) in enumerate(((recurrent, "?E"), (endless, ""), (twice, "*?"))):
+        model = loaded(write(tmp_path / str(number), HEADED["nemotron_h"], trunk | tensors))
+        assert model.headed is None
+        assert f"made of the blocks {signs!r}" in model.headless
+    second = {
+        name.replace("layers.0.", "layers.2.").replace("layers.1.", "layers.3."): 0 * a for name, a in head.items()
+    }
+    model = loaded(write(tmp_path / "two", HEADED["nemotron_h"], trunk | head | second))
+    same(parameters(head_of(model)), parameters(head_of(loaded(save_headed("nemotron_h", tmp_path / "one")))))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "mimo", "glm4_moe", "nemotron_h"])
 def test_heads_that_are_packed_otherwise_than_their_model(kind: str, tmp_path: Path) -> None:
     """Eight bits in a model of four, or none. What config.json says of the model's first layer is not about a head."""
     trunk = quantized(trunk_weights(kind), lambda name: "layers.0." not in name)
-    layer = "language_model.model.layers.0" if kind == "qwen3_5" else "model.layers.0"
+    layer = {"qwen3_5": "language_model.model.layers.0", "nemotron_h": "backbone.layers.0"}.get(kind, "model.layers.0")
     packing = {"group_size": 32, "bits": 4, f"{layer}.self_attn.k_proj": False, f"{layer}.mlp.up_proj": False}
     config = {**HEADED[kind], "quantization": packing}
     head = head_weights(kind)
@@ -159,10 +198,10 @@ def test_what_only_claims_a_head_says_so(tmp_path: Path) -> None:
 
 
 def test_a_head_that_nobody_knows_is_left_out_with_a_sentence(tmp_path: Path) -> None:
-    weights = parameters(build("nemotron_h")) | {"mtp.layers.0.eh_proj.weight": mx.zeros((64, 128))}
-    model = loaded(write(tmp_path / "unknown", config_of("nemotron_h"), weights))
+    weights = parameters(build("kimi_linear")) | {"model.mtp.layers.0.eh_proj.weight": mx.zeros((64, 128))}
+    model = loaded(write(tmp_path / "unknown", config_of("kimi_linear"), weights))
     assert model.headed is None
-    assert model.remarks == ("its MTP head is not used: how heads of nemotron_h models are made is not known here",)
+    assert model.remarks == ("its MTP head is not used: how heads of kimi_linear models are made is not known here",)
     head = head_weights("qwen3_5")
     for number, (changed, said) in enumerate(
         (

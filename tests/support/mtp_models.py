@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tiny_models import CONTEXT, RECURRENT, VOCAB, build, config_of
 
-from millpond.model.heads import LAYOUTS
+from millpond.model.heads import LAYOUTS, HeadLayout, fitted
 from millpond.model.opened import OpenModel, open_model
 from millpond.types import UNPACKED, KvPacking
 
@@ -69,16 +69,40 @@ HEADED: dict[str, dict[str, object]] = {
         "partial_rotary_factor": 0.5,
     },
     "mimo": {**_SHARED, "model_type": "mimo", "num_hidden_layers": 3, "num_nextn_predict_layers": 1},
+    "nemotron_h": {
+        **RECURRENT["nemotron_h"],
+        "hybrid_override_pattern": ["M", "E", "*", "M", "-", "*"],
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_latent_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 1,
+    },
 }
 """By the module of their class in mlx-lm."""
-WITH_STATES = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-SILENT = ("o_proj", "out_proj", "down_proj")
+_QWEN = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+WITH_STATES = (*_QWEN, "nemotron_h")
+SILENT = ("o_proj", "out_proj", "down_proj", "fc2")
 """What ends a layer's parts: without them a layer adds nothing, and a token decides alone what comes next."""
 
 
 def prefix_of(kind: str) -> str:
     """What the tensors of a head begin with."""
     return {"mimo": "model.mtp_layers.0."}.get(kind, "mtp." if kind in WITH_STATES else "model.layers.3.")
+
+
+def layout_of(kind: str) -> HeadLayout:
+    """Of the head that ``head_weights`` makes."""
+    if kind != "nemotron_h":
+        return LAYOUTS[kind]
+    names = ("layers.0.mixer.q_proj.weight", "layers.1.mixer.switch_mlp.fc1.weight", "layers.1.final_layernorm.weight")
+    return fitted(dict.fromkeys(names, mx.zeros(1)), LAYOUTS[kind])[1]
 
 
 def trunk_weights(kind: str, seed: int = 0, *, silent: bool = False) -> Weights:
@@ -89,13 +113,13 @@ def trunk_weights(kind: str, seed: int = 0, *, silent: bool = False) -> Weights:
 
 def head_weights(kind: str, seed: int = 7, *, oracle: bool = False) -> Weights:
     """By their published names. ``oracle``: behind a model whose layers add nothing it guesses what that will draw."""
-    layout, prefix = LAYOUTS[kind], prefix_of(kind)
+    layout, prefix = layout_of(kind), prefix_of(kind)
     one = dict(tree_flatten(build(kind, seed, {**HEADED[kind], **layout.one_layer}).parameters()))
     one = {name.removeprefix("language_model."): array for name, array in one.items()}
     found = {}
     for name, array in (_silenced(one) if oracle else one).items():
-        if name.startswith("model.layers.0."):
-            found[f"{prefix}{layout.layer}{name.removeprefix('model.layers.0.')}"] = array
+        if name.startswith(layout.into):
+            found[f"{prefix}{layout.layer}{name.removeprefix(layout.into)}"] = array
     size = 64
     ours = {
         "embedding_norm": mx.ones(size) if oracle else 1 + 0.3 * mx.random.normal((size,)),
@@ -142,7 +166,7 @@ def quantized(weights: Weights, wanted: Callable[[str], bool], bits: int = 4) ->
     found: Weights = {}
     for name, array in weights.items():
         packable = array.ndim > 1 and array.shape[-1] % 32 == 0 and name.endswith(".weight")
-        if not packable or name.endswith("mlp.gate.weight") or not wanted(name):
+        if not packable or name.endswith(("mlp.gate.weight", "mixer.gate.weight")) or not wanted(name):
             found[name] = array
             continue
         base = name.removesuffix("weight")
