@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat
+from millpond.kv.format import AS_COMPUTED, Arrays, KvFormat, Sides, sides_of
 from millpond.kv.leaf import LeafRow
 from millpond.kv.rows import Forward
 from millpond.kv.segment import KvSegment
@@ -24,8 +24,6 @@ from millpond.prefix.records import Kind
 
 RING_SLACK = 32
 """Columns of a ring beyond its window: the most tokens one forward may write, so that a rollback never lost a key."""
-Sides = tuple[Arrays, Arrays]
-"""All arrays of the keys, and all of the values."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class KvSpec:
     @property
     def token_bytes(self) -> int:
         """Bytes of a position in slots, behind those that are never packed."""
-        return self.format.token_bytes(self.heads, self.key_dim + self.value_dim, self.dtype)
+        return self.format.token_bytes(self.heads, self.key_dim, self.value_dim, self.dtype)
 
     @property
     def exact_bytes(self) -> int:
@@ -92,7 +90,7 @@ class KvSpec:
     def zeros(self, columns: int, *, packed: bool) -> list[mx.array]:
         """Arrays of a segment of one row."""
         one = [mx.zeros((1, self.heads, 1, dim), dtype=self.dtype) for dim in (self.key_dim, self.value_dim)]
-        like = self.format.pack(*one) if packed else one
+        like = self.format.one(*one) if packed else one
         return [mx.zeros((1, self.heads, columns, array.shape[3]), dtype=array.dtype) for array in like]
 
 
@@ -152,11 +150,12 @@ class KvSlot:
     """Positions that a token sees, where not all."""
 
     def __init__(self, spec: KvSpec, segments: list[KvSegment]) -> None:
-        """``segments``: that of the exact positions, if there are any, and that of the others."""
+        """``segments``: that of the exact positions, if there are any, and that of the others. What is in a further one
+        adds no room."""
         self.spec = spec
         self.segments = segments
         self.row_count = segments[0].row_count
-        self.capacity = sum(segment.capacity for segment in segments)
+        self.capacity = sum(segment.capacity for segment in segments[:2])
         self._forward: Forward | None = None
         self._new: tuple[mx.array, mx.array] | None = None
         self._asked_for: tuple[tuple[int, int, int, int], float, bool, int] | None = None
@@ -209,10 +208,14 @@ class KvSlot:
         if self.spec.format.native:
             self._new = (keys, values)
             return keys, values
+        self.write(keys, values)
+        return self.keys_and_values()
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """The new ones of the live rows, where no C does it."""
         for segment in self.segments:
             packed = len(segment.arrays) > 2
             segment.write(self.spec.format.pack(keys, values) if packed else (keys, values), self.forward)
-        return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array] | tuple[Arrays, Arrays]:
         """What ``update_and_fetch`` has returned in this forward, for layers that attend to those of another. Of a
@@ -239,7 +242,7 @@ class KvSlot:
     @property
     def values(self) -> mx.array:
         """The same."""
-        return self.segments[-1].arrays[len(self.segments[-1].arrays) // 2]
+        return sides_of(self.segments[-1].arrays)[1][0]
 
     @values.setter
     def values(self, tied: mx.array) -> None:
@@ -260,7 +263,7 @@ class KvSlot:
             arrays = segment.view(forward.n, max(0, width - segment.first))
             if len(arrays) > 2 and self.spec.format.unpacked and arrays[0].shape[2]:
                 arrays = self.spec.format.unpack(arrays)
-            found.append((arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
+            found.append(sides_of(arrays))
         return found
 
     def held(self, row: int, alone: Forward) -> Arrays:
@@ -276,24 +279,27 @@ class KvSlot:
         new, self._new = self._new or (), None
         n, heads, length, _ = queries.shape
         shape = (n, heads, self.spec.heads, length)
-        asked_for = (shape, scale, bool(new), self.segments[0].moves + self.segments[-1].moves)
+        asked_for = (shape, scale, bool(new), sum([segment.moves for segment in self.segments]))
         if asked_for != self._asked_for:
             self._asked_for, self._asked = asked_for, self._job(shape, scale, bool(new))
-        return decode.attend(self._asked, self.forward.packed_lengths, queries, new, self.spec.value_dim)
+        return decode.attend(self._asked, self.lengths(), queries, new, self.spec.value_dim)
+
+    def lengths(self) -> bytes:
+        """What C is told of the rows."""
+        return self.forward.packed_lengths
 
     def _job(self, shape: tuple[int, int, int, int], scale: float, writes: bool) -> bytes:
         size = self.spec.format.packing.group_size
-        sides: list[tuple[decode.Store | None, decode.Store]] = []
+        sides: list[decode.Stores] = []
         for side in (0, 1):
             stores = []
             for segment in self.segments:
-                half = len(segment.arrays) // 2
-                bits = decode.FLOAT_BITS if half == 1 else self.spec.format.packing.bits
-                stores.append(decode.store(segment.arrays[side * half :][:half], bits, size))
-            sides.append((stores[0] if len(stores) > 1 else None, stores[-1]))
-        dims = (self.spec.key_dim, self.spec.value_dim)
-        exact, window = self.segments[-1].first, self.window or 0
-        return decode.job(shape, dims, *sides, scale=scale, exact=exact, window=window, writes=writes)
+                arrays = sides_of(segment.arrays)[side]
+                bits = decode.FLOAT_BITS if len(arrays) == 1 else self.spec.format.packing.bits
+                stores.append(decode.store(arrays, bits, size))
+            sides.append(stores if len(stores) > 1 else [None, *stores])
+        dims, exact = (self.spec.key_dim, self.spec.value_dim), self.segments[:2][-1].first
+        return decode.job(shape, dims, *sides, scale=scale, exact=exact, window=self.window or 0, writes=writes)
 
     # --- what the arena asks ---
 
@@ -308,6 +314,8 @@ class KvSlot:
         self._forward = forward
 
     def keep(self, counts: Sequence[int]) -> None:  # noqa: ARG002 - what is not kept lies behind the row's end
+        if self._new is not None:
+            raise RuntimeError("a layer took keys without attending to them: C has not written them")
         self._forward = None
 
     def put(self, row: int, leaf: LeafRow, length: int) -> int:
@@ -316,7 +324,7 @@ class KvSlot:
                 segment.put(row, parts, length)
         return leaf.nbytes
 
-    def span(self, row: int, start: int, end: int) -> Arrays:
+    def span(self, row: int, start: int, end: int, length: int) -> Arrays:  # noqa: ARG002 - of tiles
         """Positions [start, end) of a row, all in one segment; see KvSegment.span."""
         return self.segments[-1 if start >= self.segments[-1].first else 0].span(row, start, end)
 
@@ -336,13 +344,13 @@ class KvSlot:
 
     def resize(self, rows: int, capacity: int) -> None:
         columns = self.spec.columns(capacity)
-        if (rows, sum(columns)) == (self.row_count, self.capacity):
+        if (rows, sum(columns[:2])) == (self.row_count, self.capacity):
             return
         if self.spec.format.native:
             mx.synchronize()  # a step in flight writes into this memory
         for segment, count in zip(self.segments, columns, strict=True):
             segment.resize(rows, count)
-        self.row_count, self.capacity = rows, sum(columns)
+        self.row_count, self.capacity = rows, sum(columns[:2])
 
     def shrink(self, rows: int, capacity: int) -> None:
         self.resize(min(self.row_count, rows), min(self.capacity, capacity))

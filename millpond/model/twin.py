@@ -7,6 +7,7 @@ prompt that a start can spare time for. Engine thread only.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -23,6 +24,8 @@ WIDE = 128
 """Windows up to this stay: prompts can be longer."""
 WINDOWS = re.compile(r"(sliding_|attention_|loop_)?window(_size)?|attention_chunk_size|index_topk")
 """Keys of config.json that say how far a token sees, on which no weight's shape depends."""
+BLOCKS = {re.compile(r"(index|sparse)_block_size"): 8, re.compile(r"(index|sparse)_topk_blocks"): NARROW // 8}
+"""The same for tokens that see some blocks of positions only: what a narrow model has at most."""
 
 
 class Wide(nn.Embedding):  # type: ignore[misc]  # mlx.nn has no types
@@ -74,12 +77,18 @@ def narrow_config(config: Mapping[str, object]) -> dict[str, object] | None:
                 found[name] = narrowed(value)
             elif wide and WINDOWS.fullmatch(name):
                 found[name], changed = NARROW, True
+            elif isinstance(value, int) and (most := _most(name)) < value:
+                found[name], changed = most, True
             else:
                 found[name] = value
         return found
 
     result = narrowed(config)
     return result if changed else None
+
+
+def _most(name: str) -> int:
+    return min((most for names, most in BLOCKS.items() if names.fullmatch(name)), default=sys.maxsize)
 
 
 def sharing(config: dict[str, object], network: nn.Module, divide: Callable[[nn.Module], None]) -> nn.Module:
