@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
+import importlib
 import importlib.util
 import os
 import platform
@@ -27,6 +28,13 @@ from millpond.native.library import needed, shim_path
 SPIN_US = 50
 """How long a worker thread stays awake after a product: long enough for the next one of a layer, and no longer, as the
 front end may want the core."""
+
+HOW_TO_INSTALL = (
+    "install Millpond with the extra that brings it: pip install 'millpond[cpu]', or with [cuda12] or [cuda13] for an "
+    "NVIDIA GPU"
+    if sys.platform == "linux"
+    else "install Millpond again, which brings it"
+)
 
 MEASURED = "rowblas.json"
 """Name of the measurements in the cache."""
@@ -61,12 +69,19 @@ class OpenBlas(msgspec.Struct, frozen=True):
 
 @functools.cache
 def prepare() -> str:
-    """Put a fast BLAS where mlx will find it and say in one line which one; empty where MLX does not need one.
+    """Put a fast BLAS where mlx will find it, import mlx, and say in one line which BLAS; empty where MLX needs none.
 
-    Raises RuntimeError when mlx is already imported, because it is then too late.
+    Raises RuntimeError when mlx is already imported, because it is then too late, and when it cannot be.
     """
-    if not needed():
-        return ""
+    library = _library() if needed() else ""
+    try:
+        importlib.import_module("mlx.core")
+    except ImportError as error:
+        raise RuntimeError(f"mlx cannot be imported ({error}); {HOW_TO_INSTALL}") from error
+    return library
+
+
+def _library() -> str:
     if "mlx.core" in sys.modules:
         raise RuntimeError("millpond.model.blas.prepare() must be called before mlx is imported")
     openblas = find_openblas()

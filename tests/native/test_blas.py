@@ -26,6 +26,16 @@ def test_too_late_is_an_error() -> None:
     assert "must be called before mlx is imported" in result.stderr
 
 
+@pytest.mark.parametrize("error", ["ModuleNotFoundError('No module named mlx')", "ImportError('libmlx.so: not there')"])
+def test_without_mlx_it_says_what_to_install(error: str, tmp_path: Path) -> None:
+    """On Linux an extra of Millpond's brings it, so a bare install has none."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text(f"raise {error}")
+    told = run_python("from millpond.model import blas\nblas.prepare()", PYTHONPATH=str(tmp_path)).stderr
+    assert "mlx cannot be imported" in told
+    assert "pip install 'millpond[cpu]', or with [cuda12] or [cuda13]" in told
+
+
 def test_without_openblas_it_says_what_to_install() -> None:
     code = "from millpond.model import blas\nblas.find_openblas = lambda: None\nprint(blas.prepare())"
     assert "install millpond[cpu]" in run_python(code).stdout
