@@ -30,6 +30,7 @@ FORMATS = {
     "C": KvFormat(native=True),
     "C int8": KvFormat(KvPacking(bits=8), native=True),
     "C int4": KvFormat(KvPacking(bits=4), native=True),
+    "C int4 rotated": KvFormat(KvPacking(bits=4, start=64, rotated=True), native=True),
     "MLX int8": KvFormat(KvPacking(bits=8)),
 }
 CASES = ("1:100", "1:2000", "4:500", "8:100", "8:500", "16:300")

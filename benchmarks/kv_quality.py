@@ -73,17 +73,23 @@ def ways() -> list[Way]:
         "int4, groups of 32": KvPacking(bits=4, group_size=32),
         "int4, groups of 64, first 64 tokens as computed": KvPacking(bits=4, start=64),
     }
+    rotated = {
+        f"int4 rotated, groups of {size}": KvPacking(bits=4, group_size=size, start=64, rotated=True)
+        for size in (64, 32)
+    }
     full = KvFormat(native=native)
     plain = KvFormat(KvPacking(bits=8))
     return [
         Way("full precision", full),
         Way("full precision against itself", full),
         *(Way(name, KvFormat(packing, native)) for name, packing in packings.items()),
+        *(Way(name, KvFormat(packing, native)) for name, packing in rotated.items()),
         *(Way(f"{name}; within the prompt too", KvFormat(packing, native), True) for name, packing in packings.items()),
         Way("int8, groups of 64, by MLX: scales of float32", plain),
         Way("… scales of bfloat16", Bfloat16Scales(plain.packing)),
         Way("… keys, values and scales of bfloat16", Bfloat16Scales(plain.packing, casts=True)),
         Way("int4, groups of 64, by MLX: scales of float32", KvFormat(KvPacking(bits=4))),
+        *(Way(f"{name}, by MLX: scales of float32", KvFormat(packing)) for name, packing in rotated.items()),
     ]
 
 
@@ -237,11 +243,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens")
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens predicted per row")
+    parser.add_argument("--ways", nargs="*", default=[""], help="lines that have one of these words")
     given = parser.parse_args()
     text = given.text.read_text(encoding="utf-8") if given.text else "\n\n".join(topics.values())
     rows = rows_of(text, Tokenizer.load(given.folder), given.rows, given.prompt + given.steps + 1)
     loaded = load(given.folder, 0, lambda _: None)
-    chosen = ways()
+    whole, itself, *others = ways()
+    chosen = [whole, itself, *(way for way in others if any(word in way.name for word in given.ways))]
     models = [kept_as(loaded, way.form) for way in chosen]
     # C knows float32 only; the line then shows how MLX packs.
     chosen = [way._replace(form=model.form) for way, model in zip(chosen, models, strict=True)]

@@ -41,32 +41,16 @@ class ConfigError(Exception):
 
 
 LEAST_BODY = 1024
+ROTATED_BITS = 4
 MOST_RANKS = 64
 MOST_TP_PORT = 65535 - 1024
 """The ports of the backend come behind it."""
 
 OF_THE_ENGINE = (
     *("context_length", "max_batch", "max_itl_ms", "prefill_chunk", "kv_memory_mb", "kv_bits", "kv_group_size"),
-    *(
-        "wired_memory_mb",
-        "kv_quant_start",
-        "cache_ram",
-        "cache_selfcheck",
-        "cache_ssd",
-        "ssd_policy",
-        "ssd_durability",
-        "ssd_ttl",
-    ),
-    *(
-        "deterministic",
-        "ssd_daily_writes",
-        "ssd_min_free",
-        "spec",
-        "spec_tokens",
-        "spec_adaptive",
-        "spec_shared",
-        "tp_silence",
-    ),
+    *("wired_memory_mb", "kv_quant_start", "kv_quant_mode", "cache_ram", "cache_selfcheck", "cache_ssd"),
+    *("ssd_policy", "ssd_durability", "ssd_ttl", "ssd_daily_writes", "ssd_min_free", "deterministic"),
+    *("spec", "spec_tokens", "spec_adaptive", "spec_shared", "tp_silence"),
 )
 """What all ranks of a group go by. Folders may differ from machine to machine, and HTTP is rank 0's business."""
 
@@ -136,7 +120,14 @@ class ServeConfig(BaseModel):
         0,
         ge=0,
         le=MOST_COUNT,
-        description="With kv_bits: tokens from the start of a sequence that are kept as computed, a multiple of 64.",
+        description="With kv_bits: tokens from the start of a sequence that are kept as computed, a multiple of 64. "
+        "Rotated: 64 at least.",
+    )
+    kv_quant_mode: Literal["affine", "rotated"] = Field(
+        "affine",
+        description="With kv_bits 4: rotated packs keys 64 tokens at a time, turned so that what stands out is spread "
+        "over all dimensions, and keeps the newest tokens as computed: far closer to the model's own answers. Sliding "
+        "windows take 8 bits.",
     )
     deterministic: Literal["off", "on"] = Field(
         "off",
@@ -374,6 +365,13 @@ class ServeConfig(BaseModel):
             raise ValueError(f"must be {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
         return value
 
+    @field_validator("kv_quant_mode")
+    @classmethod
+    def _four_bits(cls, value: str, info: ValidationInfo) -> str:
+        if value == "rotated" and info.data.get("kv_bits", ROTATED_BITS) != ROTATED_BITS:
+            raise ValueError(f"rotated needs kv_bits: {ROTATED_BITS}")
+        return value
+
     @field_validator("tool_format")
     @classmethod
     def _known_family(cls, value: str) -> str:
@@ -419,7 +417,9 @@ class ServeConfig(BaseModel):
     @property
     def packing(self) -> KvPacking:
         """How keys and values are kept."""
-        return KvPacking(bits=self.kv_bits, group_size=self.kv_group_size, start=self.kv_quant_start)
+        rotated = self.kv_quant_mode == "rotated"
+        start = max(self.kv_quant_start, GRID) if rotated else self.kv_quant_start
+        return KvPacking(bits=self.kv_bits, group_size=self.kv_group_size, start=start, rotated=rotated)
 
     def prefix_settings(self, label: str) -> PrefixSettings:
         """How prefixes are cached. ``label``: what the SSD tier calls the model."""

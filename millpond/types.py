@@ -152,8 +152,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
     """None: the answer may look like anything."""
     shared: list[int] = []
-    """Positions in the prompt behind which others will go on in their own ways, as its client says: where something is
-    to be kept that is not kept everywhere."""
+    """Positions in the prompt behind which others will go on in their own ways, as its client says."""
     pooled: bool = False
     """One vector is to be made of the prompt but for its last token, which is never read, and no answer."""
 
@@ -217,7 +216,6 @@ class PrefixReport(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def differs(self) -> bool:
-        """Nothing known goes on like this prompt."""
         return self.end == "differs"
 
 
@@ -225,7 +223,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 class KvPacking(msgspec.Struct, frozen=True, kw_only=True):
-    """How keys and values are packed once a prompt has been read."""
+    """How keys and values are packed once a prompt has been read; ``rotated``: keys a tile at a time, see kv/format."""
 
     bits: int = 0
     """8 or 4; 0: they are kept as computed."""
@@ -233,12 +231,14 @@ class KvPacking(msgspec.Struct, frozen=True, kw_only=True):
     """Neighbouring numbers that share a scale and a bias."""
     start: int = 0
     """Tokens from the start of a sequence that are kept as computed, whole blocks of them."""
+    rotated: bool = False
 
     def described(self, dtype: str) -> str:
         """In words; ``dtype`` is the element type of what is computed."""
         if not self.bits:
             return dtype
-        return f"int{self.bits} in groups of {self.group_size}" + (f" from token {self.start}" if self.start else "")
+        mode, start = " rotated" if self.rotated else "", f" from token {self.start}" if self.start else ""
+        return f"int{self.bits}{mode} in groups of {self.group_size}{start}"
 
 
 UNPACKED = KvPacking()

@@ -22,6 +22,7 @@ from millpond.model.probe import Capabilities
 from millpond.model.prompt import new_prompt
 from millpond.model.remember import remembered
 from millpond.native import device
+from millpond.native.packing import TILE
 from millpond.schedule.costs import CostModel
 from millpond.speculate.controller import Controller
 from millpond.speculate.draft import Draft
@@ -100,7 +101,7 @@ def open_speculator(
             model.headed, model.vocab_size, rows, ngrams, pipelined=capabilities.pipelined
         )
         controller.shares[SpecMode.MTP] = model.headed.share
-    return Speculator(settings, proposers, most_drafts(model), controller)
+    return Speculator(settings, proposers, most_drafts(model), controller, TILE if model.form.rotated else 0)
 
 
 def most_drafts(model: LoadedModel) -> int:

@@ -48,12 +48,19 @@ class Speculator:
     """What the engine loop calls. Without proposers there are no drafts and every method does the plain thing."""
 
     def __init__(
-        self, settings: SpecSettings, proposers: Mapping[SpecMode, Proposer], most: int, controller: Controller
+        self,
+        settings: SpecSettings,
+        proposers: Mapping[SpecMode, Proposer],
+        most: int,
+        controller: Controller,
+        tile: int = 0,
     ) -> None:
-        """``most``: draft tokens per row and step unless told otherwise."""
+        """``most``: draft tokens per row and step unless told otherwise. ``tile``: positions of a row that are packed
+        together, which the next ones see so; 0 for none."""
         self._default = structs.replace(settings.default, mode=settings.default.mode.among(proposers))
         self._proposers = dict(proposers)
         self._most = settings.default.tokens or most
+        self._tile = tile
         self._controller = controller
         self._requests: dict[str, _Proposing] = {}
         self._taken: dict[str, DraftOffer] = {}
@@ -185,17 +192,25 @@ class Speculator:
         found = {}
         for name in rows:
             request = self._requests.get(name)
-            count = min(request.most, most, sequences[name].remaining - 1 - unread) if request is not None else 0
-            if request is None or count <= 0:
+            if request is None:
                 continue
-            forced = self._alone(name, sequences[name].sampling.forced) or []
+            sequence = sequences[name]
+            count = min(request.most, most, sequence.remaining - 1 - unread, self._of_tile(sequence, unread))
+            if count <= 0:
+                continue
+            forced = self._alone(name, sequence.sampling.forced) or []
             coming = forced[unread : unread + count]
             offer = DraftOffer(name, len(coming), FORCED, coming) if coming else None
             if offer is None and name in self._requests:
-                offer = self._alone(name, request.proposer.offer, name, sequences[name].tokens, count, unread)
+                offer = self._alone(name, request.proposer.offer, name, sequence.tokens, count, unread)
             if offer is not None:
                 found[name] = offer
         return found
+
+    def _of_tile(self, sequence: Sequence, unread: int) -> int:
+        """Draft tokens that fill its row's last tile at most: decoded alone, those behind it would see it packed."""
+        held = len(sequence.tokens) - 1 + unread
+        return self._tile - 1 - held % self._tile if self._tile else self._most
 
     def _admitted(self, sequence: Sequence, draft: list[int]) -> list[int]:
         """Those of them that could be drawn: a grammar needs no forward to refuse the others."""

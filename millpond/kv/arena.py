@@ -15,7 +15,8 @@ import mlx.core as mx
 from millpond.kv.batch import Batch
 from millpond.kv.format import Arrays
 from millpond.kv.leaf import LeafRow, Slot
-from millpond.kv.rows import Forward
+from millpond.kv.rotated import RotatedSpec
+from millpond.kv.rows import Forward, Tiles
 from millpond.kv.slots import LeafSpec
 from millpond.memory.budget import capacity_bucket, rows_allocated
 from millpond.prefix.records import Kind
@@ -60,7 +61,9 @@ class Arena:
         self._limit_bytes = limit_bytes
         self._groups = groups
         self._width_step = width_step
-        self.batch = Batch()
+        tiled = [spec for spec in specs if isinstance(spec, RotatedSpec)]
+        self._tiled = bool(tiled)
+        self.batch = Batch(tiled[0].format.end) if tiled else Batch()
         self.slots: list[Slot] = []
         self._specs = specs
         self._nothing = [LeafRow(())] * len(specs)
@@ -156,13 +159,15 @@ class Arena:
     def spans(self, name: str, start: int, end: int, kind: Kind) -> list[Arrays]:
         """Positions [start, end) of a row, lazily, one entry per leaf; an empty one for leaves of other kinds."""
         row = self.batch.row(name)
-        return [slot.span(row, start, end) if slot.kind is kind else () for slot in self.slots]
+        length = self.lengths[row]
+        return [slot.span(row, start, end, length) if slot.kind is kind else () for slot in self.slots]
 
     def begin(self, columns: int, filled_to: int = 0) -> Sequence[object]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache, a tuple of
         them where a layer has several. ``filled_to``: see Forward."""
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
-        self._forward = Forward(self.lengths, columns, filled_to, self._width_step)
+        tiles = Tiles(self.batch.ends, self.batch.settled) if self._tiled else None
+        self._forward = Forward(self.lengths, columns, filled_to, self._width_step, tiles)
         for slot in self.slots:
             slot.begin(self._forward)
         return self._handed_out()
@@ -182,7 +187,8 @@ class Arena:
         """One leaf's slot for a forward of its own, of one column that stands ``ahead`` tokens behind the end of each
         row, where nobody keeps it: the next forward of all leaves writes there. There is room for it."""
         slot = self.slots[leaf]
-        slot.begin(Forward([length + ahead for length in self.lengths], 1, 0, self._width_step))
+        tiles = Tiles(self.batch.settled, self.batch.settled) if self._tiled else None
+        slot.begin(Forward([length + ahead for length in self.lengths], 1, 0, self._width_step, tiles))
         return slot
 
     def rewind(self, counts: Sequence[int]) -> None:

@@ -7,15 +7,18 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 
 class Batch:
     """Names of requests and lengths, in row order."""
 
-    def __init__(self) -> None:
+    def __init__(self, end: Callable[[int], int] = lambda length: length) -> None:
+        """``end``: of a row's length, how many tokens are in what is kept for good; see KvFormat."""
         self._names: list[str] = []
         self._lengths: list[int] = []
+        self._settled: list[int] = []
+        self._end = end
 
     def __len__(self) -> int:
         return len(self._names)
@@ -33,6 +36,16 @@ class Batch:
         """Tokens in each row."""
         return self._lengths
 
+    @property
+    def ends(self) -> Sequence[int]:
+        """Tokens in each row that a forward puts into what is kept for good, if they are not there."""
+        return [self._end(length) for length in self._lengths]
+
+    @property
+    def settled(self) -> Sequence[int]:
+        """Tokens in each row that are there."""
+        return list(self._settled)
+
     def row(self, name: str) -> int:
         """A request's row. Raises ValueError when it has none."""
         return self._names.index(name)
@@ -43,6 +56,7 @@ class Batch:
             raise ValueError(f"request {name!r} has row {self.row(name)} already")
         self._names.append(name)
         self._lengths.append(length)
+        self._settled.append(self._end(length))
         return len(self) - 1
 
     def leave(self, name: str) -> tuple[int, int]:
@@ -51,7 +65,8 @@ class Batch:
         row, last = self.row(name), len(self) - 1
         self._names[row] = self._names[last]
         self._lengths[row] = self._lengths[last]
-        del self._names[last], self._lengths[last]
+        self._settled[row] = self._settled[last]
+        del self._names[last], self._lengths[last], self._settled[last]
         return row, last
 
     def departures(self, leaving: Collection[str]) -> list[str]:
@@ -71,7 +86,8 @@ class Batch:
         return order
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Row i holds ``counts[i]`` tokens more."""
+        """A forward has been built, and row i holds ``counts[i]`` tokens more."""
+        self._settled = list(self.ends)
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
 
     def rewind(self, counts: Sequence[int]) -> None:
@@ -79,3 +95,4 @@ class Batch:
         if any(not 0 <= count <= length for length, count in zip(self._lengths, counts, strict=True)):
             raise ValueError(f"rows of {self._lengths} tokens cannot go back by {list(counts)}")
         self._lengths = [length - count for length, count in zip(self._lengths, counts, strict=True)]
+        self._settled = [min(settled, end) for settled, end in zip(self._settled, self.ends, strict=True)]

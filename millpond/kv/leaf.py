@@ -26,6 +26,8 @@ class LeafRow(NamedTuple):
     """Unused positions at the end of them."""
     exact: Arrays = ()
     """Keys and values of the positions that are never packed; none where there are no such."""
+    newest: Arrays = ()
+    """The same of those behind the last whole tile, where tiles are packed."""
 
     @property
     def used(self) -> Arrays:
@@ -34,7 +36,7 @@ class LeafRow(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(int(array.nbytes) for array in (*self.arrays, *self.exact))
+        return sum(int(array.nbytes) for array in (*self.arrays, *self.exact, *self.newest))
 
 
 class Slot(Protocol):
@@ -65,8 +67,9 @@ class Slot(Protocol):
     def put(self, row: int, leaf: LeafRow, length: int) -> int:
         """Fill a row with a finished prompt of ``length`` tokens, which may be 0. Bytes that are copied for that."""
 
-    def span(self, row: int, start: int, end: int) -> Arrays:
-        """What records hold of positions [start, end) of a row, lazily."""
+    def span(self, row: int, start: int, end: int, length: int) -> Arrays:
+        """What records hold of positions [start, end) of a row that has ``length``, lazily: such as forwards have
+        written, not those that came with its prompt."""
 
     def lift(self, row: int, length: int) -> Sequence[Arrays]:
         """A copy of a row of ``length`` tokens, lazily."""

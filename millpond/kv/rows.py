@@ -9,8 +9,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
+
+from millpond.native.packing import TILE
+
+
+class Tiles(NamedTuple):
+    """Of each row, where the positions begin that are in no whole tile."""
+
+    ends: Sequence[int]
+    """In this forward."""
+    settled: Sequence[int]
+    """Before it: what is between the two has to be packed."""
 
 
 class Forward:
@@ -20,10 +32,17 @@ class Forward:
     layer.
     """
 
-    def __init__(self, lengths: Sequence[int], columns: int, filled_to: int = 0, width_step: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        columns: int,
+        filled_to: int = 0,
+        width_step: int = 1,
+        tiles: Tiles | None = None,
+    ) -> None:
         """``filled_to``: the forward has so many rows, of which those behind the live ones hold and leave nothing, and
         each attends alone; 0: only live ones, which attend together. ``width_step``: where there is a mask, attention
-        sees a multiple of so many columns, as far as slots have them."""
+        sees a multiple of so many columns, as far as slots have them. ``tiles``: where slots keep such."""
         self.n = len(lengths)
         self.rows = max(self.n, filled_to)
         self.apart = filled_to > 0
@@ -33,7 +52,9 @@ class Forward:
         self._lengths = list(lengths)
         self._width_step = 1 if self.aligned and columns == 1 else width_step
         self._masks: dict[tuple[int | None, int, bool], mx.array | None] = {}
+        self._tiled_masks: dict[tuple[int, int, int], mx.array] = {}
         self._columns: dict[tuple[int, int | None], mx.array] = {}
+        self._tiles = tiles
 
     @cached_property
     def offset(self) -> mx.array:
@@ -75,6 +96,24 @@ class Forward:
         """Tokens of each row before this forward, int64."""
         return array("q", self._lengths).tobytes()
 
+    @property
+    def tiles(self) -> Tiles:
+        """Raises RuntimeError where there are none."""
+        if self._tiles is None:
+            raise RuntimeError("this batch keeps no tiles")
+        return self._tiles
+
+    @property
+    def settling(self) -> list[tuple[int, int]]:
+        """Row and first position of each tile that this forward packs."""
+        pairs = enumerate(zip(self.tiles.settled, self.tiles.ends, strict=True))
+        return [(row, first) for row, (settled, end) in pairs for first in range(settled, end, TILE)]
+
+    @cached_property
+    def packed_ends(self) -> bytes:
+        """Where the newest positions of each row begin, then where they began before this forward, int64 each."""
+        return array("q", [*self.tiles.ends, *self.tiles.settled]).tobytes()
+
     def within(self, first: int, end: int) -> bool:
         """Whether all positions written by this forward are in [first, end)."""
         return first <= min(self._lengths) and self.longest + self.columns <= end
@@ -93,6 +132,32 @@ class Forward:
     def width(self, capacity: int) -> int:
         """Columns of a slot that can hold anything a query of this forward may see, and perhaps some unused ones."""
         return min(-(-(self.longest + self.columns) // self._width_step) * self._width_step, capacity)
+
+    def tiled_widths(self, exact: int, tiled: int, ring: int) -> list[int]:
+        """Columns of each segment of a slot with tiles, of so many each, that a query of this forward may see."""
+        behind = max(self.tiles.ends) - exact
+        in_steps = -(-behind // self._width_step) * self._width_step if behind > 0 else 0
+        return [min(exact, self.longest + self.columns), min(in_steps, tiled), min(ring, self.longest + self.columns)]
+
+    @cached_property
+    def _ends(self) -> mx.array:
+        return mx.array(list(self.tiles.ends), dtype=mx.int32)[:, None, None]
+
+    def tiled_mask(self, exact: int, tiled: int, ring: int) -> mx.array:
+        """The same for a slot with tiles: the first ``exact`` positions, then whole tiles, then a ring of the newest,
+        which has older ones, too."""
+        key = (exact, tiled, ring)
+        if key not in self._tiled_masks:
+            first, packed, newest = self.tiled_widths(exact, tiled, ring)
+            query, last = self.positions[: self.n, :, None], (self.offset[: self.n] + (self.columns - 1))[:, None, None]
+            seen = [mx.arange(first, dtype=mx.int32) <= query]
+            if packed:
+                tiles = exact + mx.arange(packed, dtype=mx.int32) < self._ends
+                seen.append(mx.broadcast_to(tiles, (self.n, self.columns, packed)))
+            held = last - (last - mx.arange(newest, dtype=mx.int32)) % ring
+            seen.append((held >= mx.maximum(self._ends, exact)) & (held <= query))
+            self._tiled_masks[key] = mx.concatenate(seen, axis=-1)[:, None]
+        return self._tiled_masks[key]
 
     def mask(self, window: int | None, capacity: int, *, chunked: bool = False) -> mx.array | None:
         """Which column each query may see: bool [rows, 1, columns, width], or None when every query sees all of them.

@@ -1,6 +1,6 @@
 """A segment of positions of one layer, for all rows, in arrays that are written in place.
 
-Arrays are [rows, heads, capacity, x], each row aligned at the segment's first position: keys and values, or the six
+Arrays are [rows, heads, capacity, x], each row aligned at the segment's first position: keys and values, or the
 arrays of a packed format. A write is one scatter at (row, :, position), a read the view [:n, :, :width]. MLX updates in
 place only while nobody else holds the array, so no reference may outlive a step. Engine thread only.
 """
@@ -93,6 +93,11 @@ class KvSegment:
                 pieces = [mx.take(piece, FIRST, axis=0) for piece in pieces]
             self._set(np.s_[row : row + 1, :, column : column + many], pieces)
             done += many
+
+    def fill(self, row: int, start: int, parts: Arrays) -> None:
+        """Write [1, H, m, x] over the positions from ``start`` on of a row, in a segment that is no ring."""
+        column = start - self.first
+        self._set(np.s_[row : row + 1, :, column : column + int(parts[0].shape[2])], parts)
 
     def span(self, row: int, start: int, end: int) -> Arrays:
         """Positions [start, end) of a row, all of which must be here, as lazy views or copies [1, H, n, x].

@@ -185,11 +185,11 @@ class StateSlot:
                 self.cache[index] = mx.concatenate([held, array]) if row else _copied(array, 0)
         return self.nbytes
 
-    def span(self, row: int, start: int, end: int) -> Arrays:  # noqa: ARG002 - a state is of now, whatever the positions
+    def span(self, row: int, start: int, end: int, length: int) -> Arrays:  # noqa: ARG002 - a state is of now
         return tuple(_copied(array, row) for array in self.cache)
 
     def lift(self, row: int, length: int) -> Sequence[Arrays]:
-        return [self.span(row, 0, length)]
+        return [self.span(row, 0, length, length)]
 
     def land(self, row: int, lifted: Sequence[Arrays]) -> None:
         (arrays,) = lifted

@@ -31,15 +31,17 @@ class Assembly:
         self._floats: dict[int, list[mx.array]] = {}
         """Of each leaf of keys and values, what is kept as computed: [1, heads, columns, dim], keys and values."""
         self._packed: dict[int, list[mx.array]] = {}
-        """The same of what is packed, from position ``_packed_from`` on."""
-        self._packed_from = position
+        """The same of what is packed."""
+        self._newest: dict[int, Arrays] = {}
+        """The same of what is behind the last whole tile, where tiles are packed."""
         self._put: set[int] = set()
         """Where the blocks begin that are in place."""
         self._waiting_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        held = (array for arrays in (self._floats, self._packed) for leaf in arrays.values() for array in leaf)
+        kept = (self._floats, self._packed, self._newest)
+        held = (array for arrays in kept for leaf in arrays.values() for array in leaf)
         return sum(int(array.nbytes) for array in held)
 
     def put(self, part: Part) -> None:
@@ -58,14 +60,20 @@ class Assembly:
 
     def settle(self) -> None:
         """Wait for what has been put."""
-        mx.eval(self._floats, self._packed)
+        mx.eval(self._floats, self._packed, self._newest)
         self._waiting_bytes = 0
 
     def _into(self, group: Sequence[int], arrays: Arrays, part: Part) -> None:
         packed = arrays[0].dtype == NUMBERS
         targets, first, columns = self._floats, 0, self._exact if self._blocks.form.packs else self._capacity
         if packed:
-            targets, first, columns = self._packed, self._exact, self.position - self._exact
+            targets, first, columns = self._packed, self._exact, self._end - self._exact
+        elif part.node.start >= self._end:
+            self._newest |= {
+                leaf: tuple(array[place : place + 1, :, : part.used] for array in arrays)
+                for place, leaf in enumerate(group)
+            }
+            return
         for place, leaf in enumerate(group):
             if leaf not in targets:
                 targets[leaf] = [mx.zeros((1, a.shape[1], columns, a.shape[3]), dtype=a.dtype) for a in arrays]
@@ -76,6 +84,11 @@ class Assembly:
     def _exact(self) -> int:
         """Positions from the start that are never packed, as far as there are so many."""
         return min(self._blocks.form.packing.start, self.position)
+
+    @property
+    def _end(self) -> int:
+        """Where the positions begin that are behind the last whole tile."""
+        return self._blocks.form.end(self.position)
 
     def finished(self, network: nn.Module, plan: RestorePlan, *, whole: bool) -> Prompt:
         """The prompt, once all parts of the plan are in place. ``whole``: no forward will read behind them, so what is
@@ -88,21 +101,27 @@ class Assembly:
             floats = [tuple(self._floats.pop(leaf))] if leaf in self._floats else []
             if leaf in self._packed:
                 together = tuple(self._packed.pop(leaf))
-                prompt.pieces[leaf] = [Piece(self._exact, self.position, together)]
+                prompt.pieces[leaf] = [Piece(self._exact, self._end, together)]
                 if not whole:
                     floats.append(form.unpack(together))
+            if newest := self._newest.pop(leaf, ()):
+                if whole and prompt.pieces[leaf]:
+                    prompt.pieces[leaf].append(Piece(self._end, self.position, newest))
+                else:
+                    floats.append(newest)
             if floats:
-                prompt.leaves[leaf].put(self._spaced(floats), prompt.length)
+                prompt.leaves[leaf].put(self._spaced(floats, whole=whole), prompt.length)
         self._blocks.put_windows(prompt, plan, whole=whole)
         self._blocks.put_states(prompt, plan)
         mx.eval(cache_arrays(prompt.caches), [piece.arrays for pieces in prompt.pieces for piece in pieces])
         return prompt
 
-    def _spaced(self, floats: Sequence[Arrays]) -> Arrays:
-        """Keys and values one after the other, with room for what follows; of a packed format, else it is there."""
+    def _spaced(self, floats: Sequence[Arrays], *, whole: bool) -> Arrays:
+        """Keys and values one after the other, with room for what follows, if anything does; of a packed format, else
+        it is there."""
         if not self._blocks.form.packs:
             return floats[0]
-        room = self._capacity - sum(int(arrays[0].shape[2]) for arrays in floats)
+        room = 0 if whole else self._capacity - sum(int(arrays[0].shape[2]) for arrays in floats)
         sides = []
         for side in zip(*floats, strict=True):
             heads, dim = side[0].shape[1], side[0].shape[3]

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from millpond.kv.format import Arrays
+from millpond.kv.format import Arrays, tile_means, turned
+from millpond.kv.rotated import RotatedSlot
 from millpond.kv.slots import KvSlot
 from millpond.model import cpu_math, cuda_attention
 from millpond.model.upstream import LayerCache, Mask, upstream_attention
 from millpond.native import device
+from millpond.native.packing import TILE
 
 Attention = Callable[..., mx.array]
 
@@ -53,7 +55,11 @@ def over(arrays: Attention) -> Attention:
         if cache.spec.format.native or (len(cache.segments) > 1 and not cache.spec.format.unpacked):
             if sinks is not None:
                 raise ValueError("slots of this kind know no attention sinks")
-            if not cache.spec.format.native:
+            if isinstance(cache, RotatedSlot) and not cache.spec.format.native:
+                if mask is not cache.seen(cache.forward):
+                    raise ValueError("attention over rotated keys knows no other masks")
+                mixed = rotated_attention(live, cache, scale)
+            elif not cache.spec.format.native:
                 mixed = split_attention(live, cache, scale, mask)
             elif mask is not None:
                 raise ValueError("attention over slots in C knows no masks")
@@ -102,6 +108,32 @@ def split_attention(queries: mx.array, slot: KvSlot, scale: float, mask: Mask) -
     mixed = weights[..., :exact] @ exact_values[0]
     if width > exact:
         mixed = mixed + mx.quantized_matmul(weights[..., exact:], *_three(packed_values), False, size, bits)
+    return mixed.reshape(n, heads, length, -1)
+
+
+def rotated_attention(queries: mx.array, slot: RotatedSlot, scale: float) -> mx.array:
+    """Attention of [n, H, L, D] over rotated tiles and what is before and behind them."""
+    (first_keys, first_values), (tiled_keys, tiled_values), (newest_keys, newest_values) = slot.sides()
+    bits, size = slot.spec.format.packing.bits, slot.spec.format.packing.group_size
+    n, heads, length, dims = queries.shape
+    groups = slot.spec.heads
+    together = (queries * scale).reshape(n, groups, heads // groups * length, dims)
+    first, tiled = int(first_keys[0].shape[2]), int(tiled_keys[0].shape[2])
+    scores = [together @ first_keys[0].swapaxes(-1, -2), together @ newest_keys[0].swapaxes(-1, -2)]
+    if tiled:
+        around = turned(together, back=True)
+        of_means = around @ tile_means(tiled_keys[3], dims).swapaxes(-1, -2)
+        apart = mx.quantized_matmul(around, *_three(tiled_keys[:3]), True, size, bits)
+        scores.insert(1, apart + mx.repeat(of_means, TILE, axis=-1))
+    joined = mx.concatenate(scores, axis=-1)
+    seen = slot.seen(slot.forward)[:, :, None]
+    in_heads = joined.reshape(n, groups, heads // groups, length, -1)
+    masked = mx.where(seen, in_heads, -mx.inf).reshape(joined.shape)
+    weights = mx.softmax(masked, axis=-1, precise=True)
+    mixed = weights[..., :first] @ first_values[0] + weights[..., first + tiled :] @ newest_values[0]
+    if tiled:
+        amid = weights[..., first : first + tiled]
+        mixed = mixed + mx.quantized_matmul(amid, *_three(tiled_values), False, size, bits)
     return mixed.reshape(n, heads, length, -1)
 
 

@@ -24,10 +24,8 @@ from millpond.prefix.tree import Node
 
 AGREEMENT = 0.05
 """Largest difference of a recomputed block, as a share of its largest value: rounding is far below, errors above."""
-PACKED_ARRAYS = 6
-"""Of a layer: numbers, scales and biases of keys, then of values."""
 NUMBERS = mx.uint32
-"""Element type by which packed layers are told from others."""
+"""Element type by which packed layers are told from others, and where one of two sides begins."""
 STEPS_APART = 3
 """Packed numbers may be so many steps further apart: what is nearly half a step is rounded up once and down once."""
 
@@ -166,7 +164,7 @@ class BlockFormat:
                     Piece(part.node.start, part.end, _layer(held[part.node], len(groups), (number, place), part.used))
                     for part in plan.parts
                 ]
-                self._fill(prompt, leaf, pieces, (0, room), whole=whole)
+                self._fill(prompt, leaf, pieces, (0, 0 if whole and self.form.packs else room), whole=whole)
         self.put_windows(prompt, plan, whole=whole)
         self.put_states(prompt, plan)
         mx.eval([piece.arrays for pieces in prompt.pieces for piece in pieces])
@@ -218,15 +216,20 @@ class BlockFormat:
 
     def _fill(self, prompt: Prompt, leaf: int, pieces: list[Piece], around: tuple[int, int], *, whole: bool) -> None:
         """Put pieces into one layer of a prompt, with unused positions before and behind them."""
-        floats = [piece.arrays for piece in pieces if piece.arrays[0].dtype != NUMBERS]
+        floats = [piece for piece in pieces if piece.arrays[0].dtype != NUMBERS]
         packed = [piece for piece in pieces if piece.arrays[0].dtype == NUMBERS]
         if packed:
             together = Piece(packed[0].start, packed[-1].end, joined([piece.arrays for piece in packed]))
+            behind = [piece for piece in floats if piece.start >= together.end]
+            floats = [piece for piece in floats if piece.start < together.end]
             prompt.pieces[leaf] = [together]
-            if not whole:
-                floats.append(self.form.unpack(together.arrays))
+            if whole:
+                prompt.pieces[leaf] += behind
+            else:
+                unpacked = prompt.leaves[leaf].kept_as(self.form).unpack(together.arrays)
+                floats += [Piece(together.start, together.end, unpacked), *behind]
         if floats:
-            keys, values = (_spaced([arrays[side] for arrays in floats], *around) for side in (0, 1))
+            keys, values = (_spaced([piece.arrays[side] for piece in floats], *around) for side in (0, 1))
             prompt.leaves[leaf].put((keys, values), prompt.length)
 
 
@@ -244,9 +247,11 @@ def agree(form: KvFormat, held: Payload, computed: Payload, *, loose: int = 0) -
 
 
 def _close_packed(form: KvFormat, left: Arrays, right: Arrays) -> bool:
-    steps = STEPS_APART / (2**form.packing.bits - 1)
-    for first in range(0, len(left), PACKED_ARRAYS):
-        sides = (form.unpack(arrays[first : first + PACKED_ARRAYS]) for arrays in (left, right))
+    begins = [place for place, array in enumerate(left) if array.dtype == NUMBERS][::2]
+    for first, end in zip(begins, [*begins[1:], len(left)], strict=True):
+        kept = form.kept_in(left[first:end])
+        steps = STEPS_APART / (2**kept.packing.bits - 1)
+        sides = (kept.unpack(arrays[first:end]) for arrays in (left, right))
         if not all(_close(a, b, steps) for a, b in zip(*sides, strict=True)):
             return False
     return True
@@ -283,7 +288,7 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
                 continue  # it keeps nothing
             dtypes.append(_name(arrays[0].dtype))
             if form.packs and kind is not Kind.STATE:
-                arrays = form.pack(*arrays)
+                arrays = leaf.kept_as(form).one(*arrays)
         except (TypeError, ValueError) as error:
             return f"layer {index}: {error}"
         shape = " ".join(f"{_name(a.dtype)}{list(a.shape)}" for a in arrays)
@@ -298,7 +303,7 @@ def block_format(cache: PromptCache, form: KvFormat) -> BlockFormat | str:
         return f"its sliding windows of {windows} tokens differ, and one is shorter than a block of {BLOCK}"
     return BlockFormat(
         form=form,
-        layout=Layout(window=windows[-1] if windows else 0, state=bool(groups[Kind.STATE])),
+        layout=Layout(window=windows[-1] if windows else 0, state=bool(groups[Kind.STATE]), whole=form.rotated),
         groups={kind: list(alike.values()) for kind, alike in groups.items()},
         layers=tuple(layers),
         dtype=dtypes[0],

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from millpond.kv.format import Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
+from millpond.kv.rotated import RotatedSpec
 from millpond.kv.slots import ChunkSpec, KvSpec, LeafSpec, RingSpec
 from millpond.kv.states import StateSlot, StateSpec
 from millpond.model.upstream import (
@@ -52,6 +53,10 @@ class Leaf:
         cannot hold that."""
         return f"a {self.name}"
 
+    def kept_as(self, form: KvFormat) -> KvFormat:
+        """The format in which slots and records of that format keep this one."""
+        return form
+
     def exact(self, form: KvFormat) -> int:
         """Positions from the start that a format that packs leaves as they are."""
         raise TypeError(f"a {self.name} is never packed as {form}")
@@ -84,7 +89,7 @@ class KvLeaf(Leaf):
     cache: KVCache
 
     def spec(self, form: KvFormat) -> LeafSpec | str:
-        return KvSpec(*self._sizes(), form)
+        return (RotatedSpec if form.rotated else KvSpec)(*self._sizes(), form)
 
     def _sizes(self) -> tuple[int, int, int, mx.Dtype]:
         held = self.cache.keys is not None
@@ -131,7 +136,10 @@ class WindowLeaf(KvLeaf):
         return int(self.cache.max_size)
 
     def spec(self, form: KvFormat) -> LeafSpec | str:
-        return RingSpec(*self._sizes(), form, window=self.window)
+        return RingSpec(*self._sizes(), self.kept_as(form), window=self.window)
+
+    def kept_as(self, form: KvFormat) -> KvFormat:
+        return form.windows()
 
     def exact(self, form: KvFormat) -> int:  # noqa: ARG002 - it forgets the first ones anyway
         return 0
@@ -175,7 +183,7 @@ class ChunkLeaf(WindowLeaf):
         return int(self.cache.chunk_size)
 
     def spec(self, form: KvFormat) -> LeafSpec | str:
-        return ChunkSpec(*self._sizes(), form, window=self.window)
+        return ChunkSpec(*self._sizes(), self.kept_as(form), window=self.window)
 
     @property
     def columns_before(self) -> int:
@@ -336,21 +344,31 @@ class Rounded:
         """What the leaf holds behind the first ``done`` tokens is rounded at once."""
         assert isinstance(leaf, KvLeaf)
         self._leaf = leaf
-        self._form = form
+        self._form = leaf.kept_as(form)
         self._exact = leaf.exact(form)
-        end = leaf.cache.offset
-        if not end:
+        length = leaf.cache.offset
+        self._end = self._form.end(length)
+        """Where rounding goes on."""
+        if not length:
             return
-        held = end - leaf.in_order()[0].shape[2]
-        first = max(held, done, min(self._exact, end))
-        if first < end:
-            packed = form.unpack(form.pack(*leaf.span(first, end)))
-            sides = zip(leaf.span(held, first), packed, strict=True)
-            leaf.put([mx.concatenate(list(side), axis=2) for side in sides], end)
+        held = length - leaf.in_order()[0].shape[2]
+        self._round(max(held, self._form.end(done), min(self._exact, length)), self._end)
+
+    def _round(self, first: int, end: int) -> None:
+        if first >= end:
+            return
+        length = self._leaf.cache.offset
+        held = length - self._leaf.in_order()[0].shape[2]
+        packed = self._form.unpack(self._form.pack(*self._leaf.span(first, end)))
+        sides = zip(self._leaf.span(held, first), packed, self._leaf.span(end, length), strict=True)
+        self._leaf.put([mx.concatenate(list(side), axis=2) for side in sides], length)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As mlx-lm's, one token at a time."""
-        if self._leaf.cache.offset >= self._exact:
+        if self._form.rotated:
+            before, self._end = self._end, self._form.end(self._leaf.cache.offset)
+            self._round(before, self._end)
+        elif self._leaf.cache.offset >= self._exact:
             keys, values = self._form.unpack(self._form.pack(keys, values))
         return cast(tuple[mx.array, mx.array], self._leaf.cache.update_and_fetch(keys, values))
 

@@ -86,9 +86,10 @@ class Capabilities(msgspec.Struct, frozen=True):
     def fitted(self, model: LoadedModel) -> LoadedModel:
         """The model as the probe ran it. Raises ModelError when it was to be packed and cannot be."""
         if not self.slots and model.form.packs:
+            packing = model.form.packing
+            name, value = ("kv_quant_mode", "rotated") if packing.rotated else ("kv_bits", str(packing.bits))
             raise ModelError(
-                f"kv_bits: {model.form.packing.bits} cannot be used with this model: {self.reason}. "
-                "Leave kv_bits out to serve it"
+                f"{name}: {value} cannot be used with this model: {self.reason}. Leave {name} out to serve it"
             )
         form = replace(model.form, native=self.native, unpacked=self.unpacked)
         return model if form == model.form else kept_as(model, form)

@@ -21,7 +21,7 @@ from millpond.prefix.records import Kind
 
 
 class Piece:
-    """Packed positions [start, end) of one layer, [1, heads, end - start, x] each."""
+    """Positions [start, end) of one layer as rows keep them, [1, heads, end - start, x] each."""
 
     def __init__(self, start: int, end: int, arrays: Arrays) -> None:
         self.start = start
@@ -58,10 +58,11 @@ class Prompt:
         for leaf, pieces in zip(self.leaves, self.pieces, strict=bool(self.pieces)):
             if not leaf.packable:
                 continue
-            first = max(start, leaf.exact(self.form))
-            if first < self.length:
-                packed.append(self.form.pack(*leaf.span(first, self.length)))
-                pieces.append(Piece(first, self.length, packed[-1]))
+            form = leaf.kept_as(self.form)
+            first, end = max(form.end(start), leaf.exact(form)), form.end(self.length)
+            if first < end:
+                packed.append(form.pack(*leaf.span(first, end)))
+                pieces.append(Piece(first, end, packed[-1]))
             # The cache itself holds what any token of the last chunk could see, and blocks are cut from that.
             pieces[:] = [piece for piece in pieces if piece.end > leaf.oldest(start)]
         mx.eval(packed)
@@ -75,6 +76,8 @@ class Prompt:
         leaf = self.leaves[number]
         if not self.pieces or not leaf.packable or end <= leaf.exact(self.form):
             return leaf.span(start, end)
+        if start >= leaf.kept_as(self.form).end(end):
+            return self._newest(number, start, end)
         pieces = [piece for piece in self.pieces[number] if piece.end > start and piece.start < end]
         if not pieces or pieces[0].start > start:
             raise ValueError(f"position {start} has left the window")
@@ -90,10 +93,18 @@ class Prompt:
 
     def _packed_row(self, number: int) -> LeafRow:
         leaf = self.leaves[number]
-        exact = min(leaf.exact(self.form), self.length)
+        exact, end = min(leaf.exact(self.form), self.length), leaf.kept_as(self.form).end(self.length)
         first = max(leaf.oldest(self.length), exact)
-        pieces = [piece.cut(first, self.length) for piece in self.pieces[number] if piece.end > first]
-        return LeafRow(joined(pieces) if pieces else (), exact=leaf.span(0, exact) if exact else ())
+        pieces = [piece.cut(first, end) for piece in self.pieces[number] if piece.end > first and piece.start < end]
+        newest = self._newest(number, end, self.length) if end < self.length else ()
+        return LeafRow(joined(pieces) if pieces else (), exact=leaf.span(0, exact) if exact else (), newest=newest)
+
+    def _newest(self, number: int, start: int, end: int) -> Arrays:
+        """Positions behind the last whole tile, as computed."""
+        last = self.pieces[number][-1] if self.pieces[number] else None
+        if last is not None and last.start <= start and last.end >= end:
+            return last.cut(start, end)
+        return self.leaves[number].span(start, end)
 
 
 def joined(pieces: Sequence[Arrays]) -> Arrays:

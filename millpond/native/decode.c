@@ -21,12 +21,14 @@
 #include "common.h"
 #include "kernels.h"
 #include "pool.h"
+#include "tiles.h"
 
-enum { TILE = 64, SPLIT = 512 };
+enum { SPLIT = 512, SETTLE_NUMBERS = 32 * 1024 };
 
 /* Keys or values of one stretch of positions, [rows, heads, capacity, dims] without gaps; packed unless bits is 32. */
 struct store {
     struct packed packed; /* ``numbers`` are the floats when they are not packed */
+    uint16_t *means;      /* of tiles of keys, see tiles.h; else NULL */
     int64_t capacity;
     int32_t bits, group;
 };
@@ -36,7 +38,9 @@ struct slots {
     int64_t window; /* what a query sees, and the second stores are rings; 0: everything */
     /* Positions below ``exact`` are in the first store of each, the others in the second, counted from there. */
     int64_t exact;
-    struct store keys[2], values[2];
+    /* Of those only whole tiles are in the second, and the newest positions are in the third stores, which are rings. */
+    int64_t tiled;
+    struct store keys[3], values[3];
     double scale;   /* of scores whose softmax is to the base of 2 */
     int64_t writes; /* 0: there are no new keys and values; the queries attend to what is there */
 };
@@ -45,21 +49,31 @@ struct slots {
 struct call {
     const struct slots *slots;
     const int64_t *lengths; /* tokens of each row before this forward */
+    const int64_t *ends;    /* of tiled slots: where each row's newest positions begin */
+    const int64_t *settled; /* the same when this forward begins: tiles between the two are packed first */
     const float *queries;   /* [rows, heads, length, dims] */
     const float *keys;      /* [rows, groups, length, dims] */
     const float *values;    /* [rows, groups, length, value_dims] */
     float *result;          /* [rows, length, heads, value_dims] */
 };
 
-/* Which store has a position, and at which of its columns. */
-static int place(const struct slots *s, long position, long *column)
+struct settling {
+    const struct call *call;
+    int *sound; /* 0 once a thread has lacked memory */
+};
+
+/* Which store has a position of a row, and at which of its columns. */
+static int place(const struct call *call, long row, long position, long *column)
 {
-    if (position < s->exact) {
+    const struct slots *s = call->slots;
+    int which = position < s->exact ? 0 : s->tiled && position >= call->ends[row] ? 2 : 1;
+    if (which == 0)
         *column = position;
-        return 0;
-    }
-    *column = s->window ? position % s->keys[1].capacity : position - s->exact;
-    return 1;
+    else if (which == 2 || s->window)
+        *column = position % s->keys[which].capacity;
+    else
+        *column = position - s->exact;
+    return which;
 }
 
 static long vector_at(const struct slots *s, const struct store *store, long row, long group, long column)
@@ -75,12 +89,64 @@ static void put(const struct store *store, long at, long dims, const float *from
         pack_groups(store->bits, from, dims / store->group, store->group, store->packed, at * (dims / store->group));
 }
 
+/* Copy TILE vectors from a ring. */
+static void gather(const struct slots *s, const struct store *ring, long row, long group, long first, long dims, float *to)
+{
+    for (long t = 0; t < TILE; t++) {
+        long at = vector_at(s, ring, row, group, (first + t) % ring->capacity);
+        memcpy(to + t * dims, (const float *)ring->packed.numbers + at * dims, (size_t)dims * sizeof(float));
+    }
+}
+
+/* Pack what has become a tile of the newest positions of one row and group. */
+static void settle_piece(const void *data, long number)
+{
+    const struct settling *settling = data;
+    const struct call *call = settling->call;
+    const struct slots *s = call->slots;
+    long row = number / s->groups, group = number % s->groups;
+    if (call->settled[row] >= call->ends[row])
+        return;
+    float *room = scratch((size_t)(TILE * larger(s->dims, s->value_dims)));
+    if (!room) {
+        __atomic_store_n(settling->sound, 0, __ATOMIC_RELAXED);
+        return;
+    }
+    for (long first = call->settled[row]; first < call->ends[row]; first += TILE) {
+        const struct store *keys = &s->keys[1], *values = &s->values[1];
+        long at = vector_at(s, keys, row, group, first - s->exact);
+        gather(s, &s->keys[2], row, group, first, s->dims, room);
+        pack_tile(keys->bits, room, s->dims, keys->group, keys->packed, keys->means, at);
+        gather(s, &s->values[2], row, group, first, s->value_dims, room);
+        long each = s->value_dims / values->group;
+        pack_groups(values->bits, room, TILE * each, values->group, values->packed, at * each);
+    }
+}
+
+/* The same for all rows. Returns whether there was memory for it. */
+static int settle(const struct call *call)
+{
+    const struct slots *s = call->slots;
+    int sound = 1;
+    struct settling settling = {call, &sound};
+    long numbers = 0;
+    if (s->tiled)
+        for (long row = 0; row < s->rows; row++)
+            numbers += larger(0, call->ends[row] - call->settled[row]) * s->groups * (s->dims + s->value_dims);
+    if (numbers >= SETTLE_NUMBERS && pool_claim())
+        pool_run(settle_piece, &settling, s->rows * s->groups, 1);
+    else if (numbers)
+        for (long number = 0; number < s->rows * s->groups; number++)
+            settle_piece(&settling, number);
+    return sound;
+}
+
 static void write_row(const struct call *call, long row)
 {
     const struct slots *s = call->slots;
     for (long l = 0; l < s->length; l++) {
         long column;
-        int which = place(s, call->lengths[row] + l, &column);
+        int which = place(call, row, call->lengths[row] + l, &column);
         for (long group = 0; group < s->groups; group++) {
             long at = vector_at(s, &s->keys[which], row, group, column);
             long from = (row * s->groups + group) * s->length + l;
@@ -143,8 +209,8 @@ static void run_piece(const void *data, long number)
     const struct slots *s = call->slots;
     const struct piece *piece = &((const struct work *)data)->pieces[number];
     long share = s->heads / s->groups, queries = share * s->length, length = call->lengths[piece->row];
-    float *memory = scratch((size_t)(queries * (s->dims + s->value_dims * 2 + TILE + 2)
-                                     + TILE * (s->dims > s->value_dims ? s->dims : s->value_dims)) + 64);
+    float *memory = scratch((size_t)(queries * (s->dims * 2 + s->value_dims * 2 + TILE + 3)
+                                     + (TILE + 1) * larger(s->dims, s->value_dims)) + 64);
     if (!memory) {
         lose_piece(call, piece);
         return;
@@ -152,6 +218,7 @@ static void run_piece(const void *data, long number)
     float *scaled = memory, *mixed = scaled + queries * s->dims, *added = mixed + queries * s->value_dims;
     float *scores = added + queries * s->value_dims, *room = scores + queries * TILE;
     struct running *running = (struct running *)(room + TILE * larger(s->dims, s->value_dims));
+    float *turned = (float *)(running + queries), *mean = turned + queries * s->dims, *raised = mean + s->dims;
     for (long q = 0; q < queries; q++) {
         const float *from =
             call->queries + ((piece->row * s->heads + piece->group * share + q % share) * s->length + q / share) * s->dims;
@@ -159,15 +226,26 @@ static void run_piece(const void *data, long number)
             scaled[q * s->dims + i] = from[i] * (float)s->scale;
         running[q] = (struct running){-INFINITY, 0.0f};
     }
+    if (s->tiled) {
+        memcpy(turned, scaled, (size_t)(queries * s->dims) * sizeof(float));
+        rotate(turned, queries, s->dims, OF_QUERIES);
+    }
     memset(mixed, 0, (size_t)(queries * s->value_dims) * sizeof(float));
     for (long at = piece->from, next; at < piece->to; at = next) {
         long column;
-        int which = place(s, at, &column);
+        int which = place(call, piece->row, at, &column);
         const struct store *keys = &s->keys[which], *values = &s->values[which];
         next = smaller(piece->to, smaller(at / TILE * TILE + TILE, at + keys->capacity - column));
         long cols = next - at, first = vector_at(s, keys, piece->row, piece->group, column);
-        dot_rows(queries, cols, s->dims, scaled, s->dims, floats_of(keys, first, cols, s->dims, room), s->dims, scores,
-                 TILE);
+        dot_rows(queries, cols, s->dims, keys->means ? turned : scaled, s->dims,
+                 floats_of(keys, first, cols, s->dims, room), s->dims, scores, TILE);
+        if (keys->means) {
+            mean_of_tile(keys->means, first, s->dims, mean);
+            dot_rows(queries, 1, s->dims, turned, s->dims, mean, s->dims, raised, 1);
+            for (long q = 0; q < queries; q++)
+                for (long j = 0; j < cols; j++)
+                    scores[q * TILE + j] += raised[q];
+        }
         for (long q = 0; q < queries; q++) {
             float *row = scores + q * TILE;
             long own = length + q / share, past = own + 1 - at, before = s->window ? own + 1 - s->window - at : 0;
@@ -246,6 +324,7 @@ static void run(const struct call *call)
 {
     const struct slots *s = call->slots;
     long most = 0, tokens = 0;
+    int sound = !s->writes || settle(call);
     for (long row = 0; row < s->rows; row++) {
         if (s->writes)
             write_row(call, row);
@@ -255,7 +334,7 @@ static void run(const struct call *call)
     most *= s->groups;
     struct piece *pieces = malloc((size_t)most * sizeof *pieces);
     float *parts = malloc((size_t)(most * part_size(s)) * sizeof(float));
-    if (!pieces || !parts) {
+    if (!pieces || !parts || !sound) {
         /* Not a number is found by whoever reads the result, and the requests of this step fail. */
         for (long i = 0; i < s->rows * s->length * s->heads * s->value_dims; i++)
             call->result[i] = NAN;
@@ -310,5 +389,6 @@ void run_carried(const float *a, const float *b, float *c)
     const struct carried *carried = (const struct carried *)a;
     const struct slots *s = &carried->slots;
     long queries = s->rows * s->heads * s->length * s->dims, keys = s->rows * s->groups * s->length * s->dims;
-    run(&(struct call){s, carried->lengths, b, b + queries, b + queries + keys, c});
+    const int64_t *lengths = carried->lengths;
+    run(&(struct call){s, lengths, lengths + s->rows, lengths + 2 * s->rows, b, b + queries, b + queries + keys, c});
 }

@@ -34,6 +34,7 @@ class Store(ctypes.Structure):
 
     _fields_ = (
         ("packed", PackedAddresses),
+        ("means", ctypes.c_void_p),
         ("capacity", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32),
@@ -45,11 +46,15 @@ class Slots(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "heads", "groups", "length", "dims", "value_dims")),
-        *((name, ctypes.c_int64) for name in ("window", "exact")),
-        *((name, Store * 2) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("window", "exact", "tiled")),
+        *((name, Store * 3) for name in ("keys", "values")),
         ("scale", ctypes.c_double),
         ("writes", ctypes.c_int64),
     )
+
+
+Stores = Sequence[Store | None]
+"""Those of the first positions, of the others, and of the newest: the last of them may be missing."""
 
 
 @functools.cache
@@ -75,18 +80,21 @@ def _password() -> bytes:
 
 
 def store(arrays: Sequence[mx.array], bits: int, group: int) -> Store:
-    """Evaluated arrays [rows, heads, capacity, x]: floats alone, or packed numbers, scales and biases."""
+    """Evaluated arrays [rows, heads, capacity, x]: floats alone, or packed numbers, scales and biases, and the means of
+    tiles."""
     places = [np.asarray(array).__array_interface__ for array in arrays]
     if any(place["strides"] is not None for place in places):
         raise ValueError("slots must be arrays without gaps")
-    return Store(PackedAddresses(*(place["data"][0] for place in places)), arrays[0].shape[2], bits, group)
+    numbers, *rest = (place["data"][0] for place in places)
+    scales, biases, means = [*rest, 0, 0, 0][:3]
+    return Store(PackedAddresses(numbers, scales, biases), means, arrays[0].shape[2], bits, group)
 
 
 def job(
     shape: tuple[int, int, int, int],
     dims: tuple[int, int],
-    keys: tuple[Store | None, Store],
-    values: tuple[Store | None, Store],
+    keys: Stores,
+    values: Stores,
     *,
     scale: float = 1.0,
     exact: int = 0,
@@ -95,19 +103,22 @@ def job(
 ) -> bytes:
     """What ``attend`` is to do; good for as long as the stores' arrays stay where they are.
 
-    ``shape``: rows, query heads, key heads, new tokens; ``dims``: those of a key and of a value. The first store of a
-    pair has positions below ``exact``, the second the others, as a ring when there is a ``window``. ``scale``: that of
-    the scores, whose softmax is to the base of 2.
+    ``shape``: rows, query heads, key heads, new tokens; ``dims``: those of a key and of a value. The first store
+    has positions below ``exact``, the second the others, as a ring when there is a ``window``; where there is a third
+    one, the second has whole tiles only, and that is a ring of the newest positions. ``scale``: that of the scores,
+    whose softmax is to the base of 2.
     """
-    stores = ((Store * 2)(pair[0] or Store(), pair[1]) for pair in (keys, values))
-    return _password() + bytes(Slots(*shape, *dims, window, exact, *stores, scale, writes))
+    tiled = len(keys) > 2
+    stores = ((Store * 3)(*(one or Store() for one in side)) for side in (keys, values))
+    return _password() + bytes(Slots(*shape, *dims, window, exact, tiled, *stores, scale, writes))
 
 
 def attend(
     asked: bytes, lengths: bytes, queries: mx.array, new: tuple[mx.array, mx.array] | tuple[()], value_dim: int
 ) -> mx.array:
     """Write ``new`` keys and values [n, G, L, D] behind the ``lengths`` (int64) of the rows, then attend: queries
-    [n, H, L, D] float32 -> [n, H, L, value_dim], lazily. ``asked``: see ``job``."""
+    [n, H, L, D] float32 -> [n, H, L, value_dim], lazily. ``asked``: see ``job``. With a third store the lengths are
+    followed by where the newest positions of each row begin, and by where they began in the forward before."""
     n, heads, length, _ = queries.shape
     given = [array.reshape(-1) for array in (queries, *new)]
     total, size = sum([int(array.size) for array in given]), n * heads * length * value_dim

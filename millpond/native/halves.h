@@ -1,4 +1,4 @@
-/* Numbers of half precision as uint16_t. Included by kernels.c alone. */
+/* Numbers of half precision as uint16_t. */
 
 #include <stdint.h>
 

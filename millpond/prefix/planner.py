@@ -23,6 +23,8 @@ class Layout:
     """Some layer is recurrent."""
     step: int = 1
     """Positions that are resumed are multiples of so many tokens, and so are the ends of blocks that are kept."""
+    whole: bool = False
+    """Blocks are kept in a way of which a part is of no use."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -32,8 +34,9 @@ class Layout:
 
     @property
     def exact(self) -> bool:
-        """Blocks can be resumed at their ends only, because of a snapshot or a window shorter than a block."""
-        return self.state or 0 < self.window < BLOCK
+        """Blocks can be resumed at their ends only, because of a snapshot, a window shorter than a block, or how they
+        are kept."""
+        return self.state or self.whole or 0 < self.window < BLOCK
 
     @property
     def reach(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from millpond.config import ConfigError, ServeConfig, read_config, reference
-from millpond.types import SpecMode, SpecSettings, Speculation
+from millpond.types import KvPacking, SpecMode, SpecSettings, Speculation
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("flag", "environment", "file")
@@ -52,6 +52,7 @@ GOOD = {
     "kv_bits": ("8", 8),
     "kv_group_size": ("32", 32),
     "kv_quant_start": ("128", 128),
+    "kv_quant_mode": ("rotated", None),
     "cache_ram": ("1GB", 10**9),
     "share_prefixes": ("on", "on"),
     "cache_selfcheck": ("3", 3),
@@ -112,7 +113,7 @@ def test_every_setting_is_read_from_every_source(source: str, name: str, tmp_pat
     """(J1)"""
     text, value = GOOD[name]
     if value is None:
-        with pytest.raises(ConfigError, match="must be given if and only if tls_certificate is"):
+        with pytest.raises(ConfigError, match=ALONE.get(name, "must be given if and only if tls_certificate is")):
             given(source, name, text, tmp_path)
         return
     config, _ = given(source, name, text, tmp_path)
@@ -121,6 +122,7 @@ def test_every_setting_is_read_from_every_source(source: str, name: str, tmp_pat
     assert config.model_fields_set == {name}
 
 
+ALONE = {"kv_quant_mode": "rotated needs kv_bits: 4"}
 BAD = [
     ("port", "65536", "0 to 65535"),
     ("port", "-1", "0 to 65535"),
@@ -140,6 +142,8 @@ BAD = [
     ("kv_bits", "int8", "integer"),
     ("kv_group_size", "16", "must be 32, 64 or 128"),
     ("kv_quant_start", "100", "0 or a multiple of 64"),
+    ("kv_quant_mode", "rotated", "rotated needs kv_bits: 4"),
+    ("kv_quant_mode", "int4", "'affine' or 'rotated'"),
     ("context_length", "-1", "from 0"),
     ("context_length", "4k", "from 0"),
     ("max_waiting", "0", "from 1"),
@@ -236,6 +240,14 @@ def test_what_the_engine_is_told_about_guessing() -> None:
     config = read_config(told, {})
     assert config.speculation == Speculation(mode=SpecMode.DRAFT, tokens=7, adaptive=False)
     assert config.spec_settings("/draft") == SpecSettings(default=config.speculation, draft_path="/draft", shared=True)
+
+
+def test_what_the_engine_is_told_about_packing() -> None:
+    assert DEFAULTS.packing == KvPacking()
+    told = {"kv_bits": "4", "kv_group_size": "32", "kv_quant_mode": "rotated"}
+    assert read_config(told, {}).packing == KvPacking(bits=4, group_size=32, start=64, rotated=True)
+    later = read_config({**told, "kv_quant_start": "128"}, {}).packing
+    assert later == KvPacking(bits=4, group_size=32, start=128, rotated=True)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -52,6 +52,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "http/test_packed_server.py::test_bits_groups_and_exact_tokens",
         "http/test_packed_server.py::test_what_cannot_be_packed_is_an_error_at_start",
     ),
+    "kv_quant_mode": ("http/test_packed_server.py::test_bits_groups_and_exact_tokens",),
     "kv_quant_start": ("http/test_packed_server.py::test_bits_groups_and_exact_tokens",),
     "cache_ram": (
         "http/test_prefix_flags.py::test_cache_ram_bounds_memory",

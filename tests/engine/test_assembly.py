@@ -27,6 +27,8 @@ KINDS = {
     "latent": ("deepseek_v2", UNPACKED),
     "states": ("qwen3_next", UNPACKED),
     "int8": ("wide_llama", KvPacking(bits=8)),
+    "rotated": ("wide_llama", KvPacking(bits=4, start=64, rotated=True)),
+    "rotated beside windows": ("wide_gemma3_text", KvPacking(bits=4, group_size=32, start=64, rotated=True)),
     "int8-start": ("wide_gemma3_text", KvPacking(bits=8, start=128)),
 }
 LENGTH = 390

@@ -166,19 +166,24 @@ def test_rows_of_different_lengths_need_no_kernel_of_their_own(
         assert_same_or_near(opened.model.network, tokens, found.outcomes[name].tokens, expected)
 
 
-PACKED = [pytest.param((kind, "bf16"), bits, id=f"{kind}-int{bits}") for kind in CONFIGS_WIDE for bits in (8, 4)]
+PACKINGS = {
+    "int8": KvPacking(bits=8),
+    "int4": KvPacking(bits=4),
+    "rotated": KvPacking(bits=4, start=64, rotated=True),
+}
+PACKED = [pytest.param((kind, "bf16"), name, id=f"{kind}-{name}") for kind in CONFIGS_WIDE for name in PACKINGS]
 
 
-@pytest.mark.often("wide_gemma3_text-int4")
+@pytest.mark.often("wide_gemma3_text-int4", "wide_llama-rotated")
 @pytest.mark.parametrize("metal", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("kind", "bits"), PACKED)
+@pytest.mark.parametrize(("kind", "packing"), PACKED)
 def test_packed_keys_and_values(
-    kind: tuple[str, str], bits: int, metal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: tuple[str, str], packing: str, metal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A model in bfloat16 is not refused for its own rounding; a hit is a miss."""
     folder = save_as(*kind, tmp_path / "model")
     as_on_a_gpu(monkeypatch, metal=metal)
-    opened = open_model(folder, packing=KvPacking(bits=bits, group_size=64))
+    opened = open_model(folder, packing=PACKINGS[packing])
     assert opened.capabilities.slots, opened.capabilities.reason
     cache = prefix_cache(opened.model)
     miss, hit = (answers(opened, crowd(), cache=cache) for _ in range(2))
@@ -192,8 +197,7 @@ def test_packed_where_no_product_takes_packed_numbers(monkeypatch: pytest.Monkey
     """On CUDA, where MLX multiplies with packed numbers of a few shapes only: they are unpacked, also behind tokens
     that are kept as computed, and answers are those of products that take them."""
     folder = save_as("wide_llama", "bf16", tmp_path / "model")
-    for start in (0, 64):
-        packing = KvPacking(bits=8, group_size=64, start=start)
+    for packing in (KvPacking(bits=8), KvPacking(bits=8, start=64), PACKINGS["rotated"]):
         as_on_a_gpu(monkeypatch, metal=True)
         usual = open_model(folder, packing=packing)
         expected = answers(usual, crowd())

@@ -24,10 +24,12 @@ from tiny_models import CONFIGS_WIDE, opened, prompt, save
 
 from millpond.engine.link import Inbox
 from millpond.kv.format import KvFormat
+from millpond.kv.rotated import RING
 from millpond.model.blocks import BlockFormat
 from millpond.model.load import LoadedModel, ModelError, kept_as
 from millpond.model.opened import open_model
 from millpond.model.probe import Capabilities, probe
+from millpond.native.packing import TILE
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.events import Opened
 from millpond.prefix.disk.tier import SsdTier
@@ -36,7 +38,8 @@ from millpond.types import KvPacking, PrefixReport
 
 INT8, INT4, EXACT_START = KvPacking(bits=8), KvPacking(bits=4), KvPacking(bits=8, start=128)
 SMALL_GROUPS = KvPacking(bits=4, group_size=32)
-PACKINGS = {"int8": INT8, "int4": INT4, "start": EXACT_START, "groups": SMALL_GROUPS}
+ROTATED = KvPacking(bits=4, start=64, rotated=True)
+PACKINGS = {"int8": INT8, "int4": INT4, "start": EXACT_START, "groups": SMALL_GROUPS, "rotated": ROTATED}
 ANSWER = 10
 Which = tuple[str, str, bool]
 """Kind of model, name of a packing, and whether in C."""
@@ -88,6 +91,8 @@ WAYS: list[Which] = [(kind, packing, True) for kind in CONFIGS_WIDE for packing 
     ("wide_llama", "start", False),
     ("wide_gemma3_text", "int8", False),
     ("wide_gemma3_text", "int4", False),
+    ("wide_llama", "rotated", False),
+    ("wide_gemma3_text", "rotated", False),
 ]
 
 
@@ -247,12 +252,15 @@ def test_bytes_are_those_of_the_format(packing: str, tmp_path: Path) -> None:
         sizes, capacity, start = loaded.sizes, 512, loaded.form.packing.start
         assert {record.nbytes / BLOCK for record in packed} == {sizes.token_bytes}
         assert {record.nbytes / BLOCK for record in exact} <= {sizes.exact_token_bytes}
-        assert max(rows) == start * sizes.exact_token_bytes + (capacity - start) * sizes.token_bytes
+        newest = RING * sizes.exact_token_bytes if loaded.form.rotated else 0
+        assert sizes.row_bytes == newest
+        assert max(rows) == start * sizes.exact_token_bytes + (capacity - start) * sizes.token_bytes + newest
         files = list(tmp_path.rglob("*.kv"))
         assert sum(path.stat().st_size for path in files) <= cached.nbytes + 4096 * len(files) + 8192
     bits, size = PACKINGS[packing].bits, PACKINGS[packing].group_size
     share = sizes.token_bytes / sizes.exact_token_bytes
-    assert share == (bits + 32 / size) / 32
+    means = 16 / TILE / 2 if loaded.form.rotated else 0  # of keys
+    assert share == (bits + 32 / size + means) / 32
     if size == 64:
         assert share <= {8: 0.28, 4: 0.29 / 2}[bits]  # of float32
         assert 2 * share <= {8: 0.54, 4: 0.29}[bits]  # of float16
@@ -303,9 +311,18 @@ def test_formats_do_not_share_blocks() -> None:
     assert len(set(names)) == len(kept)
 
 
-def test_selfcheck_agrees_with_what_was_packed() -> None:
+@pytest.mark.parametrize(
+    "which",
+    [
+        ("wide_llama", "int8", True),
+        ("wide_gemma3_text", "int4", True),
+        ("wide_gemma3_text", "rotated", True),
+        ("wide_gemma3_text", "rotated", False),
+    ],
+    ids=str,
+)
+def test_selfcheck_agrees_with_what_was_packed(which: Which) -> None:
     """(E9) A block computed afresh is packed afresh: near enough, and a wrong one is not."""
-    which = ("wide_llama", "int8", True)
     cached = prefix_cache(model(*which), selfcheck=1)
     tokens = prompt(3 * BLOCK + 40)
     for _ in range(3):

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from conftest import Launch, Server
 
 PROMPT = [(7 * place) % 250 for place in range(300)]
-RESTARTED = ("int4 in groups of 32", "int8 in groups of 64 from token 128")
+ROTATED = "int4 rotated in groups of 64 from token 64"
+RESTARTED = ("int4 in groups of 32", "int8 in groups of 64 from token 128", ROTATED)
 """Formats that a second server finds on disk here; tests/engine/test_packed.py restarts the cache with each."""
 
 
@@ -64,6 +65,7 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], millpond
         "int8 in groups of 64": ("--kv-bits", "8"),
         "int4 in groups of 32": ("--kv-bits", "4", "--kv-group-size", "32"),
         "int8 in groups of 64 from token 128": ("--kv-bits", "8", "--kv-quant-start", "128"),
+        ROTATED: ("--kv-bits", "4", "--kv-quant-mode", "rotated"),
     }
     each, files, texts = {}, {}, {}
     for number, (name, flags) in enumerate(ways.items()):
@@ -89,6 +91,7 @@ def test_bits_groups_and_exact_tokens(folder_of: Callable[[str], Path], millpond
     floats, packed = "float32", "int8 in groups of 64"
     assert each[packed] == each["int8 in groups of 64 from token 128"] == each[floats] * 17 // 64
     assert each["int4 in groups of 32"] == each[floats] * 10 // 64
+    assert each[ROTATED] == each[floats] * 37 // 256
     assert files[packed] < 0.35 * files[floats]
     assert files[packed] < files["int8 in groups of 64 from token 128"] < files[floats]
     with millpond(command(folder, tmp_path / "0", "--kv-bits", "8")) as server:

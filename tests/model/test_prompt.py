@@ -171,9 +171,9 @@ def test_a_row_adopts_what_packing_the_whole_would_give(kind: str, length: int, 
         window = leaf.window
         border = max(0, length - window) if window else min(start, length)
         if border < length:
-            assert_same(slot.span(row, border, length), form.pack(*leaf.span(border, length)))
+            assert_same(slot.span(row, border, length, length), form.pack(*leaf.span(border, length)))
         if border and not window:
-            assert_same(slot.span(row, 0, border), leaf.span(0, border))
+            assert_same(slot.span(row, 0, border, length), leaf.span(0, border))
 
 
 def test_rows_drop_each_layer_once_it_is_copied() -> None:

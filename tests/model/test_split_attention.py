@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ import pytest
 from millpond.kv.arena import Arena
 from millpond.kv.format import KvFormat
 from millpond.kv.leaf import LeafRow
+from millpond.kv.rotated import RotatedSpec
 from millpond.kv.slots import KvSpec, RingSpec
 from millpond.model.attention import over
 from millpond.model.cpu_math import attention
@@ -54,6 +57,43 @@ def test_it_sees_what_the_slots_hold(start: int, window: int | None, columns: in
         scores = SCALE * queries[row] @ seen_keys.transpose(0, 2, 1)
         column, own = np.arange(length + columns)[None], length + np.arange(columns)[:, None]
         visible = (column <= own) & (column > own - (window or length + columns))
+        weights = np.exp(np.where(visible, scores, -np.inf))
+        expected = (weights / weights.sum(axis=-1, keepdims=True)) @ seen_values
+        assert np.abs(result[row] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+@pytest.mark.parametrize("lengths", [[100, 100], [128, 3, 63, 64, 300]])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("start", [64, 320])
+def test_it_sees_tiles_and_what_is_around_them(start: int, columns: int, lengths: list[int], unpacked: bool) -> None:
+    form = KvFormat(KvPacking(bits=4, group_size=32, start=start, rotated=True), unpacked=unpacked)
+    rng = np.random.default_rng(0)
+    spec = RotatedSpec(GROUPS, DIM, 32, mx.float32, form)
+    arena, pasts = Arena([spec]), []
+    for length in lengths:
+        whole = [rng.standard_normal((GROUPS, length + columns, dim)).astype(np.float32) for dim in (DIM, 32)]
+        borders = (0, min(start, length), max(min(start, length), min(form.end(length), length)), length)
+        before, behind, newest = (
+            tuple(mx.array(side[None, :, first:end]) for side in whole) if first < end else ()
+            for first, end in pairwise(borders)
+        )
+        arena.put(str(len(pasts)), [LeafRow(form.pack(*behind) if behind else (), exact=before, newest=newest)], length)
+        pasts.append(whole)
+    (slot,) = arena.begin(columns)
+    mask = slot.make_mask(columns)
+    new = (mx.array(np.stack([past[side][:, -columns:] for past in pasts])) for side in (0, 1))
+    queries = rng.standard_normal((len(lengths), HEADS, columns, DIM)).astype(np.float32)
+    keys, values = slot.update_and_fetch(*new)
+    result = np.array(over(attention)(mx.array(queries), keys, values, slot, SCALE, mask))
+    for row, (length, past) in enumerate(zip(lengths, pasts, strict=True)):
+        end = form.end(length)
+        held = [side[:, :end] for side in past]
+        held = rounded(form, start, *held) if length > start and end > start else held
+        held = [np.concatenate([side, whole[:, end:]], axis=1) for side, whole in zip(held, past, strict=True)]
+        seen_keys, seen_values = (np.repeat(side.astype(np.float64), HEADS // GROUPS, axis=0) for side in held)
+        scores = SCALE * queries[row] @ seen_keys.transpose(0, 2, 1)
+        visible = np.arange(length + columns)[None] <= length + np.arange(columns)[:, None]
         weights = np.exp(np.where(visible, scores, -np.inf))
         expected = (weights / weights.sum(axis=-1, keepdims=True)) @ seen_values
         assert np.abs(result[row] - expected).max() < 1e-5

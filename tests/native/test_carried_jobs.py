@@ -48,7 +48,7 @@ def test_the_job_matrix_is_a_job() -> None:
     right = arguments(new, queries, 2 * LAYER.heads * LAYER.value_dim)
     by_hand = mx.array(job_matrix(arena)) @ mx.array(right)
     mx.eval(by_hand)
-    assert np.array_equal(np.array(arena.slots[0].span(1, 63, 64)[0])[0], new[1].keys)
+    assert np.array_equal(np.array(arena.slots[0].span(1, 63, 64, 64)[0])[0], new[1].keys)
 
 
 @pytest.mark.parametrize("byte", [0, 1, 15, 31])

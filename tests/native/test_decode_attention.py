@@ -39,6 +39,8 @@ LAYERS = {
     "int8, exact start": Layer(KvPacking(bits=8, group_size=32, start=64), sharing=4),
     "int8, exact start beyond the first capacity": Layer(KvPacking(bits=8, group_size=32, start=320), groups=1),
     "int8, exact window": Layer(KvPacking(bits=8, group_size=32, start=64), window=100),
+    "rotated": Layer(KvPacking(bits=4, group_size=32, start=64, rotated=True)),
+    "rotated, odd head": Layer(KvPacking(bits=4, group_size=32, start=128, rotated=True), key_dim=96, value_dim=64),
     "odd sizes": Layer(groups=3, key_dim=20, value_dim=13),
     "int8 in groups of a head": Layer(KvPacking(bits=8, group_size=128), key_dim=128, value_dim=128, groups=1),
 }
@@ -139,7 +141,7 @@ def test_slots_that_had_to_move_are_found_again(change: str) -> None:
     again = [drawn(layer, np.random.default_rng(row), 1) for row in range(len(arena.lengths))]
     mx.eval(forward(arena, again, queries_of(layer, np.random.default_rng(3), len(again), 1)))
     for row, length in enumerate(arena.lengths):
-        assert np.array_equal(np.array(arena.slots[0].span(row, length, length + 1)[0])[0], again[row].keys)
+        assert np.array_equal(np.array(arena.slots[0].span(row, length, length + 1, length + 1)[0])[0], again[row].keys)
     assert held
 
 
@@ -203,7 +205,7 @@ def test_a_call_stays_lazy_until_it_is_evaluated(name: str) -> None:
     assert all(changed), "keys and values of every segment"
     (slot,) = arena.slots
     for row, length in enumerate((30, 63, 64, 300)):
-        arrays = slot.span(row, length, length + 1)
+        arrays = slot.span(row, length, length + 1, length + 1)
         exact = len(arrays) == 2
         written = arrays if exact else slot.spec.format.unpack(tuple(mx.contiguous(array) for array in arrays))
         for side, past in zip(written, (new[row].keys, new[row].values), strict=True):

@@ -338,16 +338,20 @@ def assert_same_or_tied(ours: Outcome, theirs: Outcome, tie: float) -> None:
 
 
 @pytest.mark.slow
-def test_eight_bits_on_two_ranks_answer_what_eight_bits_on_one_answer(
-    folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    "packing",
+    [KvPacking(bits=8, group_size=32), KvPacking(bits=4, group_size=32, start=64, rotated=True)],
+    ids=["eight bits", "rotated"],
+)
+def test_packed_on_two_ranks_answers_what_packed_on_one_answers(
+    packing: KvPacking, folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """From memory, too. A number that is rounded to the other side makes the ranks differ a little from one engine."""
     asked = [request(str(index), tokens, 16, logprobs=5) for index, tokens in enumerate(PROMPTS)]
     told: dict[int, list[Outcome]] = {}
     for world in (1, 2):
-        packing = KvPacking(bits=8, group_size=32)
         with Group(folder("wide_llama"), world, tmp_path_factory.mktemp("packed"), packing=packing) as group:
-            assert group.ready().kv_format == "int8 in groups of 32"
+            assert group.ready().kv_format == packing.described("")
             told[world] = list(group.answers(asked).values())
             if world == 2:
                 again = [replace(each, id=f"again-{each.id}") for each in asked]

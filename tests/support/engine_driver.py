@@ -28,6 +28,7 @@ from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities, probe
 from millpond.model.upstream import UPSTREAM_MATH, cache_arrays, new_cache
+from millpond.native.packing import TILE
 from millpond.prefix.cache import PrefixCache
 from millpond.prefix.disk.tier import SsdTier
 from millpond.schedule.costs import CostModel
@@ -116,7 +117,7 @@ class Driver:
             ngrams = NgramProposer(model.vocab_size, shared=spec.shared)
             proposers[SpecMode.MTP] = MtpProposer(model.headed, model.vocab_size, lambda: executor.lane, ngrams)
         self.controller = Controller(ready.costs, Pace(Curve()))
-        self.speculator = Speculator(spec, proposers, 7, self.controller)
+        self.speculator = Speculator(spec, proposers, 7, self.controller, TILE if model.form.rotated else 0)
         limits = Limits(max_batch, 400, max_chunk, together=self.capabilities.together, steady=steady)
         self.scheduler = Scheduler(limits, ready.budget, ready.costs)
         self.engine = Engine(ready, self.scheduler, executor, self.speculator, self.inbox, self)
@@ -252,7 +253,7 @@ def packed_gaps(
                 mx.eval(cache_arrays(caches))
             if nudge:
                 nudged(caches, nudge)
-            rounding = rounded(caches, form, done) if end else caches
+            rounding = rounded(caches, form, done)
             done = end
         gaps = []
         for fed, drawn in zip([prompt[-1], *answer], answer, strict=False):

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from millpond.kv.arena import Arena
-from millpond.kv.format import Arrays, KvFormat
+from millpond.kv.format import KvFormat
 from millpond.kv.leaf import LeafRow
+from millpond.kv.rotated import RotatedSpec
 from millpond.kv.slots import KvSpec, RingSpec
 from millpond.model.cpu_math import LOG2_E
 from millpond.types import KvPacking
@@ -42,7 +43,9 @@ class Layer:
     def spec(self) -> KvSpec:
         form = KvFormat(self.packing, native=True)
         sizes = (self.groups, self.key_dim, self.value_dim, mx.float32, form)
-        return RingSpec(*sizes, window=self.window) if self.window else KvSpec(*sizes)
+        if self.window:
+            return RingSpec(*sizes, window=self.window)
+        return RotatedSpec(*sizes) if form.rotated else KvSpec(*sizes)
 
     @property
     def heads(self) -> int:
@@ -75,14 +78,17 @@ def drawn(layer: Layer, rng: np.random.Generator, length: int) -> Past:
     return Past(keys, values + 1)
 
 
-def kept(layer: Layer, past: Past) -> Past:
-    """What slots hold of it: packed and unpacked, but for the exact positions."""
+def kept(layer: Layer, past: Past, new: int) -> Past:
+    """What slots hold of it in a forward that writes the last ``new``: packed and unpacked, but for the exact positions
+    and those that are in no whole tile."""
     spec, form = layer.spec, layer.spec.format
-    if not form.packs or past.length <= spec.exact:
+    end = form.end(past.length - new) if form.rotated else past.length
+    if not form.packs or end <= spec.exact:
         return past
-    behind = past.cut(spec.exact, past.length)
+    behind = past.cut(spec.exact, end)
     keys, values = form.unpack(form.pack(mx.array(behind.keys[None]), mx.array(behind.values[None])))
-    return past.cut(0, spec.exact).followed_by(Past(np.array(keys)[0], np.array(values)[0]))
+    packed = Past(np.array(keys)[0], np.array(values)[0])
+    return past.cut(0, spec.exact).followed_by(packed).followed_by(past.cut(end, past.length))
 
 
 def leaf_row(layer: Layer, past: Past) -> LeafRow:
@@ -90,11 +96,12 @@ def leaf_row(layer: Layer, past: Past) -> LeafRow:
     spec, form = layer.spec, layer.spec.format
     exact = min(spec.exact, past.length)
     first = max(0, past.length - layer.window) if layer.window else exact
-    behind, before = past.cut(first, past.length), past.cut(0, exact)
-    arrays: Arrays = (mx.array(behind.keys[None]), mx.array(behind.values[None]))
-    if form.packs:
-        arrays = form.pack(*arrays) if behind.length else ()
-    return LeafRow(arrays, exact=(mx.array(before.keys[None]), mx.array(before.values[None])) if exact else ())
+    end = max(first, min(form.end(past.length), past.length))
+    before, behind, newest = (
+        (mx.array(side.keys[None]), mx.array(side.values[None])) if side.length else ()
+        for side in (past.cut(0, exact), past.cut(first, end), past.cut(end, past.length))
+    )
+    return LeafRow(form.pack(*behind) if form.packs and behind else behind, exact=before, newest=newest)
 
 
 def adopt(arena: Arena, layer: Layer, past: Past) -> None:
@@ -103,7 +110,8 @@ def adopt(arena: Arena, layer: Layer, past: Past) -> None:
 
 def expected(layer: Layer, past: Past, queries: Floats) -> npt.NDArray[np.float64]:
     """Attention of the newest tokens' queries [heads, L, dim] over a row that ends with them, in float64."""
-    held, count = kept(layer, past), queries.shape[1]
+    count = queries.shape[1]
+    held = kept(layer, past, count)
     keys, values = (np.repeat(side.astype(np.float64), layer.sharing, axis=0) for side in (held.keys, held.values))
     scores = SCALE * queries.astype(np.float64) @ keys.transpose(0, 2, 1)
     own = np.arange(past.length - count, past.length)[:, None]
