@@ -52,7 +52,7 @@ class Forward:
         self._lengths = list(lengths)
         self._width_step = 1 if self.aligned and columns == 1 else width_step
         self._masks: dict[tuple[int | None, int, bool], mx.array | None] = {}
-        self._tiled_masks: dict[tuple[int, int, int], mx.array] = {}
+        self._tiled_masks: dict[tuple[int, int, int, int], mx.array] = {}
         self._columns: dict[tuple[int, int | None], mx.array] = {}
         self._tiles = tiles
 
@@ -131,13 +131,18 @@ class Forward:
 
     def width(self, capacity: int) -> int:
         """Columns of a slot that can hold anything a query of this forward may see, and perhaps some unused ones."""
-        return min(-(-(self.longest + self.columns) // self._width_step) * self._width_step, capacity)
+        return min(self._in_steps(self.longest + self.columns), capacity)
+
+    def _in_steps(self, count: int) -> int:
+        return -(-count // self._width_step) * self._width_step
 
     def tiled_widths(self, exact: int, tiled: int, ring: int) -> list[int]:
         """Columns of each segment of a slot with tiles, of so many each, that a query of this forward may see."""
-        behind = max(self.tiles.ends) - exact
-        in_steps = -(-behind // self._width_step) * self._width_step if behind > 0 else 0
-        return [min(exact, self.longest + self.columns), min(in_steps, tiled), min(ring, self.longest + self.columns)]
+        behind = max(0, max(self.tiles.ends) - exact)
+        written = self.longest + self.columns
+        return [
+            min(self._in_steps(count), most) for count, most in ((written, exact), (behind, tiled), (written, ring))
+        ]
 
     @cached_property
     def _ends(self) -> mx.array:
@@ -146,9 +151,10 @@ class Forward:
     def tiled_mask(self, exact: int, tiled: int, ring: int) -> mx.array:
         """The same for a slot with tiles: the first ``exact`` positions, then whole tiles, then a ring of the newest,
         which has older ones, too."""
-        key = (exact, tiled, ring)
+        # Slots grow layer by layer, and models give all layers the mask of the first.
+        first, packed, newest = self.tiled_widths(exact, tiled, ring)
+        key = (first, packed, newest, ring)
         if key not in self._tiled_masks:
-            first, packed, newest = self.tiled_widths(exact, tiled, ring)
             query, last = self.positions[: self.n, :, None], (self.offset[: self.n] + (self.columns - 1))[:, None, None]
             seen = [mx.arange(first, dtype=mx.int32) <= query]
             if packed:

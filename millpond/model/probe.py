@@ -88,8 +88,9 @@ class Capabilities(msgspec.Struct, frozen=True):
         if not self.slots and model.form.packs:
             packing = model.form.packing
             name, value = ("kv_quant_mode", "rotated") if packing.rotated else ("kv_bits", str(packing.bits))
+            others = ", and kv_bits if that is refused as well," if packing.rotated else ""
             raise ModelError(
-                f"{name}: {value} cannot be used with this model: {self.reason}. Leave {name} out to serve it"
+                f"{name}: {value} cannot be used with this model: {self.reason}. Leave {name}{others} out to serve it"
             )
         form = replace(model.form, native=self.native, unpacked=self.unpacked)
         return model if form == model.form else kept_as(model, form)

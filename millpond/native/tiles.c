@@ -5,7 +5,13 @@
 #include "halves.h"
 
 typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+#if defined(__clang__)
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
 typedef int32_t places __attribute__((vector_size(32)));
+#define SHUFFLED(x, ...) __builtin_shuffle(x, (places){__VA_ARGS__})
+#endif
 
 static float power_of_two(int exponent)
 {
@@ -25,9 +31,9 @@ void rotate(float *vectors, long count, long dims, enum rotation as)
     for (float *vector = vectors; vector < vectors + count * dims; vector += stretch) {
         for (eight *v = (eight *)vector; v < (eight *)(vector + stretch); v++) {
             eight x = *v;
-            x = __builtin_shuffle(x, (places){1, 0, 3, 2, 5, 4, 7, 6}) + x * (eight){1, -1, 1, -1, 1, -1, 1, -1};
-            x = __builtin_shuffle(x, (places){2, 3, 0, 1, 6, 7, 4, 5}) + x * (eight){1, 1, -1, -1, 1, 1, -1, -1};
-            x = __builtin_shuffle(x, (places){4, 5, 6, 7, 0, 1, 2, 3}) + x * (eight){1, 1, 1, 1, -1, -1, -1, -1};
+            x = SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6) + x * (eight){1, -1, 1, -1, 1, -1, 1, -1};
+            x = SHUFFLED(x, 2, 3, 0, 1, 6, 7, 4, 5) + x * (eight){1, 1, -1, -1, 1, 1, -1, -1};
+            x = SHUFFLED(x, 4, 5, 6, 7, 0, 1, 2, 3) + x * (eight){1, 1, 1, 1, -1, -1, -1, -1};
             *v = x * factor;
         }
         for (long half = 8; half < stretch; half *= 2)

@@ -46,8 +46,8 @@ def driver(kind: str, way: str = "native", **options: object) -> Driver:
     return Driver(model(kind, way), capabilities=capabilities(kind, way), **options)  # type: ignore[arg-type]
 
 
-def requests(kind: str) -> list[Request]:
-    return [request(f"r{length}", prompt(length, length), ANSWERS[kind]) for length in LENGTHS]
+def requests(kind: str, logprobs: int | None = None) -> list[Request]:
+    return [request(f"r{length}", prompt(length, length), ANSWERS[kind], logprobs=logprobs) for length in LENGTHS]
 
 
 def run(driven: Driver, asked: Sequence[Request]) -> dict[str, Outcome]:
@@ -80,16 +80,28 @@ def test_tiles_fill_up_while_rows_are_decoded(kind: str, way: str) -> None:
 
 @pytest.mark.parametrize("kind", ["wide_llama", "wide_gemma3_text"])
 def test_a_neighbour_changes_no_bit(kind: str) -> None:
-    outcomes = run(driver(kind), requests(kind))
-    assert {name: one.tokens for name, one in outcomes.items()} == {
-        name: one.tokens for name, one in alone(kind).items()
-    }
+    outcomes = run(driver(kind), requests(kind, logprobs=3))
+    for one in requests(kind, logprobs=3):
+        assert run(driver(kind), [one])[one.id].logprobs == outcomes[one.id].logprobs
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["wide_llama", "wide_gemma3_text"])
+def test_a_long_prompt_beside_a_row(kind: str, way: str) -> None:
+    """While it is read, rows grow for it layer by layer, and decode in between."""
+    asked = [request("short", prompt(20), 60), request("long", prompt(400, 1), 5)]
+    expected: dict[str, Outcome] = {}
+    for one in asked:
+        expected |= run(driver(kind, way), [one])
+    outcomes = run(driver(kind, way, max_chunk=64), asked)
+    assert not any(one.failure for one in outcomes.values())
+    same(outcomes, expected)
 
 
 @pytest.mark.parametrize("chance", [1.0, 0.7])
 @pytest.mark.parametrize("kind", ["wide_llama", "wide_gemma3_text"])
 def test_guesses_across_the_ends_of_tiles(kind: str, chance: float) -> None:
-    """What is refused behind an end takes nothing with it: the tile is packed again when it is full again."""
+    """Guesses end where a tile does, and what is refused in it takes nothing with it."""
     expected = alone(kind)
     truths = {name: one.tokens for name, one in expected.items()}
     driven = driver(kind, spec=SPECULATED, draft=Oracle(truths, dict.fromkeys(truths, chance)))
@@ -181,7 +193,7 @@ def test_models_of_other_kinds(name: str) -> None:
     for _ in range(2):
         driven = Driver(found.model, capabilities=found.capabilities, cache=cached)
         prompts = {
-            str(length): [length * place % folders.VOCAB for place in range(1, length + 1)] for length in (5, 62, 150)
+            str(length): [length * place % folders.VOCAB for place in range(1, length + 1)] for length in (5, 120, 150)
         }
         run(driven, [request(asked, tokens, 12) for asked, tokens in prompts.items()])
         for asked, tokens in prompts.items():

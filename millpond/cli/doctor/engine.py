@@ -12,6 +12,7 @@ from pathlib import Path
 from millpond.child import python
 from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
 from millpond.cli.doctor.packages import PIP
+from millpond.model.blas import HOW_TO_INSTALL
 
 PROGRAM = """
 import ctypes, json
@@ -89,6 +90,8 @@ def findings(probed: Probe) -> Iterator[Finding]:
 
 
 def _device(probed: Probe) -> Finding:
+    if HOW_TO_INSTALL in probed.error:
+        return fail("device", probed.error.replace(f"; {HOW_TO_INSTALL}", ""), HOW_TO_INSTALL)
     if probed.error:
         return fail(
             "device", probed.error, f"{PIP} --force-reinstall mlx mlx-lm, of the versions that Millpond asks for"

@@ -62,6 +62,13 @@ BREAKS = [
         by=("test_a_part_of_a_tile_is_of_no_use",),
     ),
     Break(
+        name="I1-a-mask-for-each-size",
+        file="millpond/kv/rows.py",
+        old="key = (first, packed, newest, ring)",
+        new="key = (exact, tiled, newest, ring)",
+        by=("test_a_long_prompt_beside_a_row",),
+    ),
+    Break(
         name="I1-room-for-what-will-not-come",
         file="millpond/model/assembly.py",
         old="room = 0 if whole else self._capacity",
