@@ -73,6 +73,14 @@ def test_a_variable_that_is_no_setting() -> None:
     assert "MILLPOND_MAX_BATCH?" in report.remedy["settings"]
 
 
+def test_an_installation_without_mlx(tmp_path: Path) -> None:
+    (tmp_path / "mlx.py").write_text("raise ModuleNotFoundError('No module named mlx')")
+    report = doctor(PYTHONPATH=str(tmp_path))
+    assert report.failed == {"device"}
+    assert "mlx cannot be imported" in report.text["device"]
+    assert report.remedy["device"].startswith("install Millpond ")
+
+
 # --- the port ---------------------------------------------------------------------------------------------------
 
 

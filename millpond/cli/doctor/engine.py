@@ -12,7 +12,6 @@ from pathlib import Path
 from millpond.child import python
 from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
 from millpond.cli.doctor.packages import PIP
-from millpond.model.blas import HOW_TO_INSTALL
 
 PROGRAM = """
 import ctypes, json
@@ -90,9 +89,10 @@ def findings(probed: Probe) -> Iterator[Finding]:
 
 
 def _device(probed: Probe) -> Finding:
-    if HOW_TO_INSTALL in probed.error:
-        return fail("device", probed.error.replace(f"; {HOW_TO_INSTALL}", ""), HOW_TO_INSTALL)
     if probed.error:
+        problem, told, remedy = probed.error.partition("; install ")
+        if told:  # who cannot import mlx says what would bring it
+            return fail("device", problem, f"install {remedy}")
         return fail(
             "device", probed.error, f"{PIP} --force-reinstall mlx mlx-lm, of the versions that Millpond asks for"
         )
