@@ -7,10 +7,7 @@ from setuptools import Extension, setup
 
 ROWBLAS = Extension(
     "millpond.native._rowblas",
-    sources=[
-        f"millpond/native/{name}.c"
-        for name in ("rowblas", "gemm", "decode", "attention", "packed", "tiles", "kernels", "pool")
-    ],
+    sources=sorted(str(source) for source in Path("millpond/native").glob("*.c")),
     depends=[str(header) for header in Path("millpond/native").glob("*.h")],
     extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
     libraries=["pthread"],

@@ -22,6 +22,7 @@ blas.prepare()
 
 import mlx.core as mx  # noqa: E402 - what a CPU multiplies with is chosen before MLX is loaded
 import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map  # noqa: E402
 from mlx_lm.utils import _get_classes  # noqa: E402
 
@@ -167,6 +168,18 @@ def coming_and_going(model: LoadedModel, rows: int) -> tuple[float, float]:
     return min(found[0]), min(found[1])
 
 
+def bare_copy(megabytes: float) -> float:
+    """Milliseconds in which so much memory is copied to fresh places."""
+    source = mx.random.normal((int(megabytes * 1e6 / 4),))
+    mx.eval(source)
+    view, times = np.asarray(source), []
+    for _ in range(5):
+        begun = time.perf_counter()
+        view.copy()
+        times.append(1000 * (time.perf_counter() - begun))
+    return min(times)
+
+
 def peaks(model: LoadedModel, rows: int) -> tuple[float, float]:
     """MB beyond what is held, of three plain steps in flight and of steps that keep a part of four columns."""
     lane, found = filled(model.slots_lane(), model, rows), []
@@ -213,6 +226,7 @@ def main() -> None:
         plain, verifying = peaks(model, 8)
         held = 8 * model.sizes.state_bytes / 1e6
         print(f"   the 8th row joins in {joined:.1f} ms, one leaves in {left:.1f} ms")
+        print(f"   a bare copy of 7 rows takes {bare_copy(7 / 8 * held):.1f} ms")
         print(f"   8 rows hold {held:.1f} MB of states; beyond it, plain {plain:.1f}, verifying {verifying:.1f}")
 
 

@@ -29,7 +29,9 @@ AT_ONCE_BYTES = 64 * 1024 * 1024
 class Copies:
     """Arrays that are being filled, evaluated whenever they are many bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: int = 1) -> None:
+        """``share``: of how many parts one is "many"."""
+        self._many = AT_ONCE_BYTES // share
         self._arrays: list[mx.array] = []
         self._bytes = 0
 
@@ -37,7 +39,7 @@ class Copies:
         """``arrays`` are to be evaluated, which copies so many bytes."""
         self._arrays += arrays
         self._bytes += copied
-        if self._bytes >= AT_ONCE_BYTES:
+        if self._bytes >= self._many:
             self.wait()
 
     def wait(self) -> None:
@@ -174,8 +176,12 @@ class Arena:
 
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
+        several = self._forward is not None and self._forward.columns > 1
+        copies = Copies(share=2)  # each makes room only when the next is computed
         for slot in self.slots:
             slot.keep(counts)
+            if several and slot.kind is Kind.STATE:
+                copies.add(slot.arrays, slot.nbytes)  # what is left waits for the next forward
         self.batch.advance(counts)
         self._forward = None
 

@@ -3,7 +3,8 @@
 A forward reads the live rows and gives back new arrays of as many. So a step writes nothing in place, there are no
 spare rows, and whoever holds an old array holds states that still count: that is how a step is taken back. A row that
 joins is put behind the others by a copy of fixed size, one that leaves is overwritten by the last. Of a step of several
-columns a part can be kept where it was noted what the layer was given (``model/replay``). Engine thread only.
+columns a part can be kept where it was noted what the layer was given (``model/replay``): the states behind that part
+are computed from there, and those behind all of them are never held. Engine thread only.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ class CannotRollBackError(Exception):
     """A forward of several columns cannot be kept in part by a layer; the probe finds that before any request does."""
 
 
+Behind = Callable[[mx.array, mx.array], mx.array]
+"""(bool [n, m]: which of the first m columns count, int32 [n]: how many) -> the state behind those that count."""
+
+
 @dataclass(frozen=True)
 class Recurrence:
     """One call of a recurrence while a forward was built."""
 
     state: mx.array
     """What it returned."""
-    at: Callable[[mx.array, mx.array], mx.array]
-    """(bool [n, m]: which of the first m columns count, int32 [n]: how many) -> the state behind those that count."""
+    at: Behind
 
 
 @dataclass
@@ -103,6 +107,8 @@ class StateSlot:
         self._before: list[mx.array] = []
         """As they were before the forward under way."""
         self._notes: Notes | None = None
+        self._behind: dict[int, Behind] = {}
+        """Of arrays that a recurrence has made in the forward under way."""
 
     @property
     def row_count(self) -> int:
@@ -120,12 +126,23 @@ class StateSlot:
 
     def __getitem__(self, index: int) -> mx.array:
         """One array of the rows of the forward under way. IndexError beyond the last is how models take them apart."""
+        if index in self._behind:
+            raise CannotRollBackError("a layer reads the state that it has left")
         array = self.cache[index]
         NOTES.set(self._notes)
         return self._filled(self._live(array))
 
     def __setitem__(self, index: int, value: mx.array) -> None:
-        self.cache[index] = self._live(value)
+        value = self._live(value)
+        made = None
+        if self._notes is not None:
+            made = next((one for one in self._notes.recurrences if one.state is value), None)
+        if made is None or self._notes is None:
+            self.cache[index] = value
+        else:
+            # Whoever held the new state would hold a second copy of all states until the step has been read.
+            self._notes.recurrences.remove(made)
+            self._behind[index] = made.at
 
     # --- a forward ---
 
@@ -133,28 +150,31 @@ class StateSlot:
         self._forward = forward
         self._before = [self._live(array) for array in self.cache]
         self._notes = Notes() if forward.columns > 1 else None
+        self._behind = {}
 
     def keep(self, counts: Sequence[int]) -> None:
         """Raises CannotRollBackError where it cannot be kept in part."""
-        forward, before, notes = self._forward, self._before, self._notes
-        self._forward, self._before, self._notes = None, [], None
-        if forward is None or all(count == forward.columns for count in counts):
+        forward, before, notes, behind = self._forward, self._before, self._notes, self._behind
+        self._forward, self._before, self._notes, self._behind = None, [], None, {}
+        if forward is None:
             return
         if not any(counts):
             self.cache = before
             return
-        if notes is None:
-            raise CannotRollBackError("one column is kept by some rows and not by others")
+        whole = all(count == forward.columns for count in counts)
         kept = mx.array(list(counts), dtype=mx.int32)
         counted = mx.arange(max(counts), dtype=mx.int32)[None] < kept[:, None]
+        for index, at in behind.items():
+            self.cache[index] = at(counted, kept)
+        if whole:
+            return
+        if notes is None:
+            raise CannotRollBackError("one column is kept by some rows and not by others")
         convolved = list(notes.convolved)
-        after = []
-        for array in self.cache:
-            found = next((one for one in notes.recurrences if one.state is array), None)
-            after.append(_behind(array, convolved, kept, forward.columns) if found is None else found.at(counted, kept))
+        for index in sorted(set(range(len(self.cache))) - set(behind)):
+            self.cache[index] = _behind(self.cache[index], convolved, kept, forward.columns)
         if convolved:
             raise CannotRollBackError("a convolution was computed whose inputs no state holds")
-        self.cache = after
 
     def _live(self, array: mx.array) -> mx.array:
         assert self._forward is not None, "no forward under way"

@@ -26,7 +26,7 @@ from millpond.kv.slots import KvSpec, LeafSpec
 from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
-from millpond.model import attention, ragged, replay
+from millpond.model import attention, ragged, recurrences, replay
 from millpond.model.blocks import BlockFormat, block_format
 from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
@@ -173,6 +173,7 @@ def load(
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network)
     ragged.install(network)
+    recurrences.install()
     replay.install(network)
     _evaluate(network, progress)
     cache = new_cache(network)

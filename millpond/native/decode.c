@@ -4,20 +4,14 @@
  * One piece of work is one row, one key head and SPLIT positions: all queries that share the head go over a tile of
  * keys while it is in the cache, and packed keys and values are unpacked tile by tile. Pieces and tiles are cut by
  * position alone, so a row's bits depend neither on its neighbours nor on the number of threads.
- *
- * MLX calls this itself, in its own thread and when the inputs are there, as a matrix product: nothing else that it calls
- * on a CPU can be ours, and evaluating a graph up to every layer from outside costs more than short contexts gain. The
- * left matrix begins with a password made when the process started and describes the job, the right one holds queries,
- * keys and values, and the product's memory takes the result. */
-
-#include "decode.h"
+ * A carried job, see carried.h: the right matrix holds queries, keys and values. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 
+#include "carried.h"
 #include "common.h"
 #include "kernels.h"
 #include "pool.h"
@@ -361,34 +355,17 @@ static void run(const struct call *call)
     free(parts);
 }
 
-/* --- as a product of MLX's ------------------------------------------------------------------------------------------ */
-
-/* What stands in a matrix that asks for this instead of a product. */
-struct carried {
-    unsigned char password[PASSWORD_BYTES];
+/* What stands in the left matrix. */
+struct attending {
     struct slots slots;
     int64_t lengths[];
 };
 
-static unsigned char password[PASSWORD_BYTES];
-
-EXPORT const unsigned char *millpond_decode_password(void)
+void attend_slots(void *job, const float *b, float *c)
 {
-    return password;
-}
-
-int carried_init(void)
-{
-    return getrandom(password, sizeof password, 0) == sizeof password;
-}
-
-int carries(const float *a) { return memcmp(a, password, sizeof password) == 0; }
-
-void run_carried(const float *a, const float *b, float *c)
-{
-    const struct carried *carried = (const struct carried *)a;
-    const struct slots *s = &carried->slots;
+    const struct attending *attending = job;
+    const struct slots *s = &attending->slots;
     long queries = s->rows * s->heads * s->length * s->dims, keys = s->rows * s->groups * s->length * s->dims;
-    const int64_t *lengths = carried->lengths;
+    const int64_t *lengths = attending->lengths;
     run(&(struct call){s, lengths, lengths + s->rows, lengths + 2 * s->rows, b, b + queries, b + queries + keys, c});
 }

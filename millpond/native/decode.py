@@ -1,8 +1,7 @@
 """Attention over slots in C, as a step of MLX's own graph (decode.c).
 
-The call travels as a matrix product, because products are what MLX on a CPU takes from outside. It stays lazy: nothing
-is read or written before MLX evaluates it, in its own thread, and then in place. So the slots' memory must neither move
-nor go away until the forward has been evaluated. Engine thread only.
+The call is carried as a matrix product: nothing is read or written before MLX evaluates it, in its own thread, and then
+in place. So the slots' memory must neither move nor go away until the forward has been evaluated. Engine thread only.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from millpond.native import device
+from millpond.native import carried, device
 from millpond.native.library import prepared
 
-PASSWORD_BYTES = 32
 SIDE = 32
 """Rows and columns of the left matrix; more when there are many rows to tell of."""
 FLOAT_BITS = 32
@@ -71,14 +69,6 @@ def available() -> bool:
     return bool(mx.all(result == 3.0).item()) and bool((keys[0, 0, 0] == 1.0).all().item())
 
 
-@functools.cache
-def _password() -> bytes:
-    library = prepared()
-    assert library is not None
-    library.millpond_decode_password.restype = ctypes.c_void_p
-    return ctypes.string_at(library.millpond_decode_password(), PASSWORD_BYTES)
-
-
 def store(arrays: Sequence[mx.array], bits: int, group: int) -> Store:
     """Evaluated arrays [rows, heads, capacity, x]: floats alone, or packed numbers, scales and biases, and the means of
     tiles."""
@@ -110,7 +100,7 @@ def job(
     """
     tiled = len(keys) > 2
     stores = ((Store * 3)(*(one or Store() for one in side)) for side in (keys, values))
-    return _password() + bytes(Slots(*shape, *dims, window, exact, tiled, *stores, scale, writes))
+    return carried.begin(carried.ATTENTION) + bytes(Slots(*shape, *dims, window, exact, tiled, *stores, scale, writes))
 
 
 def attend(

@@ -8,6 +8,7 @@ typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 
 #include "row_products.h"
 #include "softmax.h"
+#include "recurrence.h"
 #if WIDTH <= 8
 #include "packing.h"
 #endif

@@ -32,6 +32,7 @@ typedef float quarter __attribute__((vector_size(16)));
 product dot_rows = dot_rows_portable;
 product mix_rows = mix_rows_portable;
 float (*softmax_row)(float *, long, struct running *) = softmax_row_portable;
+void (*recur)(const struct recurrence *, float *) = recur_portable;
 static void (*unpack)(int, struct packed, long, long, float *) = unpack_portable;
 static void (*pack)(int, const float *, long, long, struct packed) = pack_portable;
 
@@ -45,6 +46,7 @@ const char *choose_kernels(void)
     dot_rows = avx512 ? dot_rows_avx512 : dot_rows_avx2;
     mix_rows = avx512 ? mix_rows_avx512 : mix_rows_avx2;
     softmax_row = avx512 ? softmax_row_avx512 : softmax_row_avx2;
+    recur = avx512 ? recur_avx512 : recur_avx2;
     unpack = unpack_avx2;
     pack = pack_avx2;
     return avx512 ? "avx512" : "avx2";

@@ -24,6 +24,26 @@ enum { WIDEST = 16 };
  * earlier, smaller maximum has to be multiplied. ``cols`` is a multiple of WIDEST. */
 extern float (*softmax_row)(float *scores, long cols, struct running *running);
 
+/* One head of a recurrent layer: columns of queries and keys, of values, and of what decays. */
+struct recurrence {
+    long columns, keys, count; /* numbers of a key, and of a value */
+    const float *queries, *keyed;
+    long key_step; /* from column to column, as all steps */
+    const float *values;
+    float *results;
+    long value_step;
+    const float *decays;
+    long decay_step;
+    int apart; /* one for each number of a key */
+    const float *shares; /* NULL: values are added as they are */
+    long share_step;
+    const float *counted; /* columns that are 0 here change nothing and read 0; NULL: all count */
+};
+
+/* Column by column the state [count][keys] decays, takes the value up at the key (with shares: a part of what the value
+ * is beyond what the state says at the key), and is read at the query. */
+extern void (*recur)(const struct recurrence *, float *state);
+
 /* Keys and values of 8 or 4 bits in memory, in MLX's order: x = scale * q + bias for each group of neighbours, the first
  * of them in the lowest bits. Scales and biases are of half precision. Vectors are packed one after the other: ``groups``
  * groups of ``size`` numbers, a multiple of 8. */

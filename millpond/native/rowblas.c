@@ -4,15 +4,15 @@
  * One decode step multiplies a few rows by every weight once; a general sgemm first packs the weights, which costs
  * more than the product. Reading them in place runs at the speed of memory.
  *
- * The top of the library: it calls gemm.h and decode.h, they call kernels.h and pool.h, and nothing calls back up. */
+ * The top of the library: it calls gemm.h and carried.h, they call kernels.h and pool.h, and nothing calls back up. */
 
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "carried.h"
 #include "common.h"
-#include "decode.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
@@ -43,7 +43,7 @@ EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k
         next_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
-    if (carrying && m == k && m >= CARRIED_SIDE && lda == k && carries(a)) {
+    if (carrying && trans_a == NO_TRANS && lda == k && carries(a, (long)m * k)) {
         run_carried(a, b, c);
         return;
     }

@@ -204,6 +204,45 @@ def test_a_join_copies_layer_by_layer_and_a_leave_its_own_row(monkeypatch: pytes
     assert [round(float(arena.arrays()[0][row, 0, 0].item())) for row in range(ROWS)] == [99, *range(1, ROWS)]
 
 
+def test_a_step_that_is_verified_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(D1, N3) Until it is known what is kept there are only the states from before; then one layer follows another."""
+    monkeypatch.setattr(arena_module, "AT_ONCE_BYTES", 2 * ROWS * WIDE.nbytes)
+    arena = Arena([WIDE] * LAYERS)
+    for row in range(ROWS):
+        arena.put(f"r{row}", [LeafRow((mx.full((1, 256, 1024), row),)) for _ in range(LAYERS)], 10)
+    mx.eval(arena.arrays())
+    read: list[mx.array] = []
+
+    def step() -> None:
+        for slot in arena.begin(2):
+            assert isinstance(slot, StateSlot)
+            total = slot[0]
+            notes = NOTES.get()
+            assert notes is not None
+            after = total + 2
+            notes.recurrences.append(
+                Recurrence(after, lambda _, kept, total=total: total + kept[:, None, None].astype(mx.float32))
+            )
+            slot[0] = after
+            read.append(after.sum())
+            mx.eval(read[-1])
+        NOTES.set(None)
+
+    assert _peak(step) < 2 * ROWS * WIDE.nbytes
+    assert _peak(lambda: arena.advance([1] * ROWS)) < 3 * ROWS * WIDE.nbytes
+    assert [arena.arrays()[layer][3, 0, 0].item() for layer in range(LAYERS)] == [4.0] * LAYERS
+
+
+def test_a_state_that_was_left_is_not_read() -> None:
+    """Nobody holds it."""
+    arena, _ = noted()
+    (slot,) = arena.slots
+    assert isinstance(slot, StateSlot)
+    with pytest.raises(CannotRollBackError, match="has left"):
+        slot[1]
+    NOTES.set(None)
+
+
 def _peak(work: Callable[[], object]) -> int:
     """Bytes beyond what is held before."""
     mx.synchronize()

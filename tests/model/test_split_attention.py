@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import mlx.core as mx
@@ -28,6 +29,27 @@ def rounded(form: KvFormat, start: int, *sides: Floats) -> list[Floats]:
     return [np.concatenate([s[:, :start], np.array(p)[0]], axis=1) for s, p in zip(sides, packed, strict=True)]
 
 
+def attended(arena: Arena, queries: Floats, pasts: Sequence[Sequence[Floats]]) -> Floats:
+    """What queries [n, H, L, DIM] get of a slot that is given the last L keys and values of each row."""
+    columns = queries.shape[2]
+    (slot,) = arena.begin(columns)
+    mask = slot.make_mask(columns)
+    new = (mx.array(np.stack([past[side][:, -columns:] for past in pasts])) for side in (0, 1))
+    keys, values = slot.update_and_fetch(*new)
+    return np.array(over(attention)(mx.array(queries), keys, values, slot, SCALE, mask))
+
+
+def expected(queries: Floats, held: Sequence[Floats], window: int) -> npt.NDArray[np.float64]:
+    """The same of one row, whose queries [H, L, DIM] are those of its last positions, in double precision."""
+    keys, values = (np.repeat(side.astype(np.float64), HEADS // GROUPS, axis=0) for side in held)
+    column = np.arange(keys.shape[1])
+    own = column[-queries.shape[1] :, None]
+    scores = np.where((column <= own) & (column > own - window), SCALE * queries @ keys.transpose(0, 2, 1), -np.inf)
+    weights = np.exp(scores)
+    found: npt.NDArray[np.float64] = (weights / weights.sum(axis=-1, keepdims=True)) @ values
+    return found
+
+
 @pytest.mark.parametrize("lengths", [[100, 100], [100, 3, 63, 64, 300]])
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize(("start", "window"), [(0, None), (64, None), (320, None), (0, 40), (64, 40)])
@@ -45,21 +67,11 @@ def test_it_sees_what_the_slots_hold(start: int, window: int | None, columns: in
         arrays = form.pack(*behind) if first < length else ()
         arena.put(str(len(pasts)), [LeafRow(arrays, exact=tuple(before) if exact else ())], length)
         pasts.append(whole)
-    (slot,) = arena.begin(columns)
-    mask = slot.make_mask(columns)
-    new = (mx.array(np.stack([past[side][:, -columns:] for past in pasts])) for side in (0, 1))
     queries = rng.standard_normal((len(lengths), HEADS, columns, DIM)).astype(np.float32)
-    keys, values = slot.update_and_fetch(*new)
-    result = np.array(over(attention)(mx.array(queries), keys, values, slot, SCALE, mask))
+    result = attended(arena, queries, pasts)
     for row, (length, past) in enumerate(zip(lengths, pasts, strict=True)):
         held = rounded(form, spec.exact, *past) if length + columns > spec.exact else past
-        seen_keys, seen_values = (np.repeat(side.astype(np.float64), HEADS // GROUPS, axis=0) for side in held)
-        scores = SCALE * queries[row] @ seen_keys.transpose(0, 2, 1)
-        column, own = np.arange(length + columns)[None], length + np.arange(columns)[:, None]
-        visible = (column <= own) & (column > own - (window or length + columns))
-        weights = np.exp(np.where(visible, scores, -np.inf))
-        expected = (weights / weights.sum(axis=-1, keepdims=True)) @ seen_values
-        assert np.abs(result[row] - expected).max() < 1e-5
+        assert np.abs(result[row] - expected(queries[row], held, window or length + columns)).max() < 1e-5
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
@@ -80,20 +92,11 @@ def test_it_sees_tiles_and_what_is_around_them(start: int, columns: int, lengths
         )
         arena.put(str(len(pasts)), [LeafRow(form.pack(*behind) if behind else (), exact=before, newest=newest)], length)
         pasts.append(whole)
-    (slot,) = arena.begin(columns)
-    mask = slot.make_mask(columns)
-    new = (mx.array(np.stack([past[side][:, -columns:] for past in pasts])) for side in (0, 1))
     queries = rng.standard_normal((len(lengths), HEADS, columns, DIM)).astype(np.float32)
-    keys, values = slot.update_and_fetch(*new)
-    result = np.array(over(attention)(mx.array(queries), keys, values, slot, SCALE, mask))
+    result = attended(arena, queries, pasts)
     for row, (length, past) in enumerate(zip(lengths, pasts, strict=True)):
         end = form.end(length)
         held = [side[:, :end] for side in past]
         held = rounded(form, start, *held) if length > start and end > start else held
         held = [np.concatenate([side, whole[:, end:]], axis=1) for side, whole in zip(held, past, strict=True)]
-        seen_keys, seen_values = (np.repeat(side.astype(np.float64), HEADS // GROUPS, axis=0) for side in held)
-        scores = SCALE * queries[row] @ seen_keys.transpose(0, 2, 1)
-        visible = np.arange(length + columns)[None] <= length + np.arange(columns)[:, None]
-        weights = np.exp(np.where(visible, scores, -np.inf))
-        expected = (weights / weights.sum(axis=-1, keepdims=True)) @ seen_values
-        assert np.abs(result[row] - expected).max() < 1e-5
+        assert np.abs(result[row] - expected(queries[row], held, length + columns)).max() < 1e-5

@@ -66,15 +66,24 @@ def test_a_wrong_password_is_a_product(byte: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (8, 8), (1, 32)])
-def test_other_shapes_are_products_whatever_they_begin_with(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("number", [-1, 2, 1 << 40])
+def test_what_names_no_job_is_a_product_whatever_it_begins_with(shape: tuple[int, int], number: int) -> None:
     rng = np.random.default_rng(6)
     arena, _, _ = filled(LAYER, 30)
     left = rng.standard_normal(shape).astype(np.float32)
     left.ravel()[:8] = job_matrix(arena).ravel()[:8]
+    left.ravel()[8:10] = np.array([number], np.int64).view(np.float32)
     right = rng.standard_normal((shape[1], 12)).astype(np.float32)
     product = np.array(mx.array(left) @ mx.array(right))
-    assert np.allclose(product[1:], left[1:] @ right, atol=1e-4)
+    assert np.allclose(product[2:], left[2:] @ right, atol=1e-4)  # the others are made of chance
     assert product.shape == (shape[0], 12)
+
+
+def test_what_has_no_room_for_a_job_is_a_product() -> None:
+    arena, _, _ = filled(LAYER, 30)
+    left = job_matrix(arena).ravel()[:10].reshape(2, 5)
+    right = np.ones((5, 12), np.float32)
+    assert np.allclose(np.array(mx.array(left) @ mx.array(right))[1], left[1].sum(), atol=1e-4, equal_nan=True)
 
 
 def test_a_part_of_a_wider_matrix_is_a_product() -> None:

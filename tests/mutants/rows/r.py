@@ -78,7 +78,7 @@ BREAKS = [
     Break(
         name="R2-a-wait-for-each-layer",
         file="millpond/kv/arena.py",
-        old="if self._bytes >= AT_ONCE_BYTES:",
+        old="if self._bytes >= self._many:",
         new="if self._bytes >= 0:",
         by=("test_rows_that_come_go_and_grow",),
     ),
