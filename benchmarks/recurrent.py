@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 from mlx_lm.utils import _get_classes  # noqa: E402
 
 from millpond.model.forwards import decode, prefill  # noqa: E402
-from millpond.model.lanes import Lane, SoloLane  # noqa: E402
+from millpond.model.lanes import Lane, SlotsLane, SoloLane  # noqa: E402
 from millpond.model.load import LoadedModel  # noqa: E402
 from millpond.model.opened import open_model  # noqa: E402
 from millpond.model.prompt import new_prompt  # noqa: E402
@@ -139,6 +139,8 @@ def stepping(lane: Lane, model: LoadedModel, case: Case) -> Callable[[], float]:
             picks = mx.argmax(lane.forward(model.network, mx.zeros((rows, case.columns), dtype=mx.int32)), axis=-1)
             mx.eval(picks, lane.arrays())
             lane.advance([case.kept] * rows)
+            if isinstance(lane, SlotsLane):
+                lane.settle()
         mx.eval(picks, lane.arrays())
         return 1000 * (time.perf_counter() - begun)
 

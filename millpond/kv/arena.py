@@ -29,9 +29,9 @@ AT_ONCE_BYTES = 64 * 1024 * 1024
 class Copies:
     """Arrays that are being filled, evaluated whenever they are many bytes."""
 
-    def __init__(self, share: int = 1) -> None:
-        """``share``: of how many parts one is "many"."""
-        self._many = AT_ONCE_BYTES // share
+    def __init__(self, many: int = 0) -> None:
+        """``many`` bytes; 0: as many as usual."""
+        self._many = many or AT_ONCE_BYTES
         self._arrays: list[mx.array] = []
         self._bytes = 0
 
@@ -74,6 +74,8 @@ class Arena:
         """Rows and tokens that the next adoption will need."""
         self._forward: Forward | None = None
         """The one under way."""
+        self._several = False
+        """Whether a forward of several columns has left what is yet to be computed."""
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -167,6 +169,7 @@ class Arena:
     def begin(self, columns: int, filled_to: int = 0) -> Sequence[object]:
         """Make room for ``columns`` new tokens in every row and hand out the slots as the forward's cache, a tuple of
         them where a layer has several. ``filled_to``: see Forward."""
+        self.settle()
         self._make_room(self.slots, len(self.lengths), max(self.lengths) + columns)
         tiles = Tiles(self.batch.ends, self.batch.settled) if self._tiled else None
         self._forward = Forward(self.lengths, columns, filled_to, self._width_step, tiles)
@@ -176,14 +179,21 @@ class Arena:
 
     def advance(self, counts: Sequence[int]) -> None:
         """Keep ``counts[i]`` of the tokens that the forward wrote into row i."""
-        several = self._forward is not None and self._forward.columns > 1
-        copies = Copies(share=2)  # each makes room only when the next is computed
         for slot in self.slots:
             slot.keep(counts)
-            if several and slot.kind is Kind.STATE:
-                copies.add(slot.arrays, slot.nbytes)  # what is left waits for the next forward
         self.batch.advance(counts)
+        self._several = self._several or (self._forward is not None and self._forward.columns > 1)
         self._forward = None
+
+    def settle(self) -> None:
+        """Compute what a forward of several columns has left of states, a few layers at a time: those from before go as
+        those behind it come. Until then there are only the former."""
+        if self._several:
+            self._several = False
+            states = [slot for slot in self.slots if slot.kind is Kind.STATE]
+            copies = Copies(max(AT_ONCE_BYTES // 2, sum(slot.nbytes for slot in states) // 4))
+            for slot in states:
+                copies.add(slot.arrays, slot.nbytes)  # what remains is computed with the next forward
 
     def room(self, columns: int) -> None:
         """Make room for so many tokens behind the end of every row."""

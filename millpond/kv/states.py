@@ -32,7 +32,7 @@ Behind = Callable[[mx.array, mx.array], mx.array]
 """(bool [n, m]: which of the first m columns count, int32 [n]: how many) -> the state behind those that count."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recurrence:
     """One call of a recurrence while a forward was built."""
 
@@ -126,9 +126,10 @@ class StateSlot:
 
     def __getitem__(self, index: int) -> mx.array:
         """One array of the rows of the forward under way. IndexError beyond the last is how models take them apart."""
-        if index in self._behind:
-            raise CannotRollBackError("a layer reads the state that it has left")
         array = self.cache[index]
+        if index in self._behind and self._forward is not None:
+            counts = [self._forward.columns] * self._forward.n
+            array = self._behind[index](*_counting(counts))
         NOTES.set(self._notes)
         return self._filled(self._live(array))
 
@@ -162,19 +163,19 @@ class StateSlot:
             self.cache = before
             return
         whole = all(count == forward.columns for count in counts)
-        kept = mx.array(list(counts), dtype=mx.int32)
-        counted = mx.arange(max(counts), dtype=mx.int32)[None] < kept[:, None]
-        for index, at in behind.items():
-            self.cache[index] = at(counted, kept)
-        if whole:
-            return
-        if notes is None:
+        if notes is None and not whole:
             raise CannotRollBackError("one column is kept by some rows and not by others")
-        convolved = list(notes.convolved)
-        for index in sorted(set(range(len(self.cache))) - set(behind)):
-            self.cache[index] = _behind(self.cache[index], convolved, kept, forward.columns)
+        counted, kept = _counting(counts)
+        convolved = [] if notes is None or whole else list(notes.convolved)
+        after = []
+        for index, array in enumerate(self.cache):
+            if index in behind:
+                after.append(behind[index](counted, kept))
+            else:
+                after.append(array if whole else _behind(array, convolved, kept, forward.columns))
         if convolved:
             raise CannotRollBackError("a convolution was computed whose inputs no state holds")
+        self.cache = after
 
     def _live(self, array: mx.array) -> mx.array:
         assert self._forward is not None, "no forward under way"
@@ -229,6 +230,12 @@ class StateSlot:
     def shrink(self, rows: int, capacity: int) -> None:  # noqa: ARG002 - it does not depend on lengths
         if self.row_count > rows:
             self.cache = [mx.contiguous(array[:rows]) for array in self.cache]
+
+
+def _counting(counts: Sequence[int]) -> tuple[mx.array, mx.array]:
+    """See Behind."""
+    kept = mx.array(list(counts), dtype=mx.int32)
+    return mx.arange(max(counts), dtype=mx.int32)[None] < kept[:, None], kept
 
 
 def _widened(array: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -6,13 +6,14 @@ chunks, which read and write a state many times for each token.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import mlx.core as mx
 
-from millpond.native import decode
+from millpond.native import recurrence
 from millpond.native.recurrence import Given, recurrent
 
 Recurrence = Callable[..., tuple[mx.array, mx.array]]
@@ -20,14 +21,11 @@ Recurrence = Callable[..., tuple[mx.array, mx.array]]
 
 def install() -> None:
     """Where this process computes in C, for the models whose files have been loaded."""
-    if not decode.available():
+    if not recurrence.available():
         return
-    for name, function, ours in (
-        ("gated_delta", "gated_delta_ops", gated_delta),
-        ("ssm", "ssm_attn", state_space),
-    ):
-        module = sys.modules.get(f"mlx_lm.models.{name}")
-        if module is not None and getattr(module, function).__module__ != __name__:
+    for (name, function), ours in OURS.items():
+        module = sys.modules.get(name)
+        if module is not None and not hasattr(getattr(module, function), "__wrapped__"):
             setattr(module, function, ours(module))
 
 
@@ -35,6 +33,7 @@ def gated_delta(module: ModuleType) -> Recurrence:
     """What takes the place of ``gated_delta_ops`` in mlx-lm's module."""
     theirs: Recurrence = module.gated_delta_ops
 
+    @functools.wraps(theirs)
     def gated_delta_ops(
         q: mx.array,
         k: mx.array,
@@ -44,13 +43,13 @@ def gated_delta(module: ModuleType) -> Recurrence:
         state: mx.array | None = None,
         mask: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """mlx-lm's function: q and k [n, L, G, K], v [n, L, H, V], g [n, L, H] or [n, L, H, K], beta [n, L, H]."""
+        """q and k [n, L, G, K], v [n, L, H, V], g [n, L, H] or [n, L, H, K], beta [n, L, H]."""
         if state is None:
             state = mx.zeros((v.shape[0], *v.shape[2:], k.shape[-1]))
-        if state.dtype != mx.float32:
-            return theirs(q, k, v, g, beta, state, mask)
         q32, k32, v32, g32, beta32 = (_float(array) for array in (q, k, v, g, beta))
         given = Given(q32, k32, v32, g32, beta32, counted=None if mask is None else _float(mask))
+        if not given.fits(state):
+            return theirs(q, k, v, g, beta, state, mask)
         read, state = recurrent(state, given)
         return read.astype(q.dtype), state
 
@@ -61,6 +60,7 @@ def state_space(module: ModuleType) -> Recurrence:
     """What takes the place of ``ssm_attn`` in mlx-lm's module."""
     theirs: Recurrence = module.ssm_attn
 
+    @functools.wraps(theirs)
     def ssm_attn(
         x: mx.array,
         A_log: mx.array,  # noqa: N803 - mlx-lm's names
@@ -75,25 +75,32 @@ def state_space(module: ModuleType) -> Recurrence:
         lengths: mx.array | None = None,
         step: int = 256,
     ) -> tuple[mx.array, mx.array]:
-        """mlx-lm's function: x [n, L, H, V], B and C [n, L, G, K], dt [n, L, H]. Of ``lengths`` and ``mask`` the mask
-        says the same where there are both."""
+        """x [n, L, H, V], B and C [n, L, G, K], dt [n, L, H]. Of ``lengths`` and ``mask`` the mask says the same where
+        there are both."""
         if state is None:
             state = mx.zeros((x.shape[0], *x.shape[2:], B.shape[-1]))
-        if state.dtype != mx.float32 or (lengths is not None and mask is None):
-            return theirs(x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step)
-        dt = module.compute_dt(dt, dt_bias, time_step_limit)
+        steps = module.compute_dt(dt, dt_bias, time_step_limit)
         given = Given(
             queries=_float(C),
             keys=_float(B),
-            values=_float(dt[..., None] * x),
-            decays=mx.exp(dt * -mx.exp(_float(A_log))),
+            values=_float(steps[..., None] * x),
+            decays=mx.exp(steps * -mx.exp(_float(A_log))),
             counted=None if mask is None else _float(mask),
         )
+        if not given.fits(state) or (lengths is not None and mask is None):
+            return theirs(x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step)
         read, state = recurrent(state, given)
-        return (read + x * D[:, None]).astype(x.dtype), state
+        return read.astype(x.dtype) + x * D[:, None], state
 
     return ssm_attn
 
 
 def _float(array: mx.array) -> mx.array:
     return array.astype(mx.float32)
+
+
+OURS: Mapping[tuple[str, str], Callable[[ModuleType], Recurrence]] = {
+    ("mlx_lm.models.gated_delta", "gated_delta_ops"): gated_delta,
+    ("mlx_lm.models.ssm", "ssm_attn"): state_space,
+}
+"""Modules of mlx-lm and functions in them, and what makes ours of a module."""

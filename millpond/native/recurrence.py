@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from millpond.native import carried
+from millpond.native import carried, decode
 
 COLUMNS = 64
 """Tokens of one job: what it is given is copied together, and longer ones would take more memory."""
@@ -43,14 +44,61 @@ class Given:
     counted: mx.array | None = None
     """[n, L]: tokens with 0 change nothing, and read 0. None: all count."""
 
+    def fits(self, state: mx.array) -> bool:
+        """Whether all shapes and types are those that are said here, beside states [n, H, V, K]."""
+        n, heads, values, size = state.shape
+        _, length, groups, _ = self.keys.shape
+        apart = (size,) if self.decays.ndim == 4 else ()
+        expected = (
+            (self.queries, (n, length, groups, size)),
+            (self.keys, (n, length, groups, size)),
+            (self.values, (n, length, heads, values)),
+            (self.decays, (n, length, heads, *apart)),
+            (self.shares, (n, length, heads)),
+            (self.counted, (n, length)),
+        )
+        given = [(array, shape) for array, shape in expected if array is not None]
+        return (
+            all(array.shape == shape for array, shape in given)
+            and all(array.dtype == mx.float32 for array in (state, *(array for array, _ in given)))
+            and 0 < groups <= heads
+            and heads % groups == 0
+        )
+
     def arrays(self, first: int, end: int) -> list[mx.array]:
         """Those of tokens [first, end), in the order that C takes."""
         given = (self.queries, self.keys, self.values, self.decays, self.shares, self.counted)
         return [array[:, first:end] for array in given if array is not None]
 
 
+@functools.cache
+def available() -> bool:
+    """Whether this process can do it: tried once, because it depends on how MLX computes a product."""
+    if not decode.available():
+        return False
+    rng = np.random.default_rng(0)
+    n, length, groups, heads, keys, values = 2, 3, 1, 2, 5, 3  # so many states that they are filled up
+    q, k = rng.standard_normal((2, n, length, groups, keys)).astype(np.float32)
+    v = rng.standard_normal((n, length, heads, values)).astype(np.float32)
+    decays, shares = rng.random((2, n, length, heads)).astype(np.float32)
+    counted = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
+    state = rng.standard_normal((n, heads, values, keys)).astype(np.float32)
+    read, after = recurrent(mx.array(state), Given(*map(mx.array, (q, k, v, decays, shares, counted))))
+    expected = np.zeros_like(v)
+    for row, token in zip(*np.nonzero(counted), strict=True):
+        for head in range(heads):
+            key, now = k[row, token, 0], state[row, head]
+            now *= decays[row, token, head]
+            now += np.outer(shares[row, token, head] * (v[row, token, head] - now @ key), key)
+            expected[row, token, head] = now @ q[row, token, 0]
+    return np.allclose(read, expected, atol=1e-4) and np.allclose(after, state, atol=1e-4)
+
+
 def recurrent(state: mx.array, given: Given) -> tuple[mx.array, mx.array]:
-    """What was read [n, L, H, V], and the states [n, H, V, K] float32 behind the last token, lazily."""
+    """What was read [n, L, H, V], and the states [n, H, V, K] float32 behind the last token, lazily. Raises ValueError
+    for shapes that do not go together."""
+    if not given.fits(state):
+        raise ValueError(f"states {state.shape} do not fit what is given: {[one.shape for one in given.arrays(0, 1)]}")
     read, length = [], given.values.shape[1]
     for first in range(0, length, COLUMNS):
         one, state = _carried(state, given, first, min(first + COLUMNS, length))

@@ -65,7 +65,7 @@ def test_a_wrong_password_is_a_product(byte: int) -> None:
     assert np.array_equal(product[16:], np.zeros_like(product[16:]))
 
 
-@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (8, 8), (1, 32)])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (8, 8)])
 @pytest.mark.parametrize("number", [-1, 2, 1 << 40])
 def test_what_names_no_job_is_a_product_whatever_it_begins_with(shape: tuple[int, int], number: int) -> None:
     rng = np.random.default_rng(6)

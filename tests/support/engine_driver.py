@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,7 @@ from millpond.model.blocks import BlockFormat, ReadRecord, agree
 from millpond.model.leaves import rounded
 from millpond.model.load import LoadedModel
 from millpond.model.probe import Capabilities, probe
+from millpond.model.recurrences import OURS
 from millpond.model.upstream import UPSTREAM_MATH, cache_arrays, new_cache
 from millpond.native.packing import TILE
 from millpond.prefix.cache import PrefixCache
@@ -303,21 +305,31 @@ def settle(cached: PrefixCache, inbox: Inbox) -> None:
 
 @contextmanager
 def upstream_math() -> Iterator[None]:
-    """Undo, for a while, what millpond.model.attention put into mlx-lm's model files."""
-    replaced = [
-        (module, name, vars(module)[name])
-        for key, module in sys.modules.items()
-        if key.startswith("mlx_lm.models.")
-        for name in UPSTREAM_MATH
-        if name in vars(module)
-    ]
-    for module, name, _ in replaced:
-        setattr(module, name, UPSTREAM_MATH[name])
+    """Undo, for a while, what stands in mlx-lm's model files instead of its own functions."""
+    replaced = [(module, name, vars(module)[name]) for module, name, _ in their_math()]
+    for module, name, theirs in their_math():
+        setattr(module, name, theirs)
     try:
         yield
     finally:
         for module, name, ours in replaced:
             setattr(module, name, ours)
+
+
+def their_math() -> list[tuple[ModuleType, str, object]]:
+    """What millpond.model.attention and recurrences replace: a loaded module of mlx-lm's, a name in it, and its own."""
+    modules = {key: module for key, module in sys.modules.items() if key.startswith("mlx_lm.models.")}
+    found: list[tuple[ModuleType, str, object]] = [
+        (module, name, theirs)
+        for module in modules.values()
+        for name, theirs in UPSTREAM_MATH.items()
+        if name in vars(module)
+    ]
+    for key, name in OURS:
+        if key in modules:
+            current = vars(modules[key])[name]
+            found.append((modules[key], name, getattr(current, "__wrapped__", current)))
+    return found
 
 
 def assert_same_or_tied(network: nn.Module, prompt: Sequence[int], ours: list[int], expected: list[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny_models
-from engine_driver import upstream_math
+from engine_driver import their_math, upstream_math
 from mlx.utils import tree_flatten, tree_map
 
 from millpond.model import cuda_attention
-from millpond.model.upstream import UPSTREAM_MATH
-from millpond.native import decode, device
+from millpond.native import decode, device, recurrence
 
 FORMATS: dict[str, dict[str, object] | None] = {
     "bf16": None,
@@ -35,10 +33,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, metal: bool = False) -> None
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     monkeypatch.setattr(device, "on_metal", lambda: metal)
     monkeypatch.setattr(decode, "available", lambda: False)
-    for name, module in list(sys.modules.items()):
-        for function, upstream in UPSTREAM_MATH.items():
-            if name.startswith("mlx_lm.models.") and function in vars(module):
-                monkeypatch.setattr(module, function, upstream)  # as a CPU's models have left it, for the next ones
+    monkeypatch.setattr(recurrence, "available", lambda: False)
+    for module, function, upstream in their_math():
+        monkeypatch.setattr(module, function, upstream)  # as a CPU's models have left it, for the next ones
 
 
 def rounding_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
