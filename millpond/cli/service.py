@@ -32,7 +32,7 @@ STOP_MARGIN = 20
 """Seconds for a stop beyond those for draining: errors are written, live conversations saved, connections closed."""
 SPARE_FILES = 1024
 """Open files beyond the connections."""
-CARRIED = ("MILLPOND_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")
+CARRIED = ("MILLPOND_CACHE", "MILLPOND_KERNELS", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")
 """Variables that say where models lie: paths, none of them secret. The service gets them as they are now."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SYSTEM_UNITS = Path("/etc/systemd/system")

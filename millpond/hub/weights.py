@@ -178,3 +178,10 @@ def _check(file: Path, name: str, tensor: WeightTensor, room: int) -> None:
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's weights in memory: as they are stored, but for those of float8, which become bfloat16. Raises
+    SourceError."""
+    tensors = [tensor for _, tensor in tensors_of(weight_files(folder)).values()]
+    return sum(tensor.size * (2 if tensor.dtype == "F8_E4M3" else 1) for tensor in tensors)

@@ -277,12 +277,18 @@ class KvSlot:
         Until then the arrays must stay where they are.
         """
         new, self._new = self._new or (), None
-        n, heads, length, _ = queries.shape
-        shape = (n, heads, self.spec.heads, length)
-        asked_for = (shape, scale, bool(new), sum([segment.moves for segment in self.segments]))
+        _, heads, length, _ = queries.shape
+        return decode.attend(
+            self.asked(heads, length, scale, bool(new)), self.lengths(), queries, new, self.spec.value_dim
+        )
+
+    def asked(self, heads: int, length: int, scale: float, writes: bool) -> bytes:
+        """What C is told of the slots in the forward under way, with so many query heads and new tokens of each row."""
+        shape = (self.forward.n, heads, self.spec.heads, length)
+        asked_for = (shape, scale, writes, sum([segment.moves for segment in self.segments]))
         if asked_for != self._asked_for:
-            self._asked_for, self._asked = asked_for, self._job(shape, scale, bool(new))
-        return decode.attend(self._asked, self.lengths(), queries, new, self.spec.value_dim)
+            self._asked_for, self._asked = asked_for, self._job(shape, scale, writes)
+        return self._asked
 
     def lengths(self) -> bytes:
         """What C is told of the rows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from millpond.memory.budget import CacheSizes
 
 FLOAT32_SHARE = 0.8
-"""Of the memory, what weights in float32 may take on a CPU, which computes fastest with those."""
+"""Of the memory, what weights in float32 may take on a CPU, where they are computed faster so."""
 DEVICE_SHARE, MACHINE_SHARE = 0.9, 0.7
 """Of a GPU's memory, or else of the machine's, what weights, keys and values may take together."""
 SCORES_SHARE = 0.04

@@ -23,11 +23,14 @@ import msgspec
 
 from millpond.hub.cache import keep, recalled
 from millpond.memory.cgroups import ControlGroups
-from millpond.native.library import needed, shim_path
+from millpond.native.library import INSTRUCTIONS, instructions, needed, shim_path
 
 SPIN_US = 50
 """How long a worker thread stays awake after a product: long enough for the next one of a layer, and no longer, as the
 front end may want the core."""
+
+KERNELS = "MILLPOND_KERNELS"
+"""Environment variable: the best instructions of the CPU that may be used; those that it has, unless it is set."""
 
 HOW_TO_INSTALL = (
     "install Millpond with the extra that brings it: pip install 'millpond[cpu]', or with [cuda12] or [cuda13] for an "
@@ -102,9 +105,8 @@ def _library() -> str:
     limit = row_limit(shim, f"{openblas.version} {threads} {platform.processor() or platform.machine()}")
     for rows in range(1, limit + 1):
         shim.millpond_rowblas_take(rows, 1)
-    kind = shim.millpond_rowblas_instructions().decode()
-    own = f" + own products up to {limit} rows ({kind})" if limit else ""
-    return f"{openblas.origin} {openblas.version}{own}, {threads} threads"
+    own = f"own products ({instructions(shim)}; of float32 up to {limit} rows)"
+    return f"{openblas.origin} {openblas.version} + {own}, {threads} threads"
 
 
 def find_openblas() -> OpenBlas | None:
@@ -130,13 +132,20 @@ def load_shim(openblas: OpenBlas, threads: int) -> ctypes.CDLL | None:
     if not path.is_file():
         return None
     shim = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    shim.millpond_rowblas_instructions.restype = ctypes.c_char_p
     shim.millpond_rowblas_measure.restype = ctypes.c_long
     shim.millpond_rowblas_own_calls.restype = ctypes.c_uint64
     shim.millpond_rowblas_passed_calls.restype = ctypes.c_uint64
     gemms = [openblas.address(f"cblas_{kind}gemm") for kind in "sdc"]
-    shim.millpond_rowblas_init(*gemms, ctypes.c_int(threads), ctypes.c_long(SPIN_US))
+    shim.millpond_rowblas_init(*gemms, ctypes.c_int(threads), ctypes.c_long(SPIN_US), ctypes.c_int(_most()))
     return shim
+
+
+def _most() -> int:
+    """The best instructions that may be used, by their place in INSTRUCTIONS. Raises RuntimeError."""
+    given = os.environ.get(KERNELS) or INSTRUCTIONS[-1]
+    if given not in INSTRUCTIONS:
+        raise RuntimeError(f"{KERNELS}: {given!r} is not known; allowed: {', '.join(INSTRUCTIONS)}")
+    return INSTRUCTIONS.index(given)
 
 
 def thread_count() -> int:
@@ -177,7 +186,7 @@ def row_limit(shim: ctypes.CDLL, machine: str) -> int:
     except msgspec.MsgspecError:
         # Damaged: measure again.
         measured = Measured()
-    key = f"{machine} {shim.millpond_rowblas_instructions().decode()} v{KERNELS_VERSION}"
+    key = f"{machine} {instructions(shim)} v{KERNELS_VERSION}"
     if key not in measured.limits:
         measured.limits[key] = measure_row_limit(shim)
         keep(MEASURED, msgspec.json.encode(measured))

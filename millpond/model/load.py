@@ -1,7 +1,7 @@
 """Load a model folder into memory, ready to run, and say what it is.
 
-On a CPU the weights are held in float32: MLX's quantised and 16-bit products run on one thread there, and a fast BLAS
-knows float32 only (see model/blas.py). Engine thread only.
+On a CPU weights stay as they are stored where our own products take them (model/packed_linear), and the rest is held in
+float32, as a fast BLAS knows nothing else (model/blas). Engine thread only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from millpond.kv.slots import KvSpec, LeafSpec
 from millpond.memory.budget import CacheSizes
 from millpond.memory.machine import total_memory
 from millpond.memory.shares import held_in_float32
-from millpond.model import attention, ragged, recurrences, replay
+from millpond.model import attention, layers, packed_linear, ragged, recurrences, replay
 from millpond.model.blocks import BlockFormat, block_format
 from millpond.model.checkpoint import WrongWeightsError
 from millpond.model.config_keys import RefusedKeyError
@@ -47,7 +47,7 @@ from millpond.model.upstream import (
     load_weights,
     new_cache,
 )
-from millpond.native import decode, device
+from millpond.native import decode, device, products
 from millpond.prefix.records import Kind
 from millpond.types import GROUP_SIZES, UNPACKED, KvPacking
 
@@ -160,7 +160,7 @@ def load(
     context_length = _context(config, context_length)
     on_cpu = device.on_cpu()
     if on_cpu:
-        network = _in_float32(network)
+        network = _on_a_cpu(network, 1 if group is None else group.size())
         share_angles(network)
     elif str(config.get("model_type")).startswith(BEYOND_FLOAT16):
         _converted(network, mx.float16, mx.bfloat16)
@@ -169,6 +169,8 @@ def load(
             shard(network, config, group)
         except CannotShard as error:
             raise ModelError(str(error)) from error
+        if on_cpu and products.available():
+            packed_linear.settle(network)  # a share may not have a size that stays
     if on_cpu and shutil.which(COMPILER) is None:
         mx.disable_compile()  # it would raise in the first forward; unfused operations are merely slower
     attention.install(network)
@@ -176,6 +178,9 @@ def load(
     recurrences.install()
     replay.install(network)
     _evaluate(network, progress)
+    if on_cpu:
+        packed_linear.install(network)
+        layers.install(network)
     cache = new_cache(network)
     try:
         logits = _filled(network, cache)
@@ -231,6 +236,9 @@ def _narrowed(network: nn.Module, config: dict[str, object], group: mx.distribut
     try:
         twin = sharing(changed, trunk, lambda twin: None if group is None else shard(twin, config, group))
         ragged.install(twin)
+        if device.on_cpu():
+            packed_linear.install(twin)
+            layers.install(twin)
         return twin if headed is None else headed.over(twin)
     except Exception:  # whatever a class of mlx-lm does with a configuration that nobody has published
         log.exception("what the model does past its windows could not be tried")
@@ -283,11 +291,18 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _in_float32(network: nn.Module) -> nn.Module:
-    if not held_in_float32(float_bytes(network), total_memory()):
-        return network  # packed weights run as they are
-    _converted(network, mx.floating, mx.float32)
-    return dequantized(network)  # with float32 scales, so that no value is rounded to half precision on the way
+def _on_a_cpu(network: nn.Module, ranks: int) -> nn.Module:
+    """With weights as products on a CPU take them: as they are stored, where C can and ``ranks`` can divide them so;
+    else in float32; and where there is no room for that, as they are, slowly."""
+    stays = (
+        products.available() and packed_linear.divisible(network, ranks) and not packed_linear.reads_weights(network)
+    )
+    if not stays and held_in_float32(packed_linear.float_bytes(network), total_memory()):
+        _converted(network, mx.floating, mx.float32)
+        return dequantized(network)  # with float32 scales, so that no value is rounded to half precision on the way
+    if products.available():
+        packed_linear.settle(network)
+    return network
 
 
 def _converted(network: nn.Module, kind: mx.Dtype | mx.DtypeCategory, dtype: mx.Dtype) -> None:
@@ -295,16 +310,6 @@ def _converted(network: nn.Module, kind: mx.Dtype | mx.DtypeCategory, dtype: mx.
     network.update(
         tree_map(lambda array: array.astype(dtype) if mx.issubdtype(array.dtype, kind) else array, network.parameters())
     )
-
-
-def float_bytes(network: nn.Module) -> int:
-    """What the weights take in float32, packed ones unpacked."""
-    count = sum(int(array.size) for _, array in tree_flatten(network.parameters()))
-    for module in network.modules():
-        if "scales" in module:
-            packed, *others = (module[name] for name in ("weight", "scales", "biases") if name in module)
-            count += int(packed.size) * 32 // module.bits - sum(int(array.size) for array in (packed, *others))
-    return 4 * count
 
 
 def _evaluate(network: nn.Module, progress: Callable[[float], None]) -> None:

@@ -29,6 +29,7 @@ from millpond.model.parity import (
     COARSE_NOISES,
     LOOSE,
     NOISES,
+    PACKED,
     STRICT,
     ParityError,
     apart,
@@ -166,8 +167,7 @@ def _in_float32(model: LoadedModel) -> tuple[str, str]:
     reason, in_part = _compared(plain, tolerance)
     if reason or not model.form.packs:
         return reason, in_part
-    # Of a number half-way between two steps the last bit decides, and a step is more than a position that is off.
-    reason, more = _compared(model, LOOSE)
+    reason, more = _compared(model, PACKED)
     return reason, in_part or more
 
 

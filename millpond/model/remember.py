@@ -15,6 +15,7 @@ import msgspec
 
 from millpond import __version__
 from millpond.hub import cache
+from millpond.native.library import build
 
 Finding = TypeVar("Finding", bound=msgspec.Struct)
 
@@ -48,6 +49,6 @@ def keep(found: msgspec.Struct, about: tuple[str, ...]) -> None:
 def _name(kind: type[msgspec.Struct], about: tuple[str, ...]) -> str:
     versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
     identity = "|".join(
-        [kind.__name__, *kind.__struct_fields__, *about, __version__, *versions, str(mx.default_device())]
+        [kind.__name__, *kind.__struct_fields__, *about, __version__, *versions, str(mx.default_device()), build()]
     )
     return f"probes/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"

@@ -50,6 +50,11 @@ class SharedRotary(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
         self._original = original
         self._angles = angles
 
+    @property
+    def original(self) -> nn.RoPE:
+        """What it stands in for."""
+        return self._original
+
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate x [n, heads, length, dims] as at positions offset, offset + 1, ... Bit for bit what MLX computes."""
         if x.shape[-1] != self._original.dims or x.dtype != mx.float32:

@@ -35,6 +35,8 @@ with limit_kept(), without_tokenizers():
     from mlx_lm.models.cache import KVCache as KVCache
     from mlx_lm.models.cache import RotatingKVCache as RotatingKVCache
     from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear as QuantizedSwitchLinear
+    from mlx_lm.models.switch_layers import SwitchLinear as SwitchLinear
     from mlx_lm.utils import MODEL_REMAPPING, _get_classes, dequantize_model, load_config, load_model
     from mlx_lm.utils import infer_quant_config as packing_of
 

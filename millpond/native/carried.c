@@ -17,7 +17,12 @@ struct carried {
     int64_t content[];
 };
 
-static void (*const jobs[])(void *, const float *, float *) = {attend_slots, run_recurrence};
+static void (*const jobs[])(void *, const float *, long, float *) = {
+    attend_slots,
+    run_recurrence,
+    multiply_weights,
+    run_layer,
+};
 
 static unsigned char password[PASSWORD_BYTES];
 
@@ -32,8 +37,8 @@ int carries(const float *a, long floats)
            carried->job >= 0 && carried->job < (int64_t)(sizeof jobs / sizeof *jobs);
 }
 
-void run_carried(const float *a, const float *b, float *c)
+void run_carried(const float *a, const float *b, long columns, float *c)
 {
     struct carried *carried = (struct carried *)a;
-    jobs[carried->job](carried->content, b, c);
+    jobs[carried->job](carried->content, b, columns, c);
 }

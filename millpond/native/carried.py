@@ -8,7 +8,9 @@ import functools
 from millpond.native.library import prepared
 
 PASSWORD_BYTES = 32
-ATTENTION, RECURRENCE = range(2)
+BEGIN_BYTES = PASSWORD_BYTES + 8
+"""Of what ``begin`` gives."""
+JOBS = ATTENTION, RECURRENCE, WEIGHTS, LAYER = range(4)
 """The table of carried.c."""
 
 

@@ -6,6 +6,8 @@
  * position alone, so a row's bits depend neither on its neighbours nor on the number of threads.
  * A carried job, see carried.h: the right matrix holds queries, keys and values. */
 
+#include "decode.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -18,26 +20,6 @@
 #include "tiles.h"
 
 enum { SPLIT = 512, SETTLE_NUMBERS = 32 * 1024 };
-
-/* Keys or values of one stretch of positions, [rows, heads, capacity, dims] without gaps; packed unless bits is 32. */
-struct store {
-    struct packed packed; /* ``numbers`` are the floats when they are not packed */
-    uint16_t *means;      /* of tiles of keys, see tiles.h; else NULL */
-    int64_t capacity;
-    int32_t bits, group;
-};
-
-struct slots {
-    int64_t rows, heads, groups, length, dims, value_dims;
-    int64_t window; /* what a query sees, and the second stores are rings; 0: everything */
-    /* Positions below ``exact`` are in the first store of each, the others in the second, counted from there. */
-    int64_t exact;
-    /* Of those only whole tiles are in the second, and the newest positions are in the third stores, which are rings. */
-    int64_t tiled;
-    struct store keys[3], values[3];
-    double scale;   /* of scores whose softmax is to the base of 2 */
-    int64_t writes; /* 0: there are no new keys and values; the queries attend to what is there */
-};
 
 /* One call: what the job works on besides the slots. All without gaps. */
 struct call {
@@ -355,17 +337,22 @@ static void run(const struct call *call)
     free(parts);
 }
 
+void attend(const struct slots *s, const int64_t *told, const struct fresh *f)
+{
+    run(&(struct call){s, told, told + s->rows, told + 2 * s->rows, f->queries, f->keys, f->values, f->result});
+}
+
 /* What stands in the left matrix. */
 struct attending {
     struct slots slots;
-    int64_t lengths[];
+    int64_t told[];
 };
 
-void attend_slots(void *job, const float *b, float *c)
+void attend_slots(void *job, const float *b, long columns, float *c)
 {
+    (void)columns;
     const struct attending *attending = job;
     const struct slots *s = &attending->slots;
     long queries = s->rows * s->heads * s->length * s->dims, keys = s->rows * s->groups * s->length * s->dims;
-    const int64_t *lengths = attending->lengths;
-    run(&(struct call){s, lengths, lengths + s->rows, lengths + 2 * s->rows, b, b + queries, b + queries + keys, c});
+    attend(s, attending->told, &(struct fresh){b, b + queries, b + queries + keys, c});
 }

@@ -7,7 +7,9 @@ typedef float NAME(vec) __attribute__((vector_size(4 * WIDTH), aligned(4), may_a
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 #include "row_products.h"
+#include "packed_rows.h"
 #include "softmax.h"
+#include "elementwise.h"
 #include "recurrence.h"
 #if WIDTH <= 8
 #include "packing.h"

@@ -10,6 +10,27 @@
 
 #include "halves.h"
 
+static float factor_of(const uint8_t *factors, int type, long at)
+{
+    union {
+        uint32_t bits;
+        float number;
+    } u;
+    uint16_t half;
+    switch (type) {
+    case POWERS: u.bits = (uint32_t)factors[at] << 23; return u.number;
+    case E4M3:
+        u.bits = (uint32_t)(factors[at] & 0x7f) << 20;
+        u.number *= 0x1p120f;
+        return factors[at] & 0x80 ? -u.number : u.number;
+    }
+    memcpy(&half, factors + 2 * at, sizeof half);
+    if (type == HALVES)
+        return half_to_float(half);
+    u.bits = (uint32_t)half << 16;
+    return u.number;
+}
+
 typedef float quarter __attribute__((vector_size(16)));
 
 #define WIDTH 4
@@ -19,7 +40,7 @@ typedef float quarter __attribute__((vector_size(16)));
 
 #if defined(__x86_64__)
 #define WIDTH 8
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define NAME(base) base##_avx2
 #include "instruction_set.h"
 
@@ -32,28 +53,39 @@ typedef float quarter __attribute__((vector_size(16)));
 product dot_rows = dot_rows_portable;
 product mix_rows = mix_rows_portable;
 float (*softmax_row)(float *, long, struct running *) = softmax_row_portable;
+void (*normalise)(const float *, const float *, long, float, float *) = normalise_portable;
+void (*gate_all)(int, const float *, const float *, long, float *) = gate_all_portable;
 void (*recur)(const struct recurrence *, float *) = recur_portable;
+static long widest = 4;
+void (*packed_rows)(const struct weights *, float *, long, const float *, long, long, float *, long) =
+    packed_rows_portable;
+void (*factor_floats)(uint16_t *, int, long, long, float *) = factors_portable;
 static void (*unpack)(int, struct packed, long, long, float *) = unpack_portable;
 static void (*pack)(int, const float *, long, long, struct packed) = pack_portable;
 
-const char *choose_kernels(void)
+enum instructions choose_kernels(enum instructions most)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    int avx512 = __builtin_cpu_supports("avx512f");
-    if (!avx512 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
-        return "portable";
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && most >= AVX512 && __builtin_cpu_supports("avx512f");
+    if (!avx2 || most < AVX2)
+        return PORTABLE;
     dot_rows = avx512 ? dot_rows_avx512 : dot_rows_avx2;
     mix_rows = avx512 ? mix_rows_avx512 : mix_rows_avx2;
     softmax_row = avx512 ? softmax_row_avx512 : softmax_row_avx2;
+    normalise = avx512 ? normalise_avx512 : normalise_avx2;
+    gate_all = avx512 ? gate_all_avx512 : gate_all_avx2;
     recur = avx512 ? recur_avx512 : recur_avx2;
+    packed_rows = avx512 ? packed_rows_avx512 : packed_rows_avx2;
+    factor_floats = avx512 ? factors_avx512 : factors_avx2;
+    widest = avx512 ? 16 : 8;
     unpack = unpack_avx2;
     pack = pack_avx2;
-    return avx512 ? "avx512" : "avx2";
-#elif defined(__aarch64__)
-    return "neon";
+    return avx512 ? AVX512 : AVX2;
 #else
-    return "portable";
+    (void)most;
+    return PORTABLE;
 #endif
 }
 
@@ -71,3 +103,12 @@ void pack_groups(int bits, const float *from, long groups, long size, struct pac
 {
     pack(bits, from, groups, size, behind(to, bits, at, size));
 }
+
+long turned(const struct weights *w)
+{
+    if (w->format != 4 && w->format != E2M1)
+        return 0;
+    return w->group % (2 * widest) == 0 ? 2 * widest : widest;
+}
+
+long packed_room(const struct weights *w) { return 4 * (2 * (w->inputs / w->group) + w->inputs); }

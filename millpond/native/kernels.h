@@ -5,8 +5,11 @@
 
 #include <stdint.h>
 
-/* Take the best kernels that this machine can run, before any is called; returns the name of its instruction set. */
-const char *choose_kernels(void);
+/* Instruction sets, each with all that those before it have; the last one is for whole_rows.h. */
+enum instructions { PORTABLE, AVX2, AVX512, AVX512_VNNI };
+
+/* Take the best kernels that this machine can run, but none beyond ``most``, before any is called; returns whose they are. */
+enum instructions choose_kernels(enum instructions most);
 
 typedef void (*product)(long m, long n, long k, const float *a, long lda, const float *b, long ldb, float *c, long ldc);
 
@@ -23,6 +26,14 @@ enum { WIDEST = 16 };
 /* Turn a row of scores into weights 2^(score - largest so far), in place. Returns by how much what was summed up with an
  * earlier, smaller maximum has to be multiplied. ``cols`` is a multiple of WIDEST. */
 extern float (*softmax_row)(float *scores, long cols, struct running *running);
+
+/* to = from, divided by the root of its mean square and eps, times a weight for each number. */
+extern void (*normalise)(const float *from, const float *weight, long count, float eps, float *to);
+
+enum { SILU, GELU /* by tanh */ };
+
+/* to = SILU or GELU of gate, times up. */
+extern void (*gate_all)(int kind, const float *gate, const float *up, long count, float *to);
 
 /* One head of a recurrent layer: columns of queries and keys, of values, and of what decays. */
 struct recurrence {
@@ -57,5 +68,40 @@ void unpack_groups(int bits, struct packed from, long at, long groups, long size
 
 /* The other way. A group with a number that is not finite comes back as not a number. */
 void pack_groups(int bits, const float *from, long groups, long size, struct packed to, long at);
+
+/* Weights as they are on disk, [outputs][inputs]. */
+enum format { /* 1 to 8: affine, of so many bits, in MLX's order */ E2M1 = 16, E4M3, BRAINS, HALVES, FLOATS, POWERS };
+
+struct weights {
+    struct packed packed; /* scales and biases are of ``scale_type`` */
+    int64_t inputs, outputs, group;
+    int32_t format, scale_type;
+};
+
+static inline int affine(int format) { return format <= 8; }
+static inline int plain(int format) { return format == BRAINS || format == HALVES || format == FLOATS; }
+static inline int bits_of(int format)
+{
+    return affine(format) ? format : format == FLOATS ? 32 : plain(format) ? 16 : format == E4M3 ? 8 : 4;
+}
+
+/* Scales or biases, so many groups further on. */
+static inline uint16_t *factors_at(uint16_t *start, int type, long groups)
+{
+    return (uint16_t *)((uint8_t *)start + groups * (type == FLOATS ? 4 : type == E4M3 || type == POWERS ? 1 : 2));
+}
+
+/* So many of them as floats, from ``at`` on. */
+extern void (*factor_floats)(uint16_t *factors, int type, long at, long count, float *to);
+
+/* How many numbers of vectors are to be turned at once, those of even places first; 0: they are taken in order. */
+long turned(const struct weights *w);
+
+/* Floats that packed_rows needs. */
+long packed_room(const struct weights *w);
+
+/* C[m][from..to) = A[m][inputs] . W[from..to)[inputs], with vectors that are turned. */
+extern void (*packed_rows)(const struct weights *w, float *room, long m, const float *a, long from, long to, float *c,
+                           long ldc);
 
 #endif

@@ -7,8 +7,11 @@ import functools
 import importlib.metadata
 import sys
 import sysconfig
+from hashlib import sha256
 from pathlib import Path
 
+INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512-vnni")
+"""Sets of a CPU's instructions that it is compiled for, the best one last; enum instructions of kernels.h."""
 GPU_PACKAGES = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
 
 
@@ -29,6 +32,18 @@ def shim_path() -> Path:
     """Where the compiled C files lie when they were built."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
     return Path(__file__).parent / f"_rowblas{suffix}"
+
+
+def instructions(shim: ctypes.CDLL) -> str:
+    """Those that it uses."""
+    return INSTRUCTIONS[shim.millpond_rowblas_instructions()]
+
+
+@functools.cache
+def build() -> str:
+    """What tells this C part, as this process uses it, from others; empty where it does not."""
+    shim = prepared()
+    return "" if shim is None else f"{sha256(shim_path().read_bytes()).hexdigest()} {instructions(shim)}"
 
 
 @functools.cache

@@ -64,8 +64,9 @@ static void run_head(const void *data, long number)
     recur(&g, heads->after + number * size);
 }
 
-void run_recurrence(void *job, const float *b, float *c)
+void run_recurrence(void *job, const float *b, long columns, float *c)
 {
+    (void)columns;
     struct recurrent *j = job;
     const struct heads heads = {j, b, c};
     long pieces = j->rows * j->heads, macs = pieces * j->keys * j->values * (1 + 2 * j->columns);

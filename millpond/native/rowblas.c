@@ -6,6 +6,7 @@
  *
  * The top of the library: it calls gemm.h and carried.h, they call kernels.h and pool.h, and nothing calls back up. */
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
+#include "whole_rows.h"
 
 enum { MAX_ROWS = 32 };
 
@@ -34,7 +36,22 @@ static complex_gemm next_cgemm;
 static unsigned char own[MAX_ROWS + 1];
 static _Atomic uint64_t own_calls, passed_calls;
 static int carrying;
-static const char *instructions = "portable";
+static enum instructions instructions;
+
+/* A job whose right matrix [k][n] has gaps, or is there transposed. */
+static void run_turned(const float *a, const float *b, int transposed, long ldb, long m, long n, long k, float *c)
+{
+    float *copy = malloc((size_t)(n * k) * sizeof(float));
+    if (!copy) {
+        for (long i = 0; i < m * n; i++)
+            c[i] = NAN;
+        return;
+    }
+    for (long i = 0; i < k * n; i++)
+        copy[i] = transposed ? b[i % n * ldb + i / n] : b[i / n * ldb + i % n];
+    run_carried(a, copy, n, c);
+    free(copy);
+}
 
 EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                         const float *b, int ldb, float beta, float *c, int ldc)
@@ -44,7 +61,10 @@ EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k
         return;
     }
     if (carrying && trans_a == NO_TRANS && lda == k && carries(a, (long)m * k)) {
-        run_carried(a, b, c);
+        if (trans_b == NO_TRANS && ldb == n)
+            run_carried(a, b, n, c);
+        else
+            run_turned(a, b, trans_b == TRANS, ldb, m, n, k, c);
         return;
     }
     struct gemm g = {trans_a, trans_b, m, n, k, alpha, beta, a, b, c, lda, ldb, ldc};
@@ -83,12 +103,15 @@ EXPORT void cblas_cgemm(int order, int trans_a, int trans_b, int m, int n, int k
 
 /* --- what Python calls, before mlx is loaded -------------------------------------------------------------------- */
 
-EXPORT void millpond_rowblas_init(void *sgemm, void *dgemm, void *cgemm, int threads, long spin_us)
+/* ``most``: the best of enum instructions that may be used. */
+EXPORT void millpond_rowblas_init(void *sgemm, void *dgemm, void *cgemm, int threads, long spin_us, int most)
 {
     next_sgemm = (real_gemm)sgemm;
     next_dgemm = (double_gemm)dgemm;
     next_cgemm = (complex_gemm)cgemm;
-    instructions = choose_kernels();
+    instructions = choose_kernels(most);
+    if (instructions == AVX512 && most >= AVX512_VNNI && use_whole_rows())
+        instructions = AVX512_VNNI;
     carrying = carried_init();
     pool_init(threads, spin_us);
 }
@@ -107,7 +130,7 @@ EXPORT int millpond_rowblas_takes(int rows) { return rows >= 1 && rows <= MAX_RO
 
 EXPORT int millpond_rowblas_max_rows(void) { return MAX_ROWS; }
 
-EXPORT const char *millpond_rowblas_instructions(void) { return instructions; }
+EXPORT int millpond_rowblas_instructions(void) { return (int)instructions; }
 
 EXPORT uint64_t millpond_rowblas_own_calls(void) { return atomic_load(&own_calls); }
 

@@ -24,6 +24,7 @@ from millpond.cli.doctor import machine, model
 from millpond.cli.doctor.finding import Finding, ok
 from millpond.config import ServeConfig, read_config
 from millpond.hub.cache import cache_root
+from millpond.hub.weights import weight_bytes
 from millpond.model.load import load
 
 # --- the machine and the installation ---------------------------------------------------------------------------
@@ -187,8 +188,7 @@ def test_the_estimate_of_the_weights_is_what_they_take(bits: int | None, tmp_pat
         config = json.loads((folder / "config.json").read_text())
         config["quantization"] = {"group_size": 32, "bits": bits}
         (folder / "config.json").write_text(json.dumps(config))
-    on_cpu = mx.default_device() == mx.cpu
-    assert model._weight_bytes(folder, on_cpu, 2**40) == load(folder, 0, lambda _: None).weight_bytes
+    assert weight_bytes(folder) == load(folder, 0, lambda _: None).weight_bytes
 
 
 def test_files_that_are_not_followed_to_the_letter_are_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from slot_story import Floats, Layer, Past, drawn, expected, filled, forward
 
 from millpond.kv.arena import Arena
-from millpond.native import decode
+from millpond.native import carried, decode
 
 LAYER = Layer()
 
@@ -66,7 +66,7 @@ def test_a_wrong_password_is_a_product(byte: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (8, 8)])
-@pytest.mark.parametrize("number", [-1, 2, 1 << 40])
+@pytest.mark.parametrize("number", [-1, len(carried.JOBS), 1 << 40])
 def test_what_names_no_job_is_a_product_whatever_it_begins_with(shape: tuple[int, int], number: int) -> None:
     rng = np.random.default_rng(6)
     arena, _, _ = filled(LAYER, 30)

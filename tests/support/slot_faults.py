@@ -14,6 +14,7 @@ from millpond.kv.rows import Forward
 from millpond.kv.segment import KvSegment
 from millpond.kv.slots import KvSlot
 from millpond.kv.states import Notes, Recurrence, StateSlot
+from millpond.model.layers import Turns
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -74,6 +75,13 @@ def _placed_by_the_longest(patch: pytest.MonkeyPatch) -> None:
 def _one_position_on(patch: pytest.MonkeyPatch) -> None:
     whole = Forward.offset.func  # type: ignore[attr-defined]
     patch.setattr(Forward, "offset", property(lambda self: whole(self) + 1))
+    held, table = [], Turns.upto
+
+    def upto(self: Turns, positions: int) -> mx.array:
+        held.append(mx.contiguous(table(self, positions + 1)[1:]))
+        return held[-1]
+
+    patch.setattr(Turns, "upto", upto)
 
 
 def _keys_not_moved(patch: pytest.MonkeyPatch) -> None:

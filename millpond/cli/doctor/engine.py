@@ -14,9 +14,9 @@ from millpond.cli.doctor.finding import Finding, fail, ok, shown, warn
 from millpond.cli.doctor.packages import PIP
 
 PROGRAM = """
-import ctypes, json
+import json
 from millpond.model import blas
-from millpond.native.library import needed, prepared, shim_path
+from millpond.native.library import instructions, needed, prepared, shim_path
 found = {"needed": needed(), "built": shim_path().is_file()}
 print(json.dumps(found), flush=True)
 found["blas"] = blas.prepare()
@@ -27,8 +27,7 @@ found["device"] = str(mx.default_device())
 found["on_cpu"] = device.on_cpu()
 shim = prepared()
 if shim is not None:
-    shim.millpond_rowblas_instructions.restype = ctypes.c_char_p
-    found["instructions"] = shim.millpond_rowblas_instructions().decode()
+    found["instructions"] = instructions(shim)
 if (memory := device.memory()) is not None:
     found["memory"], found["free"] = memory.total, memory.free
 found["name"] = device.name()

@@ -18,9 +18,9 @@ from millpond.config import ServeConfig
 from millpond.hub.errors import SourceError
 from millpond.hub.progress import SilentProgress, TerminalProgress
 from millpond.hub.source import ResolvedModel, resolve
-from millpond.hub.weight_sizes import weight_sizes
+from millpond.hub.weights import weight_bytes
 from millpond.memory.machine import free_memory, total_memory
-from millpond.memory.shares import fitting_kv, held_in_float32
+from millpond.memory.shares import fitting_kv
 from millpond.text.tokenizer import Tokenizer, TokenizerError
 from millpond.types import ModelInfo, SpecMode
 
@@ -76,7 +76,7 @@ def cannot_be_loaded(source: ResolvedModel, draft: Path | None, probed: Probe) -
     """Why the weights, with those of a draft model in folder ``draft``, are not worth the try; None when they are."""
     free, total = free_memory(), probed.memory or total_memory()
     try:
-        weights = sum(_weight_bytes(path, probed.on_cpu, total) for path in (source.path, draft) if path is not None)
+        weights = sum(weight_bytes(path) for path in (source.path, draft) if path is not None)
     except SourceError as error:
         return fail("model", str(error), "correct what it says, or fetch the model again")
     room = free if probed.on_cpu and free is not None else total
@@ -85,12 +85,6 @@ def cannot_be_loaded(source: ResolvedModel, draft: Path | None, probed: Probe) -
     whose = "its weights" if draft is None else "its weights and the draft model's"
     text = f"{source.name}: {whose} take {shown(weights)}, more than the {shown(room)} there are"
     return fail("model", text, f"{SMALLER}, or close other programs")
-
-
-def _weight_bytes(folder: Path, on_cpu: bool, total: int) -> int:
-    """What the weights take once they are loaded. Raises SourceError."""
-    stored, in_float32 = weight_sizes(folder)
-    return in_float32 if on_cpu and held_in_float32(in_float32, total) else stored
 
 
 def _speculation(info: ModelInfo, config: ServeConfig) -> Finding:

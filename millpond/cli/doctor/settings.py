@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from millpond.cli.doctor.finding import Finding, fail, ok, warn
 from millpond.config import ConfigError, ServeConfig, read_config
 
-OTHERS = ("MILLPOND_CACHE", "MILLPOND_CONFIG", "MILLPOND_TP_SECRET")
+OTHERS = ("MILLPOND_CACHE", "MILLPOND_CONFIG", "MILLPOND_KERNELS", "MILLPOND_TP_SECRET")
 """Variables that are not settings of ``serve``."""
 
 

@@ -1,0 +1,108 @@
+"""One layer of a transformer in C, as a step of MLX's own graph (layer.c). Engine thread only."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from millpond.native import carried
+from millpond.native.decode import Slots
+from millpond.native.products import FLOAT_BYTES, Matrix, Weights, address, weights_of
+
+SILU, GELU = range(2)
+"""How what is multiplied is gated; GELU is that by tanh."""
+
+
+class _Norm(ctypes.Structure):
+    """struct norm of layer.c."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double))
+
+
+class _Matrix(ctypes.Structure):
+    """struct matrix of products.h."""
+
+    _fields_ = (("weights", Weights), ("bias", ctypes.c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    """struct layer of layer.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "inner")),
+        *((name, _Norm) for name in ("before", "attended", "between", "done", "queries", "keys")),
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("turns", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rotated", "kind")),
+    )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The root of the mean square divides; evaluated, float32."""
+
+    weight: mx.array
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer computes: norm, products, heads' norms, rotation, attention, product, norm, sum; norm, products,
+    gate, product, norm, sum. What may be missing is None."""
+
+    before: Norm
+    between: Norm
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    output: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    attended: Norm | None = None
+    done: Norm | None = None
+    queries: Norm | None = None
+    keys: Norm | None = None
+    kind: int = SILU
+
+
+def described(layer: Layer, turns: mx.array, rotated: int) -> bytes:
+    """What C is told of it; good for as long as the arrays stay where they are. ``turns``: float32 [positions,
+    rotated], cosines and then sines of each position."""
+    told = _Layer(hidden=layer.before.weight.size, inner=layer.down.weight.shape[0], rotated=rotated, kind=layer.kind)
+    for name in ("before", "attended", "between", "done", "queries", "keys"):
+        norm: Norm | None = getattr(layer, name)
+        if norm is not None:
+            setattr(told, name, _Norm(address(norm.weight), norm.eps))
+    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+        matrix: Matrix = getattr(layer, name)
+        bias = None if matrix.bias is None else address(matrix.bias)
+        setattr(told, name, _Matrix(weights_of(matrix), bias))
+    told.inner = told.gate.weights.outputs
+    told.turns = address(turns)
+    return bytes(told)
+
+
+def fits(hidden: int, lengths: bytes) -> bool:
+    """Whether a step of vectors of so many numbers, and of rows of such ``lengths``, can be carried."""
+    content = carried.BEGIN_BYTES + ctypes.sizeof(_Layer) + ctypes.sizeof(Slots) + len(lengths)
+    return content <= hidden * hidden * FLOAT_BYTES
+
+
+@functools.lru_cache(maxsize=64)
+def _side(hidden: int, content: int) -> int:
+    """Rows and columns of the smallest matrix that holds so many bytes and can be multiplied with any such vectors."""
+    return next(side for side in range(1, hidden + 1) if hidden % side == 0 and side * side * FLOAT_BYTES >= content)
+
+
+def run(told: bytes, slots: bytes, lengths: bytes, x: mx.array) -> mx.array:
+    """What the layer makes of x float32 [n, L, hidden], lazily. ``slots`` and ``lengths``: see decode.attend; the
+    slots' own beginning is left away."""
+    content = carried.begin(carried.LAYER) + told + slots + lengths
+    side = _side(x.shape[-1], len(content))
+    left = mx.array(np.frombuffer(content.ljust(side * side * FLOAT_BYTES, b"\0"), np.float32).reshape(side, side))
+    return (left @ x.reshape(side, -1)).reshape(x.shape)
