@@ -57,8 +57,8 @@ def crowd(seed: int = 3) -> dict[str, list[int]]:
 
 
 def answers(opened: OpenModel, prompts: dict[str, list[int]], most: int = ANSWER, **options: object) -> Driver:
-    """All at once, greedy; none may fail."""
-    driven = Driver(opened.model, capabilities=opened.capabilities, **options)  # type: ignore[arg-type]
+    """All at once, greedy; none may fail. What is rounded depends on shapes here, and those must not on time."""
+    driven = Driver(opened.model, capabilities=opened.capabilities, max_itl_ms=60_000, **options)  # type: ignore[arg-type]
     for name, tokens in prompts.items():
         driven.submit(request(name, tokens, most))
     driven.run()

@@ -82,6 +82,7 @@ class Driver:
         *,
         max_batch: int = 8,
         max_chunk: int = 256,
+        max_itl_ms: float = 400,
         limit_bytes: int = 1 << 30,
         capabilities: Capabilities | None = None,
         cache: PrefixCache | None = None,
@@ -92,7 +93,8 @@ class Driver:
         steady: int = 0,
         vocabulary: Lexicon | None = None,
     ) -> None:
-        """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``. Without ``spec``, no guesses."""
+        """``ssd`` notifies ``inbox`` and is attached to ``cache``; see ``disk_cache``. Without ``spec``, no guesses.
+        ``max_itl_ms``: more than any step takes, where shapes of forwards must not depend on time."""
         self.inbox: Inbox = inbox or queue.SimpleQueue()
         self.outcomes: dict[str, Outcome] = {}
         self.beat = Beat(step=0, running=0, waiting=0, kv_bytes=0)
@@ -120,7 +122,7 @@ class Driver:
             proposers[SpecMode.MTP] = MtpProposer(model.headed, model.vocab_size, lambda: executor.lane, ngrams)
         self.controller = Controller(ready.costs, Pace(Curve()))
         self.speculator = Speculator(spec, proposers, 7, self.controller, TILE if model.form.rotated else 0)
-        limits = Limits(max_batch, 400, max_chunk, together=self.capabilities.together, steady=steady)
+        limits = Limits(max_batch, max_itl_ms, max_chunk, together=self.capabilities.together, steady=steady)
         self.scheduler = Scheduler(limits, ready.budget, ready.costs)
         self.engine = Engine(ready, self.scheduler, executor, self.speculator, self.inbox, self)
 
