@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from millpond.model.upstream import QuantizedSwitchLinear, SwitchLinear
 from millpond.native import products
+from millpond.native.library import INSTRUCTIONS, instructions, prepared
 from millpond.native.products import Matrix, StandIn
 
 FACTORS = ("weight", "scales", "biases")
@@ -139,6 +140,14 @@ def divisible(network: nn.Module, ranks: int) -> bool:
 def reads_weights(network: nn.Module) -> bool:
     """Whether the model's own code does: it expects numbers in float32."""
     return any(type(module).__module__ in READING for module in network.modules())
+
+
+def in_whole_numbers(network: nn.Module) -> bool:
+    """Whether products of some layers round vectors to whole numbers."""
+    shim = prepared()
+    if shim is None or instructions(shim) != INSTRUCTIONS[-1]:
+        return False
+    return any(isinstance(module, _Multiplies) and "scales" in module for module in network.modules())
 
 
 def float_bytes(network: nn.Module) -> int:

@@ -24,6 +24,7 @@ from millpond.model.forwards import prefill, prefill_together
 from millpond.model.lanes import Lane, SoloLane
 from millpond.model.leaves import CARRIED, rounded
 from millpond.model.load import LoadedModel, ModelError, kept_as
+from millpond.model.packed_linear import in_whole_numbers
 from millpond.model.parity import (
     COARSE,
     COARSE_NOISES,
@@ -31,6 +32,7 @@ from millpond.model.parity import (
     NOISES,
     PACKED,
     STRICT,
+    WHOLE,
     ParityError,
     apart,
     behind,
@@ -184,7 +186,8 @@ def _coarse(model: LoadedModel) -> float:
 
 def _tolerance(model: LoadedModel) -> float:
     """How far a row's logits may be from those of the sequence alone. Raises what the model's code raises."""
-    return min(LOOSE, max(STRICT, NOISES * noise(model)))
+    strict = WHOLE if in_whole_numbers(model.network) else STRICT
+    return min(LOOSE, max(strict, NOISES * noise(model)))
 
 
 def _compared(model: LoadedModel, tolerance: float) -> tuple[str, str]:
