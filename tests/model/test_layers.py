@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "qwen2": ("llama", {"model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 1}),
-    "gemma3_text": ("gemma3_text", {}),
+    "gemma3_text": ("gemma3_text", {"rope_theta": 1_000_000.0}),
     "llama, scaled": ("llama", {"rope_scaling": LLAMA3}),
     "llama, by YaRN": ("llama", {"rope_scaling": YARN}),
     "phi3": ("llama", PHI3),
