@@ -82,7 +82,7 @@ class ServeConfig(BaseModel):
     )
     max_batch: int = Field(32, ge=1, le=256, description="Most requests decoded together.")
     max_itl_ms: float = Field(
-        400.0,
+        200.0,
         ge=10,
         le=60_000,
         description="Target for the pause between two tokens of a running answer while prompts are being read, in ms.",

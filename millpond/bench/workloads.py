@@ -7,6 +7,7 @@ differ from their first words on unless sharing is the point of the workload.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -175,6 +176,7 @@ def _interference(running: list[Reply], late: Reply) -> dict[str, float]:
     ]
     if gaps:
         notes["largest gap of the running streams meanwhile"] = max(gaps)
+        notes["p99 gap of the running streams meanwhile"] = sorted(gaps)[math.ceil(0.99 * len(gaps)) - 1]
         notes["mean gap of the running streams meanwhile"] = sum(gaps) / len(gaps)
     notes["running streams that lasted (count)"] = sum(reply.ended > until for reply in running if reply.ok)
     return notes

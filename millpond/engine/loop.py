@@ -201,7 +201,7 @@ class Engine:
         columns = self._model.context_length - max(len(sequence.tokens) for sequence in batch) + 1
         columns = min(columns, MOST_DRAFT_TOKENS + 1, max(1, MOST_VERIFIED // len(batch)))
         room = self._scheduler.columns(plan, columns) - 1
-        return self._speculator.drafts(rows, self._sequences, room, len(joining))
+        return self._speculator.drafts(rows, self._sequences, room, len(joining), reading=bool(plan.prefill))
 
     # --- execute ----------------------------------------------------------------------------------------------
 

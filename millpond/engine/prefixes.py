@@ -318,10 +318,11 @@ class Prefixes:
     def begin(self, sequence: Sequence, position: int, alone: bool) -> Prompt:
         """The prompt to go on with, ``position`` of its tokens restored. ``alone``: there is no row."""
         found, self._assembly = self._assembly, None
+        total = len(sequence.tokens) - 1
         if self._cache is None or self._form is None or sequence.query is None:
             unwanted = self._cache is not None and sequence.apart
             sequence.report = sequence.report or PrefixReport(end=(End.UNWANTED if unwanted else End.OFF).value)
-            return new_prompt(self._network, self._kept_as)
+            return new_prompt(self._network, self._kept_as, total)
         end, known = self._cache.explain(sequence.query, position)
         plan = self._cache.take(sequence.query, position)
         if sequence.report is None:
@@ -329,8 +330,7 @@ class Prefixes:
             sequence.report = PrefixReport(position - disk, disk, end.value, known)
         sequence.snapshot_at = position
         if position == 0:
-            return new_prompt(self._network, self._kept_as)
-        total = len(sequence.tokens) - 1
+            return new_prompt(self._network, self._kept_as, total)
         if found is not None and (found.name, found.assembly.position, alone) == (sequence.request.id, position, True):
             for part in plan.parts:
                 found.assembly.put(part)

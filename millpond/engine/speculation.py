@@ -166,10 +166,12 @@ class Speculator:
             behind = None if self._waited else self._behind(rows, sequences)
         return self._waited or behind is not None
 
-    def drafts(self, rows: Many[str], sequences: Sequences, room: int, others: int) -> dict[str, list[int]]:
+    def drafts(
+        self, rows: Many[str], sequences: Sequences, room: int, others: int, *, reading: bool = False
+    ) -> dict[str, list[int]]:
         """Draft tokens for some rows, at most ``room`` each; nothing at all for a plain step. Nothing is in flight.
 
-        ``others``: rows that join in this step, and have none.
+        ``others``: rows that join in this step, and have none. ``reading``: prompts are read in it, too.
         """
         waited, self._waited = self._waited, False
         self._taken = {}
@@ -177,7 +179,7 @@ class Speculator:
         with self._together(rows):
             self._read_on(rows, sequences)
             offers = self._offers(rows, sequences, most=room)
-            wanted = self._wanted(offers, rows, len(rows) + others) if offers else {}
+            wanted = self._wanted(offers, rows, len(rows) + others, reading=reading) if offers else {}
             found = self._proposed(wanted, offers, sequences)
             found = {name: self._admitted(sequences[name], ids) for name, ids in found.items()}
             self._taken = {name: DraftOffer(name, len(ids), offers[name].source) for name, ids in found.items() if ids}
@@ -216,11 +218,13 @@ class Speculator:
         """Those of them that could be drawn: a grammar needs no forward to refuse the others."""
         return draft[: self._alone(sequence.request.id, sequence.sampling.admitted, draft) or 0]
 
-    def _wanted(self, offers: Mapping[str, DraftOffer], rows: Many[str], count: int, unread: int = 0) -> dict[str, int]:
+    def _wanted(
+        self, offers: Mapping[str, DraftOffer], rows: Many[str], count: int, unread: int = 0, *, reading: bool = False
+    ) -> dict[str, int]:
         """How many draft tokens for whom, in a forward of ``count`` rows."""
         if self._forced(rows):
             return {name: offer.most for name, offer in offers.items()}
-        depth = self._controller.choose(list(offers.values()), count, unread)
+        depth = self._controller.choose(list(offers.values()), count, unread, reading=reading)
         if not depth:
             self._counters = structs.replace(self._counters, fallbacks=self._counters.fallbacks + 1)
         return {name: min(offer.most, depth) for name, offer in offers.items() if depth}

@@ -72,6 +72,8 @@ class Arena:
         """A row of no tokens."""
         self._reserved = (0, 0)
         """Rows and tokens that the next adoption will need."""
+        self._touched = 0
+        """Slots in which that has its memory."""
         self._forward: Forward | None = None
         """The one under way."""
         self._several = False
@@ -96,7 +98,7 @@ class Arena:
         generator may drop each source as it goes. If it raises, the live rows are as they were.
         """
         row = len(self.lengths)
-        self._reserved = (0, 0)
+        self.unreserve()
         if not self.lengths and all(slot.row_count <= 1 for slot in self.slots):
             self.slots.clear()
             self.slots = self._first_row(leaves, length)
@@ -227,14 +229,16 @@ class Arena:
         of a prompt, it is spread over them. An arena without rows has nothing to copy and is left alone.
         """
         if self.lengths:
-            self._reserved = (len(self.lengths) + 1, length + 1)
-            self._make_room(
-                self.slots[: math.ceil(share * len(self.slots))], len(self.lengths) + 1, max(length + 1, *self.lengths)
-            )
+            row, slots = len(self.lengths), self.slots[: math.ceil(share * len(self.slots))]
+            self._reserved = (row + 1, length + 1)
+            self._make_room(slots, row + 1, max(length + 1, *self.lengths))
+            for slot in slots[self._touched :]:
+                slot.touch(row, length)
+            self._touched = len(slots)
 
     def unreserve(self) -> None:
         """The prompt that room was being made for will not come."""
-        self._reserved = (0, 0)
+        self._reserved, self._touched = (0, 0), 0
 
     def trim(self) -> None:
         """Give back what neither rows nor reservation need: everything if there are none. It never shrinks by itself,

@@ -91,3 +91,6 @@ class Slot(Protocol):
 
     def shrink(self, rows: int, capacity: int) -> None:
         """Give back what is beyond the given sizes."""
+
+    def touch(self, row: int, length: int) -> None:
+        """Have the system give the memory that a row of so many tokens is going to be put into, if there is room."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from millpond.kv.format import Arrays
 from millpond.kv.rows import Forward
+from millpond.native.untouched import touch, zeros
 
 FIRST = mx.array([0], dtype=mx.int32)
 
@@ -123,6 +124,14 @@ class KvSegment:
         """Zero a row that held non-finite numbers: a masked NaN still poisons 0 x V of the row's next owner."""
         self._set(np.s_[row : row + 1, :], [mx.zeros_like(array[row : row + 1]) for array in self.arrays])
 
+    def touch(self, row: int, length: int) -> None:
+        """Have the system give the memory of what a row of so many positions holds here."""
+        for array in self.arrays:
+            _, heads, capacity, numbers = array.shape
+            for head in range(heads):
+                place = (row * heads + head) * capacity * numbers * array.itemsize
+                touch(array, place, self._held(length) * numbers * array.itemsize)
+
     def resize(self, rows: int, capacity: int) -> None:
         """Reallocate to the given sizes, keeping what fits, lazily."""
         if (rows, capacity) != (self.row_count, self.capacity):
@@ -139,7 +148,7 @@ def _lifted(array: mx.array, row: int, held: int) -> mx.array:
 
 def _resized(array: mx.array, rows: int, capacity: int) -> mx.array:
     kept_rows, kept = min(rows, array.shape[0]), min(capacity, array.shape[2])
-    resized = mx.zeros((rows, array.shape[1], capacity, array.shape[3]), dtype=array.dtype)
+    resized = zeros((rows, array.shape[1], capacity, array.shape[3]), array.dtype)
     resized[:kept_rows, :, :kept] = array[:kept_rows, :, :kept]
     # When nothing but the old numbers is left it is a view of the old memory, which would then stay.
     return mx.contiguous(resized)

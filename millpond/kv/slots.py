@@ -20,6 +20,7 @@ from millpond.kv.segment import KvSegment
 from millpond.kv.states import StateSpec
 from millpond.memory.budget import CacheSizes
 from millpond.native import decode
+from millpond.native.untouched import zeros
 from millpond.prefix.records import Kind
 
 RING_SLACK = 32
@@ -91,7 +92,7 @@ class KvSpec:
         """Arrays of a segment of one row."""
         one = [mx.zeros((1, self.heads, 1, dim), dtype=self.dtype) for dim in (self.key_dim, self.value_dim)]
         like = self.format.one(*one) if packed else one
-        return [mx.zeros((1, self.heads, columns, array.shape[3]), dtype=array.dtype) for array in like]
+        return [zeros((1, self.heads, columns, array.shape[3]), array.dtype) for array in like]
 
 
 @dataclass(frozen=True)
@@ -360,6 +361,11 @@ class KvSlot:
 
     def shrink(self, rows: int, capacity: int) -> None:
         self.resize(min(self.row_count, rows), min(self.capacity, capacity))
+
+    def touch(self, row: int, length: int) -> None:
+        if self.spec.format.native and row < self.row_count:
+            for segment in self.segments:
+                segment.touch(row, length)
 
 
 class RingSlot(KvSlot):

@@ -227,6 +227,9 @@ class StateSlot:
     def resize(self, rows: int, capacity: int) -> None:
         """There is always room."""
 
+    def touch(self, row: int, length: int) -> None:
+        """It is there."""
+
     def shrink(self, rows: int, capacity: int) -> None:  # noqa: ARG002 - it does not depend on lengths
         if self.row_count > rows:
             self.cache = [mx.contiguous(array[:rows]) for array in self.cache]

@@ -14,9 +14,10 @@ import mlx.nn as nn
 
 from millpond.kv.arena import AT_ONCE_BYTES
 from millpond.kv.format import Arrays
-from millpond.model.blocks import NUMBERS, BlockFormat, record
+from millpond.model.blocks import NUMBERS, BlockFormat, record, spaced
 from millpond.model.prompt import Piece, Prompt, new_prompt
 from millpond.model.upstream import cache_arrays
+from millpond.native.untouched import zeros
 from millpond.prefix.match import Part, RestorePlan
 from millpond.prefix.records import Kind
 
@@ -76,7 +77,7 @@ class Assembly:
             return
         for place, leaf in enumerate(group):
             if leaf not in targets:
-                targets[leaf] = [mx.zeros((1, a.shape[1], columns, a.shape[3]), dtype=a.dtype) for a in arrays]
+                targets[leaf] = [zeros((1, a.shape[1], columns, a.shape[3]), a.dtype) for a in arrays]
             for target, array in zip(targets[leaf], arrays, strict=True):
                 target[:, :, part.node.start - first : part.end - first] = array[place : place + 1, :, : part.used]
 
@@ -122,8 +123,4 @@ class Assembly:
         if not self._blocks.form.packs:
             return floats[0]
         room = 0 if whole else self._capacity - sum(int(arrays[0].shape[2]) for arrays in floats)
-        sides = []
-        for side in zip(*floats, strict=True):
-            heads, dim = side[0].shape[1], side[0].shape[3]
-            sides.append(mx.concatenate([*side, mx.zeros((1, heads, room, dim), dtype=side[0].dtype)], axis=2))
-        return tuple(sides)
+        return tuple(spaced(side, 0, room) for side in zip(*floats, strict=True))

@@ -17,6 +17,7 @@ from millpond.kv.format import Arrays, KvFormat
 from millpond.model.leaves import CARRIED, leaves_of
 from millpond.model.prompt import Piece, Prompt, joined, new_prompt
 from millpond.model.upstream import PromptCache
+from millpond.native.untouched import zeros
 from millpond.prefix.match import RestorePlan
 from millpond.prefix.planner import Layout
 from millpond.prefix.records import BLOCK, Kind, Payload, Tensor
@@ -229,7 +230,7 @@ class BlockFormat:
                 unpacked = prompt.leaves[leaf].kept_as(self.form).unpack(together.arrays)
                 floats += [Piece(together.start, together.end, unpacked), *behind]
         if floats:
-            keys, values = (_spaced([piece.arrays[side] for piece in floats], *around) for side in (0, 1))
+            keys, values = (spaced([piece.arrays[side] for piece in floats], *around) for side in (0, 1))
             prompt.leaves[leaf].put((keys, values), prompt.length)
 
 
@@ -332,14 +333,15 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
     return mx.concatenate(arrays, axis=0)
 
 
-def _spaced(pieces: list[mx.array], front: int, back: int) -> mx.array:
-    """[1, heads, n, dim] pieces one after the other, with unused positions before or behind them. Always a copy."""
-    heads, dim, dtype = pieces[0].shape[1], pieces[0].shape[3], pieces[0].dtype
-    before = [mx.zeros((1, heads, front, dim), dtype=dtype)] if front else []
-    behind = [mx.zeros((1, heads, back, dim), dtype=dtype)] if back else []
-    pieces = [*before, *pieces, *behind]
-    # The cache is written in place later: it must not share a single block's buffer.
-    return mx.concatenate(pieces, axis=2) if len(pieces) > 1 else mx.take(pieces[0], mx.array([0]), axis=0)
+def spaced(pieces: Sequence[mx.array], front: int, back: int) -> mx.array:
+    """[1, heads, n, dim] pieces one after the other, with unused positions before or behind them. Always a copy: the
+    cache is written in place later, and must not share a block's buffer."""
+    (_, heads, _, dim), dtype = pieces[0].shape, pieces[0].dtype
+    found = zeros((1, heads, front + sum(piece.shape[2] for piece in pieces) + back, dim), dtype)
+    for piece in pieces:
+        found[:, :, front : front + piece.shape[2]] = piece
+        front += piece.shape[2]
+    return found
 
 
 def _dtype(name: str) -> mx.Dtype:

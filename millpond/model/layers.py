@@ -20,12 +20,16 @@ from millpond.kv.slots import KvSlot
 from millpond.model.cpu_math import LOG2_E
 from millpond.model.packed_linear import matrix_of
 from millpond.model.rotary import SharedRotary
+from millpond.model.together import TogetherCache, caches_of
+from millpond.model.written import behind, put, taken
 from millpond.native import carried, layer
 from millpond.native.layer import GELU, Layer, Norm
 from millpond.native.products import STEP, TYPES, Matrix
 
 LEAST_POSITIONS = 1024
 """Of the tables of rotations, which are made as long as rows become."""
+CAUSAL = "causal"
+"""The mask by which every token sees those before it."""
 PLAIN = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -57,7 +61,10 @@ class Turns:
 class Known:
     """One layer, as C is told of it."""
 
-    def __init__(self, parts: Layer, turns: Turns, heads: int, scale: float) -> None:
+    def __init__(self, parts: Layer, turns: Turns, heads: int, dims: int, scale: float) -> None:
+        """``heads`` of queries, with so many numbers each."""
+        groups = parts.key.outputs // dims
+        self._kept = groups, dims, parts.value.outputs // groups
         self._parts = parts
         self._turns = turns
         self._heads = heads
@@ -74,14 +81,41 @@ class Known:
     def __call__(self, x: mx.array, slot: KvSlot) -> mx.array:
         """x float32 [rows, L, hidden] -> the same; of rows that hold nothing, zeros."""
         length, spare = int(x.shape[1]), slot.forward.rows - slot.forward.n
-        table = self._turns.upto(slot.forward.longest + length)
-        if self._told_of is not table:
-            self._told_of, self._told = table, layer.described(self._parts, table, self._turns.rotated)
+        told = self._upto(slot.forward.longest + length)
         asked = slot.asked(self._heads, length, self._scale, writes=True)[carried.BEGIN_BYTES :]
         if not spare:
-            return layer.run(self._told, asked, slot.lengths(), x)
-        left = layer.run(self._told, asked, slot.lengths(), x[: slot.forward.n])
+            return layer.run(told, asked, slot.lengths(), x)
+        left = layer.run(told, asked, slot.lengths(), x[: slot.forward.n])
         return mx.concatenate([left, mx.zeros((spare, *x.shape[1:]))])
+
+    def _upto(self, positions: int) -> bytes:
+        """What C is told of the layer, for so many positions."""
+        table = self._turns.upto(positions)
+        if self._told_of is not table:
+            self._told_of, self._told = table, layer.described(self._parts, table, self._turns.rotated)
+        return self._told
+
+    def reads(self, x: mx.array, mask: object, cache: object) -> bool:
+        """Whether prompts go on that C can read: of each all of its past is seen."""
+        found = caches_of(cache)
+        if found is None or x.dtype != mx.float32:
+            return False
+        causal = mask is None if x.shape[1] == 1 else isinstance(mask, str) and mask == CAUSAL
+        causal = causal or isinstance(cache, TogetherCache)
+        return causal and layer.fits_prompts(x.shape[-1], len(found[0]))
+
+    def read(self, x: mx.array, cache: object) -> mx.array:
+        """x float32 [prompts, L, hidden] -> the same; keys and values are added to the prompts' caches."""
+        found = caches_of(cache)
+        assert found is not None
+        caches, counts = found[0], found[1] or [int(x.shape[1])]
+        told = self._upto(max(one.offset for one in caches) + int(x.shape[1]))
+        into = [taken(one, count, *self._kept) for one, count in zip(caches, counts, strict=True)]
+        x = behind(x, caches)
+        y = layer.read(told, into, self._heads, self._scale, x)
+        for one, place in zip(caches, into, strict=True):
+            y = put(one, place, y)
+        return y
 
 
 class OwnBlock(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
@@ -92,6 +126,8 @@ class OwnBlock(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: object = None) -> mx.array:
         if self._known.takes(x, mask, cache):
             return self._known(x, cast(KvSlot, cache))
+        if self._known.reads(x, mask, cache):
+            return self._known.read(x, cache)
         return cast(mx.array, super().__call__(x, mask, cache))
 
 
@@ -106,7 +142,9 @@ def install(network: nn.Module) -> None:
             continue
         try:
             parts, scale = family(module), float(module.self_attn.scale)
-            module._known = Known(parts, _turns(module.self_attn.rope, turns), module.self_attn.n_heads, scale)
+            heads = int(module.self_attn.n_heads)
+            turned = _turns(module.self_attn.rope, turns)
+            module._known = Known(parts, turned, heads, parts.query.outputs // heads, scale)
         except (NotKnown, AttributeError, ValueError):
             continue  # mlx-lm's own remains
         module.__class__ = type(kind.__name__, (OwnBlock, kind), {"__module__": __name__})

@@ -26,6 +26,7 @@ from millpond.model.upstream import (
     PromptCache,
     RotatingKVCache,
 )
+from millpond.model.written import claim, forget
 from millpond.prefix.records import Kind
 
 
@@ -70,7 +71,8 @@ class Leaf:
         raise TypeError(f"a {self.name} cannot be cut at {start} and {end}")
 
     def put(self, arrays: Sequence[mx.array], length: int) -> None:
-        """Fill a fresh cache of ``length`` tokens with what ``span`` gave, in order, unused positions behind them."""
+        """Fill a fresh cache of ``length`` tokens with what ``span`` gave, in order, unused positions behind them. The
+        arrays are the leaf's from now on: what follows is written into them."""
         raise TypeError(f"a {self.name} cannot be filled with {len(arrays)} arrays of {length} tokens")
 
     def row(self) -> LeafRow:
@@ -115,6 +117,7 @@ class KvLeaf(Leaf):
 
     def put(self, arrays: Sequence[mx.array], length: int) -> None:
         (self.cache.keys, self.cache.values), self.cache.offset = arrays, length
+        claim(self.cache)
 
     def row(self) -> LeafRow:
         if self.cache.keys is None:
@@ -122,7 +125,7 @@ class KvLeaf(Leaf):
         return LeafRow((self.cache.keys, self.cache.values), self.cache.keys.shape[2] - self.cache.offset)
 
     def clear(self) -> None:
-        self.cache.keys = self.cache.values = None
+        forget(self.cache)
 
 
 class WindowLeaf(KvLeaf):

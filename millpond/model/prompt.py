@@ -17,6 +17,7 @@ from millpond.kv.format import Arrays, KvFormat
 from millpond.kv.leaf import LeafRow
 from millpond.model.leaves import leaves_of
 from millpond.model.upstream import PromptCache, cache_bytes, new_cache
+from millpond.model.written import expect
 from millpond.prefix.records import Kind
 
 
@@ -114,6 +115,8 @@ def joined(pieces: Sequence[Arrays]) -> Arrays:
     )
 
 
-def new_prompt(network: nn.Module, form: KvFormat) -> Prompt:
-    """A prompt of which nothing has been read."""
-    return Prompt(new_cache(network), form)
+def new_prompt(network: nn.Module, form: KvFormat, expected: int = 0) -> Prompt:
+    """A prompt of which nothing has been read, of ``expected`` tokens in all where that is known."""
+    caches = new_cache(network)
+    expect(caches, expected)
+    return Prompt(caches, form)

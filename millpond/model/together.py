@@ -13,7 +13,7 @@ from functools import cached_property
 import mlx.core as mx
 
 from millpond.model.leaves import CarryLeaf, KvLeaf
-from millpond.model.upstream import Mask
+from millpond.model.upstream import KVCache, Mask
 
 
 class TogetherCache:
@@ -27,6 +27,16 @@ class TogetherCache:
         self._counts = counts
         self._before = [leaf.columns_before for leaf in leaves]
         self._window = leaves[0].window or None
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """Of the prompts."""
+        return [leaf.cache for leaf in self._leaves]
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """New tokens of each."""
+        return self._counts
 
     @cached_property
     def _width(self) -> int:
@@ -93,3 +103,13 @@ def together(leaves: Sequence[KvLeaf | CarryLeaf], counts: Sequence[int], offset
     if carries:
         return TogetherCarry(carries, counts)
     return TogetherCache([leaf for leaf in leaves if isinstance(leaf, KvLeaf)], counts, offset)
+
+
+def caches_of(cache: object) -> tuple[Sequence[KVCache], Sequence[int]] | None:
+    """Of the prompts that a layer reads on, and how many new tokens each has: () where the forward has so many of its
+    only one. None of caches that hold more or less than all keys and values."""
+    if type(cache) is KVCache:
+        return [cache], ()
+    if not isinstance(cache, TogetherCache) or any(type(one) is not KVCache for one in cache.caches):
+        return None
+    return cache.caches, cache.counts

@@ -9,6 +9,7 @@ typedef int32_t NAME(ints) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 #include "row_products.h"
 #include "packed_rows.h"
 #include "softmax.h"
+#include "lanes.h"
 #include "elementwise.h"
 #include "recurrence.h"
 #if WIDTH <= 8

@@ -2,12 +2,14 @@
 
 #include "kernels.h"
 
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "common.h"
 #include "halves.h"
 
 static float factor_of(const uint8_t *factors, int type, long at)
@@ -53,6 +55,7 @@ typedef float quarter __attribute__((vector_size(16)));
 product dot_rows = dot_rows_portable;
 product mix_rows = mix_rows_portable;
 float (*softmax_row)(float *, long, struct running *) = softmax_row_portable;
+void (*attend_lanes)(const struct attended *, float *) = attend_lanes_portable;
 void (*normalise)(const float *, const float *, long, float, float *) = normalise_portable;
 void (*gate_all)(int, const float *, const float *, long, float *) = gate_all_portable;
 void (*recur)(const struct recurrence *, float *) = recur_portable;
@@ -74,6 +77,7 @@ enum instructions choose_kernels(enum instructions most)
     dot_rows = avx512 ? dot_rows_avx512 : dot_rows_avx2;
     mix_rows = avx512 ? mix_rows_avx512 : mix_rows_avx2;
     softmax_row = avx512 ? softmax_row_avx512 : softmax_row_avx2;
+    attend_lanes = avx512 ? attend_lanes_avx512 : attend_lanes_avx2;
     normalise = avx512 ? normalise_avx512 : normalise_avx2;
     gate_all = avx512 ? gate_all_avx512 : gate_all_avx2;
     recur = avx512 ? recur_avx512 : recur_avx2;

@@ -27,6 +27,24 @@ enum { WIDEST = 16 };
  * earlier, smaller maximum has to be multiplied. ``cols`` is a multiple of WIDEST. */
 extern float (*softmax_row)(float *scores, long cols, struct running *running);
 
+enum { QUERIES = 32, KEYS = 128 /* at a time */ };
+
+/* Attention of some queries over keys and values that stand so many numbers apart. */
+struct attended {
+    const float *queries[QUERIES];       /* NULL: there is none */
+    float *results[QUERIES];             /* the same */
+    const unsigned char *masks[QUERIES]; /* of each key, 0: it is not seen; NULL: all are */
+    long seen[QUERIES];                  /* keys, from the first one */
+    const float *keys, *values;
+    long key_step, value_step, dims, value_dims;
+    float scale; /* of scores whose softmax is to the base of 2 */
+};
+
+static inline long attended_room(long dims, long value_dims) { return QUERIES * (dims + value_dims + KEYS); }
+
+/* ``room``: so many floats. Who sees nothing reads what is not a number. */
+extern void (*attend_lanes)(const struct attended *a, float *room);
+
 /* to = from, divided by the root of its mean square and eps, times a weight for each number. */
 extern void (*normalise)(const float *from, const float *weight, long count, float eps, float *to);
 

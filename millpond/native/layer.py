@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -39,6 +40,36 @@ class _Layer(ctypes.Structure):
         ("turns", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rotated", "kind")),
     )
+
+
+class _Prompt(ctypes.Structure):
+    """struct prompt of layer.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "before", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    )
+
+
+class _Reading(ctypes.Structure):
+    """struct reading of layer.c, between its layer and its prompts."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("prompts", "length", "heads", "groups", "dims", "value_dims")),
+        ("scale", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A prompt's cache in one layer, which ``count`` new tokens go into behind ``before`` others; float32, [1, groups,
+    capacity, x] each, evaluated and without gaps. What is told of it is good for as long as the arrays stay where they
+    are."""
+
+    count: int
+    before: int
+    keys: mx.array
+    values: mx.array
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,12 @@ def fits(hidden: int, lengths: bytes) -> bool:
     return content <= hidden * hidden * FLOAT_BYTES
 
 
+def fits_prompts(hidden: int, prompts: int) -> bool:
+    """The same of so many prompts."""
+    told = ctypes.sizeof(_Layer) + ctypes.sizeof(_Reading) + prompts * ctypes.sizeof(_Prompt)
+    return carried.BEGIN_BYTES + told <= hidden * hidden * FLOAT_BYTES
+
+
 @functools.lru_cache(maxsize=64)
 def _side(hidden: int, content: int) -> int:
     """Rows and columns of the smallest matrix that holds so many bytes and can be multiplied with any such vectors."""
@@ -102,7 +139,22 @@ def _side(hidden: int, content: int) -> int:
 def run(told: bytes, slots: bytes, lengths: bytes, x: mx.array) -> mx.array:
     """What the layer makes of x float32 [n, L, hidden], lazily. ``slots`` and ``lengths``: see decode.attend; the
     slots' own beginning is left away."""
-    content = carried.begin(carried.LAYER) + told + slots + lengths
+    return _carried(carried.begin(carried.LAYER) + told + slots + lengths, x)
+
+
+def read(told: bytes, prompts: Sequence[Filling], heads: int, scale: float, x: mx.array) -> mx.array:
+    """The same of x float32 [prompts, L, hidden], new tokens of prompts, filled up to the longest; ``scale``: of scores
+    whose softmax is to the base of 2. Keys and values are written when it is evaluated."""
+    _, groups, _, dims = prompts[0].keys.shape
+    value_dims = prompts[0].values.shape[-1]
+    reading = _Reading(len(prompts), x.shape[1], heads, groups, dims, value_dims, scale)
+    caches = [
+        _Prompt(one.count, one.before, one.keys.shape[2], address(one.keys), address(one.values)) for one in prompts
+    ]
+    return _carried(carried.begin(carried.READING) + told + bytes(reading) + b"".join(map(bytes, caches)), x)
+
+
+def _carried(content: bytes, x: mx.array) -> mx.array:
     side = _side(x.shape[-1], len(content))
     left = mx.array(np.frombuffer(content.ljust(side * side * FLOAT_BYTES, b"\0"), np.float32).reshape(side, side))
     return (left @ x.reshape(side, -1)).reshape(x.shape)

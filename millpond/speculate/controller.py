@@ -8,6 +8,7 @@ in the budget pays for trying again. Pure; engine thread only.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ PROBE_TOKENS = 2
 LEAST_BUDGET = -2.0
 """No debt grows beyond this: estimates that were as wrong as that have been corrected by it."""
 
+BESIDE_READING = 2.0
+"""Times as long as a plain one may a forward take that verifies in a step which reads prompts: whoever waits for it has
+waited for them, too."""
 WAIT = 0.05
 """What waiting in vain takes out of the budget."""
 
@@ -79,14 +83,16 @@ class Controller:
         row = self._rows.get(offer.name)
         return prior if row is None else row.value(prior, SOURCE_WEIGHT)
 
-    def choose(self, offers: Sequence[DraftOffer], rows: int, unread: int = 0) -> int:
+    def choose(self, offers: Sequence[DraftOffer], rows: int, unread: int = 0, *, reading: bool = False) -> int:
         """Draft tokens for each offer, at most; 0: a plain step pays more. ``rows``: all rows of the forward.
 
-        ``unread``: tokens that must come as guessed before, or there will be nothing to verify.
+        ``unread``: tokens that must come as guessed before, or there will be nothing to verify. ``reading``: the step
+        reads prompts, too.
         """
         if not offers or self._budget <= 0.0:
             return 0
-        return self._best(offers, rows, unread) or self._probe(offers, rows)
+        most = BESIDE_READING if reading else math.inf
+        return self._best(offers, rows, unread, most) or self._probe(offers, rows)
 
     def may_read(self, source: Source, most: int, read_ms: float = 0.0) -> bool:
         """Whether a proposer should read on, to offer up to ``most`` tokens: while they are worth that, or now and then
@@ -100,8 +106,8 @@ class Controller:
         """A step was waited for in order to guess, in vain: Python was not hidden behind the device."""
         self._budget = max(LEAST_BUDGET, self._budget - WAIT)
 
-    def _best(self, offers: Sequence[DraftOffer], rows: int, unread: int = 0) -> int:
-        """By expectation alone."""
+    def _best(self, offers: Sequence[DraftOffer], rows: int, unread: int = 0, most: float = math.inf) -> int:
+        """By expectation alone, among forwards that take at most ``most`` times as long as a plain one."""
         chances = [(self.chance(offer), self._limit(offer)) for offer in offers]
         reach = [chance**unread for chance, _ in chances]
         share = self._share(offer.source.mode for offer in offers)
@@ -111,7 +117,10 @@ class Controller:
                 if count <= limit:
                     reach[place] *= chance
                     tokens += reach[place]
-            speed = tokens / rows / (self.pace.factor(rows, count + 1) + share * count)
+            slower = self.pace.factor(rows, count + 1)
+            if slower > most:
+                break
+            speed = tokens / rows / (slower + share * count)
             if speed > best:
                 best, best_count, worse = speed, count, 0
             else:

@@ -49,13 +49,14 @@ class DraftPrompts:
 
     def begin(self, query: PrefixQuery | None, tokens: Sequence[int]) -> Prompt:
         """A prompt for all of ``tokens`` but the newest, the longest known prefix restored, lazily."""
+        total = len(tokens) - 1
         if self._form is None or query is None:
-            return new_prompt(self._model.network, self._model.form)
+            return new_prompt(self._model.network, self._model.form, total)
         query.restart(tokens)
         plan = self._cache.take(query, self._cache.plan(query, disk=False).position)
         if not plan.position:
-            return new_prompt(self._model.network, self._model.form)
-        capacity = -(-(len(tokens) - 1) // PREFILL_STEP) * PREFILL_STEP
+            return new_prompt(self._model.network, self._model.form, total)
+        capacity = -(-total // PREFILL_STEP) * PREFILL_STEP
         return self._form.restored(self._model.network, plan, capacity)
 
     def chunk_done(self, query: PrefixQuery | None, tokens: Sequence[int], prompt: Prompt, start: int) -> None:

@@ -71,5 +71,6 @@ def test_interference_looks_only_at_the_time_of_the_long_prompt() -> None:
     late = Reply("long", sent=11.8, ended=33.0, arrivals=[31.0, 33.0], finish_reason="length")
     notes = _interference([before, short], late)
     assert notes["largest gap of the running streams meanwhile"] == 20.0
+    assert notes["p99 gap of the running streams meanwhile"] == 20.0
     assert notes["TTFT of the long prompt"] == pytest.approx(19.2)
     assert notes["running streams that lasted (count)"] == 1

@@ -372,7 +372,7 @@ def test_help_names_every_setting_with_its_default() -> None:
     said = re.sub(r"\s+", " ", millpond("serve", "--help", COLUMNS="200").stdout)
     for name in ServeConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in said
-    for default in ("Default: 8MiB.", "Default: 10m.", "Default: 30d.", "Default: 100GB.", "Default: 400."):
+    for default in ("Default: 8MiB.", "Default: 10m.", "Default: 30d.", "Default: 100GB.", "Default: 200."):
         assert default in said
 
 

@@ -160,8 +160,10 @@ def test_what_cannot_be_read_together_is_read_apart(reads: list[int]) -> None:
     assert reads.count(4) == 1
 
 
-def test_common_forwards_that_keep_failing_are_given_up(reads: list[int]) -> None:
+def test_common_forwards_that_keep_failing_are_given_up(reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     driven = driver(picky("llama", VOCAB, most=1))
+    # What this machine takes is another matter.
+    monkeypatch.setattr(driven.scheduler._costs, "observe_prefill", lambda *_: None)
     for wave in range(MOST_COMMON_FAILURES + 2):
         answered(driven, {f"w{wave} p{n}": prompt(TOKENS, 10 * wave + n) for n in range(3)}, 2)
     assert sum(count > 1 for count in reads) == MOST_COMMON_FAILURES

@@ -57,15 +57,24 @@ def test_it_equals_mlx(seed: int, n: int, groups: int, sharing: int, length: int
     assert mx.allclose(ours, upstream_attention(queries, keys, values, None, 0.25, mask), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cut", [64, 128, 192, 320])
-def test_a_row_has_the_same_bits_in_another_chunk(cut: int) -> None:
+@pytest.mark.parametrize("dims", [64, 72])
+@pytest.mark.parametrize("cut", [1, 64, 129, 320, 447])
+def test_a_row_has_the_same_bits_in_another_chunk(cut: int, dims: int) -> None:
     """A prompt whose beginning is cached is computed in other chunks than one computed afresh (D4, E8)."""
-    queries, keys, values = drawn(1, 1, 6, 2, 448, 448, dims=64)
+    queries, keys, values = drawn(1, 1, 6, 2, 448, 448, dims=dims)
     whole = tiled_attention(queries, keys, values, 0.3, "causal")
     rest = tiled_attention(queries[:, :, cut:], keys, values, 0.3, "causal")
     begin = tiled_attention(queries[:, :, :cut], keys[:, :, :cut], values[:, :, :cut], 0.3, "causal")
     assert mx.array_equal(whole[:, :, cut:], rest)
     assert mx.array_equal(whole[:, :, :cut], begin)
+
+
+def test_a_head_has_the_same_bits_beside_others() -> None:
+    """Ranks of a group have some of the heads each."""
+    queries, keys, values = drawn(5, 2, 6, 2, 100, 150, dims=64)
+    whole = tiled_attention(queries, keys, values, 0.3, "causal")
+    assert mx.array_equal(tiled_attention(queries[:, 3:], keys[:, 1:], values[:, 1:], 0.3, "causal"), whole[:, 3:])
+    assert mx.array_equal(tiled_attention(queries[:, 4:5], keys[:, 1:], values[:, 1:], 0.3, "causal"), whole[:, 4:5])
 
 
 def test_extreme_scores_stay_finite() -> None:

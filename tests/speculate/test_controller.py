@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.schedule.costs import CostModel
-from millpond.speculate.controller import Controller
+from millpond.speculate.controller import BESIDE_READING, Controller
 from millpond.speculate.lookup import SOURCES, source_of
 from millpond.speculate.pace import Curve, Pace, measured
 from millpond.speculate.proposer import DraftOffer, Source
@@ -102,6 +102,17 @@ def test_good_guesses_are_used_to_the_full(rows: int) -> None:
     world.run(64, 0.98)
     best = max((1 + sum(0.98**n for n in range(1, k + 1))) / steps(CPU, rows)(k + 1) for k in range(MOST + 1))
     assert world.run(2000, 0.98) > 0.9 * best
+
+
+def test_beside_a_prompt_little_is_verified() -> None:
+    """Its chunk has made the step long already."""
+    world = World(CPU, 4, source=SOURCES[5])
+    world.run(200, 0.98)
+    offers = [DraftOffer(f"r{row}", MOST, world.source) for row in range(4)]
+    pace = world.controller.pace
+    freely, beside = world.controller.choose(offers, 4), world.controller.choose(offers, 4, reading=True)
+    assert 0 < beside < freely
+    assert pace.factor(4, beside + 1) <= BESIDE_READING < pace.factor(4, beside + 2)
 
 
 def test_what_has_become_good_is_found_out_again() -> None:

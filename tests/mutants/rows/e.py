@@ -64,8 +64,8 @@ BREAKS = [
     Break(
         name="E8-a-hit-copies-each-block",
         file="millpond/model/blocks.py",
-        old="pieces = [*before, *pieces, *behind]",
-        new="pieces = [*before, *(piece + 0 for piece in pieces), *behind]",
+        old="front : front + piece.shape[2]] = piece",
+        new="front : front + piece.shape[2]] = piece + 0",
         by=("test_a_hit_copies_the_row_and_nothing_else",),
     ),
 ]
