@@ -27,7 +27,7 @@ class KvSegment:
         self.ring = ring
         self.moves = 0
         """Grows whenever the arrays may have got other memory: addresses taken before are void then."""
-        self._arrays = tuple(arrays)
+        self.arrays = arrays
 
     @property
     def arrays(self) -> Arrays:
@@ -37,6 +37,7 @@ class KvSegment:
     def arrays(self, arrays: Sequence[mx.array]) -> None:
         self.moves += 1
         self._arrays = tuple(arrays)
+        self.nbytes = sum(int(array.nbytes) for array in arrays)  # asked for in each step
 
     def _set(self, where: tuple[slice | mx.array, ...], parts: Sequence[mx.array]) -> None:
         """Write into all arrays: the only way that it is done. MLX copies those that somebody else holds."""
@@ -52,10 +53,6 @@ class KvSegment:
     @property
     def row_count(self) -> int:
         return int(self.arrays[0].shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(array.nbytes) for array in self.arrays)
 
     def _held(self, length: int) -> int:
         """Columns in use by a row of ``length`` positions."""

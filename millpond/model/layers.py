@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import groupby
 from typing import cast
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from millpond.kv.slots import KvSlot
+from millpond.model.chain import LayerChain
 from millpond.model.cpu_math import LOG2_E
 from millpond.model.packed_linear import matrix_of
 from millpond.model.rotary import SharedRotary
@@ -76,17 +78,12 @@ class Known:
         """Whether it is a step over slots that C knows: they say themselves what may be seen."""
         if mask is not None or not isinstance(slot, KvSlot) or not slot.spec.format.native or x.dtype != mx.float32:
             return False
-        return layer.fits(x.shape[-1], slot.lengths())
+        return layer.fits(x.shape[-1], 1, layer.told_bytes(slot.lengths()))
 
-    def __call__(self, x: mx.array, slot: KvSlot) -> mx.array:
-        """x float32 [rows, L, hidden] -> the same; of rows that hold nothing, zeros."""
-        length, spare = int(x.shape[1]), slot.forward.rows - slot.forward.n
-        told = self._upto(slot.forward.longest + length)
+    def told(self, length: int, slot: KvSlot) -> bytes:
+        """What C is told for a step of so many columns."""
         asked = slot.asked(self._heads, length, self._scale, writes=True)[carried.BEGIN_BYTES :]
-        if not spare:
-            return layer.run(told, asked, slot.lengths(), x)
-        left = layer.run(told, asked, slot.lengths(), x[: slot.forward.n])
-        return mx.concatenate([left, mx.zeros((spare, *x.shape[1:]))])
+        return self._upto(slot.forward.longest + length) + asked + slot.lengths()
 
     def _upto(self, positions: int) -> bytes:
         """What C is told of the layer, for so many positions."""
@@ -122,10 +119,17 @@ class OwnBlock(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     """A layer of mlx-lm's that is computed here where it can be."""
 
     _known: Known
+    _chain: LayerChain
+    _place: int
+    """In the chain."""
 
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: object = None) -> mx.array:
+        if self._place == 0:
+            self._chain.begin()
         if self._known.takes(x, mask, cache):
-            return self._known(x, cast(KvSlot, cache))
+            slot = cast(KvSlot, cache)
+            return self._chain.step(self._place, x, self._known.told(int(x.shape[1]), slot), slot.forward)
+        x = self._chain.made(x)
         if self._known.reads(x, mask, cache):
             return self._known.read(x, cache)
         return cast(mx.array, super().__call__(x, mask, cache))
@@ -148,6 +152,14 @@ def install(network: nn.Module) -> None:
         except (NotKnown, AttributeError, ValueError):
             continue  # mlx-lm's own remains
         module.__class__ = type(kind.__name__, (OwnBlock, kind), {"__module__": __name__})
+        module._chain, module._place = LayerChain(1), 0
+    for module in network.modules():
+        found = getattr(module, "layers", None)
+        for owned, blocks in groupby(found if isinstance(found, list) else (), lambda one: isinstance(one, OwnBlock)):
+            chained = list(blocks) if owned else []
+            chain = LayerChain(len(chained))
+            for place, block in enumerate(chained):
+                block._chain, block._place = chain, place
 
 
 def _turns(rotary: nn.Module, known: dict[object, Turns]) -> Turns:

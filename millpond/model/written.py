@@ -78,8 +78,8 @@ def behind(x: mx.array, caches: Sequence[KVCache]) -> mx.array:
 
 
 def put(cache: KVCache, into: Filling, result: mx.array) -> mx.array:
-    """Its positions are there once ``result``, of who writes them, is evaluated. It is returned: while anybody has that,
-    memory that will be written stays."""
+    """Its positions are there once ``result``, of who writes them, is evaluated. It is returned: memory that
+    will be written stays while anybody has that."""
     cache.offset = into.before + into.count
     result, cache.keys, cache.values = mx.depends([result, into.keys, into.values], [])
     mark = _Written(id(cache), cache.offset, into.keys, into.values, cache.keys, cache.values)

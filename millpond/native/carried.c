@@ -22,7 +22,7 @@ static void (*const jobs[])(void *, const float *, long, float *) = {
     attend_slots,
     run_recurrence,
     multiply_weights,
-    run_layer,
+    run_layers,
     read_layer,
 };
 

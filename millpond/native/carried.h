@@ -18,7 +18,7 @@ void run_carried(const float *a, const float *b, long columns, float *c);
 /* The jobs: what describes one, its right matrix of so many columns, and where the result goes. */
 void attend_slots(void *job, const float *b, long columns, float *c);
 void run_recurrence(void *job, const float *b, long columns, float *c);
-void run_layer(void *job, const float *b, long columns, float *c);
+void run_layers(void *job, const float *b, long columns, float *c);
 void read_layer(void *job, const float *b, long columns, float *c);
 void multiply_weights(void *job, const float *b, long columns, float *c);
 

@@ -10,7 +10,7 @@ from millpond.native.library import prepared
 PASSWORD_BYTES = 32
 BEGIN_BYTES = PASSWORD_BYTES + 8
 """Of what ``begin`` gives."""
-JOBS = ZEROS, ATTENTION, RECURRENCE, WEIGHTS, LAYER, READING = range(6)
+JOBS = ZEROS, ATTENTION, RECURRENCE, WEIGHTS, LAYERS, READING = range(6)
 """The table of carried.c."""
 
 

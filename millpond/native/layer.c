@@ -144,10 +144,9 @@ struct stepping {
     int64_t told[];
 };
 
-void run_layer(void *described, const float *b, long columns, float *c)
+/* c may be b. */
+static void run_layer(const struct stepping *job, const float *b, float *c)
 {
-    (void)columns;
-    const struct stepping *job = described;
     const struct layer *l = &job->layer;
     const struct slots *slots = &job->slots;
     const struct shape s = {slots->rows, slots->length, slots->heads, slots->groups,
@@ -172,6 +171,16 @@ void run_layer(void *described, const float *b, long columns, float *c)
     attend(slots, job->told, &fresh);
     run_back(l, b, n, &r, c);
     free(r.memory);
+}
+
+/* What stands in the left matrix: how many layers, how many bytes are told of each, and that, one after the other. */
+void run_layers(void *described, const float *b, long columns, float *c)
+{
+    (void)columns;
+    const int64_t *job = described, count = job[0], *sizes = job + 1;
+    const char *told = (const char *)(sizes + count);
+    for (long i = 0; i < count; told += sizes[i], i++)
+        run_layer((const struct stepping *)told, i ? c : b, c);
 }
 
 /* The cache of one prompt in this layer: keys [groups][capacity][dims], and values. */

@@ -118,10 +118,14 @@ def described(layer: Layer, turns: mx.array, rotated: int) -> bytes:
     return bytes(told)
 
 
-def fits(hidden: int, lengths: bytes) -> bool:
-    """Whether a step of vectors of so many numbers, and of rows of such ``lengths``, can be carried."""
-    content = carried.BEGIN_BYTES + ctypes.sizeof(_Layer) + ctypes.sizeof(Slots) + len(lengths)
-    return content <= hidden * hidden * FLOAT_BYTES
+def fits(hidden: int, parts: int, nbytes: int) -> bool:
+    """Whether vectors of so many numbers can carry what is told of ``parts`` layers, ``nbytes`` in all."""
+    return carried.BEGIN_BYTES + 8 * (1 + parts) + nbytes <= hidden * hidden * FLOAT_BYTES
+
+
+def told_bytes(lengths: bytes) -> int:
+    """Of one layer, in a step of rows of such ``lengths``."""
+    return ctypes.sizeof(_Layer) + ctypes.sizeof(Slots) + len(lengths)
 
 
 def fits_prompts(hidden: int, prompts: int) -> bool:
@@ -136,10 +140,11 @@ def _side(hidden: int, content: int) -> int:
     return next(side for side in range(1, hidden + 1) if hidden % side == 0 and side * side * FLOAT_BYTES >= content)
 
 
-def run(told: bytes, slots: bytes, lengths: bytes, x: mx.array) -> mx.array:
-    """What the layer makes of x float32 [n, L, hidden], lazily. ``slots`` and ``lengths``: see decode.attend; the
-    slots' own beginning is left away."""
-    return _carried(carried.begin(carried.LAYER) + told + slots + lengths, x)
+def run(parts: Sequence[bytes], x: mx.array) -> mx.array:
+    """What layers, one after the other, make of x float32 [n, L, hidden], lazily. Of each: what ``described`` gives,
+    then its slots and their lengths, see decode.attend, but for the beginning of these."""
+    sizes = bytes((ctypes.c_int64 * (1 + len(parts)))(len(parts), *map(len, parts)))
+    return _carried(b"".join([carried.begin(carried.LAYERS), sizes, *parts]), x)
 
 
 def read(told: bytes, prompts: Sequence[Filling], heads: int, scale: float, x: mx.array) -> mx.array:

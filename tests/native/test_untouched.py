@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from millpond.kv.format import KvFormat
 from millpond.kv.leaf import LeafRow
 from millpond.kv.slots import KvSpec
 from millpond.native import decode
+from millpond.native.products import address
 from millpond.native.untouched import LEAST_BYTES, touch, zeros
 from millpond.types import KvPacking
 
@@ -24,9 +25,14 @@ LARGE = 64 * LEAST_BYTES
 TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.uint32)
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def in_memory(array: mx.array) -> int:
+    """Its bytes that are, rounded to pages."""
+    page = resource.getpagesize()
+    first = address(array) // page * page
+    pages = -(-(address(array) + array.nbytes - first) // page)
+    found = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(pages * page), found) == 0
+    return page * sum(one & 1 for one in found)
 
 
 def faults() -> int:
@@ -47,16 +53,17 @@ def test_they_are_zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
 
 
 def test_memory_comes_with_what_is_written() -> None:
-    before = resident()
     found = zeros((1, 4, LARGE // 4 // 4 // 64, 64))
     mx.eval(found)
     assert found.nbytes == LARGE
-    assert resident() - before < LARGE / 8
+    assert in_memory(found) < LARGE / 64
+    place = address(found)
     found[:, :1] = 1.0
     mx.eval(found)
-    assert LARGE / 8 < resident() - before < LARGE / 2, "written in place, and nothing beside it"
+    assert address(found) == place, "written in place"
+    assert LARGE / 4 <= in_memory(found) < LARGE * 7 / 16
     touch(found, LARGE // 2, LARGE // 4)
-    assert resident() - before > LARGE * 3 / 8
+    assert LARGE / 2 <= in_memory(found) < LARGE * 3 / 4
     assert mx.array_equal(mx.sum(found), mx.array(LARGE / 4 / 4))
 
 
@@ -76,11 +83,11 @@ def test_a_row_has_its_memory_when_it_comes(packing: KvPacking) -> None:
     arena, length = Arena([spec] * 4), 3000
     arena.put("first", [leaf(form, 10)] * 4, 10)
     needed, row = 4 * length * spec.token_bytes, [leaf(form, length)] * 4
-    before = resident()
     for quarter in range(1, 5):
         arena.reserve(length, quarter / 4)
     assert arena.nbytes > 2.5 * needed
-    assert resident() - before < needed * 1.3, "for those who come, not for all that room is made for"
+    held = sum(in_memory(array) for slot in arena.slots for array in slot.arrays)
+    assert needed <= held < needed * 1.5, "for those who come, not for all that room is made for"
     before = faults()
     arena.put("second", row, length)
     assert faults() - before < needed / resource.getpagesize() / 4
