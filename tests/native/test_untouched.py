@@ -87,7 +87,7 @@ def test_a_row_has_its_memory_when_it_comes(packing: KvPacking) -> None:
         arena.reserve(length, quarter / 4)
     assert arena.nbytes > 2.5 * needed
     held = sum(in_memory(array) for slot in arena.slots for array in slot.arrays)
-    assert needed <= held < needed * 1.5, "for those who come, not for all that room is made for"
+    assert needed <= held < 0.75 * arena.nbytes, "for those who come, not for all that room is made for"
     before = faults()
     arena.put("second", row, length)
     assert faults() - before < needed / resource.getpagesize() / 4
