@@ -24,6 +24,8 @@ from millpond.prefix.records import Kind
 NO_LIMIT = 1 << 62
 AT_ONCE_BYTES = 64 * 1024 * 1024
 """Of copies, what is waited for together: for a GPU a wait is as dear as many small copies."""
+TOUCHED_AT_ONCE = 4
+"""Of the layers, one in so many: the memory of a long row takes the system some time to give."""
 
 
 class Copies:
@@ -72,8 +74,8 @@ class Arena:
         """A row of no tokens."""
         self._reserved = (0, 0)
         """Rows and tokens that the next adoption will need."""
-        self._touched = 0
-        """Slots in which that has its memory."""
+        self._touched = (0, 0, 0)
+        """A row, its tokens, and in how many slots it has been given memory."""
         self._forward: Forward | None = None
         """The one under way."""
         self._several = False
@@ -232,13 +234,17 @@ class Arena:
             row, slots = len(self.lengths), self.slots[: math.ceil(share * len(self.slots))]
             self._reserved = (row + 1, length + 1)
             self._make_room(slots, row + 1, max(length + 1, *self.lengths))
-            for slot in slots[self._touched :]:
+            if self._touched[:2] != (row, length):
+                self._touched = (row, length, 0)
+            done = self._touched[2]
+            some = slots[done : done + math.ceil(len(self.slots) / TOUCHED_AT_ONCE)]
+            for slot in some:
                 slot.touch(row, length)
-            self._touched = len(slots)
+            self._touched = (row, length, done + len(some))
 
     def unreserve(self) -> None:
         """The prompt that room was being made for will not come."""
-        self._reserved, self._touched = (0, 0), 0
+        self._reserved = (0, 0)
 
     def trim(self) -> None:
         """Give back what neither rows nor reservation need: everything if there are none. It never shrinks by itself,

@@ -336,6 +336,8 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
 def spaced(pieces: Sequence[mx.array], front: int, back: int) -> mx.array:
     """[1, heads, n, dim] pieces one after the other, with unused positions before or behind them. Always a copy: the
     cache is written in place later, and must not share a block's buffer."""
+    if len(pieces) == 1 and not front and not back:
+        return mx.take(pieces[0], mx.array([0]), axis=0)  # assigning a whole array makes it a view of what is assigned
     (_, heads, _, dim), dtype = pieces[0].shape, pieces[0].dtype
     found = zeros((1, heads, front + sum(piece.shape[2] for piece in pieces) + back, dim), dtype)
     for piece in pieces:

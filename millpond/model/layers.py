@@ -23,7 +23,7 @@ from millpond.model.cpu_math import LOG2_E
 from millpond.model.packed_linear import matrix_of
 from millpond.model.rotary import SharedRotary
 from millpond.model.together import TogetherCache, caches_of
-from millpond.model.written import behind, put, taken
+from millpond.model.written import expected, put, taken
 from millpond.native import carried, layer
 from millpond.native.layer import GELU, Layer, Norm
 from millpond.native.products import STEP, TYPES, Matrix
@@ -93,9 +93,9 @@ class Known:
         return self._told
 
     def reads(self, x: mx.array, mask: object, cache: object) -> bool:
-        """Whether prompts go on that C can read: of each all of its past is seen."""
+        """Whether prompts go on that C can read, and may: of each all of its past is seen."""
         found = caches_of(cache)
-        if found is None or x.dtype != mx.float32:
+        if found is None or x.dtype != mx.float32 or len(found[0]) != x.shape[0] or not all(map(expected, found[0])):
             return False
         causal = mask is None if x.shape[1] == 1 else isinstance(mask, str) and mask == CAUSAL
         causal = causal or isinstance(cache, TogetherCache)
@@ -108,7 +108,6 @@ class Known:
         caches, counts = found[0], found[1] or [int(x.shape[1])]
         told = self._upto(max(one.offset for one in caches) + int(x.shape[1]))
         into = [taken(one, count, *self._kept) for one, count in zip(caches, counts, strict=True)]
-        x = behind(x, caches)
         y = layer.read(told, into, self._heads, self._scale, x)
         for one, place in zip(caches, into, strict=True):
             y = put(one, place, y)

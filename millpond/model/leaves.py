@@ -26,7 +26,7 @@ from millpond.model.upstream import (
     PromptCache,
     RotatingKVCache,
 )
-from millpond.model.written import claim, forget
+from millpond.model.written import claim
 from millpond.prefix.records import Kind
 
 
@@ -125,7 +125,7 @@ class KvLeaf(Leaf):
         return LeafRow((self.cache.keys, self.cache.values), self.cache.keys.shape[2] - self.cache.offset)
 
     def clear(self) -> None:
-        forget(self.cache)
+        self.cache.keys = self.cache.values = None
 
 
 class WindowLeaf(KvLeaf):

@@ -118,5 +118,6 @@ def joined(pieces: Sequence[Arrays]) -> Arrays:
 def new_prompt(network: nn.Module, form: KvFormat, expected: int = 0) -> Prompt:
     """A prompt of which nothing has been read, of ``expected`` tokens in all where that is known."""
     caches = new_cache(network)
-    expect(caches, expected)
+    if form.native:
+        expect(caches, expected)
     return Prompt(caches, form)

@@ -4,8 +4,8 @@
  * time on one thread; in a long prompt that takes longer than all the products with weights. Here one piece of work is
  * QUERIES queries, of all the heads that share a head of keys: scores of KEYS keys at a time, weights relative to the
  * largest score so far, and what was summed up before multiplied down whenever a larger one comes ("online softmax",
- * Milakov and Gimelshein 2018). A query's bits depend on what it sees alone: a prompt has the same in whatever chunks it
- * is read. */
+ * Milakov and Gimelshein 2018). A query's bits depend on what it sees alone, as long as that is finite: a prompt has the
+ * same in whatever chunks it is read. */
 
 #include "attention.h"
 

@@ -197,6 +197,13 @@ struct reading {
     struct prompt prompt[];
 };
 
+/* Of the last layer nobody reads more than these. */
+static void lose_positions(const struct prompt *p, const struct shape *s)
+{
+    for (long i = p->before; i < p->before + p->count; i++)
+        p->keys[i * s->dims] = p->values[i * s->value_dims] = NAN;
+}
+
 void read_layer(void *described, const float *b, long columns, float *c)
 {
     (void)columns;
@@ -208,6 +215,8 @@ void read_layer(void *described, const float *b, long columns, float *c)
     long values = s.length * s.groups * s.value_dims, mixed = s.length * s.heads * s.value_dims;
     if (!r.memory) {
         lose(l, n, c);
+        for (long row = 0; row < s.rows; row++)
+            lose_positions(&job->prompt[row], &s);
         return;
     }
     run_front(l, b, n, &r);

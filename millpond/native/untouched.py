@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -26,14 +27,14 @@ LEAST_BYTES = 1 << 18
 @functools.cache
 def _available() -> bool:
     """Whether this process can do it: tried once, because it depends on how MLX computes a product."""
-    return decode.available() and mx.array_equal(_taken(LEAST_BYTES), mx.zeros((LEAST_BYTES // 4,))).item() is True
+    return decode.available() and not mx.any(_taken(LEAST_BYTES, mx.ones)).item()
 
 
-def _taken(nbytes: int) -> mx.array:
-    """So many zeros of float32, in a row."""
+def _taken(nbytes: int, right: Callable[[tuple[int, int]], mx.array] = mx.zeros) -> mx.array:
+    """So many zeros of float32, in a row. ``right``: what an uncarried product would multiply with."""
     told = carried.begin(carried.ZEROS) + bytes(ctypes.c_int64(nbytes))
     left = np.frombuffer(told.ljust(4 * ROWS, b"\0"), np.float32)
-    return (mx.array(left)[:, None] @ mx.zeros((1, nbytes // 4 // ROWS))).reshape(-1)
+    return (mx.array(left)[:, None] @ right((1, nbytes // 4 // ROWS))).reshape(-1)
 
 
 def touch(array: mx.array, first: int, count: int) -> None:

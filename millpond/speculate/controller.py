@@ -92,7 +92,7 @@ class Controller:
         if not offers or self._budget <= 0.0:
             return 0
         most = BESIDE_READING if reading else math.inf
-        return self._best(offers, rows, unread, most) or self._probe(offers, rows)
+        return self._best(offers, rows, unread, most) or (0 if reading else self._probe(offers, rows))
 
     def may_read(self, source: Source, most: int, read_ms: float = 0.0) -> bool:
         """Whether a proposer should read on, to offer up to ``most`` tokens: while they are worth that, or now and then

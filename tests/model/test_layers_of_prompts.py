@@ -11,6 +11,7 @@ if not products.available():
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -24,12 +25,14 @@ from millpond.kv.format import KvFormat
 from millpond.model.forwards import prefill, prefill_together
 from millpond.model.layers import LEAST_POSITIONS, Known
 from millpond.model.load import LoadedModel
+from millpond.model.probe import probe
 from millpond.model.prompt import Prompt, new_prompt
-from millpond.model.upstream import KVCache, cache_arrays
+from millpond.model.upstream import KVCache, cache_arrays, new_cache
+from millpond.native.layer import GELU
 from millpond.native.products import address
 
 Floats = npt.NDArray[np.float32]
-PLAIN = KvFormat()
+PLAIN = KvFormat(native=True)
 CLOSE = 2e-3
 """Of the spread of numbers."""
 TOKENS = tiny_models.prompt(200, seed=3)
@@ -49,8 +52,12 @@ def held(prompt: Prompt) -> list[Floats]:
     return [np.array(array) for leaf in prompt.leaves for array in leaf.span(leaf.oldest(length), length)]
 
 
+def equal(some: Sequence[Floats | mx.array], others: Sequence[Floats]) -> bool:
+    return all(np.array_equal(np.array(one), other) for one, other in zip(some, others, strict=True))
+
+
 def same(one: Prompt, other: Prompt) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(held(one), held(other), strict=True))
+    return equal(held(one), held(other))
 
 
 @pytest.fixture
@@ -108,34 +115,75 @@ def test_prompts_together_are_those_alone(weights: str, ran: list[int]) -> None:
 
 
 def test_what_others_hold_does_not_change() -> None:
-    """Copies of a cache, what was cut out of it, and caches that were cut short."""
+    """Copies of a cache, what was cut out of it, and what stood behind its end when it was cut short."""
     found = model("llama", "4 bits")
     first = read(found, (64, 10))
     before, cut = held(first), [leaf.span(20, 60) for leaf in first.leaves]
     second = Prompt([copy(cache) for cache in first.caches], PLAIN, first.length)
     prefill(found.network, first, TOKENS[74:120])
-    ours = held(first)
+    ours, views = held(first), [leaf.span(74, 120) for leaf in first.leaves]
+    mx.eval(views)
     prefill(found.network, second, TOKENS[100:130])
     mx.eval(cache_arrays(second.caches))
-    assert all(np.array_equal(one, other) for one, other in zip(held(first), ours, strict=True))
-    assert all(np.array_equal(one[:, :, :74], other) for one, other in zip(ours, before, strict=True))
-    short = Prompt([copy(cache) for cache in first.caches], PLAIN, 74)
-    for cache in short.caches:
-        cache.trim(46)
-    prefill(found.network, short, TOKENS[100:130])
-    assert same(short, second)
-    assert all(np.array_equal(one, other) for one, other in zip(held(first), ours, strict=True))
-    views = [leaf.span(74, 120) for leaf in first.leaves]
-    mx.eval(views)
+    assert equal(held(first), ours)
     for cache in first.caches:
         cache.trim(46)
     first.length = 74
     prefill(found.network, first, TOKENS[100:130])
-    assert same(first, second)
-    behind = [np.array(array) for arrays in views for array in arrays]
-    assert all(np.array_equal(one, other[:, :, 74:]) for one, other in zip(behind, ours, strict=True))
-    kept = [np.array(array) for arrays in cut for array in arrays]
-    assert all(np.array_equal(one, other[:, :, 20:60]) for one, other in zip(kept, before, strict=True))
+    assert same(first, read(found, (64, 10, 30), [*TOKENS[:74], *TOKENS[100:130]]))
+    assert equal([array for arrays in views for array in arrays], [one[:, :, 74:] for one in ours])
+    assert equal([array for arrays in cut for array in arrays], [one[:, :, 20:60] for one in before])
+
+
+def test_mlx_lm_may_go_on_with_a_cache_and_c_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where it once was, too."""
+    found = model("llama", "4 bits")
+    prompt = read(found, (100,))
+    for cache in prompt.caches:
+        cache.trim(10)
+    prompt.length = 90
+    with monkeypatch.context() as patch:
+        patch.setattr(Known, "reads", lambda *_: False)
+        prefill(found.network, prompt, TOKENS[150:160])
+    theirs = held(prompt)
+    prefill(found.network, prompt, TOKENS[160:170])
+    assert equal([one[:, :, :100] for one in held(prompt)], theirs)
+
+
+def test_what_mlx_lm_replaces_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = model("llama", "4 bits")
+    prompt = read(found, (256,), tiny_models.prompt(256, seed=3))
+    monkeypatch.setattr(Known, "reads", lambda *_: False)
+    before = mx.get_active_memory()
+    prefill(found.network, prompt, TOKENS[:10])
+    assert mx.get_active_memory() - before < 0.75 * prompt.nbytes, "it has grown, and holds no more than that"
+
+
+def test_what_the_probe_compares_with_is_mlx_lms(ran: list[int]) -> None:
+    """Else both would be wrong together; and where it has found fault, prompts are mlx-lm's as well."""
+    found = model("llama", "4 bits")
+    ran.clear()
+    for prompt in (Prompt(new_cache(found.network), PLAIN), new_prompt(found.network, KvFormat())):
+        prefill(found.network, prompt, TOKENS[:20])
+    assert not ran
+    assert probe(found).native
+    for block in found.network.layers:
+        block._known._told_of = None
+        block._known._parts = replace(block._known._parts, kind=GELU)
+    told = probe(found)
+    assert (told.native, told.slots) == (False, True)
+    ran.clear()
+    prefill(found.network, new_prompt(found.network, told.fitted(found).form), TOKENS[:20])
+    assert not ran
+
+
+def test_several_sequences_in_one_cache_are_mlx_lms(ran: list[int]) -> None:
+    found = model("llama", "4 bits")
+    ran.clear()
+    caches = new_prompt(found.network, PLAIN).caches
+    logits = found.network(mx.array([TOKENS[:18]] * 3), cache=caches)
+    assert not ran
+    assert mx.allclose(logits[0], logits[2], atol=1e-4)
 
 
 def places(prompt: Prompt) -> list[int]:

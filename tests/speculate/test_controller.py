@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millpond.schedule.costs import CostModel
-from millpond.speculate.controller import BESIDE_READING, Controller
+from millpond.speculate.controller import BESIDE_READING, BUDGET, Controller
 from millpond.speculate.lookup import SOURCES, source_of
 from millpond.speculate.pace import Curve, Pace, measured
 from millpond.speculate.proposer import DraftOffer, Source
@@ -113,6 +113,10 @@ def test_beside_a_prompt_little_is_verified() -> None:
     freely, beside = world.controller.choose(offers, 4), world.controller.choose(offers, 4, reading=True)
     assert 0 < beside < freely
     assert pace.factor(4, beside + 1) <= BESIDE_READING < pace.factor(4, beside + 2)
+    steep = World(Curve(((4, 50.0), (8, 110.0), (16, 120.0))), 4, source=SOURCES[5])
+    steep.controller._budget = BUDGET
+    assert steep.controller.choose(offers, 4)
+    assert not steep.controller.choose(offers, 4, reading=True)
 
 
 def test_what_has_become_good_is_found_out_again() -> None:
