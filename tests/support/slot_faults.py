@@ -14,7 +14,7 @@ from millpond.kv.rows import Forward
 from millpond.kv.segment import KvSegment
 from millpond.kv.slots import KvSlot
 from millpond.kv.states import Notes, Recurrence, StateSlot
-from millpond.model.layers import Turns
+from millpond.model.layers import Known, Turns
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -75,13 +75,18 @@ def _placed_by_the_longest(patch: pytest.MonkeyPatch) -> None:
 def _one_position_on(patch: pytest.MonkeyPatch) -> None:
     whole = Forward.offset.func  # type: ignore[attr-defined]
     patch.setattr(Forward, "offset", property(lambda self: whole(self) + 1))
-    held, table = [], Turns.upto
+    held, table, told = [], Turns.upto, Known.told
 
     def upto(self: Turns, positions: int) -> mx.array:
         held.append(mx.contiguous(table(self, positions + 1)[1:]))
         return held[-1]
 
-    patch.setattr(Turns, "upto", upto)
+    def of_steps(self: Known, length: int, slot: KvSlot) -> bytes:
+        with pytest.MonkeyPatch.context() as shifted:  # prompts are where they were, or nothing would be off
+            shifted.setattr(Turns, "upto", upto)
+            return told(self, length, slot)
+
+    patch.setattr(Known, "told", of_steps)
 
 
 def _keys_not_moved(patch: pytest.MonkeyPatch) -> None:
